@@ -1,0 +1,166 @@
+"""What a delta-tuning method is: its parameters, its tensors as data, and its formula.
+
+Nothing here imports torch at run time: the validator reads every method's parameters in CI,
+where torch need not be installed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltaspec.modules import Row
+
+InitKind = Literal["zeros", "ones", "normal", "kaiming_uniform", "copy"]
+
+
+class MethodParams(BaseModel):
+    """Base of every method's `params`: closed, strict, immutable, finite."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Init:
+    """How a delta tensor starts.
+
+    `normal`: mean 0, standard deviation `value`. `kaiming_uniform`: negative slope `value` (`nn.Linear`
+    uses sqrt(5)). `copy`: the backbone tensor `source`, an FQN.
+    """
+
+    kind: InitKind = "zeros"
+    value: float = 0.0
+    source: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a delta at one site, as data: the plan counts it without making it."""
+
+    name: str
+    shape: tuple[int, ...]
+    init: Init = Init()
+    buffer: bool = False
+    """State that is saved with the delta but gets no gradient (BatchNorm statistics)."""
+    dtype: str | None = None
+    """A torch dtype's name; None follows the backbone."""
+
+    @property
+    def count(self) -> int:
+        """Number of trainable values; 0 for a buffer."""
+        return 0 if self.buffer else prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """All that a method's formula may depend on besides its params; sites of one form share one graph."""
+
+    kind: str
+    """`linear`, `conv1d` (transformers' Conv1D), `embedding`, `conv`, `norm` or `other`."""
+    weight_dims: int = 0
+    """Number of dimensions of the module's own weight (a conv over n axes has n + 2)."""
+    groups: int = 1
+    """Groups of the convolution."""
+    tensors: tuple[str, ...] = ()
+    """Names of the delta's tensors here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One place of the backbone that one delta changes."""
+
+    row: Row
+    parameter: str | None = None
+    """Own name of the parameter, where a `parameter:` atom chose a parameter and not its module."""
+    in_width: int | None = None
+    """Width of the hidden state that enters (last dimension), observed; None where unknown."""
+    width: int | None = None
+    """Width of the hidden state that leaves (last dimension), observed; None where unknown."""
+    host: str | None = None
+    """FQN of the module whose forward reads this site's weight without calling it; None where it is called."""
+
+    @property
+    def fqn(self) -> str:
+        """Name of the site: the module's FQN, or the parameter's."""
+        if self.parameter is None:
+            return self.row.fqn
+        return f"{self.row.fqn}.{self.parameter}" if self.row.fqn else self.parameter
+
+    @property
+    def kind(self) -> str:
+        """Kind of module, as `Form.kind`."""
+        return self.row.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a method does not take a site (becomes a DS4 finding), and the way out."""
+
+    reason: str
+    suggestion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Promises:
+    """What a method promises; tested for every method by the contract suite."""
+
+    identity_at_start: bool
+    """The output is unchanged, bit for bit, until the first training step."""
+    weight: Literal["add", "replace"] | None
+    """Expressible as a change of the host's parameters: so it merges, and works on bypassed modules."""
+    per_row: bool
+    """Usable for single rows of a mixed batch."""
+
+
+class Method(ABC):
+    """A delta-tuning method. One file, one subclass, found by itself."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for the docs table and the schema's hover text."""
+    paper: ClassVar[str]
+    """`Title (arXiv:id)`."""
+    Params: ClassVar[type[MethodParams]]
+    promises: ClassVar[Promises]
+    default_roles: ClassVar[tuple[str, ...]]
+    """Roles that `target` stands for when a delta leaves it out."""
+
+    def refuse(self, site: Site, params: Any) -> Refusal | None:
+        """Say why this site cannot be taken with these params; None where it can."""
+        return None
+
+    @abstractmethod
+    def tensors(self, site: Site, params: Any) -> tuple[TensorSpec, ...]:
+        """Declare the delta's tensors at a site. Called only where `refuse` gave None."""
+
+    @abstractmethod
+    def apply(self, form: Form, params: Any, t: Any, x: Any, base: Callable[..., Any]) -> Any:
+        """Compute the site's new hidden state; runs once under tracing, so it is plain torch code on proxies.
+
+        `t.<name>` are the delta's tensors, `t.dropout(v)` is dropout by `params.dropout`, `x` is the hidden
+        state that enters the site. `base(x)` gives what leaves without this delta; call it once.
+        `base(x, weight=w, bias=None)` runs the host's own forward with these parameters in place of its own.
+        Dtypes are settled outside: `x` comes in the delta's dtype, the result leaves in the host's.
+        """
+
+    def substitutes(self, site: Site, params: Any) -> bool:
+        """Tell whether `apply` runs the host with other parameters (`base(x, weight=…)`) at this site."""
+        return False
+
+    def fold(self, site: Site, params: Any, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give the host's own parameters with this delta folded in: own name -> new tensor.
+
+        `weights` holds the current own parameters (absent ones, such as a missing bias, left out). Only for methods
+        whose `promises.weight` is not None; a method without it never gets here.
+        """
+        raise AssertionError(f"{self.name} promised no weight form")
