@@ -54,6 +54,8 @@ class TensorSpec:
     """State that is saved with the delta but gets no gradient (BatchNorm statistics)."""
     dtype: str | None = None
     """A torch dtype's name; None follows the backbone."""
+    key: str | None = None
+    """Name it is stored under, for a tensor that several sites share; None: `<site>.<name>`."""
 
     @property
     def count(self) -> int:
@@ -69,6 +71,8 @@ class Form:
     """`linear`, `conv1d` (transformers' Conv1D), `embedding`, `conv`, `norm` or `other`."""
     weight_dims: int = 0
     """Number of dimensions of the module's own weight (a conv over n axes has n + 2)."""
+    channel_dims: int = 0
+    """Number of dimensions of the output after its channels (0 where channels come last)."""
     groups: int = 1
     """Groups of the convolution."""
     tensors: tuple[str, ...] = ()
@@ -133,7 +137,9 @@ class Method(ABC):
     Params: ClassVar[type[MethodParams]]
     promises: ClassVar[Promises]
     default_roles: ClassVar[tuple[str, ...]]
-    """Roles that `target` stands for when a delta leaves it out."""
+    """Roles that `target` stands for when a delta leaves it out; empty: `target` is required."""
+    descends: ClassVar[bool] = False
+    """A selected module stands for every module at and below it that owns parameters."""
 
     def refuse(self, site: Site, params: Any) -> Refusal | None:
         """Say why this site cannot be taken with these params; None where it can."""
@@ -155,6 +161,10 @@ class Method(ABC):
 
     def substitutes(self, site: Site, params: Any) -> bool:
         """Tell whether `apply` runs the host with other parameters (`base(x, weight=…)`) at this site."""
+        return False
+
+    def lowers(self, site: Site, params: Any) -> bool:
+        """Tell whether this site works by `fold` in every forward instead of `apply`, though it is called."""
         return False
 
     def fold(self, site: Site, params: Any, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods._shapes import along_channels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +114,7 @@ class Lora(Method):
             update = F.linear(F.linear(t.dropout(x), t.down), t.up)
         y = torch.add(y, update, alpha=params.scale)
         if params.bias:
-            y = y + (t.bias.reshape(-1, *(1,) * (form.weight_dims - 2)) if form.kind == "conv" else t.bias)
+            y = y + along_channels(t.bias, form)
         return y
 
     def fold(self, site: Site, params: LoraParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,35 @@
+"""Shapes that several methods ask for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.methods._base import Form, Site
+
+if TYPE_CHECKING:
+    from deltaspec.modules import Row
+
+CHANNELS_FIRST_NORMS = ("_BatchNorm", "GroupNorm", "_InstanceNorm")
+
+
+def output_width(row: Row) -> int:
+    """Give the number of output features or channels of a linear, convolution, embedding or norm module."""
+    if row.out_features is not None:
+        return row.out_features
+    return row.parameters[0].shape[-1]
+
+
+def hidden_width(site: Site, position: str) -> int | None:
+    """Give the width of the hidden state before or after a site; None where nothing tells it."""
+    if position == "after":
+        return site.width if site.width is not None else site.row.out_features
+    if site.in_width is not None:
+        return site.in_width
+    return None if site.kind == "embedding" else site.row.in_features
+
+
+def along_channels(vector: Any, form: Form) -> Any:
+    """Shape a `[channels]` vector so that it broadcasts over the output of a module of this form."""
+    if form.channel_dims:
+        return vector.reshape(-1, *(1,) * form.channel_dims)
+    return vector
