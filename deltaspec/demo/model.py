@@ -1,0 +1,55 @@
+"""The demo's model: a pretrained sentence encoder and one linear head a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+from deltaspec.demo import data
+
+HEADS: Mapping[str, int] = {"tweets": 2, "topics": len(data.NEWSGROUPS)}
+MAX_TOKENS = 64
+
+
+class SentenceClassifier(nn.Module):
+    """Mean-pooled sentence embeddings, and a linear head for each task on top of them."""
+
+    def __init__(self, encoder: nn.Module, heads: Mapping[str, int]) -> None:
+        super().__init__()
+        self.config = encoder.config  # deltaspec takes the role map by config.model_type
+        self.encoder = encoder
+        self.heads = nn.ModuleDict({name: nn.Linear(encoder.config.hidden_size, n) for name, n in heads.items()})
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Average the last hidden states over each text's own tokens: `[batch, hidden]`."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        return (states * mask).sum(dim=1) / mask.sum(dim=1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Compute every head's logits `[batch, classes]`, by task."""
+        embedding = self.embed(input_ids, attention_mask)
+        return {name: head(embedding) for name, head in self.heads.items()}
+
+
+def build() -> SentenceClassifier:
+    """Load the pretrained encoder and put fresh heads on it: the untouched backbone, the same one each time."""
+    encoder = AutoModel.from_pretrained(data.weights_dir())
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return SentenceClassifier(encoder, HEADS).eval()
+
+
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Load the encoder's tokenizer."""
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(data.weights_dir())
+    return loaded
+
+
+def encode(tokens: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, Tensor]:
+    """Tokenise a batch: `input_ids` and `attention_mask`, `[batch, tokens]`, padded to the longest text."""
+    batch = tokens(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
