@@ -1,0 +1,56 @@
+"""A structural copy of a model that shares its weight storage: the copy can be rewritten, the model is never touched."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+
+
+def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a model's structure in milliseconds; ties between parameters are kept.
+
+    Parameters become new `Parameter`s on the same storage (same device, dtype, `requires_grad`, no `.grad`); buffers are copied, so
+    that BatchNorm in training mode cannot reach the original. With `device="meta"` both become empty meta tensors instead.
+    `replace` maps `id(object)` to what stands for it in the copy. Raises DeltaSpecError (DS430) where the model holds something
+    that cannot be copied.
+    """
+    memo: dict[int, Any] = dict(replace or {})
+    for parameter in model.parameters():
+        memo[id(parameter)] = _share(parameter, device)
+    if device is not None:
+        for buffer in model.buffers():
+            memo[id(buffer)] = torch.empty_like(buffer, device=device)
+    for module in model.modules():
+        for value in module.__dict__.values():
+            # weight_norm and the like keep a computed tensor as a plain attribute, which deepcopy refuses.
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise DeltaSpecError(
+            [
+                Diagnostic(
+                    "DS430",
+                    f"{type(model).__name__} cannot be copied: {error}",
+                    suggestion="remove the attribute that holds it (a lock, a stream, a cached result) before compiling",
+                )
+            ]
+        ) from error
+
+
+def _share(parameter: nn.Parameter, device: str | None) -> torch.Tensor:
+    """Give a new parameter on the same storage (or an empty one on `device`), of the same class and attributes."""
+    data = parameter.detach() if device is None else torch.empty_like(parameter, device=device)
+    if type(parameter) is nn.Parameter:
+        twin: torch.Tensor = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    else:
+        twin = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
+    if parameter.__dict__:
+        twin.__dict__.update(parameter.__dict__)
+    return twin

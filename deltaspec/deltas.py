@@ -1,0 +1,164 @@
+"""Where delta tensors live: one module per delta, under one reserved name on the backbone clone."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaspec.methods._base import Init, TensorSpec
+
+if TYPE_CHECKING:
+    from deltaspec.plan import Plan, PlannedDelta
+
+RESERVED = "deltaspec"
+"""Name of the submodule of the backbone that holds all deltas."""
+
+
+def storage_key(site: str, spec: TensorSpec) -> str:
+    """Give the name under which a delta keeps a tensor: `encoder.layer.0.attention.self.query.down`."""
+    return spec.key if spec.key is not None else f"{site}.{spec.name}" if site else spec.name
+
+
+def attribute_name(key: str) -> str:
+    """Turn a storage key into a parameter name: torch allows no dots in one."""
+    return key.replace(".", "/")
+
+
+class Delta(nn.Module):
+    """The tensors of one delta, flat: `encoder/layer/0/attention/self/query/down`.
+
+    Flat, because a module per path segment would outweigh the tensors of a small delta; with slashes, because
+    torch allows no dots in a parameter's name.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def tensor(self, key: str) -> Tensor:
+        """Give a tensor by its storage key."""
+        name = attribute_name(key)
+        found = self._parameters.get(name)
+        if found is None:
+            found = self._buffers[name]
+        assert found is not None
+        return found
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (storage key, tensor) for all tensors, buffers included."""
+        for name, value in (*self._parameters.items(), *self._buffers.items()):
+            if value is not None:
+                yield name.replace("/", "."), value
+
+    def dropout(self, probability: float) -> nn.Dropout:
+        """Give the delta's dropout of this probability; it follows the model's training mode."""
+        name = "dropout_" + repr(probability).replace(".", "_").replace("-", "_")
+        module = self._modules.get(name)
+        if module is None:
+            module = nn.Dropout(probability).train(self.training)
+            self._modules[name] = module
+        assert isinstance(module, nn.Dropout)
+        return module
+
+    def extra_repr(self) -> str:
+        """Say what is inside; the tensors' names are in `state_dict`."""
+        count = sum(p.numel() for p in self.parameters())
+        return f"{self.name}: {len(self._parameters)} tensors, {count:,} parameters"
+
+
+class Deltas(nn.Module):
+    """All deltas of one backbone, by name. After `.to()`, `.half()` or a load they are bound anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attachments: Any = None
+        self.register_load_state_dict_post_hook(_after_load)
+
+    def add(self, delta: Delta) -> None:
+        """Register a delta; any name will do, also one that nn.Module has as a method."""
+        self._modules[delta.name] = delta
+
+    def __getitem__(self, name: str) -> Delta:
+        found = self._modules[name]
+        assert isinstance(found, Delta)
+        return found
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._changed()
+        return self
+
+    def _changed(self) -> None:
+        if self.attachments is not None:
+            self.attachments.rebind()
+
+
+def _after_load(deltas: nn.Module, _: Any) -> None:
+    assert isinstance(deltas, Deltas)
+    deltas._changed()
+
+
+def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module) -> Delta:
+    """Make a delta's tensors at their initial values, on the device of the sites' own weights.
+
+    The values are a function of (seed, delta name, site, tensor) alone: neither the order of the deltas, nor the device,
+    nor the global random state matters, and none is advanced.
+    """
+    delta = Delta(planned.name)
+    sources = dict(backbone.named_parameters(remove_duplicate=False))
+    sources.update(backbone.named_buffers(remove_duplicate=False))
+    fallback = next(iter(sources.values()), None)
+    for planned_site in planned.sites:
+        site = planned_site.site
+        home = next((sources[p.fqn] for p in site.row.parameters if p.fqn in sources), fallback)
+        for spec in planned_site.tensors:
+            key = storage_key(site.fqn if site.parameter is None else site.row.fqn, spec)
+            name = attribute_name(key)
+            if name in delta._parameters or name in delta._buffers:
+                continue
+            value = _initial(spec, f"{seed}\0{planned.name}\0{key}", sources, home)
+            if spec.buffer:
+                delta._buffers[name] = value
+            else:
+                delta._parameters[name] = nn.Parameter(value)
+    delta.train(backbone.training)
+    return delta
+
+
+def _initial(spec: TensorSpec, identity: str, sources: Mapping[str, Tensor], home: Tensor | None) -> Tensor:
+    """Make one tensor. Drawn in float32 on the CPU, whatever the target, so that every machine draws the same."""
+    if spec.init.kind == "copy":
+        assert spec.init.source is not None
+        return sources[spec.init.source].detach().clone()
+    device = torch.device("cpu") if home is None else home.device
+    dtype = _dtype(spec, home)
+    if device.type == "meta" or spec.init.kind in ("zeros", "ones"):
+        return torch.full(spec.shape, float(spec.init.kind == "ones"), device=device, dtype=dtype)
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big", signed=True))
+    return draw(spec.init, spec.shape, generator).to(device=device, dtype=dtype)
+
+
+def draw(init: Init, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draw a random initial tensor, float32 on the CPU."""
+    if init.kind == "normal":
+        return torch.empty(shape).normal_(0.0, init.value, generator=generator)
+    # He et al. (arXiv:1502.01852) with fan-in: bound = gain * sqrt(3 / fan_in), gain = sqrt(2 / (1 + slope^2)).
+    fan_in = math.prod(shape[1:])
+    bound = math.sqrt(6.0 / ((1.0 + init.value**2) * fan_in))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _dtype(spec: TensorSpec, home: Tensor | None) -> torch.dtype:
+    if spec.dtype is not None:
+        found = getattr(torch, spec.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+    if home is not None and home.is_floating_point() and home.dtype in (torch.float32, torch.float64):
+        return home.dtype
+    # Half precision and quantised backbones are trained through float32 deltas: updates below half precision's step vanish.
+    return torch.float32

@@ -1,0 +1,117 @@
+"""Running a module's own code on other parameters than its own, without writing to the module.
+
+Each call makes a shallow stand-in for the module (and for the children on the way to the parameter): same class, same
+attributes, same children, other parameters. Nothing is shared between calls, so threads do not see each other, and training
+flags are always current. Dynamo and torch.export trace through it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltaspec.methods import methods
+from deltaspec.methods._base import MethodParams, Site
+
+
+def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
+    """Make a shallow copy of a module, without its instance-level forward, that holds `tensors` by own name."""
+    shadow = module.__class__.__new__(module.__class__)
+    attributes = shadow.__dict__
+    attributes.update(module.__dict__)
+    attributes.pop("forward", None)
+    attributes["_parameters"] = {**module._parameters}
+    attributes["_buffers"] = {**module._buffers}
+    attributes["_modules"] = {**module._modules}
+    for name, tensor in tensors.items():
+        home = attributes["_buffers"] if name in module._buffers else attributes["_parameters"]
+        home[name] = tensor
+    if "_flat_weights_names" in attributes:
+        # nn.LSTM and its kin compute from this list, not from their attributes.
+        attributes["_flat_weights"] = [getattr(shadow, name) for name in attributes["_flat_weights_names"]]
+    return shadow
+
+
+class Swapped:
+    """The module's own forward, with parameters given at each call."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, parameters: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return stand_in(self.module, parameters).forward(*args, **kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """One delta that works through the parameters of a module at or below a host."""
+
+    path: tuple[str, ...]
+    """From the host to the module that owns the parameters; empty for the host itself."""
+    method: str
+    params: MethodParams
+    site: Site
+    names: tuple[str, ...]
+    """The delta's tensors, in the order they come in the call."""
+
+
+class Lowered:
+    """The host's own forward, its parameters computed from the backbone's and the deltas' tensors at each call.
+
+    This is how weight-expressible deltas reach modules whose weight is read without a call (`nn.MultiheadAttention`'s
+    projections, a tied head, `F.linear` on a weight).
+    """
+
+    def __init__(self, host: nn.Module, folds: tuple[Fold, ...], frozen: bool = False) -> None:
+        self.host, self.folds = host, folds
+        self.frozen = frozen
+        """Run the host in evaluation mode: its statistics are the backbone's."""
+
+    def __call__(self, tensors: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
+        folded: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        start = 0
+        for fold in self.folds:
+            stop = start + len(fold.names)
+            own = SimpleNamespace(**dict(zip(fold.names, tensors[start:stop], strict=True)))
+            start = stop
+            folded[fold.path] = {
+                **folded.get(fold.path, {}),
+                **fold_into(_at(self.host, fold.path), fold, own, folded.get(fold.path, {})),
+            }
+        shadow = _graft(self.host, (), folded)
+        if self.frozen:
+            shadow.training = False
+        return shadow.forward(*args, **kwargs)
+
+
+def fold_into(module: nn.Module, fold: Fold, own: Any, folded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Compute the new own parameters of a module under one delta, rounded once to the module's dtype."""
+    weights = {name: value for name, value in module._parameters.items() if value is not None} | folded
+    new = methods()[fold.method].fold(fold.site, fold.params, own, weights)
+    dtype = next((w.dtype for w in weights.values()), None)
+    return {
+        name: value if dtype is None or not value.is_floating_point() or value.dtype == dtype else value.to(dtype)
+        for name, value in new.items()
+    }
+
+
+def _at(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
+    for name in path:
+        child = module._modules[name]
+        assert child is not None
+        module = child
+    return module
+
+
+def _graft(module: nn.Module, path: tuple[str, ...], folded: dict[tuple[str, ...], dict[str, Tensor]]) -> nn.Module:
+    """Make the stand-in of a module, with stand-ins for the children that hold changed parameters."""
+    shadow = stand_in(module, folded.get(path, {}))
+    below = {other[len(path)] for other in folded if len(other) > len(path) and other[: len(path)] == path}
+    for name in below:
+        child = module._modules[name]
+        assert child is not None
+        shadow._modules[name] = _graft(child, (*path, name), folded)
+    return shadow
