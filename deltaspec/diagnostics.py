@@ -2,7 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+Path = tuple[str | int, ...]
+"""Where a value lies in a document: keys and indices from the root."""
+
+CODES: dict[str, str] = {
+    # DS1: syntax
+    "DS101": "unreadable file",
+    "DS102": "too large",
+    "DS103": "not UTF-8 text",
+    "DS104": "control character",
+    "DS105": "malformed YAML",
+    "DS106": "malformed JSON",
+    "DS107": "duplicate key",
+    "DS108": "anchor, alias, tag, merge key or directive",
+    "DS109": "more than one document",
+    "DS110": "nested too deeply",
+    "DS111": "number out of range",
+    "DS112": "key is not a string",
+    "DS113": "empty document",
+    "DS114": "root is not a mapping",
+    "DS115": "value that a document cannot hold",
+    # DS2: schema
+    "DS201": "unknown key",
+    "DS202": "missing key",
+    "DS203": "wrong type",
+    "DS204": "value out of range",
+    "DS205": "unknown value",
+    "DS206": "unknown method",
+    "DS207": "unsupported version",
+    "DS208": "malformed name or text",
+    "DS209": "empty list or mapping",
+    "DS210": "invalid method parameters",
+    "DS211": "duplicate delta name",
+    "DS212": "unknown selector reference",
+    "DS213": "circular selector reference",
+    "DS214": "selector without a positive atom",
+    "DS215": "inverted range",
+    "DS216": "malformed glob",
+    "DS217": "malformed regular expression",
+    "DS218": "regular expression that backtracks",
+    "DS219": "plug-in that cannot be loaded",
+    "DS220": "too many findings",
+    "DS221": "schema file out of date",
+}
+"""Every code there is, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation and files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +61,60 @@ class Diagnostic:
     line: int = 0
     column: int = 0
     suggestion: str | None = None
+    where: str = ""
+    """Path inside the document (`deltas[0].target.path`); printed where there is no line."""
+
+    def __str__(self) -> str:
+        if self.line:
+            place = f"{self.file}:{self.line}:{self.column}"
+        else:
+            place = f"{self.file}:{self.where}" if self.where else self.file
+        text = f"{place}: error[{self.code}] {self.message}"
+        return f"{text}\n  = help: {self.suggestion}" if self.suggestion else text
 
 
 class DeltaSpecError(ValueError):
-    """One or more findings, all at once."""
+    """One or more findings, all at once, as `.diagnostics`; its text is the one the command line prints."""
 
-    def __init__(self, diagnostics: tuple[Diagnostic, ...] | list[Diagnostic]) -> None:
+    def __init__(self, diagnostics: Iterable[Diagnostic]) -> None:
         self.diagnostics = tuple(diagnostics)
-        super().__init__("\n".join(f"{d.file}:{d.line}:{d.column}: error[{d.code}] {d.message}" for d in self.diagnostics))
+        super().__init__("\n".join(str(d) for d in self.diagnostics))
+
+    def __reduce__(self) -> tuple[type[DeltaSpecError], tuple[tuple[Diagnostic, ...]]]:
+        return type(self), (self.diagnostics,)
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Give the known word that `word` is most likely a misspelling of; None where none is near."""
+    from difflib import get_close_matches
+
+    candidates = {k.lower(): k for k in sorted(known, reverse=True)}
+    found = get_close_matches(word[:100].lower(), list(candidates), n=1, cutoff=0.6)
+    return candidates[found[0]] if found else None
+
+
+def show_path(path: Sequence[str | int]) -> str:
+    """Write a document path as `deltas[0].target.path`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def show_value(value: object) -> str:
+    """Write a document's value for a message, shortened to 60 characters."""
+    from json import dumps
+
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    if value is None:
+        return "nothing (null)"
+    text = dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def in_order(diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:
+    """Sort findings by place, once each; those of one place keep the order in which they were found."""
+    return sorted(dict.fromkeys(diagnostics), key=lambda d: (d.file, d.line, d.column))

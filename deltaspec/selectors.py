@@ -1,0 +1,180 @@
+"""Selectors as data: what a target, an override or an expectation says about modules. The matching is in select.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+
+from deltaspec.diagnostics import Path
+
+ROLES: tuple[str, ...] = (
+    "embed",
+    "block",
+    "attn",
+    *(f"attn.{part}" for part in ("q", "k", "v", "o", "qkv")),
+    "cross_attn",
+    *(f"cross_attn.{part}" for part in ("q", "k", "v", "o", "qkv")),
+    "mlp",
+    *(f"mlp.{part}" for part in ("up", "gate", "down", "gate_up")),
+    "norm",
+    *(f"norm.{part}" for part in ("attn", "mlp", "final")),
+    "expert",
+    "head",
+)
+"""The closed vocabulary of roles."""
+
+Text = Annotated[str, Field(min_length=1, max_length=500)]
+Index = Annotated[int, Field(ge=0, le=100_000)]
+Positive = Annotated[int, Field(ge=1, le=100_000)]
+
+
+class Part(BaseModel):
+    """Base of every part of a spec: closed, strict, immutable, finite."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class Layers(Part):
+    """Repeated layers, by their index in their stack. All keys given must hold."""
+
+    from_: Index | None = Field(None, alias="from")
+    """First layer, counted from 0."""
+    to: Index | None = None
+    """Last layer, itself included."""
+    first: Positive | None = None
+    """The first n layers."""
+    last: Positive | None = None
+    """The last n layers."""
+    only: tuple[Index, ...] = ()
+    """Exactly these layers. A list in the place of the mapping means the same."""
+    every: Positive | None = None
+    """Every n-th layer, counted from `from` (or 0)."""
+
+
+class Shape(Part):
+    """Widths of a module: a number, or a comparison such as `>=4096`."""
+
+    in_: int | str | None = Field(None, alias="in")
+    """Input width: in_features of a Linear, rows of an Embedding, input channels of a convolution."""
+    out: int | str | None = None
+    """Output width: out_features of a Linear, row width of an Embedding, output channels of a convolution."""
+
+
+class Selector(Part):
+    """Modules (or parameters) of a model. Keys AND, lists OR. A plain string is a `path`, a list is an `any`."""
+
+    path: tuple[str, ...] = ()
+    """Glob on the module's full name: `*` within one segment, `**` any number of segments. A list means any of them."""
+    regex: tuple[str, ...] = ()
+    """Regular expression that the module's whole full name must match. A list means any of them."""
+    type: tuple[str, ...] = ()
+    """Class name of the module, or of any of its base classes. A list means any of them."""
+    role: tuple[str, ...] = ()
+    """What the module does in its architecture, whatever its name. A list means any of them."""
+    layers: Layers | None = None
+    """Layers it lies in: a mapping, or a list of indices."""
+    shape: Shape | None = None
+    """Widths of the module."""
+    parameter: tuple[str, ...] = ()
+    """Own name of a parameter, such as `weight`: selects the parameter instead of its module. A list means any of them."""
+    ref: str | None = None
+    """Name of a selector under the document's `selectors`."""
+    any_of: tuple[Selector, ...] = Field((), alias="any")
+    """At least one of these must hold."""
+    all_of: tuple[Selector, ...] = Field((), alias="all")
+    """All of these must hold."""
+    none_of: Selector | None = Field(None, alias="not")
+    """This must not hold."""
+    optional: bool = False
+    """It may match nothing."""
+    location: SkipJsonSchema[tuple[str | int, ...]] = ()
+    """Path of this selector in the document."""
+
+    def walk(self) -> Iterator[Selector]:
+        """Give this selector and all selectors nested in it, in document order."""
+        yield self
+        for nested in (*self.any_of, *self.all_of, *((self.none_of,) if self.none_of else ())):
+            yield from nested.walk()
+
+    def to_data(self) -> dict[str, Any]:
+        """Give the selector as a document writes it, in full form."""
+        data: dict[str, Any] = {}
+        for key in ("path", "regex", "type", "role", "parameter"):
+            if alternatives := getattr(self, key):
+                data[key] = alternatives[0] if len(alternatives) == 1 else list(alternatives)
+        for key in ("layers", "shape"):
+            if (part := getattr(self, key)) is not None:
+                data[key] = {k: list(v) if isinstance(v, tuple) else v for k, v in _given(part).items()}
+        if self.ref is not None:
+            data["ref"] = self.ref
+        for key, nested in (("any", self.any_of), ("all", self.all_of)):
+            if nested:
+                data[key] = [selector.to_data() for selector in nested]
+        if self.none_of is not None:
+            data["not"] = self.none_of.to_data()
+        if self.optional:
+            data["optional"] = True
+        return data
+
+
+def _given(part: Part) -> dict[str, Any]:
+    return {k: v for k, v in part.model_dump(by_alias=True).items() if v not in (None, ())}
+
+
+def canonical(data: Any, location: Path) -> dict[str, Any]:
+    """Bring a document's selector (string, list or mapping) into the fields of `Selector`, nested ones too."""
+    if isinstance(data, str):
+        return {"path": (data,), "location": location}
+    if isinstance(data, list):
+        return {"any": tuple(canonical(d, (*location, i)) for i, d in enumerate(data)), "location": location}
+    result: dict[str, Any] = {**data, "location": location}
+    for key in ("path", "regex", "type", "role", "parameter"):
+        if key in result:
+            result[key] = tuple(result[key]) if isinstance(result[key], list) else (result[key],)
+    for key in ("any", "all"):
+        if key in result:
+            result[key] = tuple(canonical(d, (*location, key, i)) for i, d in enumerate(result[key]))
+    if "not" in result:
+        result["not"] = canonical(result["not"], (*location, "not"))
+    if (layers := result.get("layers")) is not None:
+        layers = {"only": layers} if isinstance(layers, list) else dict(layers)
+        if "only" in layers:
+            layers["only"] = tuple(layers["only"])
+        result["layers"] = layers
+    return result
+
+
+def reference_cycles(selectors: Mapping[str, Selector]) -> list[tuple[str, ...]]:
+    """Find the circles among named selectors: each as the names along it, from the first in document order."""
+    references = {
+        name: [s.ref for s in selector.walk() if s.ref in selectors] for name, selector in selectors.items()
+    }
+    cycles: list[tuple[str, ...]] = []
+    done: set[str] = set()
+    for start in references:
+        trail: dict[str, Iterator[str | None]] = {}
+        current: str | None = start
+        while current is not None:
+            if current in trail:
+                names = tuple(trail)
+                cycles.append(names[names.index(current) :])
+            elif current not in done:
+                trail[current] = iter(references[current])
+            current = None
+            while trail and current is None:
+                last = next(reversed(trail))
+                current = next(trail[last], None)
+                if current is None:
+                    done.add(last)
+                    del trail[last]
+    return cycles
