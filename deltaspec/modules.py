@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,11 +15,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
-from deltaspec.roles import RoleMap, role_maps
+from deltaspec.walk import Node, model_type_of, own, walk
 
 _NORM_CLASSES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 _NORM_NAME = re.compile(r".*Norm(\dd)?")
-_MOST_NAMES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +57,9 @@ class Row:
     type: str
     """Class name."""
     bases: tuple[str, ...]
-    """Names of all base classes up to and without nn.Module, the class itself first."""
+    """Names of all base classes but nn.Module and object, the class itself first."""
     kind: str
-    """`linear`, `conv1d` (transformers' Conv1D), `embedding`, `conv`, `norm`, `other`; subclasses count as what they are."""
+    """`linear`, `conv1d` (transformers' Conv1D), `embedding`, `conv`, `norm` or `other`, by base class."""
     roles: tuple[str, ...]
     stack: str | None
     """FQN of the ModuleList-like container of repeated layers it lies in (`encoder.layer`)."""
@@ -117,102 +115,28 @@ class ModuleTable:
     """Model types whose role maps named the rows' roles; empty where no architecture in it is known."""
 
 
-@dataclass(slots=True)
-class _Node:
-    fqn: str
-    module: nn.Module
-    roles: tuple[str, ...]
-    stack: str | None
-    layer: int | None
-    aliases: list[str]
-
-
 def tabulate(model: nn.Module) -> ModuleTable:
     """Describe every module of a model once, with real or meta weights; nothing is run or changed.
 
     Raises DeltaSpecError for lazy modules, which have no shapes before their first forward.
     """
-    nodes, model_types, maps = _walk(model)
+    nodes, model_types, maps = walk(model)
     holders: dict[int, list[str]] = {}
     for node in nodes:
-        for name, parameter in _own(node.module._parameters):
+        for name, parameter in own(node.module._parameters):
             holders.setdefault(id(parameter), []).append(_join(node.fqn, name))
     sizes: dict[int, dict[int, int]] = {}
     _sizes(model, sizes)
     classes: dict[type, tuple[tuple[str, ...], str]] = {}
     rows = tuple(_row(node, holders, sizes, classes) for node in nodes)
-    root_type = _model_type(getattr(model, "config", None)) or (model_types[0] if len(model_types) == 1 else None)
+    root_type = model_type_of(getattr(model, "config", None)) or (model_types[0] if len(model_types) == 1 else None)
     return ModuleTable(
         rows, type(model).__name__, type(model).__module__, root_type, rows[0].subtree_parameters, tuple(sorted(maps))
     )
 
 
-def _walk(model: nn.Module) -> tuple[list[_Node], list[str], set[str]]:
-    """Visit every module under every name, in `named_modules` order; a second name becomes an alias."""
-    nodes: dict[int, _Node] = {}
-    model_types: list[str] = []
-    maps: set[str] = set()
-    above: set[int] = set()
-
-    def visit(
-        fqn: str, module: nn.Module, model_type: str | None, roles: RoleMap | None, stack: str | None, layer: int | None
-    ) -> None:
-        if id(module) in above:  # a module that holds its own parent
-            return
-        own_type = _model_type(module.__dict__.get("config"))
-        if own_type is not None and own_type != model_type:  # part of a composite has roles of its own
-            model_type, roles = own_type, role_maps().get(own_type)
-            if own_type not in model_types:
-                model_types.append(own_type)
-            if roles is not None:
-                maps.add(roles.model_type)
-        node = nodes.get(id(module))
-        if node is None:
-            named = () if roles is None or not fqn else roles.roles_of(fqn)
-            nodes[id(module)] = _Node(fqn, module, named, stack, layer, [])
-        elif len(node.aliases) < _MOST_NAMES:
-            node.aliases.append(fqn)
-        else:
-            return
-        above.add(id(module))
-        prefix = f"{fqn}." if fqn else ""
-        layered = stack is None and _is_stack(module, prefix, roles)
-        for index, (name, child) in enumerate(_own(module._modules)):
-            place = (fqn, index) if layered else (stack, layer)
-            visit(f"{prefix}{name}", child, model_type, roles, *place)
-        above.remove(id(module))
-
-    root_type = _model_type(getattr(model, "config", None))
-    visit("", model, None, None if root_type is None else role_maps().get(root_type), None, None)
-    return list(nodes.values()), model_types, maps
-
-
-def _is_stack(module: nn.Module, prefix: str, roles: RoleMap | None) -> bool:
-    """Tell whether a module holds the repeated layers: those with role `block`, else any list of like modules."""
-    if not isinstance(module, nn.ModuleList | nn.Sequential) or not len(module):
-        return False
-    if roles is not None and "block" in roles.patterns:
-        return any("block" in roles.roles_of(f"{prefix}{name}") for name in module._modules)
-    if len(module) == 1:  # a model of one layer, but not a wrapper around the real list
-        return isinstance(module, nn.ModuleList) and not any(_alike(m) for m in module.modules())
-    return _alike(module)
-
-
-def _alike(module: nn.Module) -> bool:
-    if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
-        return False
-    first, *others = (type(child) for child in module)
-    if all(kind is first for kind in others):
-        return True
-    # Hybrid stacks (attention and state-space layers in turn) share a base class of their own.
-    bases = [base for base in first.__mro__ if base.__module__ != nn.Module.__module__ and issubclass(base, nn.Module)]
-    return isinstance(module, nn.ModuleList) and any(
-        all(issubclass(kind, base) for kind in others) for base in bases if not base.__module__.startswith("torch.nn.")
-    )
-
-
 def _row(
-    node: _Node,
+    node: Node,
     holders: dict[int, list[str]],
     sizes: dict[int, dict[int, int]],
     classes: dict[type, tuple[tuple[str, ...], str]],
@@ -221,9 +145,9 @@ def _row(
     if kind_of not in classes:
         classes[kind_of] = _bases(kind_of), _kind(kind_of)
     bases, kind = classes[kind_of]
-    parameters = tuple(_info(name, node.fqn, p, holders[id(p)]) for name, p in _own(module._parameters))
+    parameters = tuple(_info(name, node.fqn, p, holders[id(p)]) for name, p in own(module._parameters))
     transient = module._non_persistent_buffers_set
-    buffers = tuple(_info(name, node.fqn, b, []) for name, b in _own(module._buffers) if name not in transient)
+    buffers = tuple(_info(name, node.fqn, b, []) for name, b in own(module._buffers) if name not in transient)
     if kind == "norm?":
         one = any(p.name == "weight" and len(p.shape) == 1 for p in (*parameters, *buffers))
         kind = "norm" if one else "other"
@@ -284,20 +208,11 @@ def _info(name: str, fqn: str, tensor: torch.Tensor, holders: list[str]) -> Para
 def _sizes(module: nn.Module, sizes: dict[int, dict[int, int]]) -> dict[int, int]:
     """Fill in, for each module, the sizes of all parameters at and below it by identity."""
     if id(module) not in sizes:
-        found = sizes[id(module)] = {id(p): 0 if is_lazy(p) else prod(p.shape) for _, p in _own(module._parameters)}
-        for _, child in _own(module._modules):
+        found = sizes[id(module)] = {id(p): 0 if is_lazy(p) else prod(p.shape) for _, p in own(module._parameters)}
+        for _, child in own(module._modules):
             found.update(_sizes(child, sizes))
     return sizes[id(module)]
 
 
-def _own(members: Any) -> Iterator[tuple[str, Any]]:
-    return ((name, member) for name, member in members.items() if member is not None)
-
-
 def _join(fqn: str, name: str) -> str:
     return f"{fqn}.{name}" if fqn else name
-
-
-def _model_type(config: object) -> str | None:
-    found = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
-    return found if isinstance(found, str) and found else None

@@ -1,0 +1,103 @@
+"""A walk over a model: its modules, the names each is found under, their roles and the repeated layers they lie in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from deltaspec.roles import RoleMap, role_maps
+
+# A module shared at n levels has exponentially many names; nobody asks for the rest.
+_MOST_NAMES = 1024
+
+
+@dataclass(slots=True)
+class Node:
+    """One module and its place."""
+
+    fqn: str
+    module: nn.Module
+    roles: tuple[str, ...]
+    stack: str | None
+    """FQN of the outermost container of repeated layers it lies in."""
+    layer: int | None
+    aliases: list[str]
+
+
+def walk(model: nn.Module) -> tuple[list[Node], list[str], set[str]]:
+    """Visit every module under every name, in `named_modules` order; a second name becomes an alias."""
+    nodes: dict[int, Node] = {}
+    model_types: list[str] = []
+    maps: set[str] = set()
+    above: set[int] = set()
+
+    def visit(
+        fqn: str, module: nn.Module, model_type: str | None, roles: RoleMap | None, stack: str | None, layer: int | None
+    ) -> None:
+        if id(module) in above:  # a module that holds its own parent
+            return
+        own_type = model_type_of(module.__dict__.get("config"))
+        if own_type is not None and own_type != model_type:  # part of a composite has roles of its own
+            model_type, roles = own_type, role_maps().get(own_type)
+            if own_type not in model_types:
+                model_types.append(own_type)
+            if roles is not None:
+                maps.add(roles.model_type)
+        node = nodes.get(id(module))
+        if node is None:
+            identity = isinstance(module, nn.Identity)  # stands where a layer has nothing
+            named = () if roles is None or not fqn or identity else roles.roles_of(fqn)
+            nodes[id(module)] = Node(fqn, module, named, stack, layer, [])
+        elif len(node.aliases) < _MOST_NAMES:
+            node.aliases.append(fqn)
+        else:
+            return
+        above.add(id(module))
+        prefix = f"{fqn}." if fqn else ""
+        layered = stack is None and _is_stack(module, prefix, roles)
+        for index, (name, child) in enumerate(own(module._modules)):
+            place = (fqn, index) if layered else (stack, layer)
+            visit(f"{prefix}{name}", child, model_type, roles, *place)
+        above.remove(id(module))
+
+    root_type = model_type_of(getattr(model, "config", None))
+    visit("", model, None, None if root_type is None else role_maps().get(root_type), None, None)
+    return list(nodes.values()), model_types, maps
+
+
+def _is_stack(module: nn.Module, prefix: str, roles: RoleMap | None) -> bool:
+    """Tell whether a module holds the repeated layers: those with role `block`, else any list of like modules."""
+    if not isinstance(module, nn.ModuleList | nn.Sequential) or not len(module):
+        return False
+    if roles is not None and "block" in roles.patterns:
+        return any("block" in roles.roles_of(f"{prefix}{name}") for name in module._modules)
+    if len(module) == 1:  # a model of one layer, but not a wrapper around the real list
+        return isinstance(module, nn.ModuleList) and not any(_alike(m) for m in module.modules())
+    return _alike(module)
+
+
+def _alike(module: nn.Module) -> bool:
+    if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
+        return False
+    first, *others = (type(child) for child in module)
+    if all(kind is first for kind in others):
+        return True
+    # Hybrid stacks (attention and state-space layers in turn) share a base class of their own.
+    bases = [base for base in first.__mro__ if base.__module__ != nn.Module.__module__ and issubclass(base, nn.Module)]
+    return isinstance(module, nn.ModuleList) and any(
+        all(issubclass(kind, base) for kind in others) for base in bases if not base.__module__.startswith("torch.nn.")
+    )
+
+
+def own(members: Any) -> Iterator[tuple[str, Any]]:
+    """Give the entries of a module's own registry (`_modules`, `_parameters`, `_buffers`) that are set."""
+    return ((name, member) for name, member in members.items() if member is not None)
+
+
+def model_type_of(config: object) -> str | None:
+    """Give `config.model_type` of a transformers model; None for anything else."""
+    found = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    return found if isinstance(found, str) and found else None
