@@ -1,0 +1,146 @@
+"""spec × model → plan: the place where every error of a user ends, before a tensor is made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic, in_order
+from deltaspec.expectations import delta_checks, spec_checks
+from deltaspec.methods import methods
+from deltaspec.modules import ModuleTable, tabulate
+from deltaspec.observe import Observations, observe
+from deltaspec.planned import Plan, PlannedDelta, PlannedSite, structure_fingerprint
+from deltaspec.sites import Placer, counted, shown
+from deltaspec.spec import DeltaSpec, load
+
+__all__ = ["Plan", "PlannedDelta", "PlannedSite", "plan", "resolve", "structure_fingerprint"]
+
+
+def plan(
+    model: nn.Module, *specs: str | os.PathLike[str] | Mapping[str, Any] | DeltaSpec, example_inputs: Any = None
+) -> Plan:
+    """Say what `compile` would do with these specs on this model, without doing it. Meta weights are enough.
+
+    `example_inputs` are what the model's forward takes (a mapping of keywords, a tuple of arguments, or one tensor). One forward
+    on meta tensors proves that each site is called; a transformers model brings inputs of its own. The model is not changed.
+    Raises DeltaSpecError with all findings of all specs at once.
+
+    >>> print(deltaspec.plan(model, "specs/french.deltaspec.yaml"))
+    """
+    loaded = load_all(specs)
+    table = tabulate(model)
+    return resolve(loaded, table, observe(model, example_inputs))
+
+
+def load_all(specs: Sequence[str | os.PathLike[str] | Mapping[str, Any] | DeltaSpec]) -> tuple[DeltaSpec, ...]:
+    """Load specs. Raises DeltaSpecError with the findings of all of them, TypeError where there is none."""
+    if not specs:
+        raise TypeError("no spec given: pass a path, a dict or a DeltaSpec")
+    loaded, findings = [], []
+    for spec in specs:
+        try:
+            loaded.append(load(spec))
+        except DeltaSpecError as error:
+            findings += error.diagnostics
+    if findings:
+        raise DeltaSpecError(findings)
+    return tuple(loaded)
+
+
+def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observations) -> Plan:
+    """Plan specs on a module table. Raises DeltaSpecError with all findings, in document order."""
+    findings = _repeated_names(specs)
+    deltas: list[PlannedDelta] = []
+    checks: list[str] = []
+    for spec in specs:
+        own, own_findings = [], _contract(spec, table)
+        for index in range(len(spec.deltas)):
+            placer = Placer(spec, index, table, observations, [], [])
+            delta = placer.place()
+            if not placer.findings:  # counts of a delta that is wrong anyway would only be noise
+                met, unmet = delta_checks(spec, index, delta)
+                delta = replace(delta, checks=met)
+                placer.findings += unmet
+            own.append(delta)
+            own_findings += placer.findings
+        met, unmet = spec_checks(spec, own, table, bool(own_findings))
+        checks += met
+        findings += [*own_findings, *unmet]
+        deltas += own
+    findings += _conflicts(specs, deltas)
+    if findings:
+        raise DeltaSpecError(in_order(findings))
+    return Plan(tuple(deltas), tuple(specs), table, tuple(checks), _unproven(deltas, observations))
+
+
+def _contract(spec: DeltaSpec, table: ModuleTable) -> list[Diagnostic]:
+    """Compare the model with the spec's `model`."""
+    findings: list[Diagnostic] = []
+    if spec.model is None:
+        return findings
+    if spec.model.type is not None and spec.model.type != table.model_type:
+        actual = table.model_type or f"a {table.model_class} without a model_type"
+        message = f"this spec is for models of type {spec.model.type!r}, and this one is {actual}"
+        findings.append(spec.diagnostic("DS401", message, ("model", "type"), "take another model, or change `model`"))
+    known = table.rows[0].bases
+    if spec.model.architecture is not None and spec.model.architecture not in known:
+        message = f"this spec is for {spec.model.architecture}, and this model is a {table.model_class}"
+        hint = "load the model with the class that the spec names, or change `model`"
+        findings.append(spec.diagnostic("DS401", message, ("model", "architecture"), hint))
+    return findings
+
+
+def _repeated_names(specs: Sequence[DeltaSpec]) -> list[Diagnostic]:
+    """Several specs share one backbone: their deltas need names of their own."""
+    seen: dict[str, str] = {}
+    findings = []
+    for spec in specs:
+        for index, entry in enumerate(spec.deltas):
+            if entry.name in seen:
+                message = f"the delta name {entry.name!r} is taken by {seen[entry.name]}"
+                path = ("deltas", index, "name")
+                findings.append(spec.diagnostic("DS407", message, path, "rename one of the two deltas"))
+            seen.setdefault(entry.name, spec.name)
+    return findings
+
+
+def _conflicts(specs: Sequence[DeltaSpec], deltas: Sequence[PlannedDelta]) -> list[Diagnostic]:
+    """Find deltas that cannot share a site: a trained copy replaces the weight, so nothing may come before it."""
+    findings = []
+    places = [(spec, index) for spec in specs for index in range(len(spec.deltas))]
+    before: dict[str, list[tuple[PlannedDelta, PlannedSite]]] = {}
+    for (spec, index), delta in zip(places, deltas, strict=True):
+        replaces = methods()[delta.method].promises.weight == "replace"
+        clashes: dict[tuple[str, bool], list[str]] = {}
+        for site in delta.sites if replaces else ():
+            for other, earlier in before.get(site.site.row.fqn, ()):
+                twice = methods()[other.method].promises.weight == "replace"
+                names = {t.name for t in site.tensors} & {t.name for t in earlier.tensors}
+                # Two trained copies of one head may take turns; both at once would silently drop the first.
+                if not twice or (names and other.attached and delta.attached):
+                    clashes.setdefault((other.name, twice), []).append(site.fqn)
+        for (other_name, twice), names_ in clashes.items():
+            path = ("deltas", index, "target") if spec.deltas[index].target else ("deltas", index, "method")
+            where = f"{counted(names_)}: {shown(names_)}"
+            if twice:
+                message = f"deltas {other_name!r} and {delta.name!r} both replace the same parameters ({where})"
+                hint = "take the part out of one of them, or let them take turns: attached: false on one"
+            else:
+                message = f"delta {delta.name!r} replaces weights that delta {other_name!r} before it changes ({where})"
+                hint = f"list {delta.name!r} before {other_name!r}"
+            findings.append(spec.diagnostic("DS408", message, path, hint))
+        for site in delta.sites:
+            before.setdefault(site.site.row.fqn, []).append((delta, site))
+    return findings
+
+
+def _unproven(deltas: Sequence[PlannedDelta], observations: Observations) -> tuple[str, ...]:
+    if observations.ran or not any(delta.sites for delta in deltas):
+        return ()
+    reason = f" ({observations.reason})" if observations.reason else ""
+    return (f"not proven that a forward pass reaches every site{reason}: pass example_inputs",)

@@ -1,0 +1,253 @@
+"""One delta of a spec on one model: its sites, their parameters and tensors, and why any of them cannot be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from deltaspec.diagnostics import Diagnostic, Path
+from deltaspec.folding import fold
+from deltaspec.methods import methods
+from deltaspec.methods._base import Method, MethodParams, Site
+from deltaspec.methods._shapes import CHANNELS_FIRST_NORMS
+from deltaspec.modules import ModuleTable, Row
+from deltaspec.observe import Observations
+from deltaspec.planned import PlannedDelta, PlannedSite
+from deltaspec.select import select
+from deltaspec.selectors import Selector
+from deltaspec.spec import DeltaEntry, DeltaSpec
+
+Place = tuple[Row, str | None]
+"""A module, or one parameter of it."""
+Candidate = tuple[Site, MethodParams, int | None]
+"""A site with its parameters and the override that gave them."""
+
+
+@dataclass(slots=True)
+class Placer:
+    """Finds the sites of one delta, collecting findings and notes on the way."""
+
+    spec: DeltaSpec
+    index: int
+    table: ModuleTable
+    observations: Observations
+    findings: list[Diagnostic]
+    notes: list[str]
+
+    @property
+    def entry(self) -> DeltaEntry:
+        """The delta's entry in the spec."""
+        return self.spec.deltas[self.index]
+
+    @property
+    def method(self) -> Method:
+        """The delta's method."""
+        return methods()[self.entry.method]
+
+    def place(self) -> PlannedDelta:
+        """Plan the delta. Where there are findings, the result holds the sites that could be planned."""
+        entry = self.entry
+        places = self._target()
+        overrides = self._overrides(places)
+        sites = [self._site(place, overrides) for place in places]
+        sites = self._refuse([*sites, *self._tied_places(sites)])
+        planned = tuple(
+            PlannedSite(site, params, self.method.tensors(site, params), override) for site, params, override in sites
+        )
+        self._note_ties(planned)
+        if not planned and not self.findings:
+            self.notes.append("no module matches its optional selectors: this delta is empty")
+        line, _ = self.spec.locate(("deltas", self.index))
+        return PlannedDelta(
+            name=entry.name,
+            method=entry.method,
+            attached=entry.attached,
+            params=entry.params,
+            sites=planned,
+            seed=self.spec.seed,
+            spec=self.spec.name,
+            location=f"{self.spec.name}:{line}" if line else self.spec.name,
+            notes=tuple(self.notes),
+        )
+
+    def _find(self, code: str, message: str, suggestion: str | None, path: Path = ("target",)) -> None:
+        text = f"delta {self.entry.name!r}: {message}"
+        self.findings.append(self.spec.diagnostic(code, text, ("deltas", self.index, *path), suggestion))
+
+    def _target(self) -> list[Place]:
+        if self.entry.target is None:
+            return self._expanded((row, None) for row in self._default_rows())
+        places = self._select(self.entry.target)
+        if not places and not self.findings and not any(s.optional for s in self.entry.target.walk()):
+            self._find("DS405", "its target leaves no module", "`not` takes away everything that the rest selects")
+        return places
+
+    def _default_rows(self) -> list[Row]:
+        wanted = self.method.default_roles
+        rows = [row for row in self.table.rows if not set(wanted).isdisjoint(row.roles)]
+        if not rows:
+            name = self.table.model_type or self.table.model_class
+            if not any(row.roles for row in self.table.rows):
+                message, hint = f"the roles of {name} are not known", "name the modules: target: {path: …}"
+            else:
+                known = sorted({role for row in self.table.rows for role in row.roles})
+                message = f"{name} has none of the default roles of {self.entry.method} ({', '.join(wanted)})"
+                hint = f"give a target; roles here: {', '.join(known)}"
+            self._find("DS350", f"no target is given, and {message}", hint, ("method",))
+        return rows
+
+    def _select(self, selector: Selector) -> list[Place]:
+        matches, findings = select(selector, self.table, self.spec.selectors, self.spec)
+        self.findings += findings
+        return self._expanded((match.row, match.parameter) for match in matches)
+
+    def _expanded(self, places: Iterable[Place]) -> list[Place]:
+        """Put modules with parameters for whole subtrees where the method descends; each place once."""
+        found: dict[tuple[str, str | None], Place] = {}
+        for row, parameter in places:
+            for below in self._below(row) if parameter is None and self.method.descends else (row,):
+                found[below.fqn, parameter] = (below, parameter)
+        if self.method.descends:  # a parameter of a module that is taken whole
+            found = {key: place for key, place in found.items() if key[1] is None or (key[0], None) not in found}
+        order = {row.fqn: number for number, row in enumerate(self.table.rows)}
+        return sorted(found.values(), key=lambda place: (order[place[0].fqn], place[1] or ""))
+
+    def _below(self, row: Row) -> Iterable[Row]:
+        if not row.children:
+            return (row,)
+        # Every name counts: a module shared with another part of the model may have its first name there.
+        rows = [r for r in self.table.rows if r.parameters and any(is_inside(n, row.fqn) for n in (r.fqn, *r.aliases))]
+        return rows or (row,)
+
+    def _overrides(self, places: list[Place]) -> dict[tuple[str, str | None], int]:
+        """Say which override each place gets: the first that matches."""
+        chosen: dict[tuple[str, str | None], int] = {}
+        for number, override in enumerate(self.entry.overrides):
+            before = len(self.findings)
+            matched = {(row.fqn, parameter) for row, parameter in self._select(override.match)}
+            mine = [
+                (row.fqn, parameter)
+                for row, parameter in places
+                if (row.fqn, None) in matched or (row.fqn, parameter) in matched
+            ]
+            fresh = [key for key in mine if key not in chosen]
+            chosen |= dict.fromkeys(fresh, number)
+            if fresh or len(self.findings) > before or not places or override.match.optional:
+                continue
+            message = f"override {number + 1} applies to none of the {len(places)} sites"
+            hint = "an earlier override takes every site it matches; the first match wins, so put it first"
+            if not mine:
+                hint = f"it matches {counted(matched)}; the delta's sites: {shown(name(row, p) for row, p in places)}"
+            self._find("DS406", message, hint, ("overrides", number, "match"))
+        return chosen
+
+    def _site(
+        self, place: Place, overrides: dict[tuple[str, str | None], int]
+    ) -> Candidate:
+        row, parameter = place
+        override = overrides.get((row.fqn, parameter))
+        params = self.entry.params
+        if override is not None:
+            params = self.entry.params_with(self.entry.overrides[override])
+        return self._seen(row, parameter), params, override
+
+    def _seen(self, row: Row, parameter: str | None) -> Site:
+        seen = self.observations.of(row.fqn)
+        in_width, width = _static_widths(row)
+        if seen is None:
+            return Site(row, parameter, in_width, width)
+        in_width = in_width if seen.in_width is None else seen.in_width
+        return Site(row, parameter, in_width, width if seen.width is None else seen.width, seen.host)
+
+    def _tied_places(self, sites: list[Candidate]) -> list[Candidate]:
+        """Add the other places of a tied parameter that the method trains as one tensor (a tensor with a `key`)."""
+        owners = {p.fqn: (row, p.name) for row in self.table.rows for p in row.parameters if p.tied}
+        taken = {(site.row.fqn, site.parameter) for site, _, _ in sites}
+        added = []
+        for site, params, override in sites:
+            if not owners or self.method.refuse(site, params) is not None:
+                continue
+            shared = [t.init.source for t in self.method.tensors(site, params) if t.key is not None]
+            partners = [fqn for p in site.row.parameters if p.fqn in shared for fqn in p.tied]
+            for row, parameter in (owners[fqn] for fqn in partners):
+                if taken.isdisjoint({(row.fqn, None), (row.fqn, parameter)}):
+                    taken.add((row.fqn, parameter))
+                    added.append((self._seen(row, parameter), params, override))
+                    self.notes.append(f"{name(row, parameter)} is tied to {site.fqn} and trained together with it")
+        return added
+
+    def _refuse(
+        self, sites: list[Candidate]
+    ) -> list[Candidate]:
+        """Drop the sites that cannot be, with one finding a reason, not one a layer."""
+        refused: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
+        kept = []
+        for site, params, override in sites:
+            code, reason, hint = self._why_not(site, params)
+            if code:
+                refused.setdefault((code, re.sub(r"\.\d+\b", ".*", reason)), []).append((site.fqn, reason, hint))
+            else:
+                kept.append((site, params, override))
+        for (code, _), group in refused.items():
+            names = shown(fqn for fqn, _, _ in group)
+            self._find(code, f"{group[0][1]} ({counted(group)}: {names})", group[0][2])
+        return kept
+
+    def _why_not(self, site: Site, params: MethodParams) -> tuple[str, str, str]:
+        refusal = self.method.refuse(site, params)
+        if refusal is not None:
+            return "DS402", refusal.reason, refusal.suggestion
+        seen = self.observations.of(site.row.fqn)
+        if seen is not None and site.host is None and not seen.called:
+            reason = f"the forward pass that was tried never reaches this {site.row.type}, so a delta there would do nothing"
+            return "DS403", reason, "leave it out, or pass example_inputs that reach it"
+        if site.host is not None and self.method.promises.weight is None:
+            host = site.host or self.table.model_class
+            reason = f"{host} reads the weights of this {site.row.type} without calling it, so {self.method.name} is bypassed"
+            weighty = [m.name for m in methods().values() if m.promises.weight is not None]
+            return "DS404", reason, f"use a method that changes the weight ({', '.join(weighty)}), or put it on {host}"
+        return "", "", ""
+
+    def _note_ties(self, planned: tuple[PlannedSite, ...]) -> None:
+        if self.method.promises.weight == "replace":
+            return
+        for site in (planned_site.site for planned_site in planned):
+            for parameter in site.row.parameters:
+                if parameter.tied and site.parameter in (None, parameter.name):
+                    others = ", ".join(parameter.tied)
+                    self.notes.append(f"{parameter.fqn} is tied to {others}; the delta changes {site.fqn} only")
+
+
+def is_inside(fqn: str, container: str) -> bool:
+    """Tell whether a name is a module's own or lies below it; everything lies in the root."""
+    return not container or fqn == container or fqn.startswith(container + ".")
+
+
+def name(row: Row, parameter: str | None) -> str:
+    """Name a place."""
+    return Site(row, parameter).fqn
+
+
+def counted(things: Iterable[object], noun: str = "site") -> str:
+    """Write `1 site`, `12 sites`."""
+    number = len(list(things))
+    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def shown(names: Iterable[str], most: int = 3) -> str:
+    """Fold names for a message; the first few patterns, and how many more there are."""
+    patterns = [pattern or "the model itself" for pattern in fold(names)]
+    more = f" and {len(patterns) - most} more" if len(patterns) > most else ""
+    return ", ".join(patterns[:most]) + more
+
+
+def _static_widths(row: Row) -> tuple[int | None, int | None]:
+    """Widths of hidden states that the module itself tells, channels last."""
+    if row.kind in ("linear", "conv1d"):
+        return row.in_features, row.out_features
+    if row.kind == "embedding":
+        return None, row.out_features
+    if row.kind == "norm" and set(row.bases).isdisjoint(CHANNELS_FIRST_NORMS) and row.has_parameter("weight"):
+        return row.shape_of("weight")[-1], row.shape_of("weight")[-1]
+    return None, None
