@@ -14,14 +14,15 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from deltaspec.deltas import RESERVED, Deltas, storage_key
+from deltaspec.deltas import RESERVED, Deltas, attribute_name, storage_key
 from deltaspec.methods import methods
 from deltaspec.methods._base import Form, Site
 from deltaspec.regions import Region, RegionKey, region
 from deltaspec.rewrite import Link
 from deltaspec.substitution import Fold, Lowered, Swapped, stand_in
+from deltaspec.symbolic import SiteNames, compile_graph, copy_graph, rewrite_site
 
 if TYPE_CHECKING:
     from deltaspec.plan import Plan, PlannedSite
@@ -34,6 +35,7 @@ class Visit:
     """One delta at one host module, in the order of the spec."""
 
     delta: str
+    method: str
     planned: PlannedSite
     lowered: bool
     """Works through the host's parameters instead of around its call."""
@@ -54,8 +56,11 @@ class Program:
 class Attachments:
     """The deltas of one backbone clone and the set of them that is attached."""
 
-    def __init__(self, backbone: nn.Module, deltas: Deltas, plan: Plan) -> None:
+    def __init__(self, backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | None = None) -> None:
         self.backbone, self.deltas, self.plan = backbone, deltas, plan
+        self.graph = graph
+        """The whole model's graph under the `symbolic` capture, without deltas."""
+        self._traced = {str(node.target) for node in graph.nodes if node.op == "call_module"} if graph else set()
         self.order = {planned.name: index for index, planned in enumerate(plan.deltas)}
         self.active: tuple[str, ...] = ()
         self._modules = {
@@ -70,7 +75,7 @@ class Attachments:
             for site in planned.sites:
                 lowered = site.site.host is not None or method.lowers(site.site, site.params)
                 host = site.site.row.fqn if site.site.host is None else site.site.host
-                self._visits.setdefault(host, []).append(Visit(planned.name, site, lowered))
+                self._visits.setdefault(host, []).append(Visit(planned.name, planned.method, site, lowered))
                 if host not in self._hosts[planned.name]:
                     self._hosts[planned.name].append(host)
         self._originals = {fqn: module.__dict__.get("forward") for fqn, module in self._modules.items()}
@@ -79,6 +84,10 @@ class Attachments:
         self._programs: dict[tuple[str, ...], Program] = {(): Program([], [], {})}
         self._thawed: list[nn.Parameter] = []
         self._state = BufferGuard(self._modules.values())
+
+    def original_forward(self, fqn: str) -> Forward | None:
+        """Give the instance-level forward that a module of the backbone had before any delta (None: it had none)."""
+        return self._originals.get(fqn)
 
     def activate(self, names: Iterable[str]) -> None:
         """Make exactly these deltas act. `names` are known and may come in any order."""
@@ -122,11 +131,17 @@ class Attachments:
         program = Program([], [], {})
         chosen = set(names)
         hosts = dict.fromkeys(host for name in names for host in self._hosts[name])
+        inline: dict[str, list[Visit]] = {}
         for host in hosts:
             visits = [visit for visit in self._visits[host] if visit.delta in chosen]
+            if host in self._traced and not any(map(_needs_own_region, visits)):
+                inline[host] = visits
+                continue
             forward, built = self._bind(host, visits)
             program.regions[host] = built
             self._write(program, host, forward)
+        if inline:
+            self._bind_root(program, inline)
         for fqn in self._statistics if names else ():
             if fqn not in hosts:
                 self._write(program, fqn, FrozenStatistics(self._modules[fqn]))
@@ -137,6 +152,40 @@ class Attachments:
         program.writes.append((attributes, forward))
         program.undo.append((attributes, self._originals[fqn]))
 
+    def _bind_root(self, program: Program, inline: dict[str, list[Visit]]) -> None:
+        """Rewrite the whole model's graph at these sites and make it the backbone's forward."""
+        assert self.graph is not None
+        graph = copy_graph(self.graph)
+        for node in [n for n in graph.nodes if n.op == "call_module" and n.target in inline]:
+            visits = inline[str(node.target)]
+            links, names = [], []
+            for visit in visits:
+                link, _, _ = self._link(visit, self._modules[str(node.target)])
+                links.append(link)
+                names.append(self._site_names(visit))
+            rewrite_site(graph, node, tuple(links), tuple(names), opaque=visits[0].planned.site.kind == "other")
+        function, code = compile_graph(graph)
+        program.regions[""] = Region(None, graph, code, function, ())
+        self._write(program, "", MethodType(function, self.backbone))
+
+    def _site_names(self, visit: Visit) -> SiteNames:
+        prefix = f"{RESERVED}.{visit.delta}."
+        tensors = {
+            spec.name: prefix + attribute_name(storage_key(visit.planned.site.row.fqn, spec)) for spec in visit.planned.tensors
+        }
+        probability = getattr(visit.planned.params, "dropout", 0)
+        dropout = prefix + self.deltas[visit.delta].dropout_name(probability) if probability else None
+        return SiteNames(tensors, dropout)
+
+    def _link(self, visit: Visit, module: nn.Module) -> tuple[Link, list[Tensor], list[Any]]:
+        """Give one delta's link at a host: (link, its tensors, its dropout if it has any)."""
+        planned, delta = visit.planned, self.deltas[visit.delta]
+        names = tuple(spec.name for spec in planned.tensors)
+        tensors = [delta.tensor(storage_key(planned.site.row.fqn, spec)) for spec in planned.tensors]
+        link = Link(visit.method, planned.params, form_of(planned.site, names), _compute(tensors, module))
+        probability = getattr(planned.params, "dropout", 0)
+        return link, tensors, [delta.dropout(probability)] if probability else []
+
     def _bind(self, host: str, visits: list[Visit]) -> tuple[Forward, Region]:
         """Build the forward of one host under the given deltas: its region's function, bound to base and tensors."""
         module = self._modules[host]
@@ -144,19 +193,15 @@ class Attachments:
         links: list[Link] = []
         bound: list[Any] = []
         for visit in visits:
-            planned, delta = visit.planned, self.deltas[visit.delta]
-            names = tuple(spec.name for spec in planned.tensors)
-            tensors = [delta.tensor(storage_key(planned.site.row.fqn, spec)) for spec in planned.tensors]
+            link, tensors, dropout = self._link(visit, module)
             if visit.lowered:
-                path = planned.site.row.fqn.removeprefix(host).removeprefix(".")
+                path = visit.planned.site.row.fqn.removeprefix(host).removeprefix(".")
                 segments = tuple(path.split(".")) if path else ()
-                folds.append(Fold(segments, planned.method, planned.params, planned.site, names))
+                folds.append(Fold(segments, link.method, link.params, visit.planned.site, link.form.tensors))
                 leading += tensors
-                continue
-            links.append(Link(planned.method, planned.params, form_of(planned.site, names), _compute(tensors, module)))
-            bound += tensors
-            if probability := getattr(planned.params, "dropout", 0):
-                bound.append(delta.dropout(probability))
+            else:
+                links.append(link)
+                bound += [*tensors, *dropout]
         argument, hidden = call_form(type(module), module_kind=visits[0].planned.site.kind)
         built = region(RegionKey(tuple(links), argument, hidden, len(leading)))
         frozen = host in self._statistics and not _owns_statistics(visits)
@@ -261,6 +306,10 @@ def _compute(tensors: list[Tensor], module: nn.Module) -> str | None:
     own = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     delta = next((t.dtype for t in tensors if t.is_floating_point()), None)
     return None if own is None or delta is None or own == delta else str(delta).removeprefix("torch.")
+
+
+def _needs_own_region(visit: Visit) -> bool:
+    return visit.lowered or methods()[visit.method].substitutes(visit.planned.site, visit.planned.params)
 
 
 def _tracks_statistics(module: nn.Module) -> bool:

@@ -57,13 +57,18 @@ class Delta(nn.Module):
 
     def dropout(self, probability: float) -> nn.Dropout:
         """Give the delta's dropout of this probability; it follows the model's training mode."""
-        name = "dropout_" + repr(probability).replace(".", "_").replace("-", "_")
+        name = self.dropout_name(probability)
         module = self._modules.get(name)
         if module is None:
             module = nn.Dropout(probability).train(self.training)
             self._modules[name] = module
         assert isinstance(module, nn.Dropout)
         return module
+
+    @staticmethod
+    def dropout_name(probability: float) -> str:
+        """Give the name of the submodule that is dropout of this probability."""
+        return "dropout_" + repr(probability).replace(".", "_").replace("-", "_")
 
     def extra_repr(self) -> str:
         """Say what is inside; the tensors' names are in `state_dict`."""

@@ -38,7 +38,8 @@ class RegionKey:
 class Region:
     """One fx graph and the function generated from it."""
 
-    key: RegionKey
+    key: RegionKey | None
+    """None for the region of a whole model."""
     graph: fx.Graph
     code: str
     function: Callable[..., Any]
@@ -50,7 +51,7 @@ class _LiftedCodeGen(CodeGen):
     """Generates a plain function: the host and dropout are arguments, not attributes of a `self`."""
 
     def gen_fn_def(self, free_vars: list[str], *args: Any, **kwargs: Any) -> str:
-        return super().gen_fn_def([v for v in free_vars if v != "self"], *args, **kwargs)
+        return super().gen_fn_def(free_vars, *args, **kwargs).replace("(self, ", "(", 1)
 
 
 def _lift(lines: list[str]) -> list[str]:

@@ -7,8 +7,8 @@ flags are always current. Dynamo and torch.export trace through it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,6 +58,17 @@ class Fold:
     """The delta's tensors, in the order they come in the call."""
 
 
+class Own:
+    """A delta's tensors at one site, as attributes (what `Method.fold` sees as `t`)."""
+
+    def __init__(self, names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:
+        for index, name in enumerate(names):
+            setattr(self, name, tensors[index])
+
+    def __getattr__(self, name: str) -> Tensor:
+        raise AttributeError(f"the delta has no tensor {name!r} here")
+
+
 class Lowered:
     """The host's own forward, its parameters computed from the backbone's and the deltas' tensors at each call.
 
@@ -74,9 +85,8 @@ class Lowered:
         folded: dict[tuple[str, ...], dict[str, Tensor]] = {}
         start = 0
         for fold in self.folds:
-            stop = start + len(fold.names)
-            own = SimpleNamespace(**dict(zip(fold.names, tensors[start:stop], strict=True)))
-            start = stop
+            own = Own(fold.names, tensors[start:])
+            start += len(fold.names)
             folded[fold.path] = {
                 **folded.get(fold.path, {}),
                 **fold_into(_at(self.host, fold.path), fold, own, folded.get(fold.path, {})),

@@ -1,0 +1,258 @@
+"""The compiled model: a transformed GraphModule over a clone of the backbone, whose deltas attach and detach."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from deltaspec.attach import Attachments
+from deltaspec.capture import Entry, root_graph
+from deltaspec.clone import clone
+from deltaspec.deltas import RESERVED, Delta, Deltas, build_delta
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic, closest
+from deltaspec.symbolic import trace
+
+if TYPE_CHECKING:
+    from deltaspec.plan import Plan
+    from deltaspec.regions import Region
+
+
+class UnknownDeltaError(DeltaSpecError, KeyError):
+    """A name that is not the name of a delta of this model."""
+
+
+class _Restore:
+    """What `only` and `detached` give: nothing to do with, or a context that puts the active set back at its end."""
+
+    def __init__(self, attachments: Attachments, before: tuple[str, ...]) -> None:
+        self._attachments, self._before = attachments, before
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._attachments.activate(self._before)
+
+
+class CompiledModel(torch.fx.GraphModule):
+    """A backbone with its deltas. Made by `deltaspec.compile`.
+
+    Call it as the backbone is called. Attributes that it does not have itself (`config`, `generate`, `device` …) are the backbone's.
+    """
+
+    def __init__(self, backbone: nn.Module, attachments: Attachments, capture: str, capture_reason: str) -> None:
+        graph, through_entry = root_graph(backbone)
+        root: dict[str, Any] = {"backbone": backbone}
+        if through_entry:
+            root["entry"] = Entry(backbone)
+        super().__init__(root, graph, class_name="CompiledModel")
+        if through_entry:
+            # The graph calls `entry` only, so GraphModule took only that; the keys are to be the backbone's.
+            self.add_module("backbone", backbone)
+        self.training = backbone.training
+        self.__dict__["_attachments"] = attachments
+        self.__dict__["capture"] = capture
+        self.__dict__["capture_reason"] = capture_reason
+
+    # What there is
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that this model was compiled from."""
+        return self._attachments.plan
+
+    @property
+    def attached(self) -> tuple[str, ...]:
+        """Names of the attached deltas, in the order in which they apply."""
+        return self._attachments.active
+
+    @property
+    def deltas(self) -> Mapping[str, Delta]:
+        """All deltas by name, attached or not."""
+        return MappingProxyType(self._attachments.deltas._modules)  # type: ignore[arg-type]
+
+    @property
+    def regions(self) -> Mapping[str, Region]:
+        """The rewritten regions of the active set, by the FQN of the module each belongs to ("": the whole model)."""
+        return MappingProxyType(self._attachments.program(self.attached).regions)
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that training would change now: those of the attached deltas."""
+        for name in self.attached:
+            yield from (p for p in self.deltas[name].parameters() if p.requires_grad)
+
+    # Attach and detach
+
+    def attach(self, *names: str) -> Self:
+        """Attach deltas by name, or all; attached ones stay. Raises UnknownDeltaError."""
+        self._attachments.activate((*self.attached, *self._known(names)))
+        return self
+
+    def detach(self, *names: str) -> Self:
+        """Detach deltas by name, or all; detached ones stay so. Raises UnknownDeltaError."""
+        gone = set(self._known(names))
+        self._attachments.activate(name for name in self.attached if name not in gone)
+        return self
+
+    def only(self, *names: str) -> _Restore:
+        """Attach exactly these deltas, at once; used in a `with`, what was attached before comes back, on an error too."""
+        before = self.attached
+        self._attachments.activate(self._known(names) if names else ())
+        return _Restore(self._attachments, before)
+
+    def detached(self) -> _Restore:
+        """Detach all deltas, at once; used in a `with`, what was attached before comes back, on an error too."""
+        return self.only()
+
+    def _known(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        known = self._attachments.order
+        if unknown := [name for name in names if name not in known]:
+            raise UnknownDeltaError([_unknown_delta(name, tuple(known)) for name in unknown])
+        return names or tuple(known)
+
+    # Files and other forms
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write every delta (safetensors, resolved spec, lock) to a directory; see `deltaspec.store`."""
+        from deltaspec.store import save
+
+        save(self, directory)
+
+    def load(self, directory: str | PathLike[str]) -> Self:
+        """Read the tensors of saved deltas into this model; see `deltaspec.store`. All or nothing."""
+        from deltaspec.store import load
+
+        load(self, directory)
+        return self
+
+    def merge(self, *names: str) -> nn.Module:
+        """Give a new plain model of the original class with these deltas (or all attached ones) folded into its weights."""
+        from deltaspec.merge import merge
+
+        return merge(self._attachments, self._known(names) if names else self.attached)
+
+    def export(self, *args: Any, **options: Any) -> torch.export.ExportedProgram:
+        """Export the model with its attached deltas: `torch.export.export(self.backbone, …)`, same arguments."""
+        return torch.export.export(self.backbone, *args, **options)
+
+    # Being a module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if "backbone" not in modules:
+                raise
+            return getattr(modules["backbone"], name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        backbone = copy.deepcopy(self.backbone, memo)
+        twin = CompiledModel(backbone, backbone.get_submodule(RESERVED).attachments, self.capture, self.capture_reason)
+        memo[id(self)] = twin
+        twin._copy_own_state(self, memo)
+        return twin
+
+    def _copy_own_state(self, other: CompiledModel, memo: dict[int, Any]) -> None:
+        """Carry over what users put on the root itself: hooks and its training flag."""
+        self.training = other.training
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs"):
+            self.__dict__[name] = copy.deepcopy(other.__dict__[name], memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the backbone without its installed forwards; they are built anew when it is loaded."""
+        attachments = self._attachments
+        twin = clone(self.backbone, replace={id(attachments): None})
+        for fqn, module in twin.named_modules():
+            module.__dict__.pop("forward", None)
+            original = attachments.original_forward(fqn)
+            if original is not None:
+                raise DeltaSpecError(
+                    [
+                        Diagnostic(
+                            "DS433",
+                            f"{fqn or 'the model'} has a forward of its own (a hook of another library), which cannot be pickled",
+                            suggestion="remove the hook (accelerate: remove_hook_from_module) first, or use c.save(dir)",
+                        )
+                    ]
+                )
+        return _rebuild, (twin, attachments.plan, self.attached, self.capture, self.capture_reason, self.training)
+
+
+def _rebuild(
+    backbone: nn.Module, plan: Plan, attached: tuple[str, ...], capture: str, capture_reason: str, training: bool
+) -> CompiledModel:
+    deltas = backbone.get_submodule(RESERVED)
+    assert isinstance(deltas, Deltas)
+    compiled = _assemble(backbone, deltas, plan, capture, capture_reason)
+    compiled.training = training
+    compiled._attachments.activate(attached)
+    return compiled
+
+
+def _assemble(backbone: nn.Module, deltas: Deltas, plan: Plan, capture: str, reason: str) -> CompiledModel:
+    graph = None
+    if capture == "symbolic":
+        graph, reason = trace(backbone, {site.site.row.fqn for delta in plan.deltas for site in delta.sites})
+        assert graph is not None, reason
+    attachments = Attachments(backbone, deltas, plan, graph)
+    deltas.attachments = attachments
+    return CompiledModel(backbone, attachments, capture, reason)
+
+
+def compile_model(model: nn.Module, plan: Plan, capture: str = "auto") -> CompiledModel:
+    """Compile a valid plan onto a clone of the model it was made for."""
+    _refuse_unusable(model, capture)
+    backbone = clone(model)
+    reason = "asked for"
+    if capture != "modules":
+        graph, why = trace(backbone, {site.site.row.fqn for delta in plan.deltas for site in delta.sites})
+        if graph is None and capture == "symbolic":
+            raise DeltaSpecError(
+                [
+                    Diagnostic(
+                        "DS432",
+                        f"{type(model).__name__} cannot be captured as symbolic: {why}",
+                        suggestion='use capture="modules" (or "auto"), which runs the model\'s own code',
+                    )
+                ]
+            )
+        if capture == "auto":
+            capture, reason = ("modules" if graph is None else "symbolic"), why
+    deltas = Deltas()
+    for planned in plan.deltas:
+        deltas.add(build_delta(planned, planned.seed, backbone))
+    deltas.train(model.training)
+    backbone._modules[RESERVED] = deltas
+    compiled = _assemble(backbone, deltas, plan, capture, reason)
+    compiled._attachments.activate(planned.name for planned in plan.deltas if planned.attached)
+    return compiled
+
+
+def _refuse_unusable(model: nn.Module, capture: str) -> None:
+    if capture not in ("auto", "modules", "symbolic"):
+        raise ValueError(f"capture is 'auto', 'modules' or 'symbolic', not {capture!r}")
+    if isinstance(model, CompiledModel) or hasattr(model, RESERVED):
+        raise DeltaSpecError(
+            [
+                Diagnostic(
+                    "DS431",
+                    f"{type(model).__name__} already has a part named {RESERVED!r}: it is compiled already",
+                    suggestion="compile the original model with all specs at once: compile(model, spec_a, spec_b)",
+                )
+            ]
+        )
+
+
+def _unknown_delta(name: str, known: tuple[str, ...]) -> Diagnostic:
+    near = closest(name, known)
+    hint = f"did you mean {near!r}? " if near else ""
+    return Diagnostic("DS434", f"no delta is named {name!r}", suggestion=f"{hint}known: {', '.join(known) or 'none'}")
