@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from deltaspec.roles import RoleMap, role_maps
+from deltaspec.roles import RoleMap, role_map
 
 # A module shared at n levels has exponentially many names; nobody asks for the rest.
 _MOST_NAMES = 1024
@@ -41,7 +41,7 @@ def walk(model: nn.Module) -> tuple[list[Node], list[str], set[str]]:
             return
         own_type = model_type_of(module.__dict__.get("config"))
         if own_type is not None and own_type != model_type:  # part of a composite has roles of its own
-            model_type, roles = own_type, role_maps().get(own_type)
+            model_type, roles = own_type, role_map(own_type)
             if own_type not in model_types:
                 model_types.append(own_type)
             if roles is not None:
@@ -64,7 +64,7 @@ def walk(model: nn.Module) -> tuple[list[Node], list[str], set[str]]:
         above.remove(id(module))
 
     root_type = model_type_of(getattr(model, "config", None))
-    visit("", model, None, None if root_type is None else role_maps().get(root_type), None, None)
+    visit("", model, None, None if root_type is None else role_map(root_type), None, None)
     return list(nodes.values()), model_types, maps
 
 

@@ -5,44 +5,29 @@ further `config.model_type`s laid out the same. A glob is matched against a modu
 one segment, `**` any number of them, none included), so `**.layers.*.self_attn.q_proj` serves the bare model and
 every headed one. `norm.attn` implies `norm`; `attn.q` does not imply `attn`. A role that an architecture fuses is
 named as such (`attn.qkv`). Adding an architecture is adding its file. Nothing here imports torch.
+
+`embed` are embedding tables and patch projections, `block` one layer, `attn` the whole attention module, `mlp` the
+feed-forward module or, where a model has none, its output projection, `norm` every normalisation outside of heads,
+`expert` a module that holds experts, `head` the outermost modules after the backbone.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-_PROJECTIONS = ("q", "k", "v", "o", "kv", "qkv")
-ROLES: tuple[str, ...] = (
-    "embed",
-    "block",
-    "attn",
-    *(f"attn.{part}" for part in _PROJECTIONS),
-    "cross_attn",
-    *(f"cross_attn.{part}" for part in _PROJECTIONS),
-    "mlp",
-    "mlp.up",
-    "mlp.gate",
-    "mlp.gate_up",
-    "mlp.down",
-    "norm",
-    "norm.attn",
-    "norm.mlp",
-    "norm.final",
-    "expert",
-    "head",
-)
-"""The closed vocabulary: `embed` are embedding tables and patch projections, `block` one layer, `attn` the whole
-attention module, `mlp` the feed-forward module or, where a model has none, its output projection, `expert` a module
-holding experts, `head` the outermost modules after the backbone."""
+from deltaspec.patterns import Pattern, compile_glob, fullmatch
+from deltaspec.selectors import ROLES
 
 _FUSED = {
-    **{"q": ("qkv",), "k": ("kv", "qkv"), "v": ("kv", "qkv"), "kv": ("qkv",)},
-    **{"up": ("gate_up",), "gate": ("gate_up",)},
+    "qkv": ("q", "k", "v", "kv"),
+    "kv": ("k", "v"),
+    "gate_up": ("gate", "up"),
 }
+"""Which parts one fused projection may hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +37,45 @@ class RoleMap:
     model_type: str
     patterns: dict[str, tuple[str, ...]]
     """Role -> globs."""
-    _by_tail: dict[str, list[tuple[str, re.Pattern[str]]]] = field(repr=False, compare=False)
-    """Last segment -> (role, compiled glob); `*` for globs that end in a wildcard."""
 
     def roles_of(self, fqn: str) -> tuple[str, ...]:
         """Give the roles of a module by its name, in the vocabulary's order."""
+        by_tail = _by_tail(self.model_type)
         found = set()
         for tail in (fqn.rpartition(".")[2], "*"):
-            for role, pattern in self._by_tail.get(tail, ()):
-                if pattern.fullmatch(fqn):
+            for role, pattern in by_tail.get(tail, ()):
+                if fullmatch(pattern, fqn):
                     found.add(role)
                     if role.startswith("norm."):
                         found.add("norm")
         return tuple(sorted(found, key=ROLES.index)) if len(found) > 1 else tuple(found)
 
 
+def role_map(model_type: str) -> RoleMap | None:
+    """Give the role map of a model type; None where there is none."""
+    return _role_maps().get(model_type)
+
+
+def architectures() -> tuple[str, ...]:
+    """Give the model types whose roles are known, sorted."""
+    return tuple(_role_maps())
+
+
+def fused_role(role: str, present: Collection[str]) -> str | None:
+    """Give the present role in which a model fuses this one (`attn.q` -> `attn.qkv`); None where it does not."""
+    family, _, part = role.rpartition(".")
+    wholes = (f"{family}.{whole}" for whole, parts in _FUSED.items() if part in parts)
+    return next((whole for whole in wholes if whole in present), None)
+
+
+def fused_parts(role: str) -> str:
+    """Say what a fused role holds: `q, k and v`."""
+    *parts, last = (part for part in _FUSED[role.rpartition(".")[2]] if part != "kv")
+    return f"{', '.join(parts)} and {last}"
+
+
 @cache
-def role_maps() -> dict[str, RoleMap]:
-    """Give every role map by model type, aliases included, sorted."""
+def _role_maps() -> dict[str, RoleMap]:
     found: dict[str, RoleMap] = {}
     for file in files(__package__).iterdir():
         if not file.name.endswith(".json"):
@@ -78,27 +84,18 @@ def role_maps() -> dict[str, RoleMap]:
         patterns = {role: tuple(globs) for role, globs in data["roles"].items()}
         if unknown := set(patterns).difference(ROLES):
             raise ValueError(f"{file.name}: {', '.join(sorted(unknown))} is no role of the vocabulary")
-        by_tail: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-        for role, globs in patterns.items():
-            for glob in globs:
-                by_tail.setdefault(glob.rpartition(".")[2], []).append((role, _compile(glob)))
-        role_map = RoleMap(data["model_type"], patterns, by_tail)
         for name in (data["model_type"], *data.get("aliases", ())):
             if name in found:
                 raise ValueError(f"{file.name}: {name} already has the roles of {found[name].model_type}")
-            found[name] = role_map
+            found[name] = RoleMap(data["model_type"], patterns)
     return dict(sorted(found.items()))
 
 
-def fused_role(role: str, present: set[str]) -> str | None:
-    """Give the present role in which a model fuses this one (`attn.q` -> `attn.qkv`); None where it does not."""
-    family, _, part = role.rpartition(".")
-    return next((f"{family}.{whole}" for whole in _FUSED.get(part, ()) if f"{family}.{whole}" in present), None)
-
-
-def _compile(glob: str) -> re.Pattern[str]:
-    # These globs are our own data, so plain `re` without a time budget is safe and fast.
-    pieces = []
-    for segment in glob.split("."):
-        pieces.append(r"(?:[^.]+\.)*" if segment == "**" else re.escape(segment).replace(r"\*", "[^.]*") + r"\.")
-    return re.compile("".join(pieces).removesuffix(r"\."))
+@cache
+def _by_tail(model_type: str) -> dict[str, list[tuple[str, Pattern]]]:
+    """Group an architecture's globs by their last segment, so that a name meets only the few it may match."""
+    found: dict[str, list[tuple[str, Pattern]]] = {}
+    for role, globs in _role_maps()[model_type].patterns.items():
+        for glob in globs:
+            found.setdefault(glob.rpartition(".")[2], []).append((role, compile_glob(glob)))
+    return found
