@@ -48,7 +48,7 @@ CODES: dict[str, str] = {
     "DS220": "too many findings",
     "DS221": "schema file out of date",
 }
-"""Every code there is, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation and files."""
+"""Every code there is, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""
 
 
 @dataclass(frozen=True, slots=True)

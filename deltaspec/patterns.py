@@ -67,7 +67,9 @@ def compile_glob(text: str) -> Pattern:
         if "**" in segment and segment != "**":
             near = re.sub(r"\*\*+", "*", segment)
             wide = segment.lstrip("*") if segment.startswith("**") else near
-            raise PatternError(f"** must be a whole segment, not a part of {segment}", f"write {near}, or **.{wide or near}")
+            raise PatternError(
+                f"** must be a whole segment, not a part of {segment}", f"write {near}, or **.{wide or near}"
+            )
     # After a `**` the earliest place where the next segments fit is as good as any later one, so what comes before the
     # next `**` is an atomic group, tried once. The last run is anchored at the end. The same holds within a segment.
     runs: list[list[str]] = [[]]
@@ -123,7 +125,9 @@ def _check_text(text: str) -> None:
     if not text:
         raise PatternError("it is empty")
     if len(text) > MAX_PATTERN:
-        raise PatternError(f"it has {len(text)} characters; at most {MAX_PATTERN} are allowed", "use a list of patterns")
+        raise PatternError(
+            f"it has {len(text)} characters; at most {MAX_PATTERN} are allowed", "use a list of patterns"
+        )
 
 
 def _match(compiled: Any, name: str, seconds: float) -> bool:

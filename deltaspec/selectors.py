@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
 from deltaspec.diagnostics import Path
@@ -16,7 +16,7 @@ ROLES: tuple[str, ...] = (
     "attn",
     *(f"attn.{part}" for part in ("q", "k", "v", "o", "qkv")),
     "cross_attn",
-    *(f"cross_attn.{part}" for part in ("q", "k", "v", "o", "qkv")),
+    *(f"cross_attn.{part}" for part in ("q", "k", "v", "o", "kv", "qkv")),
     "mlp",
     *(f"mlp.{part}" for part in ("up", "gate", "down", "gate_up")),
     "norm",
@@ -26,7 +26,33 @@ ROLES: tuple[str, ...] = (
 )
 """The closed vocabulary of roles."""
 
-Text = Annotated[str, Field(min_length=1, max_length=500)]
+NAME = "^[A-Za-z][A-Za-z0-9_-]{0,63}$"
+"""Names of deltas and of selectors."""
+
+
+def _some(item: dict[str, Any]) -> WithJsonSchema:
+    """Describe how a document writes alternatives: one of them, or a list."""
+    single = {key: value for key, value in item.items() if key != "type"}
+    return WithJsonSchema({"type": ["string", "array"], **single, "items": item, "minItems": 1})
+
+
+Texts = Annotated[tuple[str, ...], _some({"type": "string", "minLength": 1, "maxLength": 500})]
+Roles = Annotated[
+    tuple[str, ...],
+    WithJsonSchema(
+        {
+            "type": ["string", "array"],
+            "if": {"type": "string"},
+            "then": {"enum": list(ROLES)},
+            "items": {"enum": list(ROLES)},
+            "minItems": 1,
+        }
+    ),
+]
+Width = Annotated[
+    int | str | None,
+    WithJsonSchema({"type": ["integer", "string"], "minimum": 1, "pattern": "^(>=|<=|==|!=|>|<) ?[0-9]{1,12}$"}),
+]
 Index = Annotated[int, Field(ge=0, le=100_000)]
 Positive = Annotated[int, Field(ge=1, le=100_000)]
 
@@ -47,6 +73,14 @@ class Part(BaseModel):
 class Layers(Part):
     """Repeated layers, by their index in their stack. All keys given must hold."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "type": ["object", "array"],
+            "minProperties": 1,
+            "items": {"type": "integer", "minimum": 0, "maximum": 100_000},
+            "minItems": 1,
+        }
+    )
     from_: Index | None = Field(None, alias="from")
     """First layer, counted from 0."""
     to: Index | None = None
@@ -64,34 +98,44 @@ class Layers(Part):
 class Shape(Part):
     """Widths of a module: a number, or a comparison such as `>=4096`."""
 
-    in_: int | str | None = Field(None, alias="in")
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+    in_: Width = Field(None, alias="in")
     """Input width: in_features of a Linear, rows of an Embedding, input channels of a convolution."""
-    out: int | str | None = None
+    out: Width = None
     """Output width: out_features of a Linear, row width of an Embedding, output channels of a convolution."""
 
 
 class Selector(Part):
     """Modules (or parameters) of a model. Keys AND, lists OR. A plain string is a `path`, a list is an `any`."""
 
-    path: tuple[str, ...] = ()
+    model_config = ConfigDict(
+        json_schema_extra={
+            "type": ["string", "array", "object"],
+            "minLength": 1,
+            "maxLength": 500,
+            "minItems": 1,
+            "minProperties": 1,
+        }
+    )
+    path: Texts = ()
     """Glob on the module's full name: `*` within one segment, `**` any number of segments. A list means any of them."""
-    regex: tuple[str, ...] = ()
+    regex: Texts = ()
     """Regular expression that the module's whole full name must match. A list means any of them."""
-    type: tuple[str, ...] = ()
+    type: Texts = ()
     """Class name of the module, or of any of its base classes. A list means any of them."""
-    role: tuple[str, ...] = ()
+    role: Roles = ()
     """What the module does in its architecture, whatever its name. A list means any of them."""
     layers: Layers | None = None
     """Layers it lies in: a mapping, or a list of indices."""
     shape: Shape | None = None
     """Widths of the module."""
-    parameter: tuple[str, ...] = ()
-    """Own name of a parameter, such as `weight`: selects the parameter instead of its module. A list means any of them."""
-    ref: str | None = None
+    parameter: Texts = ()
+    """Own name of a parameter, such as `weight`: selects the parameter, not its module. A list means any of them."""
+    ref: Annotated[str, Field(min_length=1)] | None = None
     """Name of a selector under the document's `selectors`."""
-    any_of: tuple[Selector, ...] = Field((), alias="any")
+    any_of: tuple[Selector, ...] = Field((), alias="any", json_schema_extra={"minItems": 1})
     """At least one of these must hold."""
-    all_of: tuple[Selector, ...] = Field((), alias="all")
+    all_of: tuple[Selector, ...] = Field((), alias="all", json_schema_extra={"minItems": 1})
     """All of these must hold."""
     none_of: Selector | None = Field(None, alias="not")
     """This must not hold."""
@@ -152,29 +196,3 @@ def canonical(data: Any, location: Path) -> dict[str, Any]:
             layers["only"] = tuple(layers["only"])
         result["layers"] = layers
     return result
-
-
-def reference_cycles(selectors: Mapping[str, Selector]) -> list[tuple[str, ...]]:
-    """Find the circles among named selectors: each as the names along it, from the first in document order."""
-    references = {
-        name: [s.ref for s in selector.walk() if s.ref in selectors] for name, selector in selectors.items()
-    }
-    cycles: list[tuple[str, ...]] = []
-    done: set[str] = set()
-    for start in references:
-        trail: dict[str, Iterator[str | None]] = {}
-        current: str | None = start
-        while current is not None:
-            if current in trail:
-                names = tuple(trail)
-                cycles.append(names[names.index(current) :])
-            elif current not in done:
-                trail[current] = iter(references[current])
-            current = None
-            while trail and current is None:
-                last = next(reversed(trail))
-                current = next(trail[last], None)
-                if current is None:
-                    done.add(last)
-                    del trail[last]
-    return cycles

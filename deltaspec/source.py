@@ -62,7 +62,9 @@ def read(path: str | os.PathLike[str]) -> Document:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         long_text = "\n" in name or len(name) > 1000
         hint = "this looks like the text of a spec: pass a file name or a dict" if long_text else None
-        raise DeltaSpecError([Diagnostic("DS101", f"cannot read: {reason}", printable(name), suggestion=hint)]) from None
+        raise DeltaSpecError(
+            [Diagnostic("DS101", f"cannot read: {reason}", printable(name), suggestion=hint)]
+        ) from None
     if len(content) > MAX_BYTES:
         raise DeltaSpecError([_too_large(printable(name))])
     return from_text(_decode(content, printable(name)), printable(name))

@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import cached_property
 from hashlib import sha256
 from json import dumps
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, SerializeAsAny
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import ConfigDict, Field, PrivateAttr, SerializeAsAny, WithJsonSchema
 
-from deltaspec.diagnostics import DeltaSpecError, Diagnostic, Path
-from deltaspec.methods._base import MethodParams
-from deltaspec.selectors import Part, Selector, canonical
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic, Path, in_order
+from deltaspec.methods import builtin_methods, methods
+from deltaspec.methods._base import Method, MethodParams
+from deltaspec.reading import MAX_FINDINGS
+from deltaspec.selectors import NAME, Part, Selector, canonical
 from deltaspec.source import Document, from_data, read
 
-VERSION = 1
+Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class ModelContract(Part):
     """What the backbone must be; another one is an error."""
 
-    type: str | None = None
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+    type: Name | None = None
     """`model_type` of the transformers configuration, such as `bert`."""
-    architecture: str | None = None
+    architecture: Name | None = None
     """Class name of the model, such as `BertForSequenceClassification`."""
 
 
 class Count(Part):
-    """Bounds of a count, both included."""
+    """Bounds of a count, both included. A plain number means exactly that many."""
 
+    model_config = ConfigDict(json_schema_extra={"type": ["integer", "object"], "minimum": 0, "minProperties": 1})
     min: int | None = Field(None, ge=0)
     """At least this many."""
     max: int | None = Field(None, ge=0)
@@ -59,7 +61,7 @@ class Expect(Part):
 
     trainable: Trainable | None = None
     """Number of trainable values of all deltas: a number, or bounds."""
-    untouched: tuple[Selector, ...] = ()
+    untouched: tuple[Selector, ...] = Field((), json_schema_extra={"minItems": 1})
     """Selectors of modules that no delta may change."""
 
 
@@ -68,18 +70,20 @@ class Override(Part):
 
     match: Selector
     """The sites; the first override that matches a site wins."""
-    params: dict[str, Any]
+    params: Annotated[dict[str, Any], WithJsonSchema({"type": "object", "minProperties": 1})]
     """Parameters of the method that differ here; the others stay as the delta has them."""
 
 
 class DeltaEntry(Part):
     """One delta of a spec."""
 
-    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")
+    name: str = Field(pattern=NAME)
     """Name of the delta: letters, digits, `-` and `_`, the first one a letter."""
     method: str
     """Delta-tuning method."""
-    params: SerializeAsAny[MethodParams]
+    params: Annotated[SerializeAsAny[MethodParams], WithJsonSchema({"type": "object"})] = Field(
+        default_factory=MethodParams
+    )
     """Parameters of the method."""
     target: Selector | None = None
     """Where it goes; left out, the method's own default roles."""
@@ -99,15 +103,15 @@ class DeltaEntry(Part):
 class DeltaSpec(Part):
     """A set of deltas for one backbone."""
 
-    version: int = Field(VERSION, alias="deltaspec")
+    version: Literal[1] = Field(alias="deltaspec")
     """Version of the format."""
     model: ModelContract | None = None
     """What the backbone must be."""
     seed: int = Field(0, ge=0, lt=1 << 63)
     """Seed of the initial delta weights."""
-    selectors: dict[str, Selector] = Field(default_factory=dict)
+    selectors: dict[str, Selector] = Field(default_factory=dict, json_schema_extra={"propertyNames": {"pattern": NAME}})
     """Named selectors, used with `ref`."""
-    deltas: tuple[DeltaEntry, ...]
+    deltas: tuple[DeltaEntry, ...] = Field(min_length=1)
     """The deltas, in the order in which they apply."""
     expect: Expect | None = None
     """What the plan must come to."""
@@ -145,7 +149,7 @@ class DeltaSpec(Part):
             }
         )
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """SHA-256 of the resolved spec as canonical JSON, in hexadecimal."""
         return sha256(dumps(self.to_data(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -177,20 +181,52 @@ def validate(spec: str | os.PathLike[str] | Mapping[str, Any] | DeltaSpec) -> li
 
 def parse(document: Document) -> DeltaSpec:
     """Validate a document. Raises DeltaSpecError with all findings."""
-    from deltaspec.methods import methods
+    # Imported here: these modules are built on this one.
+    from deltaspec.checks import check
+    from deltaspec.gate import gate
+    from deltaspec.migrate import check_version, migrate
 
-    data = document.data
+    findings = check_version(document)
+    if any(d.code == "DS207" for d in findings):
+        raise DeltaSpecError(findings)
+    known, problems = _known_methods(document)
+    refused = gate(document, known)
+    findings = in_order([*findings, *problems, *refused, *check(document, known, refused)])
+    if len(findings) > MAX_FINDINGS:
+        more = f"{len(findings) - MAX_FINDINGS} more findings are not shown"
+        findings = [*findings[:MAX_FINDINGS], document.diagnostic("DS220", more)]
+    if findings:
+        raise DeltaSpecError(findings)
+    spec = DeltaSpec.model_validate(_fields(migrate(document.data), known))
+    spec._document = document
+    return spec
+
+
+def _known_methods(document: Document) -> tuple[Mapping[str, Method], list[Diagnostic]]:
+    """Give deltaspec's own methods; all installed ones only where the document needs them: that search is slow."""
+    own = builtin_methods()
+    deltas = document.data.get("deltas")
+    named = {d.get("method") for d in deltas if isinstance(d, dict)} if isinstance(deltas, list) else set()
+    if all(name in own for name in named if isinstance(name, str)):
+        return own, []
+    try:
+        return methods(), []
+    except Exception as error:  # a plug-in's import can raise anything
+        message = f"a method plug-in cannot be loaded: {type(error).__name__}: {error}"
+        return own, [document.diagnostic("DS219", message, (), "repair or uninstall that package")]
+
+
+def _fields(data: Mapping[str, Any], known: Mapping[str, Method]) -> dict[str, Any]:
+    """Bring a valid document into the fields of DeltaSpec."""
     fields: dict[str, Any] = {k: v for k, v in data.items() if k not in ("selectors", "deltas", "expect")}
     fields["selectors"] = {n: canonical(s, ("selectors", n)) for n, s in data.get("selectors", {}).items()}
     fields["deltas"] = tuple(
-        _delta_fields(delta, ("deltas", index), methods()[delta["method"]].Params)
+        _delta_fields(delta, ("deltas", index), known[delta["method"]].Params)
         for index, delta in enumerate(data["deltas"])
     )
     if "expect" in data:
         fields["expect"] = _expect_fields(data["expect"])
-    spec = DeltaSpec.model_validate(fields)
-    spec._document = document
-    return spec
+    return fields
 
 
 def _document(spec: str | os.PathLike[str] | Mapping[str, Any]) -> Document:
@@ -214,11 +250,8 @@ def _expect_fields(expect: dict[str, Any]) -> dict[str, Any]:
     fields = dict(expect)
     if "trainable" in expect:
         fields["trainable"] = _bounds(expect["trainable"])
-    untouched = expect.get("untouched", [])
-    if isinstance(untouched, list):
-        fields["untouched"] = tuple(canonical(s, ("expect", "untouched", i)) for i, s in enumerate(untouched))
-    else:
-        fields["untouched"] = (canonical(untouched, ("expect", "untouched")),)
+    untouched = enumerate(expect.get("untouched", ()))
+    fields["untouched"] = tuple(canonical(s, ("expect", "untouched", i)) for i, s in untouched)
     return fields
 
 

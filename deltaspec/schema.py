@@ -1,0 +1,105 @@
+"""The JSON Schema of a spec, generated from the spec's models and from the methods' parameters.
+
+It is draft-07, which editors know best, and means the same under 2020-12. Parameters hang on `if/then` per method:
+with `oneOf`, a wrong parameter would be reported as a wrong method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from json import dumps
+from typing import Any
+
+from deltaspec.methods._base import Method, MethodParams
+from deltaspec.migrate import CURRENT
+from deltaspec.spec import DeltaSpec
+
+COMMITTED = f"schemas/deltaspec-v{CURRENT}.schema.json"
+"""Path of the schema file in the repository."""
+_REF = "#/definitions/{model}"
+_ANNOTATIONS = ("title",)
+
+
+def schema(methods: Mapping[str, Method]) -> dict[str, Any]:
+    """Generate the schema for specs that may use these methods."""
+    root = _tidy(DeltaSpec.model_json_schema(by_alias=True, ref_template=_REF))
+    definitions = root.pop("$defs")
+    definitions["Selector"]["items"] = {"$ref": _REF.format(model="Selector")}
+    conditions = []
+    for name, method in methods.items():
+        definitions.update(_params(name, method.Params))
+        conditions.append(_condition(name, required=bool(definitions[f"{name}.params"].get("required"))))
+    entry = definitions["DeltaEntry"]
+    entry["properties"]["method"]["enum"] = list(methods)
+    summaries = "\n".join(f"- {name}: {method.summary}" for name, method in methods.items())
+    entry["properties"]["method"]["description"] += f"\n{summaries}"
+    entry["allOf"] = conditions
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "DeltaSpec",
+        **root,
+        "definitions": dict(sorted(definitions.items())),
+    }
+
+
+def schema_text(with_plugins: bool = False) -> str:
+    """Generate the schema as the text of a file: deltaspec's own methods, or all that are installed."""
+    from deltaspec.methods import builtin_methods, methods
+
+    return dumps(schema(methods() if with_plugins else builtin_methods()), indent=2, ensure_ascii=False) + "\n"
+
+
+def _params(name: str, params: type[MethodParams]) -> dict[str, Any]:
+    """Generate the definitions of a method's parameters: whole, and for overrides, where none is required."""
+    whole = _tidy(params.model_json_schema(by_alias=True, ref_template=f"#/definitions/{name}.{{model}}"))
+    definitions = {f"{name}.{key}": value for key, value in whole.pop("$defs", {}).items()}
+    for key, value in whole.get("properties", {}).items():
+        value.setdefault("description", f"Parameter `{key}` of {name}.")
+    definitions[f"{name}.params"] = whole
+    if "required" in whole:
+        definitions[f"{name}.override"] = {key: value for key, value in whole.items() if key != "required"}
+    return definitions
+
+
+def _condition(name: str, required: bool) -> dict[str, Any]:
+    override = f"{name}.override" if required else f"{name}.params"
+    then: dict[str, Any] = {
+        "properties": {
+            "params": {"$ref": _REF.format(model=f"{name}.params")},
+            "overrides": {"items": {"properties": {"params": {"$ref": _REF.format(model=override)}}}},
+        }
+    }
+    if required:
+        then["required"] = ["params"]
+    return {"if": {"properties": {"method": {"const": name}}, "required": ["method"]}, "then": then}
+
+
+def _tidy(node: Any, names: bool = False) -> Any:
+    """Drop what pydantic adds for itself, and write the rest so that draft-07 and 2020-12 read it alike.
+
+    `names`: the keys of this mapping are property names, not keywords.
+    """
+    if isinstance(node, list):
+        return [_tidy(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if names:
+        return {key: _tidy(value) for key, value in node.items()}
+    node = {
+        key: _tidy(value, names=key in ("properties", "$defs", "patternProperties"))
+        for key, value in node.items()
+        if key not in _ANNOTATIONS and not (key == "default" and value in (None, [], {}))
+    }
+    if "anyOf" in node:
+        node = _without_null(node)
+    # draft-07 ignores what stands beside a $ref.
+    if "$ref" in node and len(node) > 1:
+        node = {"allOf": [{"$ref": node.pop("$ref")}], **node}
+    return node
+
+
+def _without_null(node: dict[str, Any]) -> dict[str, Any]:
+    """Take the null out of an optional value: a document leaves the key out."""
+    branches = [branch for branch in node["anyOf"] if branch != {"type": "null"}]
+    rest = {key: value for key, value in node.items() if key != "anyOf"}
+    return {**branches[0], **rest} if len(branches) == 1 else {**rest, "anyOf": branches}
