@@ -62,7 +62,8 @@ def spec_checks(spec: DeltaSpec, deltas: Sequence[PlannedDelta], table: ModuleTa
             inside = [site.fqn for site in delta.sites if any(_touches(site, match) for match in matches)]
             if inside:
                 clashes += 1
-                message = f"delta {delta.name!r} changes what should stay untouched ({counted(inside)}: {shown(inside)})"
+                where = f"{counted(inside)}: {shown(inside)}"
+                message = f"delta {delta.name!r} changes what should stay untouched ({where})"
                 hint = f"leave it out of the delta's target: not: …; untouched are {shown(_names(matches))}"
                 findings.append(spec.diagnostic("DS504", message, selector.location, hint))
         if not clashes and not wrong:

@@ -26,9 +26,9 @@ def plan(
 ) -> Plan:
     """Say what `compile` would do with these specs on this model, without doing it. Meta weights are enough.
 
-    `example_inputs` are what the model's forward takes (a mapping of keywords, a tuple of arguments, or one tensor). One forward
-    on meta tensors proves that each site is called; a transformers model brings inputs of its own. The model is not changed.
-    Raises DeltaSpecError with all findings of all specs at once.
+    `example_inputs` are what the model's forward takes (a mapping of keywords, a tuple of arguments, or one tensor).
+    One forward on meta tensors proves that each site is called; a transformers model brings inputs of its own. The
+    model is not changed. Raises DeltaSpecError with all findings of all specs at once.
 
     >>> print(deltaspec.plan(model, "specs/french.deltaspec.yaml"))
     """
@@ -41,7 +41,8 @@ def load_all(specs: Sequence[str | os.PathLike[str] | Mapping[str, Any] | DeltaS
     """Load specs. Raises DeltaSpecError with the findings of all of them, TypeError where there is none."""
     if not specs:
         raise TypeError("no spec given: pass a path, a dict or a DeltaSpec")
-    loaded, findings = [], []
+    loaded: list[DeltaSpec] = []
+    findings: list[Diagnostic] = []
     for spec in specs:
         try:
             loaded.append(load(spec))

@@ -211,7 +211,7 @@ def _delta_data(delta: PlannedDelta) -> dict[str, Any]:
 
 def markdown(plan: Plan) -> str:
     """Write the plan for a comment in a pull request."""
-    out = [f"### Plan for `{plan.model_class}`", "", _model(plan).replace(plan.model_class + " ", "", 1).strip("()"), ""]
+    out = [f"### Plan for {_model(plan)}", ""]
     out += ["| delta | method | sites | trainable | of the base |", "|---|---|---:|---:|---:|"]
     rows = [(d.name, f"{d.method} {show_params(d.params)}".strip(), len(d.sites), d.trainable) for d in plan.deltas]
     if len(rows) > 1:
@@ -227,8 +227,8 @@ def markdown(plan: Plan) -> str:
             names = "<br>".join(f"`{_cell(pattern or '(the model itself)')}`" for pattern, _ in group.patterns)
             out.append(f"| {names} | {_cell(_content(group))} |")
         out += ["", "</details>"]
-    checks = [check for owner in (*plan.deltas, plan) for check in owner.checks]
-    notes = [note for owner in (*plan.deltas, plan) for note in owner.notes]
+    checks = [*(check for delta in plan.deltas for check in delta.checks), *plan.checks]
+    notes = [*(note for delta in plan.deltas for note in delta.notes), *plan.notes]
     out += ["", *(f"- ✅ {check}" for check in checks), *(f"- ⚠️ {note}" for note in notes)]
     out += ["", f"<sub>{plan.fingerprint}</sub>"]
     return "\n".join(out)

@@ -78,10 +78,7 @@ class Placer:
     def _target(self) -> list[Place]:
         if self.entry.target is None:
             return self._expanded((row, None) for row in self._default_rows())
-        places = self._select(self.entry.target)
-        if not places and not self.findings and not any(s.optional for s in self.entry.target.walk()):
-            self._find("DS405", "its target leaves no module", "`not` takes away everything that the rest selects")
-        return places
+        return self._select(self.entry.target)
 
     def _default_rows(self) -> list[Row]:
         wanted = self.method.default_roles
@@ -142,9 +139,7 @@ class Placer:
             self._find("DS406", message, hint, ("overrides", number, "match"))
         return chosen
 
-    def _site(
-        self, place: Place, overrides: dict[tuple[str, str | None], int]
-    ) -> Candidate:
+    def _site(self, place: Place, overrides: dict[tuple[str, str | None], int]) -> Candidate:
         row, parameter = place
         override = overrides.get((row.fqn, parameter))
         params = self.entry.params
@@ -177,9 +172,7 @@ class Placer:
                     self.notes.append(f"{name(row, parameter)} is tied to {site.fqn} and trained together with it")
         return added
 
-    def _refuse(
-        self, sites: list[Candidate]
-    ) -> list[Candidate]:
+    def _refuse(self, sites: list[Candidate]) -> list[Candidate]:
         """Drop the sites that cannot be, with one finding a reason, not one a layer."""
         refused: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
         kept = []
@@ -200,11 +193,13 @@ class Placer:
             return "DS402", refusal.reason, refusal.suggestion
         seen = self.observations.of(site.row.fqn)
         if seen is not None and site.host is None and not seen.called:
-            reason = f"the forward pass that was tried never reaches this {site.row.type}, so a delta there would do nothing"
+            reason = f"no forward pass reaches this {site.row.type}, so a delta there would do nothing"
             return "DS403", reason, "leave it out, or pass example_inputs that reach it"
         if site.host is not None and self.method.promises.weight is None:
             host = site.host or self.table.model_class
-            reason = f"{host} reads the weights of this {site.row.type} without calling it, so {self.method.name} is bypassed"
+            reason = (
+                f"{host} reads this {site.row.type}'s weights without calling it, so {self.method.name} is bypassed"
+            )
             weighty = [m.name for m in methods().values() if m.promises.weight is not None]
             return "DS404", reason, f"use a method that changes the weight ({', '.join(weighty)}), or put it on {host}"
         return "", "", ""
