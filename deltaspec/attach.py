@@ -6,8 +6,10 @@ entry per module touched.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import MethodType
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from deltaspec.deltas import RESERVED, Deltas, attribute_name, storage_key
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.methods import methods
 from deltaspec.methods._base import Form, Site
 from deltaspec.regions import Region, RegionKey, region
@@ -25,7 +28,7 @@ from deltaspec.substitution import Fold, Lowered, Swapped, stand_in
 from deltaspec.symbolic import SiteNames, compile_graph, copy_graph, rewrite_site
 
 if TYPE_CHECKING:
-    from deltaspec.plan import Plan, PlannedSite
+    from deltaspec.planned import Plan, PlannedSite
 
 Forward = Callable[..., Any]
 
@@ -78,12 +81,28 @@ class Attachments:
                 self._visits.setdefault(host, []).append(Visit(planned.name, planned.method, site, lowered))
                 if host not in self._hosts[planned.name]:
                     self._hosts[planned.name].append(host)
+        self._rivals = _rivals(plan)
         self._originals = {fqn: module.__dict__.get("forward") for fqn, module in self._modules.items()}
         self._backbone_parameters = list({id(p): p for m in self._modules.values() for p in m._parameters.values() if p is not None}.values())
         self._statistics = [fqn for fqn, module in self._modules.items() if _tracks_statistics(module)]
         self._programs: dict[tuple[str, ...], Program] = {(): Program([], [], {})}
         self._thawed: list[nn.Parameter] = []
         self._state = BufferGuard(self._modules.values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachments:
+        """Copy together with the backbone: what is plain data is shared, programs are made anew when they are next needed."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        shared = ("plan", "order", "graph", "_traced", "_visits", "_hosts", "_statistics", "_rivals", "active")
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = value if name in shared else {} if name == "_programs" else copy.deepcopy(value, memo)
+        twin._programs = {(): Program([], [], {})}
+        return twin
+
+    def trained_in_backbone(self) -> set[str]:
+        """Give the names of the backbone parameters that are in training whenever nothing is attached."""
+        thawed = {id(p) for p in self._thawed}
+        return {name for name, p in self.backbone.named_parameters() if id(p) in thawed}
 
     def original_forward(self, fqn: str) -> Forward | None:
         """Give the instance-level forward that a module of the backbone had before any delta (None: it had none)."""
@@ -94,6 +113,7 @@ class Attachments:
         wanted = tuple(sorted(set(names), key=self.order.__getitem__))
         if wanted == self.active:
             return
+        self._refuse_rivals(wanted)
         new, old = self.program(wanted), self.program(self.active)
         if not self.active:
             self._freeze()
@@ -107,6 +127,19 @@ class Attachments:
         self.active = wanted
         if not wanted:
             self._thaw()
+
+    def _refuse_rivals(self, wanted: tuple[str, ...]) -> None:
+        """Refuse two deltas at once that both put copies in place of the same parameter."""
+        if not self._rivals:
+            return
+        chosen = set(wanted)
+        findings = [
+            Diagnostic("DS436", f"deltas {a!r} and {b!r} both replace {fqn}", suggestion=f"attach one of them: c.only({a!r})")
+            for (a, b), fqn in self._rivals.items()
+            if a in chosen and b in chosen
+        ]
+        if findings:
+            raise DeltaSpecError(findings)
 
     def rebind(self) -> None:
         """Bind tensors anew after they were moved, cast or replaced."""
@@ -197,7 +230,7 @@ class Attachments:
             if visit.lowered:
                 path = visit.planned.site.row.fqn.removeprefix(host).removeprefix(".")
                 segments = tuple(path.split(".")) if path else ()
-                folds.append(Fold(segments, link.method, link.params, visit.planned.site, link.form.tensors))
+                folds.append(Fold(segments, methods()[visit.method], link.params, visit.planned.site, link.form.tensors))
                 leading += tensors
             else:
                 links.append(link)
@@ -306,6 +339,17 @@ def _compute(tensors: list[Tensor], module: nn.Module) -> str | None:
     own = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     delta = next((t.dtype for t in tensors if t.is_floating_point()), None)
     return None if own is None or delta is None or own == delta else str(delta).removeprefix("torch.")
+
+
+def _rivals(plan: Plan) -> dict[tuple[str, str], str]:
+    """Find pairs of deltas that replace the same parameter: (earlier, later) -> one such parameter."""
+    holders: dict[str, list[str]] = {}
+    for delta in plan.deltas:
+        if methods()[delta.method].promises.weight == "replace":
+            for site in delta.sites:
+                for spec in site.tensors:
+                    holders.setdefault(f"{site.site.row.fqn}.{spec.name}", []).append(delta.name)
+    return {pair: fqn for fqn, names in holders.items() for pair in itertools.combinations(dict.fromkeys(names), 2)}
 
 
 def _needs_own_region(visit: Visit) -> bool:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import torch
 from torch import nn
@@ -19,8 +19,11 @@ from deltaspec.diagnostics import DeltaSpecError, Diagnostic, closest
 from deltaspec.symbolic import trace
 
 if TYPE_CHECKING:
-    from deltaspec.plan import Plan
+    from deltaspec.planned import Plan
     from deltaspec.regions import Region
+    from deltaspec.spec import DeltaSpec
+
+Spec: TypeAlias = "str | PathLike[str] | Mapping[str, Any] | DeltaSpec"
 
 
 class UnknownDeltaError(DeltaSpecError, KeyError):
@@ -173,17 +176,12 @@ class CompiledModel(torch.fx.GraphModule):
         twin = clone(self.backbone, replace={id(attachments): None})
         for fqn, module in twin.named_modules():
             module.__dict__.pop("forward", None)
-            original = attachments.original_forward(fqn)
-            if original is not None:
-                raise DeltaSpecError(
-                    [
-                        Diagnostic(
-                            "DS433",
-                            f"{fqn or 'the model'} has a forward of its own (a hook of another library), which cannot be pickled",
-                            suggestion="remove the hook (accelerate: remove_hook_from_module) first, or use c.save(dir)",
-                        )
-                    ]
-                )
+            if attachments.original_forward(fqn) is not None:
+                message = f"{fqn or 'the model'} has a forward of its own (another library's hook), which cannot be pickled"
+                hint = "remove the hook first (accelerate: remove_hook_from_module), or use c.save(dir)"
+                raise DeltaSpecError([Diagnostic("DS433", message, suggestion=hint)])
+        for name in attachments.trained_in_backbone():
+            twin.get_parameter(name).requires_grad = True
         return _rebuild, (twin, attachments.plan, self.attached, self.capture, self.capture_reason, self.training)
 
 
@@ -201,30 +199,42 @@ def _rebuild(
 def _assemble(backbone: nn.Module, deltas: Deltas, plan: Plan, capture: str, reason: str) -> CompiledModel:
     graph = None
     if capture == "symbolic":
-        graph, reason = trace(backbone, {site.site.row.fqn for delta in plan.deltas for site in delta.sites})
+        graph, reason = trace(backbone, _site_modules(plan))
         assert graph is not None, reason
     attachments = Attachments(backbone, deltas, plan, graph)
     deltas.attachments = attachments
     return CompiledModel(backbone, attachments, capture, reason)
 
 
-def compile_model(model: nn.Module, plan: Plan, capture: str = "auto") -> CompiledModel:
-    """Compile a valid plan onto a clone of the model it was made for."""
+def compile(
+    model: nn.Module, spec: Spec, *more_specs: Spec, capture: str = "auto", example_inputs: Any = None
+) -> CompiledModel:
+    """Compile one or several specs onto a model; the model is not changed.
+
+    A spec is a path, a dict or a DeltaSpec; the names of the deltas of several specs must differ. The result shares the storage of the model's
+    weights. `capture`: `modules` runs the model's own code, with one small graph per site; `symbolic` traces the whole model into
+    one graph; `auto` takes `symbolic` where that is safe (see `.capture`, `.capture_reason`). `example_inputs` are
+    inputs of the model's forward (keywords in a dict, positional arguments in a tuple, or one tensor), for one forward on
+    meta tensors that proves that each site is reached; transformers models need none.
+
+    Raises DeltaSpecError with all findings, before anything is made.
+    """
+    from deltaspec.plan import plan
+
     _refuse_unusable(model, capture)
+    return compile_plan(model, plan(model, spec, *more_specs, example_inputs=example_inputs), capture)
+
+
+def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto") -> CompiledModel:
+    """Compile a valid plan onto a clone of the model it was made for."""
     backbone = clone(model)
     reason = "asked for"
     if capture != "modules":
-        graph, why = trace(backbone, {site.site.row.fqn for delta in plan.deltas for site in delta.sites})
+        graph, why = trace(backbone, _site_modules(plan))
         if graph is None and capture == "symbolic":
-            raise DeltaSpecError(
-                [
-                    Diagnostic(
-                        "DS432",
-                        f"{type(model).__name__} cannot be captured as symbolic: {why}",
-                        suggestion='use capture="modules" (or "auto"), which runs the model\'s own code',
-                    )
-                ]
-            )
+            message = f"{type(model).__name__} cannot be captured as symbolic: {why}"
+            hint = 'use capture="modules" (or "auto"), which runs the model\'s own code'
+            raise DeltaSpecError([Diagnostic("DS432", message, suggestion=hint)])
         if capture == "auto":
             capture, reason = ("modules" if graph is None else "symbolic"), why
     deltas = Deltas()
@@ -237,19 +247,17 @@ def compile_model(model: nn.Module, plan: Plan, capture: str = "auto") -> Compil
     return compiled
 
 
+def _site_modules(plan: Plan) -> set[str]:
+    return {site.site.row.fqn for delta in plan.deltas for site in delta.sites}
+
+
 def _refuse_unusable(model: nn.Module, capture: str) -> None:
     if capture not in ("auto", "modules", "symbolic"):
         raise ValueError(f"capture is 'auto', 'modules' or 'symbolic', not {capture!r}")
-    if isinstance(model, CompiledModel) or hasattr(model, RESERVED):
-        raise DeltaSpecError(
-            [
-                Diagnostic(
-                    "DS431",
-                    f"{type(model).__name__} already has a part named {RESERVED!r}: it is compiled already",
-                    suggestion="compile the original model with all specs at once: compile(model, spec_a, spec_b)",
-                )
-            ]
-        )
+    if isinstance(model, CompiledModel) or RESERVED in model._modules:
+        message = f"{type(model).__name__} already has a part named {RESERVED!r}: it is compiled already"
+        hint = "compile the original model with all specs at once: compile(model, spec_a, spec_b)"
+        raise DeltaSpecError([Diagnostic("DS431", message, suggestion=hint)])
 
 
 def _unknown_delta(name: str, known: tuple[str, ...]) -> Diagnostic:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deltaspec.methods._base import Init, TensorSpec
 
 if TYPE_CHECKING:
-    from deltaspec.plan import Plan, PlannedDelta
+    from deltaspec.planned import Plan, PlannedDelta
 
 RESERVED = "deltaspec"
 """Name of the submodule of the backbone that holds all deltas."""

@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltaspec.methods import methods
-from deltaspec.methods._base import MethodParams, Site
+from deltaspec.methods._base import Method, MethodParams, Site
 
 
 def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
@@ -51,7 +50,7 @@ class Fold:
 
     path: tuple[str, ...]
     """From the host to the module that owns the parameters; empty for the host itself."""
-    method: str
+    method: Method
     params: MethodParams
     site: Site
     names: tuple[str, ...]
@@ -100,7 +99,7 @@ class Lowered:
 def fold_into(module: nn.Module, fold: Fold, own: Any, folded: dict[str, Tensor]) -> dict[str, Tensor]:
     """Compute the new own parameters of a module under one delta, rounded once to the module's dtype."""
     weights = {name: value for name, value in module._parameters.items() if value is not None} | folded
-    new = methods()[fold.method].fold(fold.site, fold.params, own, weights)
+    new = fold.method.fold(fold.site, fold.params, own, weights)
     dtype = next((w.dtype for w in weights.values()), None)
     return {
         name: value if dtype is None or not value.is_floating_point() or value.dtype == dtype else value.to(dtype)

@@ -1,0 +1,97 @@
+"""Merging: a plain model of the original class, with weight-expressible deltas folded into its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from deltaspec.clone import clone
+from deltaspec.deltas import RESERVED, storage_key
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+from deltaspec.methods import methods
+from deltaspec.substitution import Fold, Own, fold_into
+
+if TYPE_CHECKING:
+    from deltaspec.attach import Attachments
+
+
+@torch.no_grad()
+def merge(attachments: Attachments, names: Collection[str]) -> nn.Module:
+    """Give a new plain model with these deltas folded in; it shares no storage with the backbone.
+
+    Weights are folded in float32 where the delta is float32, and rounded once. Tied parameters that a delta changes at one end only
+    are untied in the result. Raises DeltaSpecError (DS435) where a delta cannot be expressed in weights.
+    """
+    plan = attachments.plan
+    _refuse(attachments, names)
+    plain = clone(attachments.backbone, replace={id(attachments): None})
+    del plain._modules[RESERVED]
+    for fqn, module in plain.named_modules(remove_duplicate=False):
+        module.__dict__.pop("forward", None)
+        original = attachments.original_forward(fqn)
+        if original is not None:
+            module.__dict__["forward"] = original
+    training = attachments.trained_in_backbone()
+    plain = copy.deepcopy(plain)
+    copies: dict[int, nn.Parameter] = {}
+    for delta in plan.deltas:
+        for planned in delta.sites if delta.name in names else ():
+            held, row = attachments.deltas[delta.name], planned.site.row
+            tensor_names = tuple(spec.name for spec in planned.tensors)
+            own = Own(tensor_names, [held.tensor(storage_key(row.fqn, spec)) for spec in planned.tensors])
+            fold = Fold((), methods()[delta.method], planned.params, planned.site, tensor_names)
+            module = plain.get_submodule(row.fqn)
+            for name, value in fold_into(module, fold, own, {}).items():
+                _put(module, name, value, copies)
+                if any(p.name == name and p.tied for p in row.parameters):
+                    _mark_untied(plain, row.fqn, name)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad = parameter.requires_grad or name in training
+    return plain
+
+
+def _put(module: nn.Module, name: str, value: Tensor, copies: dict[int, nn.Parameter]) -> None:
+    """Set an own tensor of a module; a delta tensor that serves several tied places becomes one parameter again."""
+    if name in module._buffers:
+        module._buffers[name] = value.detach().clone()
+        return
+    before = module._parameters[name]
+    trained = before is None or before.requires_grad
+    if id(value) not in copies or not isinstance(value, nn.Parameter):
+        copies[id(value)] = nn.Parameter(value.detach().clone(), requires_grad=trained)
+    module._parameters[name] = copies[id(value)]
+
+
+def _mark_untied(plain: nn.Module, fqn: str, name: str) -> None:
+    """Tell transformers not to tie again, where one end of a tie now has weights of its own."""
+    changed = plain.get_submodule(fqn)._parameters[name]
+    places = [p for p in plain.named_parameters(remove_duplicate=False) if p[1] is changed]
+    config = getattr(plain, "config", None)
+    if len(places) == 1 and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+
+
+def _refuse(attachments: Attachments, names: Collection[str]) -> None:
+    findings = []
+    for delta in attachments.plan.deltas:
+        if delta.name not in names:
+            continue
+        reason = None
+        if methods()[delta.method].promises.weight is None:
+            reason = f"{delta.method} is not expressible in weights"
+        else:
+            for planned in delta.sites:
+                module = attachments.backbone.get_submodule(planned.site.row.fqn)
+                if any(spec.name == "bias" for spec in planned.tensors) and "bias" not in module._parameters:
+                    reason = f"{planned.fqn} ({planned.site.row.type}) has no place for a bias"
+                    break
+        if reason is not None:
+            rest = [n for n in names if n != delta.name]
+            hint = f"merge the others: c.merge({', '.join(map(repr, rest))})" if rest else "keep it attached instead"
+            findings.append(Diagnostic("DS435", f"{delta.name!r} cannot be merged: {reason}", suggestion=hint))
+    if findings:
+        raise DeltaSpecError(findings)
