@@ -47,6 +47,29 @@ CODES: dict[str, str] = {
     "DS219": "plug-in that cannot be loaded",
     "DS220": "too many findings",
     "DS221": "schema file out of date",
+    # DS3: selector
+    "DS350": "no default role in this model",
+    # DS4: method and model
+    "DS401": "another model than the spec is for",
+    "DS402": "method cannot take a site",
+    "DS403": "site that no forward pass reaches",
+    "DS404": "bypassed site",
+    "DS405": "override that applies to no site",
+    "DS406": "deltas that cannot share a site",
+    "DS407": "delta name taken by another spec",
+    # DS5: expectation and files
+    "DS501": "unexpected number of sites",
+    "DS502": "unexpected number of trainable parameters in a delta",
+    "DS503": "unexpected number of trainable parameters",
+    "DS504": "site in what should stay untouched",
+    "DS510": "no lock file",
+    "DS511": "malformed lock file",
+    "DS512": "another backbone than the locked one",
+    "DS513": "deltas differ from the lock",
+    "DS514": "delta's settings differ from the lock",
+    "DS515": "sites differ from the lock",
+    "DS516": "tensors differ from the lock",
+    "DS517": "spec changed without effect since the lock",
 }
 """Every code there is, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""
 

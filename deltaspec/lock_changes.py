@@ -76,8 +76,6 @@ def _delta_changes(old: dict[str, Any] | None, new: dict[str, Any], lock_name: s
         if names:
             yield "DS515", f"{counted(names)} {verb}: {shown(names, most=8)}"
     both = [name for name in new_sites if name in old_sites]
-    if both and both != [name for name in old_sites if name in new_sites]:
-        yield "DS515", "the sites come in another order"
     yield from _group_changes(both, old_sites, new_sites)
     if old["trainable"] != new["trainable"]:
         yield "DS516", f"{new['trainable']:,} trainable parameters, was {old['trainable']:,}"

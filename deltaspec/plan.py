@@ -134,7 +134,7 @@ def _conflicts(specs: Sequence[DeltaSpec], deltas: Sequence[PlannedDelta]) -> li
             else:
                 message = f"delta {delta.name!r} replaces weights that delta {other_name!r} before it changes ({where})"
                 hint = f"list {delta.name!r} before {other_name!r}"
-            findings.append(spec.diagnostic("DS408", message, path, hint))
+            findings.append(spec.diagnostic("DS406", message, path, hint))
         for site in delta.sites:
             before.setdefault(site.site.row.fqn, []).append((delta, site))
     return findings

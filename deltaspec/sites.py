@@ -136,7 +136,7 @@ class Placer:
             hint = "an earlier override takes every site it matches; the first match wins, so put it first"
             if not mine:
                 hint = f"it matches {counted(matched)}; the delta's sites: {shown(name(row, p) for row, p in places)}"
-            self._find("DS406", message, hint, ("overrides", number, "match"))
+            self._find("DS405", message, hint, ("overrides", number, "match"))
         return chosen
 
     def _site(self, place: Place, overrides: dict[tuple[str, str | None], int]) -> Candidate:
