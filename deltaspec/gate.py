@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from deltaspec.diagnostics import Diagnostic, Path, closest, show_path, show_value
-from deltaspec.hints import method_hint, unknown_key_hint, value_hint
+from deltaspec.mistakes import method_hint, unknown_key_hint, value_hint
 from deltaspec.methods._base import Method
 from deltaspec.schema import schema
 from deltaspec.selectors import NAME
@@ -28,8 +28,13 @@ _Finding = tuple[str, str, str | None]
 
 def gate(document: Document, methods: Mapping[str, Method]) -> list[Diagnostic]:
     """Give the findings of the schema about a document that may use these methods."""
+    errors = list(_validator(tuple(methods.items())).iter_errors(document.data))
+    mistyped = {tuple(error.absolute_path) for error in errors if error.validator == "type"}
     return [
-        d for error in _validator(tuple(methods.items())).iter_errors(document.data) for d in _diagnose(error, document)
+        finding
+        for error in errors
+        if error.validator not in ("enum", "const") or tuple(error.absolute_path) not in mistyped
+        for finding in _diagnose(error, document)
     ]
 
 
@@ -74,10 +79,13 @@ def _type(error: Any, path: Path) -> _Finding:
     expected = _expected(kinds)
     if "properties" in error.schema and "any" in error.schema["properties"]:
         expected = "a selector: a path, a list or a mapping"
+    hint = value_hint(error.instance, kinds, path)
+    if "enum" in error.schema:
+        hint = f"known values: {', '.join(str(v) for v in error.schema['enum'])}"
+    if error.instance is None:
+        return "DS203", f"{_label(path)} must be {expected}, but has no value", hint
     got = show_value(error.instance)
-    if isinstance(error.instance, str):
-        got = f"the text {got}"
-    return "DS203", f"{_label(path)} must be {expected}, not {got}", value_hint(error.instance, kinds, path)
+    return "DS203", f"{_label(path)} must be {expected}, not {'the text ' if isinstance(error.instance, str) else ''}{got}", hint
 
 
 def _enum(error: Any, path: Path) -> _Finding:

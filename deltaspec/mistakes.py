@@ -1,0 +1,190 @@
+"""Ways out of common mistakes: misspelt keys, and the names that other libraries use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from deltaspec.diagnostics import Path, closest
+
+# Names in PEFT's and OpenDelta's configurations -> ours. The first one that the method has is meant.
+_PARAMS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("r", "lora_r", "lora_rank", "rnk"), ("rank",)),
+    "lora_alpha": ("alpha",),
+    "lora_dropout": ("dropout",),
+    "dropout_rate": ("dropout",),
+    "p": ("dropout",),
+    "use_rslora": ("scaling",),
+    "rslora": ("scaling",),
+    "init_lora_weights": ("init",),
+    "init_weights": ("init",),
+    "lora_bias": ("bias",),
+    **dict.fromkeys(
+        ("bottleneck_dim", "bottleneck_size", "bottleneck", "reduction", "reduction_factor", "adapter_dim"), ("width",)
+    ),
+    **dict.fromkeys(("non_linearity", "nonlinearity", "act", "act_fn", "activation_fn"), ("activation",)),
+    "scaling_factor": ("scale", "alpha"),
+    **dict.fromkeys(
+        ("num_virtual_tokens", "prefix_token_num", "soft_token_num", "prefix_length"), ("tokens", "length")
+    ),
+}
+_ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("target_modules", "modified_modules", "modules", "targets"),
+        'say where with target, beside params: target: "**.q_proj"',
+    ),
+    **dict.fromkeys(("exclude_modules", "exclude"), "exclude with not, inside target: target: {role: attn.q, not: …}"),
+    **dict.fromkeys(
+        ("layers_to_transform", "layers_pattern"), "choose layers inside target: target: {role: attn.q, layers: [0, 1]}"
+    ),
+    **dict.fromkeys(
+        ("modules_to_save", "unfrozen_modules", "trainable_modules"),
+        "train modules in a delta of its own: method: full",
+    ),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), "use overrides: [{match: …, params: …}]"),
+    **dict.fromkeys(
+        ("task_type", "inference_mode", "fan_in_fan_out", "base_model_name_or_path", "backbone_model"),
+        "deltaspec needs no such key: delete it",
+    ),
+}
+_KEYS: Mapping[str, Mapping[str, str]] = {
+    "spec": {
+        "version": "deltaspec",
+        "delta": "deltas",
+        "adapters": "deltas",
+        "backbone": "model",
+        "base_model": "model",
+    },
+    "delta": {
+        **dict.fromkeys(("type", "kind", "peft_type", "delta_type"), "method"),
+        **dict.fromkeys(("config", "parameters", "args", "kwargs"), "params"),
+        **dict.fromkeys(("selector", "select", "where", "sites"), "target"),
+        "enabled": "attached",
+        "id": "name",
+    },
+    "override": {"target": "match", "selector": "match", "parameters": "params"},
+    "selector": {
+        **dict.fromkeys(("or", "any_of", "one_of", "include"), "any"),
+        **dict.fromkeys(("and", "all_of"), "all"),
+        **dict.fromkeys(("exclude", "none", "none_of", "except"), "not"),
+        **dict.fromkeys(("glob", "fqn", "name", "module", "modules"), "path"),
+        **dict.fromkeys(("pattern", "re", "regexp"), "regex"),
+        **dict.fromkeys(("class", "cls", "class_name", "isinstance"), "type"),
+        "selector": "ref",
+        "$ref": "ref",
+    },
+    "layers": {"start": "from", "end": "to", "step": "every", "indices": "only"},
+    "model": {"model_type": "type", "class": "architecture", "architectures": "architecture"},
+    "bounds": {"fraction": "max_fraction", "max_percent": "max_fraction"},
+}
+_DELTA = ("name", "method", "params", "target", "overrides", "expect", "attached")
+_ATOMS = ("path", "regex", "type", "role", "layers", "shape", "parameter", "ref", "any", "all", "not", "optional")
+_METHODS: Mapping[str, str] = {
+    **dict.fromkeys(("houlsby", "pfeiffer", "bottleneck", "bottleneck_adapter"), "adapter"),
+    **dict.fromkeys(("finetune", "fine_tuning", "modules_to_save", "classifier", "head", "linear_probe"), "full"),
+    **dict.fromkeys(("bias", "biases"), "bitfit"),
+    **dict.fromkeys(("prefix_tuning", "prefixtuning"), "prefix"),
+    **dict.fromkeys(("prompt_tuning", "softprompt"), "soft_prompt"),
+}
+_YES, _NO = ("yes", "on", "true", "y"), ("no", "off", "false", "n")
+
+
+def place(path: Path) -> str:
+    """Tell what kind of mapping stands at a path of a document."""
+    last = path[-1] if path else None
+    if last is None or last == "model":
+        return "model" if last else "spec"
+    if path[0] == "deltas" and "target" not in path:
+        rest = path[2:]
+        if not rest:
+            return "delta"
+        if last == "params":
+            return "params"
+        if rest[0] == "overrides" and len(rest) == 2:
+            return "override"
+    if last in ("layers", "shape"):
+        return str(last)
+    if "expect" in path and "untouched" not in path:
+        return "bounds"
+    return "selector"
+
+
+def unknown_key_hint(
+    key: str, path: Path, known: Sequence[str], siblings: Mapping[str, Any], data: Mapping[str, Any]
+) -> str:
+    """Say what was meant by an unknown key of the mapping at `path`, which knows the keys `known`."""
+    kind = place(path)
+    plain = key.lower()
+    if kind in ("params", "delta") and plain in _ELSEWHERE:
+        return _ELSEWHERE[plain]
+    if kind == "params":
+        if ours := next((name for name in _PARAMS.get(plain, ()) if name in known), None):
+            return _did_you_mean(ours, plain)
+        if key in _DELTA and key not in known:
+            return f"{key} belongs to the delta: write it beside params, not inside"
+    if kind == "delta":
+        if key in _ATOMS and key != "type":
+            return f"selectors go under target: target: {{{key}: …}}"
+        own = _param_names(siblings.get("method"))
+        ours = key if key in own else next((name for name in _PARAMS.get(plain, ()) if name in own), None)
+        if ours is not None:
+            return f"parameters go under params: params: {{{ours}: …}}"
+    if kind == "spec" and key in _DELTA:
+        return f"{key} belongs to one delta: write it in an entry of deltas"
+    ours = _KEYS.get(kind, {}).get(plain) or closest(key, known)
+    if ours is not None:
+        return f'did you mean "{ours}"?'
+    return f"known keys: {', '.join(known)}" if known else "this method has no parameters"
+
+
+def _did_you_mean(ours: str, foreign: str) -> str:
+    special = {"use_rslora": "scaling: rslora", "rslora": "scaling: rslora"}
+    if foreign.startswith("reduction"):
+        return 'did you mean "width"? That is the width of the bottleneck, not the factor by which it is smaller'
+    return f'did you mean "{special.get(foreign, ours)}"?'
+
+
+def _param_names(method: object) -> tuple[str, ...]:
+    from deltaspec.methods import builtin_methods
+
+    found = builtin_methods().get(method) if isinstance(method, str) else None
+    return tuple(found.Params.model_fields) if found else ()
+
+
+def method_hint(method: str, known: Sequence[str]) -> str:
+    """Say what was meant by an unknown method."""
+    alias = _METHODS.get(method.lower())
+    near = alias if alias in known else closest(method, known)
+    if near:
+        return f'did you mean "{near}"?'
+    return f"installed methods: {', '.join(known)}; others come with packages that provide them"
+
+
+def value_hint(value: object, kinds: Iterable[str], path: Path) -> str | None:
+    """Say what was meant by a value of the wrong type."""
+    kinds = tuple(kinds)
+    if value is None:
+        return "delete the key, or give it a value"
+    if isinstance(value, str):
+        if "boolean" in kinds and value.lower() in (*_YES, *_NO):
+            return f"write {'true' if value.lower() in _YES else 'false'}"
+        if "integer" in kinds or "number" in kinds:
+            plain = value.strip().replace("_", "").replace(",", "")
+            try:
+                number = float(plain)
+            except ValueError:
+                return None
+            if "number" in kinds or number.is_integer():
+                return f"write {plain}, without quotes" if plain == value else f"write {plain}"
+        return None
+    if isinstance(value, float) and "integer" in kinds and value.is_integer():
+        return f"write {int(value)}"
+    if path and path[-1] == "layers" and isinstance(value, int) and not isinstance(value, bool):
+        return f"write a list: [{value}]"
+    if isinstance(value, int | float) and not isinstance(value, bool) and kinds == ("string",):
+        return f'quote it: "{value}"'
+    if "array" in kinds and isinstance(value, dict):
+        return "write a list: begin each item with -"
+    if isinstance(value, list) and kinds == ("object",):
+        return "write a mapping: key: value"
+    return None
