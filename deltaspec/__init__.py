@@ -1,0 +1,67 @@
+"""A delta compiler: specs of LoRA, adapters and other deltas, compiled reversibly onto PyTorch models.
+
+Importing this package imports no torch: each public name loads its module when it is first used.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltaspec.compiled import CompiledModel as CompiledModel
+    from deltaspec.compiled import compile as compile
+    from deltaspec.diagnostics import DeltaSpecError as DeltaSpecError
+    from deltaspec.diagnostics import Diagnostic as Diagnostic
+    from deltaspec.plan import plan as plan
+    from deltaspec.planned import Plan as Plan
+    from deltaspec.spec import DeltaSpec as DeltaSpec
+    from deltaspec.spec import load as load
+    from deltaspec.spec import validate as validate
+    from deltaspec.store import restore as restore
+
+_HOME = {
+    "CompiledModel": "compiled",
+    "DeltaSpec": "spec",
+    "DeltaSpecError": "diagnostics",
+    "Diagnostic": "diagnostics",
+    "Plan": "planned",
+    "compile": "compiled",
+    "load": "spec",
+    "plan": "plan",
+    "restore": "store",
+    "validate": "spec",
+}
+__all__ = sorted(_HOME)
+
+
+class _Package(ModuleType):
+    """Keeps a public name from being hidden by the module of the same name, which importing would put in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version(__name__)
+        except PackageNotFoundError:
+            return "unknown (not installed)"
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,76 @@
+"""The command line: `deltaspec VERB`. Each file of this package is a verb, and only the one asked for is imported.
+
+Exit codes: 0 clean, 1 findings, 2 usage or internal error.
+"""
+
+from __future__ import annotations
+
+import io
+import pkgutil
+import sys
+import traceback
+from importlib import import_module
+from typing import Any
+
+import click
+
+from deltaspec.cli._shared import show
+from deltaspec.diagnostics import DeltaSpecError
+
+
+class _Verbs(click.Group):
+    """Finds the verbs by itself: a verb is a module here that does not start with `_`, with a click command `command`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_"))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command = import_module(f"{__name__}.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        command.name = cmd_name
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from deltaspec.diagnostics import closest
+
+        known = self.list_commands(ctx)
+        if args and not args[0].startswith("-") and args[0] not in known and (near := closest(args[0], known)):
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near!r}?")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still gets the findings
+        try:
+            return super().invoke(ctx)
+        except DeltaSpecError as error:
+            show(error.diagnostics)
+            ctx.exit(1)
+        except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
+            raise
+        except Exception:  # whatever it is, exit 1 is for findings
+            traceback.print_exc()
+            click.echo("deltaspec: internal error: please report it with the lines above", err=True)
+            ctx.exit(2)
+
+
+def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        import deltaspec
+
+        click.echo(f"deltaspec {deltaspec.__version__}")
+        ctx.exit()
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version.")
+def main() -> None:
+    """Validate, plan and compile DeltaSpecs.
+
+    Exit codes: 0 clean, 1 findings, 2 usage or internal error.
+    """

@@ -1,0 +1,41 @@
+"""What several verbs share: options, and the reporting of findings."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from deltaspec.diagnostics import Diagnostic
+from deltaspec.formats import FORMATS, as_text
+
+format_option = click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(list(FORMATS)),
+    default="text",
+    show_default=True,
+    help="How findings are written.",
+)
+
+
+def show(diagnostics: Sequence[Diagnostic], output_format: str = "text", files: int | None = None) -> None:
+    """Print findings in a format; `files` is the number of files looked at, for a summary."""
+    if output_format == "text":
+        click.echo(as_text(diagnostics, files, color=wants_color()))
+    else:
+        click.echo(FORMATS[output_format](diagnostics, files))
+
+
+def report(diagnostics: Sequence[Diagnostic], output_format: str = "text", files: int | None = None) -> None:
+    """Print findings in a format, and end the command with exit code 1 where there are any."""
+    show(diagnostics, output_format, files)
+    if diagnostics:
+        click.get_current_context().exit(1)
+
+
+def wants_color() -> bool:
+    """Tell whether standard output is a terminal whose user has not said NO_COLOR."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
