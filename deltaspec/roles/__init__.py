@@ -57,8 +57,8 @@ def role_map(model_type: str) -> RoleMap | None:
 
 
 def architectures() -> tuple[str, ...]:
-    """Give the model types whose roles are known, sorted."""
-    return tuple(_role_maps())
+    """Give the model types that have a file, sorted."""
+    return tuple(sorted({found.model_type for found in _role_maps().values()}))
 
 
 def fused_role(role: str, present: Collection[str]) -> str | None:
