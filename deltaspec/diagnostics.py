@@ -48,6 +48,17 @@ CODES: dict[str, str] = {
     "DS220": "too many findings",
     "DS221": "schema file out of date",
     # DS3: selector
+    "DS302": "selector that matches no module",
+    "DS303": "role that this model does not have",
+    "DS304": "layers that this model does not have",
+    "DS305": "combination that matches nothing",
+    "DS307": "regular expression that takes too long on this model",
+    "DS308": "selector that matches no parameter",
+    "DS310": "lazy module without shapes",
+    "DS321": "model that cannot be found",
+    "DS322": "model configuration that cannot be used",
+    "DS323": "model factory that cannot be imported",
+    "DS324": "model factory that fails",
     "DS350": "no default role in this model",
     # DS4: method and model
     "DS401": "another model than the spec is for",
