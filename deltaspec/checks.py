@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from time import process_time
 from typing import Any
 
@@ -11,10 +12,14 @@ from pydantic import ValidationError
 from deltaspec.diagnostics import Diagnostic, Path, closest, show_value
 from deltaspec.methods._base import Method
 from deltaspec.patterns import BacktrackingError, PatternError, compile_glob, compile_regex
+from deltaspec.reading import MAX_FINDINGS
 from deltaspec.source import Document
 
 MAX_EXPANSION = 10_000
-"""Selectors that a document may come to once every `ref` is written out."""
+"""Selectors that one named selector may come to once every `ref` is written out."""
+MAX_CHAIN = 16
+"""Named selectors that may refer to each other in turn."""
+MAX_REGEXES = 200
 _PROBE_BUDGET = 0.5
 _POSITIVE = ("path", "regex", "type", "role", "layers", "shape", "parameter", "ref", "any", "all")
 _PATTERN_ATOMS = ("path", "regex")
@@ -25,13 +30,14 @@ def check(document: Document, methods: Mapping[str, Method], refused: list[Diagn
     data = document.data
     selectors = list(_selectors(data))
     named = _mapping(data.get("selectors"))
-    return [
-        *_names(document),
-        *_atoms(document, selectors, named),
-        *_references(document, named),
-        *_ranges(document, selectors),
-        *_parameters(document, methods, {d.where for d in refused}),
-    ]
+    parts = (
+        _names(document),
+        _atoms(document, selectors, named),
+        _references(document, named),
+        _ranges(document, selectors),
+        _parameters(document, methods, {d.where for d in refused}),
+    )
+    return [finding for part in parts for finding in islice(part, MAX_FINDINGS)]
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -94,8 +100,8 @@ def _names(document: Document) -> Iterator[Diagnostic]:
 
 
 def _atoms(document: Document, selectors: list[tuple[Path, Any]], named: Mapping[str, Any]) -> Iterator[Diagnostic]:
-    """What one selector says by itself: a positive atom, patterns that compile, a `ref` that exists."""
-    spent = 0.0
+    """Check each selector by itself: a positive atom, patterns that compile, a `ref` that exists."""
+    spent, regexes = 0.0, 0
     for path, selector in selectors:
         if isinstance(selector, str):
             yield from _pattern(document, path, selector, compile_glob)
@@ -111,20 +117,25 @@ def _atoms(document: Document, selectors: list[tuple[Path, Any]], named: Mapping
             many = isinstance(texts, list)
             for index, text in enumerate(texts if isinstance(texts, list) else [texts]):
                 place = (*path, key, index) if many else (*path, key)
-                start = process_time()
                 if not isinstance(text, str):
                     continue
                 if key == "path":
                     yield from _pattern(document, place, text, compile_glob)
-                else:
-                    probe = spent < _PROBE_BUDGET
-                    yield from _pattern(document, place, text, lambda t, probe=probe: compile_regex(t, probe))
-                    spent += process_time() - start
+                    continue
+                regexes += 1
+                if regexes > MAX_REGEXES:
+                    message = f"more than {MAX_REGEXES} regular expressions"
+                    yield document.diagnostic("DS204", message, place, "use path: or role: instead")
+                    return
+                start, probe = process_time(), spent < _PROBE_BUDGET
+                yield from _pattern(document, place, text, lambda t, probe=probe: compile_regex(t, probe))
+                spent += process_time() - start
         ref = selector.get("ref")
         if isinstance(ref, str) and ref and ref not in named:
             near = closest(ref, named)
             hint = f'did you mean "{near}"?' if near else "name it under selectors"
-            hint = hint if near or not named else f"selectors are: {', '.join(list(named)[:20])}"
+            if named and not near:
+                hint = f"selectors are: {', '.join(list(named)[:8])}{', …' if len(named) > 8 else ''}"
             yield document.diagnostic("DS212", f"no selector is named {show_value(ref)}", (*path, "ref"), hint)
 
 
@@ -151,27 +162,32 @@ def _references(document: Document, named: Mapping[str, Any]) -> Iterator[Diagno
         references[name] = [((*p, "ref"), ref) for p, ref in pairs if isinstance(ref, str) and ref in named]
     size: dict[str, int] = {}
     depth: dict[str, int] = {}
+    unfolding: list[str] = []
+    circular = False
     for start in references:
-        trail = [start]
-        rests = [iter(references[start])]
+        trail = {start: iter(references[start])} if start not in size else {}
         while trail:
-            path, ref = next(rests[-1], (None, ""))
+            name = next(reversed(trail))
+            path, ref = next(trail[name], (None, ""))
             if path is None:
-                name = trail.pop()
-                rests.pop()
+                del trail[name]
                 refs = [r for _, r in references[name] if r in size]
                 size[name] = own_size[name] + sum(size[r] for r in refs)
                 depth[name] = 1 + max((depth[r] for r in refs), default=0)
-                if size[name] > MAX_EXPANSION or depth[name] > 64:
-                    size[name], depth[name] = 0, 0
-                    message = f"the selector {name!r} refers to too many others in turn"
-                    yield document.diagnostic("DS213", message, ("selectors", name), "write it out", key=True)
+                if size[name] > MAX_EXPANSION or depth[name] > MAX_CHAIN:
+                    unfolding.append(name)
+                    size[name] = depth[name] = 0
             elif ref in trail:
-                circle = " → ".join([*trail[trail.index(ref) :], ref])
-                yield document.diagnostic("DS213", f"circular reference: {circle}", path, "break the circle")
+                circular = True
+                circle = [*list(trail)[list(trail).index(ref) :], ref]
+                shown = circle if len(circle) <= 8 else [*circle[:4], "…", *circle[-3:]]
+                message = f"circular reference: {' → '.join(shown)}"
+                yield document.diagnostic("DS213", message, path, "break the circle")
             elif ref not in size:
-                trail.append(ref)
-                rests.append(iter(references[ref]))
+                trail[ref] = iter(references[ref])
+    for name in () if circular else unfolding:
+        message = f"the selector {name!r} refers to too many others in turn"
+        yield document.diagnostic("DS213", message, ("selectors", name), "write it out", key=True)
 
 
 def _ranges(document: Document, selectors: list[tuple[Path, Any]]) -> Iterator[Diagnostic]:

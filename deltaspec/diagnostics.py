@@ -82,7 +82,7 @@ CODES: dict[str, str] = {
     "DS516": "tensors differ from the lock",
     "DS517": "spec changed without effect since the lock",
 }
-"""Every code there is, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""
+"""Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from deltaspec.diagnostics import Diagnostic, Path, closest, show_path, show_value
-from deltaspec.mistakes import method_hint, unknown_key_hint, value_hint
 from deltaspec.methods._base import Method
+from deltaspec.mistakes import method_hint, unknown_key_hint, value_hint
+from deltaspec.reading import MAX_FINDINGS
 from deltaspec.schema import schema
 from deltaspec.selectors import NAME
 from deltaspec.source import Document
@@ -28,7 +30,7 @@ _Finding = tuple[str, str, str | None]
 
 def gate(document: Document, methods: Mapping[str, Method]) -> list[Diagnostic]:
     """Give the findings of the schema about a document that may use these methods."""
-    errors = list(_validator(tuple(methods.items())).iter_errors(document.data))
+    errors = list(islice(_validator(tuple(methods.items())).iter_errors(document.data), MAX_FINDINGS + 1))
     mistyped = {tuple(error.absolute_path) for error in errors if error.validator == "type"}
     return [
         finding
@@ -85,7 +87,11 @@ def _type(error: Any, path: Path) -> _Finding:
     if error.instance is None:
         return "DS203", f"{_label(path)} must be {expected}, but has no value", hint
     got = show_value(error.instance)
-    return "DS203", f"{_label(path)} must be {expected}, not {'the text ' if isinstance(error.instance, str) else ''}{got}", hint
+    return (
+        "DS203",
+        f"{_label(path)} must be {expected}, not {'the text ' if isinstance(error.instance, str) else ''}{got}",
+        hint,
+    )
 
 
 def _enum(error: Any, path: Path) -> _Finding:

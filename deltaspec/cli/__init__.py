@@ -19,7 +19,7 @@ from deltaspec.diagnostics import DeltaSpecError
 
 
 class _Verbs(click.Group):
-    """Finds the verbs by itself: a verb is a module here that does not start with `_`, with a click command `command`."""
+    """Finds the verbs by itself: modules here that do not start with `_`, each with a click command named `command`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_"))

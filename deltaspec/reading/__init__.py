@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic, in_order
 
 MAX_DEPTH = 64
-MAX_NODES = 20_000
+MAX_NODES = 10_000
 MAX_NUMBER = 1 << 63
 MAX_LITERAL = 40
 """Characters of a number literal."""

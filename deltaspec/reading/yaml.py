@@ -110,6 +110,8 @@ def _malformed(error: yaml.YAMLError, text: str, builder: Builder) -> None:
         hint = f"quote it: {_quoted(current, column)}"
     elif "mapping values are not allowed" in problem:
         hint = "a value that holds ': ' must be quoted; keys of one mapping start in the same column"
+    elif "unknown escape" in problem:
+        hint = "in double quotes a backslash begins an escape: use single quotes ('\\.'), or double it"
     elif "duplicate" in problem and "directive" in problem:
         code = "DS108"
     elif "expected ',' or" in problem or "block end" in problem or "expected key" in problem:
