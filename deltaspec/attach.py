@@ -22,6 +22,7 @@ from deltaspec.deltas import RESERVED, Deltas, attribute_name, storage_key
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.methods import methods
 from deltaspec.methods._base import Form, Site
+from deltaspec.observe import Observation, Recorder
 from deltaspec.regions import Region, RegionKey, region
 from deltaspec.rewrite import Link
 from deltaspec.substitution import Fold, Lowered, Swapped, stand_in
@@ -81,6 +82,7 @@ class Attachments:
                 self._visits.setdefault(host, []).append(Visit(planned.name, planned.method, site, lowered))
                 if host not in self._hosts[planned.name]:
                     self._hosts[planned.name].append(host)
+        self._proven = plan.proven
         self._rivals = _rivals(plan)
         self._originals = {fqn: module.__dict__.get("forward") for fqn, module in self._modules.items()}
         self._backbone_parameters = list({id(p): p for m in self._modules.values() for p in m._parameters.values() if p is not None}.values())
@@ -153,6 +155,22 @@ class Attachments:
         for attributes, forward in self.program(active).writes:
             attributes["forward"] = forward
 
+    def check_reached(self, seen: dict[str, Observation]) -> None:
+        """Refuse, after the first forward, attached deltas at modules whose weights were read without a call (DS437)."""
+        findings = []
+        for name in self.active:
+            for host in self._hosts[name]:
+                for visit in self._visits[host]:
+                    reader = seen[host].host
+                    if visit.delta == name and not visit.lowered and reader is not None:
+                        message = f"delta {name!r} is bypassed: {reader or 'the model'} reads the weights of {host} without calling it"
+                        hint = "pass example_inputs to compile, so that the plan can put the delta on the weight or refuse it"
+                        findings.append(Diagnostic("DS437", message, suggestion=hint))
+        if findings:
+            raise DeltaSpecError(findings)
+        self._proven = True
+        self.rebind()
+
     def program(self, names: tuple[str, ...]) -> Program:
         """Give the program of an active set, made at its first use."""
         found = self._programs.get(names)
@@ -175,6 +193,13 @@ class Attachments:
             self._write(program, host, forward)
         if inline:
             self._bind_root(program, inline)
+        if names and not self._proven:
+            written = {id(attributes): forward for attributes, forward in program.writes}
+            attributes = self.backbone.__dict__
+            base = written.get(id(attributes)) or self._originals[""] or MethodType(type(self.backbone).forward, self.backbone)
+            program.writes.append((attributes, FirstForward(self, base)))
+            if id(attributes) not in written:
+                program.undo.append((attributes, self._originals[""]))
         for fqn in self._statistics if names else ():
             if fqn not in hosts:
                 self._write(program, fqn, FrozenStatistics(self._modules[fqn]))
@@ -276,6 +301,22 @@ class FrozenStatistics:
         shadow = stand_in(self.module, {})
         shadow.training = False
         return shadow.forward(*args, **kwargs)
+
+
+class FirstForward:
+    """Watches the first forward of a model whose sites no example inputs could prove, then takes itself out."""
+
+    def __init__(self, attachments: Attachments, base: Forward) -> None:
+        self._attachments, self._base = attachments, base
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._base(*args, **kwargs)
+        recorder = Recorder(self._attachments.backbone)
+        with recorder.recording():
+            output = self._base(*args, **kwargs)
+        self._attachments.check_reached(recorder.result())
+        return output
 
 
 class BufferGuard:

@@ -88,6 +88,10 @@ class Deltas(nn.Module):
         """Register a delta; any name will do, also one that nn.Module has as a method."""
         self._modules[delta.name] = delta
 
+    def forward(self, value: Any = None, *_: Any) -> Any:
+        """Pass through: a backbone that runs all its children in order (`nn.Sequential`) runs this one, too."""
+        return value
+
     def __getitem__(self, name: str) -> Delta:
         found = self._modules[name]
         assert isinstance(found, Delta)

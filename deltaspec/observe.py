@@ -28,6 +28,8 @@ class Observation:
     """Last dimension of the hidden state that left."""
     host: str | None = None
     """FQN of the module whose forward read this one's parameters without calling it."""
+    reads: tuple[str, ...] | None = None
+    """Own names of the parameters that are read, where there is a host; None: all."""
 
 
 @dataclass(slots=True)
@@ -43,39 +45,127 @@ class Observations:
         return self.by_fqn.get(fqn)
 
 
+_METADATA = frozenset(
+    "__get__ __set__ __len__ size dim numel stride element_size data_ptr is_contiguous is_floating_point get_device".split()
+)
+"""Functions that look at a tensor's form, not at its values."""
+
+
 class _Reads(TorchFunctionMode):
     """Notes which parameters functions take, and in whose forward."""
 
-    def __init__(self, owners: dict[int, list[tuple[str, str]]], stack: list[str]) -> None:
+    def __init__(self, recorder: Recorder) -> None:
         super().__init__()
-        self.owners, self.stack = owners, stack
-        self.readers: dict[str, set[str]] = {}
+        self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in ("__get__", "__set__", "size", "dim"):
+        if getattr(func, "__name__", "") not in _METADATA:
             for value in tree_iter((args, kwargs or {})):
                 if isinstance(value, nn.Parameter):
-                    for owner, _ in self.owners.get(id(value), ()):
-                        self.readers.setdefault(owner, set()).add(self.stack[-1] if self.stack else "")
+                    self.recorder.read(value)
         return func(*args, **(kwargs or {}))
+
+
+class Recorder:
+    """Records one forward of a model: a context manager around the call. It leaves no hook behind."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._stack: list[str] = []
+        self._seen: dict[str, Observation] = {}
+        self._readers: dict[str, set[str]] = {}
+        self._reads: dict[str, set[str]] = {}
+        self._names = {id(m): fqn for fqn, m in reversed(list(model.named_modules(remove_duplicate=False)))}
+        self._owners: dict[int, dict[str, str]] = {}
+        for fqn, module in model.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._owners.setdefault(id(parameter), {})[fqn] = name
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what runs inside this context."""
+        handles = []
+        try:
+            for module in self._model.modules():
+                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
+                handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+            # A model whose methods carry `torch.compile` is run as it is written.
+            with torch.compiler.set_stance("force_eager"), _Reads(self):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def read(self, parameter: nn.Parameter) -> None:
+        """Note that the module whose forward runs now reads a parameter."""
+        reader = self._stack[-1] if self._stack else ""
+        owners = self._owners.get(id(parameter), {})
+        for owner, name in owners.items() if reader not in owners else ():
+            self._readers.setdefault(owner, set()).add(reader)
+            self._reads.setdefault(owner, set()).add(name)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        fqn = self._names[id(module)]
+        self._stack.append(fqn)
+        width = _width(args[0] if args else next(iter(kwargs.values()), None))
+        before = self._seen.get(fqn)
+        self._seen[fqn] = Observation(True, before.in_width if before else width, before.width if before else None)
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        fqn = self._stack.pop()
+        self._seen[fqn] = Observation(True, self._seen[fqn].in_width, _width(output))
+
+    def result(self) -> dict[str, Observation]:
+        """Give what was seen of every module, by each of its names."""
+        result: dict[str, Observation] = {}
+        for fqn, module in self._model.named_modules(remove_duplicate=False):
+            name = self._names[id(module)]
+            found = self._seen.get(name, Observation(False))
+            if readers := self._readers.get(name):
+                # Whoever stands above both the module and all its readers can run with another weight in its place.
+                host = _common([fqn.rpartition(".")[0], *readers])
+                reads = None if found.called else tuple(sorted(self._reads[name]))
+                found = Observation(True, found.in_width, found.width, host, reads)
+            result[fqn] = found
+        return result
+
+
+def _common(names: list[str]) -> str:
+    """Give the innermost module that holds all of these."""
+    split = [name.split(".") if name else [] for name in names]
+    shared = []
+    for segments in zip(*split, strict=False):
+        if len(set(segments)) > 1:
+            break
+        shared.append(segments[0])
+    return ".".join(shared)
 
 
 def observe(model: nn.Module, example_inputs: Any = None) -> Observations:
     """Run the model once on meta tensors, in evaluation mode and without gradients, on a copy of its structure.
 
+    Where its forward looks at values, which meta tensors do not have, run it once on its own weights instead.
+
     `example_inputs` are what the model's forward takes: a mapping of keywords, a tuple or list of positional arguments, or one
-    tensor; without them a transformers model is given its own dummy inputs. No weight is read, no buffer written, no random number
-    drawn. Static knowledge about torch's own modules is in the result even where nothing could be run.
+    tensor; without them a transformers model is given its own dummy inputs. Nothing of the model is written and the global random state stays. Static knowledge about torch's own modules is in the result even where nothing could be run.
     """
     known = _static(model)
     if example_inputs is None:
         example_inputs = dummy_inputs(model)
         if example_inputs is None:
             return Observations(known, False, "no example inputs")
-    try:
-        seen = _run(model, example_inputs)
-    except Exception as error:  # whatever a stranger's forward raises on meta tensors; the plan says that it could not look
-        return Observations(known, False, f"{type(error).__name__}: {error}".splitlines()[0])
+    failures = []
+    for device in ("meta", None):
+        try:
+            seen = _run(model, example_inputs, device)
+            break
+        except Exception as error:  # whatever a stranger's forward raises; the plan then says that nothing could be observed
+            failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
+            if any(p.is_meta for p in model.parameters()):
+                return Observations(known, False, failures[0])
+    else:
+        return Observations(known, False, failures[-1])
     for fqn, observation in known.items():
         found = seen.get(fqn)
         seen[fqn] = Observation(
@@ -101,56 +191,15 @@ def _static(model: nn.Module) -> dict[str, Observation]:
     return found
 
 
-def _run(model: nn.Module, example_inputs: Any) -> dict[str, Observation]:
-    twin = clone(model, device="meta")
+def _run(model: nn.Module, example_inputs: Any, device: str | None) -> dict[str, Observation]:
+    twin = clone(model, device=device)
     for module in twin.modules():
         module.training = False
-        module.__dict__.pop("forward", None)
-    stack: list[str] = []
-    seen: dict[str, Observation] = {}
-    names = {id(module): fqn for fqn, module in reversed(list(twin.named_modules(remove_duplicate=False)))}
-    owners: dict[int, list[tuple[str, str]]] = {}
-    for fqn, module in twin.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((fqn, name))
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        fqn = names[id(module)]
-        stack.append(fqn)
-        width = _width(args[0] if args else next(iter(kwargs.values()), None))
-        before = seen.get(fqn)
-        seen[fqn] = Observation(True, before.in_width if before else width, before.width if before else None)
-
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        fqn = stack.pop()
-        seen[fqn] = Observation(True, seen[fqn].in_width, _width(output))
-
-    for module in twin.modules():
-        module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
-        module.register_forward_hook(leave, with_kwargs=True)
-    args, kwargs = call_arguments(_to_meta(example_inputs))
-    reads = _Reads(owners, stack)
-    with torch.no_grad(), reads, _dynamo_off():
+    recorder = Recorder(twin)
+    args, kwargs = call_arguments(example_inputs if device is None else _to(example_inputs, device))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), recorder.recording():
         twin(*args, **kwargs)
-    result: dict[str, Observation] = {}
-    for fqn, module in twin.named_modules(remove_duplicate=False):
-        name = names[id(module)]
-        found = seen.get(name, Observation(False))
-        outside = {reader for reader in reads.readers.get(name, ()) if reader != name}
-        tied_elsewhere = {o for p in module._parameters.values() if p is not None for o, _ in owners[id(p)]} - {name}
-        outside -= tied_elsewhere
-        if outside and not found.called:
-            found = Observation(True, found.in_width, found.width, host=sorted(outside)[0])
-        result[fqn] = found
-    return result
-
-
-@contextmanager
-def _dynamo_off() -> Iterator[None]:
-    """Keep a model whose methods carry `torch.compile` from being compiled on meta tensors."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    return recorder.result()
 
 
 def _width(value: Any) -> int | None:
@@ -161,8 +210,8 @@ def _width(value: Any) -> int | None:
     return value.shape[-1] if isinstance(value, Tensor) and value.dim() >= 2 and value.is_floating_point() else None
 
 
-def _to_meta(inputs: Any) -> Any:
-    return tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, inputs)
+def _to(inputs: Any, device: str) -> Any:
+    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, inputs)
 
 
 def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -76,7 +76,7 @@ def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observ
     findings += _conflicts(specs, deltas)
     if findings:
         raise DeltaSpecError(in_order(findings))
-    return Plan(tuple(deltas), tuple(specs), table, tuple(checks), _unproven(deltas, observations))
+    return Plan(tuple(deltas), tuple(specs), table, tuple(checks), _unproven(deltas, observations), observations.ran)
 
 
 def _contract(spec: DeltaSpec, table: ModuleTable) -> list[Diagnostic]:

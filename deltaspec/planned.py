@@ -74,6 +74,8 @@ class Plan:
     checks: tuple[str, ...] = ()
     """The specs' expectations that were met, with the numbers."""
     notes: tuple[str, ...] = ()
+    proven: bool = True
+    """A forward was run and reached every site; else the compiled model's first forward is watched."""
 
     @property
     def model_class(self) -> str:

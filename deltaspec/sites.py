@@ -48,9 +48,9 @@ class Placer:
     def place(self) -> PlannedDelta:
         """Plan the delta. Where there are findings, the result holds the sites that could be planned."""
         entry = self.entry
-        places = self._target()
+        places = self.target()
         overrides = self._overrides(places)
-        sites = [self._site(place, overrides) for place in places]
+        sites = [self._candidate(place, overrides) for place in places]
         sites = self._refuse([*sites, *self._tied_places(sites)])
         planned = tuple(
             PlannedSite(site, params, self.method.tensors(site, params), override) for site, params, override in sites
@@ -75,7 +75,8 @@ class Placer:
         text = f"delta {self.entry.name!r}: {message}"
         self.findings.append(self.spec.diagnostic(code, text, ("deltas", self.index, *path), suggestion))
 
-    def _target(self) -> list[Place]:
+    def target(self) -> list[Place]:
+        """Give the places that the delta's target means, in the order of the model's modules."""
         if self.entry.target is None:
             return self._expanded((row, None) for row in self._default_rows())
         return self._select(self.entry.target)
@@ -139,21 +140,22 @@ class Placer:
             self._find("DS405", message, hint, ("overrides", number, "match"))
         return chosen
 
-    def _site(self, place: Place, overrides: dict[tuple[str, str | None], int]) -> Candidate:
+    def _candidate(self, place: Place, overrides: dict[tuple[str, str | None], int]) -> Candidate:
         row, parameter = place
         override = overrides.get((row.fqn, parameter))
         params = self.entry.params
         if override is not None:
             params = self.entry.params_with(self.entry.overrides[override])
-        return self._seen(row, parameter), params, override
+        return self.site(row, parameter), params, override
 
-    def _seen(self, row: Row, parameter: str | None) -> Site:
+    def site(self, row: Row, parameter: str | None) -> Site:
+        """Describe a place, with what the forward pass showed of it."""
         seen = self.observations.of(row.fqn)
         in_width, width = _static_widths(row)
         if seen is None:
             return Site(row, parameter, in_width, width)
         in_width = in_width if seen.in_width is None else seen.in_width
-        return Site(row, parameter, in_width, width if seen.width is None else seen.width, seen.host)
+        return Site(row, parameter, in_width, width if seen.width is None else seen.width, seen.host, seen.reads)
 
     def _tied_places(self, sites: list[Candidate]) -> list[Candidate]:
         """Add the other places of a tied parameter that the method trains as one tensor (a tensor with a `key`)."""
@@ -168,7 +170,7 @@ class Placer:
             for row, parameter in (owners[fqn] for fqn in partners):
                 if taken.isdisjoint({(row.fqn, None), (row.fqn, parameter)}):
                     taken.add((row.fqn, parameter))
-                    added.append((self._seen(row, parameter), params, override))
+                    added.append((self.site(row, parameter), params, override))
                     self.notes.append(f"{name(row, parameter)} is tied to {site.fqn} and trained together with it")
         return added
 
@@ -177,7 +179,7 @@ class Placer:
         refused: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
         kept = []
         for site, params, override in sites:
-            code, reason, hint = self._why_not(site, params)
+            code, reason, hint = self.why_not(site, params)
             if code:
                 refused.setdefault((code, re.sub(r"\.\d+\b", ".*", reason)), []).append((site.fqn, reason, hint))
             else:
@@ -187,7 +189,8 @@ class Placer:
             self._find(code, f"{group[0][1]} ({counted(group)}: {names})", group[0][2])
         return kept
 
-    def _why_not(self, site: Site, params: MethodParams) -> tuple[str, str, str]:
+    def why_not(self, site: Site, params: MethodParams) -> tuple[str, str, str]:
+        """Give code, reason and way out where this site cannot be; empty texts where it can."""
         refusal = self.method.refuse(site, params)
         if refusal is not None:
             return "DS402", refusal.reason, refusal.suggestion

@@ -92,6 +92,8 @@ class Site:
     """Width of the hidden state that leaves (last dimension), observed; None where unknown."""
     host: str | None = None
     """FQN of the module whose forward reads this site's weight without calling it; None where it is called."""
+    reads: tuple[str, ...] | None = None
+    """Own names of the parameters that the host reads; None: all."""
 
     @property
     def fqn(self) -> str:
@@ -99,6 +101,10 @@ class Site:
         if self.parameter is None:
             return self.row.fqn
         return f"{self.row.fqn}.{self.parameter}" if self.row.fqn else self.parameter
+
+    def is_read(self, parameter: str) -> bool:
+        """Tell whether a change of an own parameter, by its own name, reaches the output."""
+        return self.reads is None or parameter in self.reads
 
     @property
     def kind(self) -> str:

@@ -41,6 +41,8 @@ class Bitfit(Method):
                 f"bitfit needs a module whose output takes a bias, not {site.row.type}",
                 "select the linear, convolution and norm layers inside it",
             )
+        if not site.is_read("bias") and site.row.has_parameter("bias"):
+            return Refusal(f"{site.host or 'the model'} reads this module's weight, not its bias", "leave this module out")
         if not site.row.has_parameter("bias"):
             if site.host is not None:
                 return Refusal(

@@ -38,6 +38,11 @@ class Full(Method):
         if not chosen:
             return Refusal(f"this {site.row.type} owns no parameters", "select modules with parameters")
         for parameter in chosen:
+            if not site.is_read(parameter.name):
+                return Refusal(
+                    f"no forward reads {parameter.fqn}, so a trained copy would do nothing",
+                    "select the parameters that are read (parameter: …)",
+                )
             if parameter.tied and params.tied is None:
                 return Refusal(
                     f"{parameter.fqn} is tied to {', '.join(parameter.tied)}",

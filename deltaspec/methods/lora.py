@@ -69,11 +69,11 @@ class Lora(Method):
             )
         if site.host is not None and params.dropout:
             return Refusal(
-                f"{site.host} reads this weight without calling the module, so dropout on its input has no place",
+                f"{site.host or 'the model'} reads this weight without calling the module, so dropout on its input has no place",
                 "set dropout: 0 for this site in overrides",
             )
-        if site.host is not None and params.bias and not row.has_parameter("bias"):
-            return Refusal(f"{site.host} reads no bias here", "set bias: false for this site in overrides")
+        if site.host is not None and params.bias and not (row.has_parameter("bias") and site.is_read("bias")):
+            return Refusal(f"{site.host or 'the model'} reads no bias here", "set bias: false for this site in overrides")
         return None
 
     def tensors(self, site: Site, params: LoraParams) -> tuple[TensorSpec, ...]:
