@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from time import process_time
 from typing import Any
@@ -14,6 +15,7 @@ from deltaspec.methods._base import Method
 from deltaspec.patterns import BacktrackingError, PatternError, compile_glob, compile_regex
 from deltaspec.reading import MAX_FINDINGS
 from deltaspec.source import Document
+from deltaspec.spec import read_params
 
 MAX_EXPANSION = 10_000
 """Selectors that one named selector may come to once every `ref` is written out."""
@@ -128,7 +130,7 @@ def _atoms(document: Document, selectors: list[tuple[Path, Any]], named: Mapping
                     yield document.diagnostic("DS204", message, place, "use path: or role: instead")
                     return
                 start, probe = process_time(), spent < _PROBE_BUDGET
-                yield from _pattern(document, place, text, lambda t, probe=probe: compile_regex(t, probe))
+                yield from _pattern(document, place, text, partial(compile_regex, probe=probe))
                 spent += process_time() - start
         ref = selector.get("ref")
         if isinstance(ref, str) and ref and ref not in named:
@@ -228,7 +230,7 @@ def _touches(refused: set[str], place: str) -> bool:
 
 def _read(method: Method, params: dict[str, Any], document: Document, path: Path) -> Iterator[Diagnostic]:
     try:
-        method.Params.model_validate(params)
+        read_params(method.Params, params)
     except ValidationError as error:
         for found in error.errors(include_url=False):
             raised = found.get("ctx", {}).get("error")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
@@ -49,7 +50,17 @@ def _validator(methods: tuple[tuple[str, Method], ...]) -> Any:
     strict = Draft7Validator.TYPE_CHECKER.redefine(
         "integer", lambda _, v: isinstance(v, int) and not isinstance(v, bool)
     )
-    return extend(Draft7Validator, type_checker=strict)(schema(dict(methods)))
+    kind: Any = extend(Draft7Validator, {"pattern": _whole_pattern}, type_checker=strict)  # type: ignore[no-untyped-call]
+    return kind(schema(dict(methods)))
+
+
+def _whole_pattern(_: Any, pattern: str, instance: Any, __: Any) -> Iterator[Any]:
+    """Read `pattern` as ECMAScript does: there, `$` does not match before a last line feed."""
+    from jsonschema import ValidationError
+
+    ending = pattern.removesuffix("$") + r"\Z" if pattern.endswith("$") else pattern
+    if isinstance(instance, str) and not re.search(ending, instance):
+        yield ValidationError("")
 
 
 def _diagnose(error: Any, document: Document) -> Iterator[Diagnostic]:
@@ -60,7 +71,7 @@ def _diagnose(error: Any, document: Document) -> Iterator[Diagnostic]:
         for key in error.instance:
             if key not in known:
                 message = f"unknown key {show_value(key)}"
-                hint = unknown_key_hint(key, path, known, error.instance, document.data)
+                hint = unknown_key_hint(key, path, known, error.instance)
                 yield document.diagnostic("DS201", message, (*path, key), hint, key=True)
         return
     if error.validator == "required":
@@ -72,8 +83,8 @@ def _diagnose(error: Any, document: Document) -> Iterator[Diagnostic]:
     if "propertyNames" in error.absolute_schema_path:
         yield document.diagnostic("DS208", _not_a_name(error.instance), (*path, error.instance), _NAME_HINT, key=True)
         return
-    code, message, hint = _TRANSLATIONS.get(error.validator, _other)(error, path)
-    yield document.diagnostic(code, message, path, hint)
+    code, text, way_out = _TRANSLATIONS.get(error.validator, _other)(error, path)
+    yield document.diagnostic(code, text, path, way_out)
 
 
 def _type(error: Any, path: Path) -> _Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from deltaspec.diagnostics import Path, closest
@@ -109,9 +110,7 @@ def place(path: Path) -> str:
     return "selector"
 
 
-def unknown_key_hint(
-    key: str, path: Path, known: Sequence[str], siblings: Mapping[str, Any], data: Mapping[str, Any]
-) -> str:
+def unknown_key_hint(key: str, path: Path, known: Sequence[str], siblings: Mapping[str, Any]) -> str:
     """Say what was meant by an unknown key of the mapping at `path`, which knows the keys `known`."""
     kind = place(path)
     plain = key.lower()
@@ -174,7 +173,7 @@ def value_hint(value: object, kinds: Iterable[str], path: Path) -> str | None:
                 number = float(plain)
             except ValueError:
                 return None
-            if "number" in kinds or number.is_integer():
+            if number.is_integer() or ("number" in kinds and isfinite(number)):
                 return f"write {plain}, without quotes" if plain == value else f"write {plain}"
         return None
     if isinstance(value, float) and "integer" in kinds and value.is_integer():

@@ -93,7 +93,7 @@ def compile_regex(text: str, probe: bool = True) -> Pattern:
     `probe` tries it on a few names that it nearly matches, at a cost of at most a few tenths of a second.
     """
     _check_text(text)
-    import regex
+    import regex  # type: ignore[import-untyped,unused-ignore]
 
     counts = [int(n) for n in re.findall(r"\d+", " ".join(re.findall(r"\{[\d,\s]*\}", text))) if len(n) < 10]
     longest = re.search(r"\{[\d,\s]*\d{10}", text)

@@ -96,8 +96,8 @@ class DeltaEntry(Part):
 
     def params_with(self, override: Override) -> MethodParams:
         """Give the method's parameters with an override's in place of the delta's."""
-        given = self.params.model_dump(exclude_unset=True)
-        return type(self.params).model_validate(given | override.params)
+        given = self.params.model_dump(mode="json", exclude_unset=True)
+        return read_params(type(self.params), given | override.params)
 
 
 class DeltaSpec(Part):
@@ -134,19 +134,17 @@ class DeltaSpec(Part):
 
     def to_data(self) -> dict[str, Any]:
         """Give the resolved spec as a document: every method parameter written out, places and comments gone."""
-        return _compact(
-            {
-                "deltaspec": self.version,
-                "model": self.model and self.model.model_dump(),
-                "seed": self.seed,
-                "selectors": {name: selector.to_data() for name, selector in self.selectors.items()},
-                "deltas": [_delta_data(delta) for delta in self.deltas],
-                "expect": self.expect
-                and {
-                    "trainable": self.expect.trainable and self.expect.trainable.model_dump(),
-                    "untouched": [selector.to_data() for selector in self.expect.untouched],
-                },
-            }
+        expect = self.expect and _present(
+            trainable=self.expect.trainable and self.expect.trainable.model_dump(exclude_none=True),
+            untouched=[selector.to_data() for selector in self.expect.untouched],
+        )
+        return _present(
+            deltaspec=self.version,
+            model=self.model and self.model.model_dump(exclude_none=True),
+            seed=self.seed,
+            selectors={name: selector.to_data() for name, selector in self.selectors.items()},
+            deltas=[_delta_data(delta) for delta in self.deltas],
+            expect=expect,
         )
 
     @property
@@ -229,12 +227,17 @@ def _fields(data: Mapping[str, Any], known: Mapping[str, Method]) -> dict[str, A
     return fields
 
 
+def read_params(kind: type[MethodParams], data: Mapping[str, Any]) -> MethodParams:
+    """Read a method's parameters from a document's data, where a tuple is a list. Raises pydantic's ValidationError."""
+    return kind.model_validate_json(dumps(data))
+
+
 def _document(spec: str | os.PathLike[str] | Mapping[str, Any]) -> Document:
     return from_data(spec) if isinstance(spec, Mapping) else read(spec)
 
 
 def _delta_fields(delta: dict[str, Any], path: Path, params: type[MethodParams]) -> dict[str, Any]:
-    fields = {**delta, "params": params.model_validate(delta.get("params", {}))}
+    fields = {**delta, "params": read_params(params, delta.get("params", {}))}
     if "target" in delta:
         fields["target"] = canonical(delta["target"], (*path, "target"))
     fields["overrides"] = tuple(
@@ -260,21 +263,19 @@ def _bounds(value: Any) -> Any:
 
 
 def _delta_data(delta: DeltaEntry) -> dict[str, Any]:
-    overrides = [{"match": o.match.to_data(), "params": dict(o.params)} for o in delta.overrides]
-    return {
-        "name": delta.name,
-        "method": delta.method,
-        "params": delta.params.model_dump(mode="json"),
-        "target": delta.target and delta.target.to_data(),
-        "overrides": overrides,
-        "expect": delta.expect and delta.expect.model_dump(),
-        "attached": delta.attached,
-    }
+    fields = type(delta.params).model_fields
+    params = delta.params.model_dump(mode="json")
+    return _present(
+        name=delta.name,
+        method=delta.method,
+        params={k: v for k, v in params.items() if v is not None or fields[k].default is not None},
+        target=delta.target and delta.target.to_data(),
+        overrides=[{"match": o.match.to_data(), "params": dict(o.params)} for o in delta.overrides],
+        expect=delta.expect and delta.expect.model_dump(exclude_none=True),
+        attached=delta.attached,
+    )
 
 
-def _compact(value: Any) -> Any:
+def _present(**fields: Any) -> dict[str, Any]:
     """Leave out what is absent or empty."""
-    if isinstance(value, dict):
-        compacted = {key: _compact(item) for key, item in value.items()}
-        return {key: item for key, item in compacted.items() if item is not None and item != {} and item != []}
-    return [_compact(item) for item in value] if isinstance(value, list) else value
+    return {key: value for key, value in fields.items() if value is not None and value != {} and value != []}
