@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deltaspec.methods._base import Init, TensorSpec
+from deltaspec.methods import methods
+from deltaspec.methods._base import Init, Method, MethodParams, Site, TensorSpec
 
 if TYPE_CHECKING:
     from deltaspec.planned import Plan, PlannedDelta
@@ -122,21 +123,41 @@ def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module) -> Delta:
     sources = dict(backbone.named_parameters(remove_duplicate=False))
     sources.update(backbone.named_buffers(remove_duplicate=False))
     fallback = next(iter(sources.values()), None)
+    method = methods()[planned.method]
     for planned_site in planned.sites:
-        site = planned_site.site
-        home = next((sources[p.fqn] for p in site.row.parameters if p.fqn in sources), fallback)
+        site, params = planned_site.site, planned_site.params
+        own = {p.name: sources[p.fqn] for p in site.row.parameters}
+        home = next(iter(own.values()), fallback)
+        given = _from_weights(method, site, params, own, f"{seed}\0{planned.name}\0{site.fqn}")
         for spec in planned_site.tensors:
-            key = storage_key(site.fqn if site.parameter is None else site.row.fqn, spec)
+            key = storage_key(site.row.fqn, spec)
             name = attribute_name(key)
             if name in delta._parameters or name in delta._buffers:
                 continue
             value = _initial(spec, f"{seed}\0{planned.name}\0{key}", sources, home)
+            if spec.name in given:
+                value = given[spec.name].to(value)
             if spec.buffer:
                 delta._buffers[name] = value
             else:
                 delta._parameters[name] = nn.Parameter(value)
     delta.train(backbone.training)
     return delta
+
+
+def _from_weights(
+    method: Method, site: Site, params: MethodParams, own: Mapping[str, Tensor], identity: str
+) -> Mapping[str, Tensor]:
+    """Ask a method for the initial values that depend on the host's weights."""
+    if type(method).initialise is Method.initialise or any(w.is_meta for w in own.values()):
+        return {}
+    weights = {name: weight.detach().to("cpu", torch.float32) for name, weight in own.items()}
+    return method.initialise(site, params, weights, _generator(identity))
+
+
+def _generator(identity: str) -> torch.Generator:
+    digest = hashlib.sha256(identity.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 def _initial(spec: TensorSpec, identity: str, sources: Mapping[str, Tensor], home: Tensor | None) -> Tensor:
@@ -148,8 +169,7 @@ def _initial(spec: TensorSpec, identity: str, sources: Mapping[str, Tensor], hom
     dtype = _dtype(spec, home)
     if device.type == "meta" or spec.init.kind in ("zeros", "ones"):
         return torch.full(spec.shape, float(spec.init.kind == "ones"), device=device, dtype=dtype)
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big", signed=True))
-    return draw(spec.init, spec.shape, generator).to(device=device, dtype=dtype)
+    return draw(spec.init, spec.shape, _generator(identity)).to(device=device, dtype=dtype)
 
 
 def draw(init: Init, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from deltaspec.modules import Row
 
@@ -154,6 +154,15 @@ class Method(ABC):
     @abstractmethod
     def tensors(self, site: Site, params: Any) -> tuple[TensorSpec, ...]:
         """Declare the delta's tensors at a site. Called only where `refuse` gave None."""
+
+    def initialise(
+        self, site: Site, params: Any, weights: Mapping[str, Tensor], generator: Generator
+    ) -> Mapping[str, Tensor]:
+        """Give initial values that depend on the host's own parameters, by tensor name; the others start as declared.
+
+        `weights` are the host's own parameters by own name, float32 on the CPU; `generator` is seeded for this site alone.
+        """
+        return {}
 
     @abstractmethod
     def apply(self, form: Form, params: Any, t: Any, x: Any, base: Callable[..., Any]) -> Any:
