@@ -60,6 +60,7 @@ CODES: dict[str, str] = {
     "DS323": "model factory that cannot be imported",
     "DS324": "model factory that fails",
     "DS350": "no default role in this model",
+    "DS351": "no such module",
     # DS4: method and model
     "DS401": "another model than the spec is for",
     "DS402": "method cannot take a site",

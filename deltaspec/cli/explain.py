@@ -1,0 +1,53 @@
+"""The verb `explain`: why each delta of a spec does or does not change one module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from deltaspec.cli._shared import wants_color
+
+if TYPE_CHECKING:
+    from deltaspec.modules import Row
+
+
+@click.command()
+@click.argument("model")
+@click.argument("spec")
+@click.argument("name", metavar="FQN")
+def command(model: str, spec: str, name: str) -> None:
+    """Say why each delta of SPEC does or does not change the module FQN of MODEL, condition by condition.
+
+    Exit codes: 0 explained, 1 the spec is invalid or there is no such module, 2 usage.
+    """
+    from deltaspec.spec import load
+
+    loaded = load(spec)
+    from deltaspec.loading import model_from
+    from deltaspec.modules import tabulate
+    from deltaspec.observe import observe
+    from deltaspec.verdicts import find_row, verdicts
+
+    backbone = model_from(model)
+    table = tabulate(backbone)
+    row = find_row(table, name)
+    color = wants_color()
+    click.secho(_title(row), bold=True, color=color)
+    for verdict in verdicts(loaded, table, observe(backbone), row):
+        style = "green" if verdict.taken else "yellow"
+        click.secho(f"\n{verdict.delta} ({verdict.method}): {verdict.outcome}", fg=style, color=color)
+        click.echo(f"  {verdict.location}")
+        for reason, place in verdict.reasons:
+            click.echo(f"    {'✓' if reason.accepted else '✗'} {reason}  ({place})")
+
+
+def _title(row: Row) -> str:
+    facts = [row.type]
+    if row.in_features is not None:
+        facts.append(f"{row.in_features} → {row.out_features}")
+    if row.roles:
+        facts.append(f"roles {', '.join(row.roles)}")
+    if row.layer is not None:
+        facts.append(f"layer {row.layer} of {row.stack}")
+    return f"{row.fqn or '(the model itself)'}: {', '.join(facts)}"

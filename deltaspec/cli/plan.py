@@ -1,0 +1,96 @@
+"""The verb `plan`: say what specs do to a model, or check that their locks still hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from deltaspec.cli._shared import report, show, wants_color
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+from deltaspec.formats import FORMATS
+
+if TYPE_CHECKING:
+    from deltaspec.planned import Plan
+
+
+@click.command()
+@click.argument("model")
+@click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
+@click.option("--check", is_flag=True, help="Compare with the locks beside the specs instead of printing the plan.")
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice([*FORMATS, "markdown"]),
+    default="text",
+    show_default=True,
+    help="How the plan and findings are written; github and sarif write findings only.",
+)
+def command(model: str, specs: tuple[str, ...], check: bool, output_format: str) -> None:
+    """Say what specs do to MODEL: sites, tensors, counts, expectations.
+
+    MODEL is a directory or config.json of Hugging Face, a hub id, or package.module:factory. No weights are needed.
+    Exit codes: 0 planned (or, with --check, locked), 1 findings, 2 usage.
+    """
+    try:
+        planned = plan_from(model, specs)
+    except DeltaSpecError as error:
+        _report(error.diagnostics, output_format)
+        return
+    if check:
+        from deltaspec.lock import check_lock, lock_path
+
+        parts = list(zip(planned.parts(), map(lock_path, specs), strict=True))
+        _report([finding for part, path in parts for finding in check_lock(part, path)], output_format)
+        if output_format == "text":
+            for part, path in parts:
+                click.echo(f"{path}: up to date, {len(part.sites)} sites, {part.trainable:,} trainable parameters")
+    elif output_format == "text":
+        from rich.console import Console
+
+        Console(soft_wrap=True, highlight=False, no_color=not wants_color() or None).print(planned)
+    elif output_format in _WRITERS:
+        click.echo(_WRITERS[output_format](planned))
+    else:
+        show([], output_format)
+
+
+def plan_from(model: str, specs: tuple[str, ...]) -> Plan:
+    """Plan specs on a model, both as the command line names them. The specs are read first: that is quick."""
+    from deltaspec.spec import validate
+
+    if findings := [finding for spec in specs for finding in validate(spec)]:
+        raise DeltaSpecError(findings)
+    from deltaspec.loading import model_from
+    from deltaspec.plan import plan
+
+    return plan(model_from(model), *specs)
+
+
+def _report(diagnostics: tuple[Diagnostic, ...] | list[Diagnostic], output_format: str) -> None:
+    if output_format != "markdown":
+        if diagnostics or output_format != "text":
+            report(diagnostics, output_format)
+        return
+    if not diagnostics:
+        click.echo("The lock is up to date.")
+        return
+    click.echo(f"### deltaspec: {len(diagnostics)} finding{'s' * (len(diagnostics) != 1)}\n\n```")
+    click.echo("\n".join(map(str, diagnostics)))
+    click.echo("```")
+    click.get_current_context().exit(1)
+
+
+def _json(planned: Plan) -> str:
+    return json.dumps(planned.to_dict(), indent=2, ensure_ascii=False)
+
+
+def _markdown(planned: Plan) -> str:
+    from deltaspec.plan_text import markdown
+
+    return markdown(planned)
+
+
+_WRITERS: dict[str, Callable[[Plan], str]] = {"json": _json, "markdown": _markdown}
