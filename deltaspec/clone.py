@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        return _copy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise DeltaSpecError(
             [
@@ -42,6 +45,42 @@ def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any
                 )
             ]
         ) from error
+
+
+_ATOMS = (bool, int, float, complex, str, bytes, type(None), type, FunctionType, torch.dtype, torch.device, torch.Size)
+_EMPTY = (dict, OrderedDict, list, set)
+_HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__")
+
+
+def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Do what copy.deepcopy does, several times faster for plain modules, most of whose attributes are plain or empty."""
+    found = memo.get(id(module))
+    if found is not None:
+        assert isinstance(found, nn.Module)
+        return found
+    kind = type(module)
+    if not _is_plain(kind):
+        return copy.deepcopy(module, memo)
+    twin = kind.__new__(kind)
+    memo[id(module)] = twin
+    attributes = twin.__dict__
+    for name, value in module.__dict__.items():
+        if isinstance(value, _ATOMS):
+            attributes[name] = value
+        elif type(value) in _EMPTY and not value:
+            attributes[name] = type(value)()
+        elif name == "_modules":
+            attributes[name] = type(value)((key, None if child is None else _copy(child, memo)) for key, child in value.items())
+        else:
+            attributes[name] = copy.deepcopy(value, memo)
+    return twin
+
+
+@cache
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Tell whether a class leaves copying and pickling to nn.Module, and has no slots of its own."""
+    plain = all(getattr(kind, hook, None) is getattr(nn.Module, hook, None) for hook in _HOOKS)
+    return plain and not any("__slots__" in base.__dict__ for base in kind.__mro__[:-1])
 
 
 def _share(parameter: nn.Parameter, device: str | None) -> torch.Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from deltaspec.clone import clone
+from deltaspec.modules import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +33,27 @@ class Observation:
     """Own names of the parameters that are read, where there is a host; None: all."""
 
 
-@dataclass(slots=True)
 class Observations:
-    """What one forward showed of all modules, by FQN; and why there is nothing, if the forward could not run."""
+    """What one forward of a model shows of its modules. The forward runs when it is first needed.
 
-    by_fqn: dict[str, Observation] = field(default_factory=dict)
-    ran: bool = False
-    reason: str | None = None
+    Where no inputs are given, it is not needed for the linear and norm layers that have a role in an architecture of transformers:
+    the test suite observes each of those architectures.
+    """
 
-    def of(self, fqn: str) -> Observation | None:
-        """Give what is known of a module; None where no forward ran."""
-        return self.by_fqn.get(fqn)
+    def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
+        self._model, self._inputs = model, example_inputs
+        self._vouched = example_inputs is None and type(model).__module__.startswith("transformers.models.")
+        self._seen: dict[str, Observation] | None = None
+        self.failure: str | None = None
+        """Why a forward was needed and could not run; static knowledge about torch's own modules is there even so."""
+
+    def of(self, row: Row) -> Observation | None:
+        """Give what is known of a module; None where the forward could not run."""
+        if self._vouched and row.roles and row.kind in ("linear", "conv1d", "norm"):
+            return Observation(True)
+        if self._seen is None:
+            self._seen, self.failure = observe(self._model, self._inputs)
+        return self._seen.get(row.fqn)
 
 
 _METADATA = frozenset(
@@ -142,36 +153,33 @@ def _common(names: list[str]) -> str:
     return ".".join(shared)
 
 
-def observe(model: nn.Module, example_inputs: Any = None) -> Observations:
+def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Observation], str | None]:
     """Run the model once on meta tensors, in evaluation mode and without gradients, on a copy of its structure.
 
-    Where its forward looks at values, which meta tensors do not have, run it once on its own weights instead.
-
-    `example_inputs` are what the model's forward takes: a mapping of keywords, a tuple or list of positional arguments, or one
-    tensor; without them a transformers model is given its own dummy inputs. Nothing of the model is written and the global random state stays. Static knowledge about torch's own modules is in the result even where nothing could be run.
+    Give (observation by FQN, None), or (static knowledge about torch's own modules, why nothing could be run). Where the forward looks
+    at values, which meta tensors do not have, it is run once on the model's own weights instead. `example_inputs` are what the model's forward
+    takes: a mapping of keywords, a tuple or list of positional arguments, or one tensor; without them a transformers model is given
+    its own dummy inputs. Nothing of the model is written and the global random state stays.
     """
     known = _static(model)
     if example_inputs is None:
         example_inputs = dummy_inputs(model)
         if example_inputs is None:
-            return Observations(known, False, "no example inputs")
+            return known, "no example inputs"
     failures = []
     for device in ("meta", None):
+        if device is None and any(p.is_meta for p in model.parameters()):
+            break
         try:
             seen = _run(model, example_inputs, device)
-            break
         except Exception as error:  # whatever a stranger's forward raises; the plan then says that nothing could be observed
             failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
-            if any(p.is_meta for p in model.parameters()):
-                return Observations(known, False, failures[0])
-    else:
-        return Observations(known, False, failures[-1])
-    for fqn, observation in known.items():
-        found = seen.get(fqn)
-        seen[fqn] = Observation(
-            True, found.in_width if found else None, found.width if found else None, observation.host
-        )
-    return Observations(seen, True)
+        else:
+            for fqn, observation in known.items():
+                found = seen.get(fqn, Observation(True))
+                seen[fqn] = Observation(True, found.in_width, found.width, observation.host)
+            return seen, None
+    return known, failures[-1]
 
 
 def _static(model: nn.Module) -> dict[str, Observation]:

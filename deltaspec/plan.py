@@ -13,7 +13,7 @@ from deltaspec.diagnostics import DeltaSpecError, Diagnostic, in_order
 from deltaspec.expectations import delta_checks, spec_checks
 from deltaspec.methods import methods
 from deltaspec.modules import ModuleTable, tabulate
-from deltaspec.observe import Observations, observe
+from deltaspec.observe import Observations
 from deltaspec.planned import Plan, PlannedDelta, PlannedSite, structure_fingerprint
 from deltaspec.sites import Placer, counted, shown
 from deltaspec.spec import DeltaSpec, load
@@ -34,7 +34,7 @@ def plan(
     """
     loaded = load_all(specs)
     table = tabulate(model)
-    return resolve(loaded, table, observe(model, example_inputs))
+    return resolve(loaded, table, Observations(model, example_inputs))
 
 
 def load_all(specs: Sequence[str | os.PathLike[str] | Mapping[str, Any] | DeltaSpec]) -> tuple[DeltaSpec, ...]:
@@ -76,7 +76,9 @@ def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observ
     findings += _conflicts(specs, deltas)
     if findings:
         raise DeltaSpecError(in_order(findings))
-    return Plan(tuple(deltas), tuple(specs), table, tuple(checks), _unproven(deltas, observations), observations.ran)
+    return Plan(
+        tuple(deltas), tuple(specs), table, tuple(checks), _unproven(observations), observations.failure is None
+    )
 
 
 def _contract(spec: DeltaSpec, table: ModuleTable) -> list[Diagnostic]:
@@ -140,8 +142,7 @@ def _conflicts(specs: Sequence[DeltaSpec], deltas: Sequence[PlannedDelta]) -> li
     return findings
 
 
-def _unproven(deltas: Sequence[PlannedDelta], observations: Observations) -> tuple[str, ...]:
-    if observations.ran or not any(delta.sites for delta in deltas):
+def _unproven(observations: Observations) -> tuple[str, ...]:
+    if observations.failure is None:
         return ()
-    reason = f" ({observations.reason})" if observations.reason else ""
-    return (f"not proven that a forward pass reaches every site{reason}: pass example_inputs",)
+    return (f"not proven that a forward pass reaches every site ({observations.failure}): pass example_inputs",)

@@ -150,7 +150,7 @@ class Placer:
 
     def site(self, row: Row, parameter: str | None) -> Site:
         """Describe a place, with what the forward pass showed of it."""
-        seen = self.observations.of(row.fqn)
+        seen = self.observations.of(row)
         in_width, width = _static_widths(row)
         if seen is None:
             return Site(row, parameter, in_width, width)
@@ -194,7 +194,7 @@ class Placer:
         refusal = self.method.refuse(site, params)
         if refusal is not None:
             return "DS402", refusal.reason, refusal.suggestion
-        seen = self.observations.of(site.row.fqn)
+        seen = self.observations.of(site.row)
         if seen is not None and site.host is None and not seen.called:
             reason = f"no forward pass reaches this {site.row.type}, so a delta there would do nothing"
             return "DS403", reason, "leave it out, or pass example_inputs that reach it"

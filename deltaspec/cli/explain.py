@@ -26,7 +26,7 @@ def command(model: str, spec: str, name: str) -> None:
     loaded = load(spec)
     from deltaspec.loading import model_from
     from deltaspec.modules import tabulate
-    from deltaspec.observe import observe
+    from deltaspec.observe import Observations
     from deltaspec.verdicts import find_row, verdicts
 
     backbone = model_from(model)
@@ -34,7 +34,7 @@ def command(model: str, spec: str, name: str) -> None:
     row = find_row(table, name)
     color = wants_color()
     click.secho(_title(row), bold=True, color=color)
-    for verdict in verdicts(loaded, table, observe(backbone), row):
+    for verdict in verdicts(loaded, table, Observations(backbone), row):
         style = "green" if verdict.taken else "yellow"
         click.secho(f"\n{verdict.delta} ({verdict.method}): {verdict.outcome}", fg=style, color=color)
         click.echo(f"  {verdict.location}")
