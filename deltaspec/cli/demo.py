@@ -24,10 +24,12 @@ def command(output: Path, quick: bool, reload: bool) -> None:
     """
     try:
         from rich.console import Console
+        from transformers.utils import logging
 
         from deltaspec.demo import data, story
     except ModuleNotFoundError as error:
         raise click.UsageError(f"the demo needs {error.name}: pip install 'deltaspec[demo]', or make demo") from None
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     console = Console()
     try:
         tasks = (data.tweets(), data.topics())

@@ -20,8 +20,6 @@ from deltaspec.demo import model, training
 from deltaspec.demo.data import Task
 
 LOGITS = "logits.safetensors"
-PAIRS = {"tweets": ("tweets", "tweets-head"), "topics": ("topics", "topics-head")}
-"""The delta and the head that a task uses."""
 
 
 class DemoFailed(RuntimeError):
@@ -30,13 +28,14 @@ class DemoFailed(RuntimeError):
 
 def specs_dir() -> Path:
     """Find the demo's specs: in the repository, or in the installed package."""
-    package = Path(__file__).parent
-    return next(folder for folder in (package / "specs", package.parents[1] / "specs") if folder.is_dir())
+    package, here = Path(__file__).parent, Path.cwd()
+    found = next(folder for folder in (package / "specs", package.parents[1] / "specs") if folder.is_dir())
+    return found.relative_to(here) if found.is_relative_to(here) else found
 
 
 def spec_paths() -> list[Path]:
     """Give the two spec files."""
-    return [specs_dir() / f"demo-{name}.deltaspec.yaml" for name in PAIRS]
+    return [specs_dir() / f"demo-{name}.deltaspec.yaml" for name in model.HEADS]
 
 
 def run(console: Console, output: Path, tasks: tuple[Task, ...]) -> None:
@@ -44,7 +43,7 @@ def run(console: Console, output: Path, tasks: tuple[Task, ...]) -> None:
     tokens = model.tokenizer()
     original = model.build()
     before = _flags(original)
-    compiled = _compile(console, original, tokens)
+    compiled = _compile(console, original)
     frozen = {task.name: _probe(original, task, tokens) for task in tasks}
     _train(console, compiled, tasks, tokens)
     logits = _compare(console, compiled, tasks, tokens, frozen)
@@ -53,9 +52,7 @@ def run(console: Console, output: Path, tasks: tuple[Task, ...]) -> None:
     _reload_elsewhere(console, output)
 
 
-def _compile(
-    console: Console, original: model.SentenceClassifier, tokens: PreTrainedTokenizerBase
-) -> deltaspec.CompiledModel:
+def _compile(console: Console, original: model.SentenceClassifier) -> deltaspec.CompiledModel:
     """Validate both specs, print their plan for this model, compile them onto it together."""
     console.rule("1  validate, plan, compile")
     for path in spec_paths():
@@ -63,9 +60,8 @@ def _compile(
         if findings:
             raise DemoFailed("\n".join(str(finding) for finding in findings))
         console.print(f"{path.name}: valid")
-    example = model.encode(tokens, ["Is every site called?"])
-    console.print(deltaspec.plan(original, *spec_paths(), example_inputs=example))
-    return deltaspec.compile(original, *spec_paths(), example_inputs=example)
+    console.print(deltaspec.plan(original, *spec_paths()), soft_wrap=True)
+    return deltaspec.compile(original, *spec_paths())
 
 
 def _probe(original: model.SentenceClassifier, task: Task, tokens: PreTrainedTokenizerBase) -> float:
@@ -84,15 +80,14 @@ def _train(
     console.rule("2  train one delta a task, on one backbone")
     with training.training_progress(console) as progress:
         for task in tasks:
-            delta, head = PAIRS[task.name]
-            with compiled.only(delta, head):
-                body, top = compiled.deltas[delta].parameters(), compiled.deltas[head].parameters()
-                training.fit(compiled, body, top, task, tokens, progress)
+            body, head = compiled.deltas[task.name], compiled.deltas[f"{task.name}-head"]
+            with compiled.only(body.name, head.name):
+                training.fit(compiled, body.parameters(), head.parameters(), task, tokens, progress)
 
 
 def _logits(compiled: deltaspec.CompiledModel, delta: str, task: Task, tokens: PreTrainedTokenizerBase) -> Tensor:
     """Compute a task's test logits `[texts, classes]` with its own head over the given delta."""
-    with compiled.only(delta, PAIRS[task.name][1]):
+    with compiled.only(delta, f"{task.name}-head"):
         return training.outputs(lambda **batch: compiled(**batch)[task.name], task.test, tokens)
 
 
@@ -105,19 +100,21 @@ def _compare(
 ) -> dict[str, Tensor]:
     """Print the accuracy of every delta on every task; give each task's logits under its own delta."""
     console.rule("3  accuracy on the test texts")
-    table = Table("task", "untouched backbone,\nlinear probe")
+    table = Table("")
     for task in tasks:
-        table.add_column(f"delta {task.name!r}", justify="right")
+        table.add_column(f"{task.name}: {task.title}\n({len(task.labels)} classes, {len(task.test.texts)} texts)")
+    table.add_row("untouched backbone, linear probe", *(f"{frozen[task.name]:.3f}" for task in tasks))
+    methods = {delta.name: delta.method for delta in compiled.plan.deltas}
     own: dict[str, Tensor] = {}
     for task in tasks:
-        cells = [f"{task.title} ({len(task.labels)} classes)", f"{frozen[task.name]:.3f}"]
-        for other in tasks:
-            logits = _logits(compiled, PAIRS[other.name][0], task, tokens)
-            score = f"{training.accuracy(logits, task.test):.3f}"
-            if other is task:
+        scores = []
+        for tested in tasks:
+            logits = _logits(compiled, task.name, tested, tokens)
+            score = f"{training.accuracy(logits, tested.test):.3f}"
+            scores.append(f"[bold]{score}[/bold]" if tested is task else f"{score} (the wrong delta)")
+            if tested is task:
                 own[task.name] = logits
-            cells.append(f"[bold]{score}[/bold]" if other is task else f"{score} (the wrong one)")
-        table.add_row(*cells)
+        table.add_row(f"delta {task.name} ({methods[task.name]})", *scores)
     console.print(table)
     return own
 
@@ -194,6 +191,6 @@ def reload(console: Console, output: Path, tasks: tuple[Task, ...]) -> None:
     equal: dict[str, bool] = {}
     for task in tasks:
         same_texts = task.cut(test=len(expected[task.name]))
-        logits = _logits(compiled, PAIRS[task.name][0], same_texts, tokens)
+        logits = _logits(compiled, task.name, same_texts, tokens)
         equal[f"process {os.getpid()}: logits of {task.name!r}"] = torch.equal(logits, expected[task.name])
     _check(console, equal)

@@ -36,7 +36,7 @@ def fit(
     model.train()
     for epoch in range(EPOCHS):
         order = torch.randperm(len(task.train.texts)).tolist()
-        right = seen = 0
+        right, seen, total = 0, 0, 0.0
         for texts, labels in _batches(task.train, order, BATCH_SIZE):
             logits = model(**encode(tokens, texts))[task.name]
             loss = F.cross_entropy(logits, labels)
@@ -45,7 +45,12 @@ def fit(
             optimizer.step()
             schedule.step()
             right, seen = right + int((logits.argmax(dim=1) == labels).sum()), seen + len(labels)
-            progress.update(shown, advance=1, loss=loss.item(), accuracy=right / seen, epoch=epoch)
+            total += loss.item() * len(labels)
+            progress.update(shown, advance=1, loss=total / seen, accuracy=right / seen)
+        progress.console.print(
+            f"{task.name}, epoch {epoch + 1} of {EPOCHS}: loss {total / seen:.3f}, accuracy {right / seen:.3f}",
+            highlight=False,
+        )
     model.eval()
 
 
