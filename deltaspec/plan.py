@@ -32,6 +32,8 @@ def plan(
 
     >>> print(deltaspec.plan(model, "specs/french.deltaspec.yaml"))
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a plan needs a torch.nn.Module, not {type(model).__name__}")
     loaded = load_all(specs)
     table = tabulate(model)
     return resolve(loaded, table, Observations(model, example_inputs))

@@ -167,11 +167,14 @@ class Placer:
                 continue
             shared = [t.init.source for t in self.method.tensors(site, params) if t.key is not None]
             partners = [fqn for p in site.row.parameters if p.fqn in shared for fqn in p.tied]
+            new = []
             for row, parameter in (owners[fqn] for fqn in partners):
                 if taken.isdisjoint({(row.fqn, None), (row.fqn, parameter)}):
                     taken.add((row.fqn, parameter))
                     added.append((self.site(row, parameter), params, override))
-                    self.notes.append(f"{name(row, parameter)} is tied to {site.fqn} and trained together with it")
+                    new.append(name(row, parameter))
+            if new:
+                self.notes.append(f"{site.fqn} is tied to {', '.join(new)}: one tensor, trained for all of them")
         return added
 
     def _refuse(self, sites: list[Candidate]) -> list[Candidate]:
@@ -194,10 +197,15 @@ class Placer:
         refusal = self.method.refuse(site, params)
         if refusal is not None:
             return "DS402", refusal.reason, refusal.suggestion
-        seen = self.observations.of(site.row)
-        if seen is not None and site.host is None and not seen.called:
-            reason = f"no forward pass reaches this {site.row.type}, so a delta there would do nothing"
-            return "DS403", reason, "leave it out, or pass example_inputs that reach it"
+        if not self._reached(site.row):
+            called = self._tied_and_reached(site)
+            shared = all(t.key is not None for t in self.method.tensors(site, params))
+            if not (called and shared):
+                reason = f"no forward pass reaches this {site.row.type}, so a delta there would do nothing"
+                hint = "leave it out, or pass example_inputs that reach it"
+                if called:
+                    hint = f"its weight is tied to that of {called[0]}, which runs: select that one"
+                return "DS403", reason, hint
         if site.host is not None and self.method.promises.weight is None:
             host = site.host or self.table.model_class
             reason = (
@@ -206,6 +214,17 @@ class Placer:
             weighty = [m.name for m in methods().values() if m.promises.weight is not None]
             return "DS404", reason, f"use a method that changes the weight ({', '.join(weighty)}), or put it on {host}"
         return "", "", ""
+
+    def _reached(self, row: Row) -> bool:
+        """Tell whether the module was called or its weights were read; True where no forward could run."""
+        seen = self.observations.of(row)
+        return seen is None or seen.called or seen.host is not None
+
+    def _tied_and_reached(self, site: Site) -> list[str]:
+        """Name the modules that run and hold the very same parameters as this site."""
+        tied = {fqn for p in site.row.parameters if site.parameter in (None, p.name) for fqn in p.tied}
+        owners = [row for row in self.table.rows if tied and any(p.fqn in tied for p in row.parameters)]
+        return [row.fqn for row in owners if self._reached(row)]
 
     def _note_ties(self, planned: tuple[PlannedSite, ...]) -> None:
         if self.method.promises.weight == "replace":

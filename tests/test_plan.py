@@ -18,8 +18,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     RobertaConfig,
-    RobertaForSequenceClassification,
     RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from deltaspec.deltas import build_delta
@@ -268,9 +269,28 @@ def test_full_together_trains_one_tensor_at_all_places() -> None:
     planned = plan(tied_gpt2(), document)
     assert {s.fqn for s in planned.sites} == {"lm_head", "transformer.wte.weight"}
     assert planned.trainable == 20 * 8
-    assert "trained together" in planned["d0"].notes[0]
+    assert "one tensor, trained for all of them" in planned["d0"].notes[0]
     document["deltas"][0]["params"] = {"tied": "alone"}
     assert {s.fqn for s in plan(tied_gpt2(), document).sites} == {"lm_head"}
+
+
+def tiny_t5() -> T5ForConditionalGeneration:
+    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config)
+
+
+def test_an_embedding_that_is_only_a_holder_points_to_the_one_that_runs() -> None:
+    # T5's forward calls encoder.embed_tokens; `shared` holds the same weight and is never called.
+    (finding,) = refused(tiny_t5(), spec({"target": "shared"}))
+    assert finding.code == "DS403" and "select that one" in str(finding.suggestion)
+    assert plan(tiny_t5(), spec({"target": "encoder.embed_tokens"})).trainable == 8 * (20 + 8)
+
+
+def test_full_together_takes_holders_that_no_forward_calls() -> None:
+    for target in ("shared", "encoder.embed_tokens"):
+        planned = plan(tiny_t5(), spec({"method": "full", "params": {"tied": "together"}, "target": target}))
+        assert {s.site.row.fqn for s in planned.sites} >= {"shared", "encoder.embed_tokens", "decoder.embed_tokens"}
+        assert planned.trainable == 20 * 8
 
 
 # Overrides
@@ -367,6 +387,8 @@ def test_all_findings_come_at_once_in_document_order(tmp_path: Path) -> None:
 def test_no_spec_is_a_usage_error() -> None:
     with pytest.raises(TypeError, match="no spec"):
         plan(Net())
+    with pytest.raises(TypeError, match="Module, not str"):
+        plan("config.json", spec({}))  # type: ignore[arg-type]
 
 
 # Deltas that meet
