@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from deltaspec.methods._base import MethodParams
 
 WIDTH = 100
+_GLUE = "\u00a0"
+"""A space at which no line breaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
         for group in groups(delta):
             several = len(group.patterns) > 1
             for pattern, count in group.patterns:
-                times = f"  ({count} sites)" if several and count > 1 else ""
+                times = f"  ({count}{_GLUE}sites)" if several and count > 1 else ""
                 yield from _wrapped(f"    {pattern or '(the model itself)'}{times}")
             yield from _wrapped(f"      {_content(group)}", "dim")
         yield from _remarks(delta.checks, delta.notes)
@@ -108,7 +110,7 @@ def _wrapped(line: str, style: str = "") -> Iterator[tuple[str, str]]:
     for part in textwrap.wrap(
         line, WIDTH, subsequent_indent=" " * (indent + 4), break_on_hyphens=False, replace_whitespace=False
     ):
-        yield part, style
+        yield part.replace(_GLUE, " "), style
 
 
 def _content(group: Group) -> str:

@@ -133,7 +133,7 @@ class Placer:
             chosen |= dict.fromkeys(fresh, number)
             if fresh or len(self.findings) > before or not places or override.match.optional:
                 continue
-            message = f"override {number + 1} applies to none of the {len(places)} sites"
+            message = f"override {number + 1} applies to no site of this delta, which has {counted(places)}"
             hint = "an earlier override takes every site it matches; the first match wins, so put it first"
             if not mine:
                 hint = f"it matches {counted(matched)}; the delta's sites: {shown(name(row, p) for row, p in places)}"

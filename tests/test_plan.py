@@ -316,7 +316,7 @@ def test_the_first_override_that_matches_wins() -> None:
 def test_an_override_that_matches_no_site_is_an_error() -> None:
     document = spec({"target": "**.up", "overrides": [{"match": "head", "params": {"rank": 2}}]})
     (finding,) = refused(Net(), document)
-    assert finding.code == "DS405" and "none of the 2 sites" in finding.message
+    assert finding.code == "DS405" and "which has 2 sites" in finding.message
     document["deltas"][0]["overrides"][0]["match"] = {"path": "head", "optional": True}
     assert plan(Net(), document)
 
@@ -530,6 +530,22 @@ def test_it_prints_like_this(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert str(planned) == GOLDEN
     assert planned.__rich__().plain == GOLDEN
     assert max(len(line) for line in str(planned).splitlines()) <= 100
+
+
+def test_an_optional_target_that_matches_nothing_is_an_empty_delta() -> None:
+    planned = plan(Net(), spec({"target": {"path": "**.fc9", "optional": True}}))
+    assert planned.sites == () and planned.trainable == 0 and planned.fraction == 0
+    assert "this delta is empty" in str(planned)
+
+
+def test_lines_are_never_wider_than_100_columns_however_long_the_names() -> None:
+    model = nn.Module()
+    inner = model
+    for number in range(12):
+        inner.add_module(f"a_rather_long_name_of_a_module_{number}", nn.Module() if number < 11 else nn.Linear(2, 2))
+        inner = inner.get_submodule(f"a_rather_long_name_of_a_module_{number}")
+    text = str(plan(model, spec({"target": {"type": "Linear"}})))
+    assert max(len(line) for line in text.splitlines()) <= 100
 
 
 def test_data_is_json_and_says_the_same() -> None:
