@@ -1,0 +1,228 @@
+"""Programs: the forwards that make one set of deltas act on a backbone clone.
+
+A program is made once per active set and kept, so that a switch only writes one dictionary entry per module touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx, nn
+
+from deltaspec.deltas import RESERVED, Delta, Deltas, attribute_name, storage_key
+from deltaspec.frozen import FrozenStatistics, tracks_statistics
+from deltaspec.methods import methods
+from deltaspec.methods._base import Form, Site
+from deltaspec.regions import Region, RegionKey, region
+from deltaspec.rewrite import Link
+from deltaspec.substitution import Fold, Lowered, Swapped
+from deltaspec.symbolic import SiteNames, compile_graph, copy_graph, rewrite_site
+
+if TYPE_CHECKING:
+    from deltaspec.planned import Plan, PlannedSite
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One delta at one host module, in the order of the spec."""
+
+    delta: str
+    method: str
+    planned: PlannedSite
+    lowered: bool
+    """Works through the host's parameters instead of around its call."""
+
+
+@dataclass(slots=True)
+class Program:
+    """The forwards of one active set."""
+
+    writes: list[tuple[dict[str, Any], Forward]] = field(default_factory=list)
+    """(module's `__dict__`, its forward while this set is active)."""
+    undo: list[tuple[dict[str, Any], Forward | None]] = field(default_factory=list)
+    """(module's `__dict__`, the instance-level forward it had; None: it had none)."""
+    regions: dict[str, Region] = field(default_factory=dict)
+    """By the FQN of the module."""
+
+    def install(self) -> None:
+        """Make the deltas act."""
+        for attributes, forward in self.writes:
+            attributes["forward"] = forward
+
+    def remove(self) -> None:
+        """Put back what was there before."""
+        for attributes, original in self.undo:
+            if original is None:
+                del attributes["forward"]
+            else:
+                attributes["forward"] = original
+
+
+class Programmer:
+    """Builds programs for one backbone clone."""
+
+    def __init__(self, backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | None) -> None:
+        self._backbone, self._deltas, self._graph = backbone, deltas, graph
+        self._traced = {str(node.target) for node in graph.nodes if node.op == "call_module"} if graph else set()
+        self.modules = {
+            name: module
+            for name, module in backbone.named_modules(remove_duplicate=False)
+            if name != RESERVED and not name.startswith(RESERVED + ".")
+        }
+        self.originals: dict[str, Forward | None] = {n: m.__dict__.get("forward") for n, m in self.modules.items()}
+        """Instance-level forwards of other libraries' hooks, by FQN."""
+        self._statistics = [fqn for fqn, module in self.modules.items() if tracks_statistics(module)]
+        self.visits: dict[str, list[Visit]] = {}
+        """By the FQN of the host."""
+        self.hosts: dict[str, list[str]] = {}
+        """FQNs of the hosts of each delta."""
+        for planned in plan.deltas:
+            method = methods()[planned.method]
+            hosts: dict[str, None] = {}
+            for site in planned.sites:
+                lowered = site.site.host is not None or method.lowers(site.site, site.params)
+                host = site.site.row.fqn if site.site.host is None else site.site.host
+                self.visits.setdefault(host, []).append(Visit(planned.name, planned.method, site, lowered))
+                hosts[host] = None
+            self.hosts[planned.name] = list(hosts)
+
+    def build(self, names: tuple[str, ...], wrap_root: Callable[[Forward], Forward] | None = None) -> Program:
+        """Build the program of a set of deltas, given in order; `wrap_root` goes around the whole model's forward."""
+        program = Program()
+        if not names:
+            return program
+        chosen = set(names)
+        hosts = dict.fromkeys(host for name in names for host in self.hosts[name])
+        inline: dict[str, list[Visit]] = {}
+        for host in hosts:
+            visits = [visit for visit in self.visits[host] if visit.delta in chosen]
+            if host in self._traced and not any(map(_needs_own_region, visits)):
+                inline[host] = visits
+                continue
+            forward, built = self._bind(host, visits)
+            program.regions[host] = built
+            self._write(program, host, forward)
+        if inline:
+            self._bind_root(program, inline)
+        for fqn in self._statistics:
+            if fqn not in hosts or fqn in inline:
+                self._write(program, fqn, FrozenStatistics(self.modules[fqn]))
+        if wrap_root is not None:
+            attributes = self._backbone.__dict__
+            installed = next((f for a, f in program.writes if a is attributes), None)
+            program.writes.append((attributes, wrap_root(installed or self.own_forward(""))))
+            if installed is None:
+                program.undo.append((attributes, self.originals[""]))
+        return program
+
+    def own_forward(self, fqn: str) -> Forward:
+        """Give the forward that a module has without any delta."""
+        module = self.modules[fqn]
+        return self.originals[fqn] or MethodType(type(module).forward, module)
+
+    def _write(self, program: Program, fqn: str, forward: Forward) -> None:
+        attributes = self.modules[fqn].__dict__
+        program.writes.append((attributes, forward))
+        program.undo.append((attributes, self.originals[fqn]))
+
+    def _bind(self, host: str, visits: list[Visit]) -> tuple[Forward, Region]:
+        """Build the forward of one host under the given deltas: its region's function, bound to base and tensors."""
+        module = self.modules[host]
+        folds: list[Fold] = []
+        links: list[Link] = []
+        leading: list[Any] = []
+        bound: list[Any] = []
+        for visit in visits:
+            link, tensors, dropout = self._link(visit, module)
+            if visit.lowered:
+                path = visit.planned.site.row.fqn.removeprefix(host).removeprefix(".")
+                segments = tuple(path.split(".")) if path else ()
+                method = methods()[visit.method]
+                folds.append(Fold(segments, method, link.params, visit.planned.site, link.form.tensors))
+                leading += tensors
+            else:
+                links.append(link)
+                bound += [*tensors, *dropout]
+        argument, hidden = call_form(type(module), visits[0].planned.site.kind)
+        built = region(RegionKey(tuple(links), argument, hidden, len(leading)))
+        frozen = host in self._statistics and not _owns_statistics(visits)
+        if folds:
+            base: Any = Lowered(module, tuple(folds), frozen)
+        else:
+            base = FrozenStatistics(module) if frozen else self.own_forward(host)
+        if "swapped" in built.bound:
+            bound.append(Swapped(module))
+        return functools.partial(built.function, base, *leading, *bound), built
+
+    def _bind_root(self, program: Program, inline: dict[str, list[Visit]]) -> None:
+        """Rewrite the whole model's graph at these sites and make it the backbone's forward."""
+        assert self._graph is not None
+        graph = copy_graph(self._graph)
+        for node in [n for n in graph.nodes if n.op == "call_module" and n.target in inline]:
+            visits = inline[str(node.target)]
+            module = self.modules[str(node.target)]
+            links = tuple(self._link(visit, module)[0] for visit in visits)
+            names = tuple(self._names(visit) for visit in visits)
+            rewrite_site(graph, node, links, names, opaque=visits[0].planned.site.kind == "other")
+        function, code = compile_graph(graph)
+        program.regions[""] = Region(None, graph, code, function, ())
+        self._write(program, "", MethodType(function, self._backbone))
+
+    def _link(self, visit: Visit, module: nn.Module) -> tuple[Link, list[Tensor], list[nn.Dropout]]:
+        """Give one delta's link at a host: (link, its tensors, its dropout if it has any)."""
+        planned, delta = visit.planned, self._deltas[visit.delta]
+        names = tuple(spec.name for spec in planned.tensors)
+        tensors = [delta.tensor(storage_key(planned.site.row.fqn, spec)) for spec in planned.tensors]
+        link = Link(visit.method, planned.params, form_of(planned.site, names), _compute(tensors, module))
+        probability = getattr(planned.params, "dropout", 0)
+        return link, tensors, [delta.dropout(probability)] if probability else []
+
+    def _names(self, visit: Visit) -> SiteNames:
+        """Say where one delta's tensors at a site are registered."""
+        planned, prefix = visit.planned, f"{RESERVED}.{visit.delta}."
+        tensors = {s.name: prefix + attribute_name(storage_key(planned.site.row.fqn, s)) for s in planned.tensors}
+        probability = getattr(planned.params, "dropout", 0)
+        return SiteNames(tensors, prefix + Delta.dropout_name(probability) if probability else None)
+
+
+def form_of(site: Site, tensors: tuple[str, ...]) -> Form:
+    """Reduce a site to what a formula may depend on."""
+    dims = len(site.row.shape_of("weight")) if site.row.has_parameter("weight") else 0
+    return Form(site.kind, dims, dims - 2 if site.kind == "conv" else 0, site.row.conv_groups, tensors)
+
+
+def call_form(kind: type[nn.Module], site_kind: str) -> tuple[str | None, str]:
+    """Tell how a host is called: (its only argument's name, or None where anything is passed through; the first's name)."""
+    names = _arguments(kind)
+    first = names[0] if names and not names[0].startswith("*") else "hidden_states"
+    single = site_kind != "other" and len(names) == 1 and not names[0].startswith("*")
+    return (first if single else None), first
+
+
+@functools.cache
+def _arguments(kind: type[nn.Module]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return tuple(stars.get(p.kind, "") + p.name for p in parameters)
+
+
+def _compute(tensors: list[Tensor], module: nn.Module) -> str | None:
+    """Give the delta's dtype where it is not the host's own; the formula then computes in it."""
+    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    delta = next((t.dtype for t in tensors if t.is_floating_point()), None)
+    return None if own is None or delta is None or own == delta else str(delta).removeprefix("torch.")
+
+
+def _owns_statistics(visits: list[Visit]) -> bool:
+    return any(spec.buffer for visit in visits for spec in visit.planned.tensors)
+
+
+def _needs_own_region(visit: Visit) -> bool:
+    return visit.lowered or methods()[visit.method].substitutes(visit.planned.site, visit.planned.params)
