@@ -73,6 +73,7 @@ def emit_chain(graph: fx.Graph, x: fx.Node, links: tuple[Link, ...], inputs: tup
                 given = inner
             else:
                 given = value if inner is cast else inner.to(value.dtype)
+                parameters = {n: p if p is None else p.to(value.dtype) for n, p in parameters.items()}
             out = run(depth - 1, given, parameters)
             leaving.append(out)
             return out if link.compute is None else out.to(getattr(torch, link.compute))
