@@ -233,6 +233,8 @@ def _read(method: Method, params: dict[str, Any], document: Document, path: Path
         read_params(method.Params, params)
     except ValidationError as error:
         for found in error.errors(include_url=False):
+            if found["type"] == "missing":
+                continue  # the schema says so
             raised = found.get("ctx", {}).get("error")
             text = str(raised) if isinstance(raised, Exception) else found["msg"]
             names = [part for part in found["loc"] if isinstance(part, str) and part in method.Params.model_fields]

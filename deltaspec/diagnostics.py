@@ -69,6 +69,14 @@ CODES: dict[str, str] = {
     "DS405": "override that applies to no site",
     "DS406": "deltas that cannot share a site",
     "DS407": "delta name taken by another spec",
+    "DS430": "model that cannot be copied",
+    "DS431": "model that is compiled already",
+    "DS432": "model that cannot be captured as symbolic",
+    "DS433": "forward that cannot be pickled",
+    "DS434": "unknown delta",
+    "DS435": "delta that cannot be merged",
+    "DS436": "deltas that cannot be attached together",
+    "DS437": "delta that a forward pass bypasses",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",
@@ -82,6 +90,14 @@ CODES: dict[str, str] = {
     "DS515": "sites differ from the lock",
     "DS516": "tensors differ from the lock",
     "DS517": "spec changed without effect since the lock",
+    "DS520": "tensor of the model that is not finite",
+    "DS521": "saved deltas that cannot be read",
+    "DS522": "malformed file of saved deltas",
+    "DS523": "deltas saved for another backbone",
+    "DS524": "saved delta that the model does not have",
+    "DS525": "missing or surplus tensor",
+    "DS526": "tensor of another shape or type",
+    "DS527": "saved tensor that is not finite",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -100,7 +101,8 @@ def compile_regex(text: str, probe: bool = True) -> Pattern:
     if longest or max(counts, default=0) > _MAX_REPEAT or prod(c for c in counts if c) > _MAX_COPIES:
         raise PatternError("a repeat count that is too large", f"no name needs it: * or +, or at most {_MAX_REPEAT}")
     try:
-        compiled = regex.compile(text)
+        with warnings.catch_warnings(action="ignore"):  # of syntax that a later version may read differently
+            compiled = regex.compile(text)
     except regex.error as error:
         message = f"{error.msg} (character {error.pos + 1})" if error.pos is not None else str(error.msg)
         hint = "begin with .* to match any start" if text.startswith("*") else None
@@ -165,7 +167,8 @@ def _nested_repeat(text: str) -> str | None:
     from re import _parser  # type: ignore[attr-defined]  # the standard library's only parser of this grammar
 
     try:
-        tree = _parser.parse(text)
+        with warnings.catch_warnings(action="ignore"):
+            tree = _parser.parse(text)
     except (re.error, RecursionError, OverflowError):
         return None  # grammar that only `regex` knows; the probes still apply
     return _search_repeats(tree, inside=False)

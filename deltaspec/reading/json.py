@@ -89,7 +89,7 @@ class _Reader:
             value, self._at = scanstring(self._text, self._at + 1, True)
         except JSONDecodeError as error:
             self._at = min(error.pos, max(len(self._text) - 1, 0))
-            self._fail(error.msg[:1].lower() + error.msg[1:].removesuffix(" starting at"))
+            self._fail(error.msg[:1].lower() + error.msg[1:].removesuffix(" at").removesuffix(" starting"))
         self._builder.value(value, *place)
 
     def _plain(self) -> None:

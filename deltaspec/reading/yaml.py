@@ -40,15 +40,16 @@ def _take(event: Any, text: str, builder: Builder) -> None:
             builder.stop("DS109", "a second document starts here", line, column, "put each spec into its own file")
         return
     if isinstance(event, yaml.AliasEvent):
-        hint = f'quote it, if it is a glob: "*{event.anchor}"; else {_NONE_OF_THIS}'
-        builder.refuse("DS108", f"the alias *{event.anchor} is not allowed", line, column, hint)
+        name = event.anchor[:40]
+        hint = f'quote it, if it is a glob: "*{name}"; else {_NONE_OF_THIS}'
+        builder.refuse("DS108", f"the alias *{name} is not allowed", line, column, hint)
         builder.value("", line, column)
         return
     if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
         if event.anchor:
-            builder.refuse("DS108", f"the anchor &{event.anchor} is not allowed", line, column, _NONE_OF_THIS)
+            builder.refuse("DS108", f"the anchor &{event.anchor[:40]} is not allowed", line, column, _NONE_OF_THIS)
         if event.tag:
-            builder.refuse("DS108", f"the tag {event.tag} is not allowed", line, column, "delete it")
+            builder.refuse("DS108", f"the tag {event.tag[:60]} is not allowed", line, column, "delete it")
     if isinstance(event, yaml.ScalarEvent):
         _scalar(event, builder, line, column)
     elif isinstance(event, yaml.MappingStartEvent):
@@ -74,8 +75,6 @@ def _resolve(text: str, builder: Builder, line: int, column: int) -> Any:
     """Give a plain scalar its type, by the YAML 1.2 core schema."""
     if text in _WORDS:
         return _WORDS[text]
-    if len(text) > 1000 and not text[0].isdigit():
-        return text
     if _INT.fullmatch(text) or _FLOAT.fullmatch(text):
         return number(text, builder, line, column)
     if _OTHER_BASE.fullmatch(text):
