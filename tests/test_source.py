@@ -83,13 +83,10 @@ def test_data_given_in_python_is_copied(data):
         ("0x1F", 31), ("0o17", 15), ("1_000", "1_000"), (".5", 0.5), ("1.", 1.0), ("+3", 3), ("-0", 0), ("~", None),
         ("null", None), ("Null", None), ("", None), ("true", True), ("TRUE", True), ("tRue", "tRue"), (".", "."),
         ("2024-01-01", "2024-01-01"),
-        ("1.2.3", "1.2.3"), ("'8'", "8"), ('"true"', "true"), ("=", "="), ("!foo", None), ("0b1", "0b1"), ("1e", "1e"),
+        ("1.2.3", "1.2.3"), ("'8'", "8"), ('"true"', "true"), ("=", "="), ("0b1", "0b1"), ("1e", "1e"),
     ],
 )  # fmt: skip
 def test_plain_scalars_follow_yaml_1_2(text, value):
-    if text.startswith("!"):
-        assert "DS108" in findings(f"a: {text}")[0]
-        return
     found = from_text(f"a: {text}").data["a"]
     assert found == value
     assert type(found) is type(value)

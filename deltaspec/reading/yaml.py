@@ -40,7 +40,7 @@ def _take(event: Any, text: str, builder: Builder) -> None:
             builder.stop("DS109", "a second document starts here", line, column, "put each spec into its own file")
         return
     if isinstance(event, yaml.AliasEvent):
-        name = event.anchor[:40]
+        name = str(event.anchor)[:40]
         hint = f'quote it, if it is a glob: "*{name}"; else {_NONE_OF_THIS}'
         builder.refuse("DS108", f"the alias *{name} is not allowed", line, column, hint)
         builder.value("", line, column)
