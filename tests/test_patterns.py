@@ -80,8 +80,8 @@ def test_malformed_globs(text):
     "text",
     [
         r"(?:\w+\.)+layers\.\d+\.(q|v)_proj", r".*\.layer\.[0-9]+\..*", r"(?:[a-z]+\.)*q_proj", r"(?!.*bias).*",
-        r"model\.layers\.([0-9]|1[0-9])\..*", r"(?:encoder|decoder)\.(?:.*\.)?fc[12]", r"(.+\.)?q", r"[^.]+\.(query|value)",
-        r"(?i)Attention", r"a{1,20}", r"(?:layers\.\d+\.)+q", r"\p{L}+",
+        r"model\.layers\.([0-9]|1[0-9])\..*", r"(?:encoder|decoder)\.(?:.*\.)?fc[12]", r"(.+\.)?q",
+        r"[^.]+\.(query|value)", r"(?i)Attention", r"a{1,20}", r"(?:layers\.\d+\.)+q", r"\p{L}+",
     ],
 )  # fmt: skip
 def test_ordinary_regular_expressions_are_taken(text):
