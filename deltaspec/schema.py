@@ -90,6 +90,8 @@ def _tidy(node: Any, names: bool = False) -> Any:
         for key, value in node.items()
         if key not in _ANNOTATIONS and not (key == "default" and value in (None, [], {}))
     }
+    if isinstance(node.get("description"), str):
+        node["description"] = " ".join(node["description"].split())  # a docstring is wrapped for the source file
     if "anyOf" in node:
         node = _without_null(node)
     # draft-07 ignores what stands beside a $ref.
