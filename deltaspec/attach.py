@@ -38,7 +38,7 @@ class Attachments:
         self._buffers = BufferGuard(modules)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachments:
-        """Copy together with the backbone. What is plain data is shared; programs are made anew when they are needed."""
+        """Copy together with the backbone; what is plain data is shared, programs are made anew."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         shared = ("plan", "order", "graph", "active", "_replaced", "_proven")
@@ -87,16 +87,15 @@ class Attachments:
         return {name for name, p in self.backbone.named_parameters() if id(p) in thawed}
 
     def check_reached(self, seen: dict[str, Observation]) -> None:
-        """Refuse, after the first forward, attached deltas at modules whose weights were read without a call (DS437)."""
+        """Refuse, after the first forward, attached deltas whose modules were read without a call (DS437)."""
         findings = []
         for name in self.active:
             for host in self._programmer.hosts[name]:
                 reader = seen[host].host
                 if reader is None or all(v.lowered for v in self._programmer.visits[host] if v.delta == name):
                     continue
-                message = (
-                    f"delta {name!r} is bypassed: {reader or 'the model'} reads the weights of {host} without calling it"
-                )
+                reads = f"{reader or 'the model'} reads the weights of {host} without calling it"
+                message = f"delta {name!r} is bypassed: {reads}"
                 hint = "pass example_inputs to compile, so that the plan can put the delta on the weight or refuse it"
                 findings.append(Diagnostic("DS437", message, suggestion=hint))
         if findings:
@@ -139,6 +138,7 @@ class FirstForward:
         self._attachments, self._base = attachments, base
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model, once under observation."""
         if torch.compiler.is_compiling():
             return self._base(*args, **kwargs)
         recorder = Recorder(self._attachments.backbone)

@@ -14,8 +14,8 @@ _PLAIN = (int, float, bool, str, type(None))
 class Entry(nn.Module):
     """Calls the backbone with named arguments and the rest of the keywords; a leaf of the root graph.
 
-    A graph cannot spread `**kwargs` into a call, so this does. It holds the backbone without registering it, for the root
-    registers it already.
+    A graph cannot spread `**kwargs` into a call, so this does. It holds the backbone without registering it, for the
+    root registers it already.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -30,8 +30,8 @@ class Entry(nn.Module):
 def root_graph(backbone: nn.Module) -> tuple[fx.Graph, bool]:
     """Build the root's graph; the flag tells whether it goes through an `Entry` named `entry`.
 
-    The placeholders have the names, order and defaults of the backbone's forward. Where a default is no plain value, everything is
-    passed through as `*args, **kwargs`.
+    The placeholders have the names, order and defaults of the backbone's forward. Where a default is no plain value,
+    everything is passed through as `*args, **kwargs`.
     """
     parameters = list(inspect.signature(type(backbone).forward).parameters.values())[1:]
     kinds = inspect.Parameter

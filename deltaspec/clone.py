@@ -1,9 +1,10 @@
-"""A structural copy of a model that shares its weight storage: the copy can be rewritten, the model is never touched."""
+"""A structural copy of a model that shares its weights: the copy can be rewritten, the model is never touched."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Hashable
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -17,10 +18,10 @@ from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any] | None = None) -> nn.Module:
     """Copy a model's structure in milliseconds; ties between parameters are kept.
 
-    Parameters become new `Parameter`s on the same storage (same device, dtype, `requires_grad`, no `.grad`); buffers are copied, so
-    that BatchNorm in training mode cannot reach the original. With `device="meta"` both become empty meta tensors instead.
-    `replace` maps `id(object)` to what stands for it in the copy. Raises DeltaSpecError (DS430) where the model holds something
-    that cannot be copied.
+    Parameters become new `Parameter`s on the same storage (same device, dtype, `requires_grad`, no `.grad`); buffers
+    are copied, so that BatchNorm in training mode cannot reach the original. With `device="meta"` both become empty
+    meta tensors instead. `replace` maps `id(object)` to what stands for it in the copy. Raises DeltaSpecError (DS430)
+    where the model holds something that cannot be copied.
     """
     memo: dict[int, Any] = dict(replace or {})
     for parameter in model.parameters():
@@ -41,7 +42,7 @@ def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any
                 Diagnostic(
                     "DS430",
                     f"{type(model).__name__} cannot be copied: {error}",
-                    suggestion="remove the attribute that holds it (a lock, a stream, a cached result) before compiling",
+                    suggestion="remove what holds it (a lock, a stream, a cached result) before compiling",
                 )
             ]
         ) from error
@@ -53,7 +54,7 @@ _HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__sets
 
 
 def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Do what copy.deepcopy does, several times faster for plain modules, most of whose attributes are plain or empty."""
+    """Do what copy.deepcopy does, faster for plain modules, most of whose attributes are plain or empty."""
     found = memo.get(id(module))
     if found is not None:
         assert isinstance(found, nn.Module)
@@ -70,15 +71,18 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         elif type(value) in _EMPTY and not value:
             attributes[name] = type(value)()
         elif name == "_modules":
-            attributes[name] = type(value)((key, None if child is None else _copy(child, memo)) for key, child in value.items())
+            attributes[name] = type(value)(
+                (key, None if child is None else _copy(child, memo)) for key, child in value.items()
+            )
         else:
             attributes[name] = copy.deepcopy(value, memo)
     return twin
 
 
 @cache
-def _is_plain(kind: type[nn.Module]) -> bool:
+def _is_plain(kind: Hashable) -> bool:
     """Tell whether a class leaves copying and pickling to nn.Module, and has no slots of its own."""
+    assert isinstance(kind, type)
     plain = all(getattr(kind, hook, None) is getattr(nn.Module, hook, None) for hook in _HOOKS)
     return plain and not any("__slots__" in base.__dict__ for base in kind.__mro__[:-1])
 

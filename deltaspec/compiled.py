@@ -48,7 +48,8 @@ class _Restore:
 class CompiledModel(torch.fx.GraphModule):
     """A backbone with its deltas. Made by `deltaspec.compile`.
 
-    Call it as the backbone is called. Attributes that it does not have itself (`config`, `generate`, `device` …) are the backbone's.
+    Call it as the backbone is called. Attributes that it does not have itself (`config`, `generate`, `device` …) are
+    the backbone's.
     """
 
     def __init__(self, backbone: nn.Module, attachments: Attachments, capture: str, capture_reason: str) -> None:
@@ -70,17 +71,19 @@ class CompiledModel(torch.fx.GraphModule):
     @property
     def plan(self) -> Plan:
         """The plan that this model was compiled from."""
-        return self._attachments.plan
+        plan: Plan = self._attachments.plan
+        return plan
 
     @property
     def attached(self) -> tuple[str, ...]:
         """Names of the attached deltas, in the order in which they apply."""
-        return self._attachments.active
+        active: tuple[str, ...] = self._attachments.active
+        return active
 
     @property
     def deltas(self) -> Mapping[str, Delta]:
         """All deltas by name, attached or not."""
-        return MappingProxyType(self._attachments.deltas._modules)  # type: ignore[arg-type]
+        return MappingProxyType(self._attachments.deltas._modules)
 
     @property
     def regions(self) -> Mapping[str, Region]:
@@ -137,7 +140,7 @@ class CompiledModel(torch.fx.GraphModule):
         return self
 
     def merge(self, *names: str) -> nn.Module:
-        """Give a new plain model of the original class with these deltas (or all attached ones) folded into its weights."""
+        """Give a new plain model of the original class with these deltas, or all attached ones, folded in."""
         from deltaspec.merge import merge
 
         return merge(self._attachments, self._known(names) if names else self.attached)
@@ -177,7 +180,9 @@ class CompiledModel(torch.fx.GraphModule):
         for fqn, module in twin.named_modules():
             module.__dict__.pop("forward", None)
             if attachments.original_forward(fqn) is not None:
-                message = f"{fqn or 'the model'} has a forward of its own (another library's hook), which cannot be pickled"
+                message = (
+                    f"{fqn or 'the model'} has a forward of its own (another library's hook), which cannot be pickled"
+                )
                 hint = "remove the hook first (accelerate: remove_hook_from_module), or use c.save(dir)"
                 raise DeltaSpecError([Diagnostic("DS433", message, suggestion=hint)])
         for name in attachments.trained_in_backbone():
@@ -211,11 +216,12 @@ def compile(
 ) -> CompiledModel:
     """Compile one or several specs onto a model; the model is not changed.
 
-    A spec is a path, a dict or a DeltaSpec; the names of the deltas of several specs must differ. The result shares the storage of the model's
-    weights. `capture`: `modules` runs the model's own code, with one small graph per site; `symbolic` traces the whole model into
-    one graph; `auto` takes `symbolic` where that is safe (see `.capture`, `.capture_reason`). `example_inputs` are
-    inputs of the model's forward (keywords in a dict, positional arguments in a tuple, or one tensor), for one forward on
-    meta tensors that proves that each site is reached; transformers models need none.
+    A spec is a path, a dict or a DeltaSpec; the names of the deltas of several specs must differ. The result shares the
+    storage of the model's weights. `capture`: `modules` runs the model's own code, with one small graph per site;
+    `symbolic` traces the whole model into one graph; `auto` takes `symbolic` where that is safe (see `.capture`,
+    `.capture_reason`). `example_inputs` are inputs of the model's forward (keywords in a dict, positional arguments in
+    a tuple, or one tensor), for one forward on meta tensors that proves that each site is reached; transformers models
+    need none.
 
     Raises DeltaSpecError with all findings, before anything is made.
     """

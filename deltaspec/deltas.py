@@ -14,7 +14,7 @@ from deltaspec.methods import methods
 from deltaspec.methods._base import Init, Method, MethodParams, Site, TensorSpec
 
 if TYPE_CHECKING:
-    from deltaspec.planned import Plan, PlannedDelta
+    from deltaspec.planned import PlannedDelta
 
 RESERVED = "deltaspec"
 """Name of the submodule of the backbone that holds all deltas."""
@@ -44,7 +44,7 @@ class Delta(nn.Module):
     def tensor(self, key: str) -> Tensor:
         """Give a tensor by its storage key."""
         name = attribute_name(key)
-        found = self._parameters.get(name)
+        found: Tensor | None = self._parameters.get(name)
         if found is None:
             found = self._buffers[name]
         assert found is not None
@@ -83,7 +83,7 @@ class Deltas(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attachments: Any = None
-        self.register_load_state_dict_post_hook(_after_load)
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     def add(self, delta: Delta) -> None:
         """Register a delta; any name will do, also one that nn.Module has as a method."""
@@ -99,7 +99,7 @@ class Deltas(nn.Module):
         return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._changed()
         return self
 
@@ -116,11 +116,11 @@ def _after_load(deltas: nn.Module, _: Any) -> None:
 def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module) -> Delta:
     """Make a delta's tensors at their initial values, on the device of the sites' own weights.
 
-    The values are a function of (seed, delta name, site, tensor) alone: neither the order of the deltas, nor the device,
-    nor the global random state matters, and none is advanced.
+    The values are a function of (seed, delta name, site, tensor) alone: neither the order of the deltas, nor the
+    device, nor the global random state matters, and none is advanced.
     """
     delta = Delta(planned.name)
-    sources = dict(backbone.named_parameters(remove_duplicate=False))
+    sources: dict[str, Tensor] = dict(backbone.named_parameters(remove_duplicate=False))
     sources.update(backbone.named_buffers(remove_duplicate=False))
     fallback = next(iter(sources.values()), None)
     method = methods()[planned.method]
@@ -164,7 +164,10 @@ def _initial(spec: TensorSpec, identity: str, sources: Mapping[str, Tensor], hom
     """Make one tensor. Drawn in float32 on the CPU, whatever the target, so that every machine draws the same."""
     if spec.init.kind == "copy":
         assert spec.init.source is not None
-        return sources[spec.init.source].detach().clone()
+        source = sources[spec.init.source].detach()
+        if spec.init.rows is None:
+            return source.clone()
+        return source[list(spec.init.rows)].to(_dtype(spec, home))
     device = torch.device("cpu") if home is None else home.device
     dtype = _dtype(spec, home)
     if device.type == "meta" or spec.init.kind in ("zeros", "ones"):
@@ -176,6 +179,9 @@ def draw(init: Init, shape: tuple[int, ...], generator: torch.Generator) -> Tens
     """Draw a random initial tensor, float32 on the CPU."""
     if init.kind == "normal":
         return torch.empty(shape).normal_(0.0, init.value, generator=generator)
+    if init.kind == "xavier_uniform":
+        bound = math.sqrt(6.0 / (shape[-2] + shape[-1]))
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     # He et al. (arXiv:1502.01852) with fan-in: bound = gain * sqrt(3 / fan_in), gain = sqrt(2 / (1 + slope^2)).
     fan_in = math.prod(shape[1:])
     bound = math.sqrt(6.0 / ((1.0 + init.value**2) * fan_in))
@@ -189,5 +195,6 @@ def _dtype(spec: TensorSpec, home: Tensor | None) -> torch.dtype:
         return found
     if home is not None and home.is_floating_point() and home.dtype in (torch.float32, torch.float64):
         return home.dtype
-    # Half precision and quantised backbones are trained through float32 deltas: updates below half precision's step vanish.
+    # Half precision and quantised backbones are trained through float32 deltas: updates below half precision's step
+    # vanish.
     return torch.float32

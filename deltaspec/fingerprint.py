@@ -14,7 +14,8 @@ SAMPLE = 256
 
 
 def weights_fingerprint(backbone: nn.Module) -> str | None:
-    """Digest a fixed, evenly spaced sample of each parameter's bytes (at most 256 values each); None on the meta device.
+    """Digest a fixed, evenly spaced sample of each parameter's bytes (at most 256 values each); None on the meta
+    device.
 
     Fast on any size, and enough to tell two checkpoints apart; it does not prove that they are equal in every value.
     """

@@ -27,6 +27,7 @@ class FrozenStatistics:
         self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the norm on its running statistics."""
         shadow = stand_in(self.module, {})
         shadow.training = False
         return shadow.forward(*args, **kwargs)

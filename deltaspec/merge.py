@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def merge(attachments: Attachments, names: Collection[str]) -> nn.Module:
     """Give a new plain model with these deltas folded in; it shares no storage with the backbone.
 
-    Weights are folded in float32 where the delta is float32, and rounded once. Tied parameters that a delta changes at one end only
-    are untied in the result. Raises DeltaSpecError (DS435) where a delta cannot be expressed in weights.
+    Weights are folded in float32 where the delta is float32, and rounded once. Tied parameters that a delta changes at
+    one end only are untied in the result. Raises DeltaSpecError (DS435) where a delta cannot be expressed in weights.
     """
     plan = attachments.plan
     _refuse(attachments, names)
@@ -71,7 +71,7 @@ def _mark_untied(plain: nn.Module, fqn: str, name: str) -> None:
     changed = plain.get_submodule(fqn)._parameters[name]
     places = [p for p in plain.named_parameters(remove_duplicate=False) if p[1] is changed]
     config = getattr(plain, "config", None)
-    if len(places) == 1 and getattr(config, "tie_word_embeddings", False):
+    if len(places) == 1 and config is not None and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
 
 

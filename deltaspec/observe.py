@@ -1,5 +1,6 @@
-"""One forward on meta tensors: which modules a model calls, how wide their hidden states are, and whose weights it reads
-without calling them."""
+"""One forward on meta tensors: which modules a model calls, how wide their hidden states are, and whose weights it
+reads without calling them.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ class Observation:
 class Observations:
     """What one forward of a model shows of its modules. The forward runs when it is first needed.
 
-    Where no inputs are given, it is not needed for the linear and norm layers that have a role in an architecture of transformers:
-    the test suite observes each of those architectures.
+    Where no inputs are given, it is not needed for the linear and norm layers that have a role in an architecture of
+    transformers: the test suite observes each of those architectures.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
@@ -57,7 +58,7 @@ class Observations:
 
 
 _METADATA = frozenset(
-    "__get__ __set__ __len__ size dim numel stride element_size data_ptr is_contiguous is_floating_point get_device".split()
+    "__get__ __set__ __len__ size dim numel stride element_size data_ptr is_contiguous is_floating_point".split()
 )
 """Functions that look at a tensor's form, not at its values."""
 
@@ -156,10 +157,11 @@ def _common(names: list[str]) -> str:
 def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Observation], str | None]:
     """Run the model once on meta tensors, in evaluation mode and without gradients, on a copy of its structure.
 
-    Give (observation by FQN, None), or (static knowledge about torch's own modules, why nothing could be run). Where the forward looks
-    at values, which meta tensors do not have, it is run once on the model's own weights instead. `example_inputs` are what the model's forward
-    takes: a mapping of keywords, a tuple or list of positional arguments, or one tensor; without them a transformers model is given
-    its own dummy inputs. Nothing of the model is written and the global random state stays.
+    Give (observation by FQN, None), or (static knowledge about torch's own modules, why nothing could be run). Where
+    the forward looks at values, which meta tensors do not have, it is run once on the model's own weights instead.
+    `example_inputs` are what the model's forward takes: a mapping of keywords, a tuple or list of positional arguments,
+    or one tensor; without them a transformers model is given its own dummy inputs. Nothing of the model is written and
+    the global random state stays.
     """
     known = _static(model)
     if example_inputs is None:
@@ -172,7 +174,9 @@ def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Obs
             break
         try:
             seen = _run(model, example_inputs, device)
-        except Exception as error:  # whatever a stranger's forward raises; the plan then says that nothing could be observed
+        except (
+            Exception
+        ) as error:  # whatever a stranger's forward raises; the plan then says that nothing could be observed
             failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
         else:
             for fqn, observation in known.items():

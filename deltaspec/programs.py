@@ -151,7 +151,9 @@ class Programmer:
                 links.append(link)
                 bound += [*tensors, *dropout]
         argument, hidden = call_form(type(module), visits[0].planned.site.kind)
-        built = region(RegionKey(tuple(links), argument, hidden, len(leading)))
+        asked = any(_arguments_asked(visit) for visit in visits)
+        named = _arguments(type(module).forward) if asked else ()
+        built = region(RegionKey(tuple(links), argument, hidden, len(leading), named))
         frozen = host in self._statistics and not _owns_statistics(visits)
         if folds:
             base: Any = Lowered(module, tuple(folds), frozen)
@@ -199,18 +201,20 @@ def form_of(site: Site, tensors: tuple[str, ...]) -> Form:
 
 
 def call_form(kind: type[nn.Module], site_kind: str) -> tuple[str | None, str]:
-    """Tell how a host is called: (its only argument's name, or None where anything is passed through; the first's name)."""
-    names = _arguments(kind)
+    """Tell how a host is called: (its only argument's name, or None where anything is passed through; the first's
+    name).
+    """
+    names = _arguments(kind.forward)
     first = names[0] if names and not names[0].startswith("*") else "hidden_states"
     single = site_kind != "other" and len(names) == 1 and not names[0].startswith("*")
     return (first if single else None), first
 
 
 @functools.cache
-def _arguments(kind: type[nn.Module]) -> tuple[str, ...]:
-    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    return tuple(stars.get(p.kind, "") + p.name for p in parameters)
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
+    return tuple(stars.get(p.kind.name, "") + p.name for p in parameters)
 
 
 def _compute(tensors: list[Tensor], module: nn.Module) -> str | None:
@@ -225,4 +229,9 @@ def _owns_statistics(visits: list[Visit]) -> bool:
 
 
 def _needs_own_region(visit: Visit) -> bool:
-    return visit.lowered or methods()[visit.method].substitutes(visit.planned.site, visit.planned.params)
+    substitutes = methods()[visit.method].substitutes(visit.planned.site, visit.planned.params)
+    return visit.lowered or substitutes or bool(_arguments_asked(visit))
+
+
+def _arguments_asked(visit: Visit) -> tuple[str, ...]:
+    return methods()[visit.method].arguments(visit.planned.site, visit.planned.params)

@@ -1,14 +1,15 @@
-"""Regions of the `modules` capture: one small fx graph per form of site, turned into one function that all such sites share.
+"""Regions of the `modules` capture: one small fx graph per form of site, turned into one function that all such sites
+share.
 
-A region's graph takes the host's own forward (`base`) and the deltas' tensors as inputs, like the lifted graphs of torch.export:
-graphs belong to shapes, tensors to deltas. A site binds the function with `functools.partial`.
+A region's graph takes the host's own forward (`base`) and the deltas' tensors as inputs, like the lifted graphs of
+torch.export: graphs belong to shapes, tensors to deltas. A site binds the function with `functools.partial`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -32,6 +33,8 @@ class RegionKey:
     """Name of the argument that carries the hidden state, where it comes by keyword."""
     lowered: int = 0
     """Number of tensors that go into the host's parameters, through a `Lowered` base."""
+    arguments: tuple[str, ...] = ()
+    """Names of the host's arguments in order, where a formula asks for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,12 @@ def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Te
     return hidden
 
 
+def argument_in(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str, ...], name: str) -> Any:
+    """Find one of a call's arguments by name; None where it is not given."""
+    place = names.index(name) if name in names else len(args)
+    return args[place] if place < len(args) else kwargs.get(name)
+
+
 def with_hidden_in(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, hidden: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -72,7 +81,7 @@ def with_hidden_in(
 
 
 def hidden_out(output: Any) -> Tensor:
-    """Find the hidden state in what a module returns: the tensor itself, or the first of a tuple, list or ModelOutput."""
+    """Find the hidden state in what a module returns: the tensor, or the first of a tuple or ModelOutput."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
@@ -147,10 +156,20 @@ def region(key: RegionKey) -> Region:
 
 
 def _open_call(
-    graph: fx.Graph, key: RegionKey, args: fx.Node, kwargs: fx.Node, leading: tuple[Any, ...], inputs: tuple[Inputs, ...]
+    graph: fx.Graph,
+    key: RegionKey,
+    args: fx.Node,
+    kwargs: fx.Node,
+    leading: tuple[Any, ...],
+    inputs: tuple[Inputs, ...],
 ) -> fx.Node:
     """Emit a host that takes any arguments and may return more than the hidden state."""
     outputs: list[fx.Node] = []
+
+    def argument(name: str) -> fx.Node:
+        return graph.call_function(argument_in, (args, kwargs, key.arguments, name))
+
+    inputs = tuple(replace(given, argument=argument) for given in inputs)
     x = graph.call_function(hidden_in, (args, kwargs, key.hidden))
 
     def call(value: fx.Node, replaced: dict[str, Any]) -> fx.Node:
@@ -159,7 +178,7 @@ def _open_call(
             both = graph.call_function(with_hidden_in, (args, kwargs, key.hidden, value))
             given_args = graph.call_function(_getitem, (both, 0))
             given_kwargs = graph.call_function(_getitem, (both, 1))
-        splat = {"_splat_args": given_args, "_splat_kwargs": given_kwargs}
+        splat: dict[str, Any] = {"_splat_args": given_args, "_splat_kwargs": given_kwargs}
         output = graph.call_module("base", leading, splat)
         outputs.append(output)
         return graph.call_function(hidden_out, (output,)) if key.links else output

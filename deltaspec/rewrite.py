@@ -38,10 +38,12 @@ class Inputs:
 
     tensors: dict[str, fx.Node]
     dropout: str | None
+    argument: Callable[[str], fx.Node] | None = None
+    """Emits the lookup of one of the host's arguments by name; None where the host takes the hidden state alone."""
 
 
 class _Tensors:
-    """What a formula sees as `t`: the delta's tensors as proxies, and dropout."""
+    """What a formula sees as `t`: the delta's tensors as proxies, dropout, the host's other arguments."""
 
     def __init__(self, tracer: GraphAppendingTracer, inputs: Inputs) -> None:
         self._tracer, self._inputs = tracer, inputs
@@ -54,11 +56,20 @@ class _Tensors:
             return value
         return fx.Proxy(self._tracer.graph.call_module(self._inputs.dropout, (value.node,)), self._tracer)
 
+    def argument(self, name: str) -> fx.Proxy | None:
+        if self._inputs.argument is None:
+            return None
+        return fx.Proxy(self._inputs.argument(name), self._tracer)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> fx.Proxy:
+        return self._tracer.create_proxy("call_function", function, args, {})
+
 
 def emit_chain(graph: fx.Graph, x: fx.Node, links: tuple[Link, ...], inputs: tuple[Inputs, ...], call: Call) -> fx.Node:
     """Emit, at the graph's insertion point, a site's chain of deltas around its host; give the node of the result.
 
-    The first link stands next to the host. Each method calls its base itself, so it decides what comes before and after.
+    The first link stands next to the host. Each method calls its base itself, so it decides what comes before and
+    after.
     """
     tracer = GraphAppendingTracer(graph)
 
@@ -79,7 +90,9 @@ def emit_chain(graph: fx.Graph, x: fx.Node, links: tuple[Link, ...], inputs: tup
             return out if link.compute is None else out.to(getattr(torch, link.compute))
 
         leaving: list[fx.Proxy] = []
-        cast = value if link.compute is None or link.form.kind == "embedding" else value.to(getattr(torch, link.compute))
+        cast = (
+            value if link.compute is None or link.form.kind == "embedding" else value.to(getattr(torch, link.compute))
+        )
         result: fx.Proxy = methods()[link.method].apply(
             link.form, link.params, _Tensors(tracer, inputs[depth]), cast, base
         )

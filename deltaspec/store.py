@@ -1,7 +1,7 @@
 """Deltas on disk: per delta a safetensors file, the resolved spec and the lock; one manifest that makes them valid.
 
-Files are named by their content and written first; the manifest is replaced last, in one step. So a crash at any moment leaves
-the old set or the new one. Reading accounts for every key before anything is changed. Nothing is ever unpickled.
+Files are named by their content and written first; the manifest is replaced last, in one step. So a crash at any moment
+leaves the old set or the new one. Reading accounts for every key before anything is changed. Nothing is ever unpickled.
 
     manifest.json                                  what belongs to the set, and the backbone's fingerprints
     french.3f9a1c2b.safetensors                    its tensors
@@ -36,7 +36,8 @@ FORMAT = 1
 def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
     """Write all deltas of a compiled model to a directory, made if need be; what it held of ours before is replaced.
 
-    Raises DeltaSpecError (DS520) where a delta holds NaN or infinite values, OSError where the directory cannot be written.
+    Raises DeltaSpecError (DS520) where a delta holds NaN or infinite values, OSError where the directory cannot be
+    written.
     """
     from safetensors.torch import save as to_bytes
 
@@ -55,8 +56,15 @@ def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
         files[f"{stem}.safetensors"] = payload
         files[f"{stem}.deltaspec.json"] = _json(part.specs[0].to_data())
         files[f"{stem}.deltaspec.lock.json"] = lock(part).encode()
-        deltas.append({"name": planned.name, "file": f"{stem}.safetensors", "sha256": digest, "spec": f"{stem}.deltaspec.json",
-                       "lock": f"{stem}.deltaspec.lock.json"})
+        deltas.append(
+            {
+                "name": planned.name,
+                "file": f"{stem}.safetensors",
+                "sha256": digest,
+                "spec": f"{stem}.deltaspec.json",
+                "lock": f"{stem}.deltaspec.lock.json",
+            }
+        )
     if findings:
         raise DeltaSpecError(findings)
     manifest = {
@@ -81,8 +89,8 @@ def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
 def load(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
     """Read the tensors of all saved deltas into the deltas of the same names. All or nothing.
 
-    Raises DeltaSpecError (DS521-DS527) with all findings, the model unchanged: files missing or damaged, another backbone, a delta that the
-    model lacks, tensors missing, surplus, of another shape or dtype, or not finite.
+    Raises DeltaSpecError (DS521-DS527) with all findings, the model unchanged: files missing or damaged, another
+    backbone, a delta that the model lacks, tensors missing, surplus, of another shape or dtype, or not finite.
     """
     saved = SavedSet(directory)
     findings = saved.check_backbone(compiled.plan.structure, compiled.backbone, compiled.plan.model_class)
@@ -90,7 +98,9 @@ def load(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
     for name in saved.names:
         if name not in compiled.deltas:
             known = ", ".join(compiled.deltas)
-            findings.append(saved.finding("DS524", f"the model has no delta {name!r}", f"it has: {known}; compile its spec too"))
+            findings.append(
+                saved.finding("DS524", f"the model has no delta {name!r}", f"it has: {known}; compile its spec too")
+            )
             continue
         staged += _match(saved, name, dict(compiled.deltas[name].tensors()), findings)
     if findings:
@@ -100,8 +110,11 @@ def load(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
             target.copy_(value)
 
 
-def restore(model: nn.Module, directory: str | PathLike[str], *, capture: str = "auto", example_inputs: Any = None) -> CompiledModel:
-    """Compile the saved specs onto a model and load the saved tensors; the deltas that were attached when saving are attached.
+def restore(
+    model: nn.Module, directory: str | PathLike[str], *, capture: str = "auto", example_inputs: Any = None
+) -> CompiledModel:
+    """Compile the saved specs onto a model and load the saved tensors; the deltas that were attached when saving are
+    attached.
 
     Raises DeltaSpecError with all findings; `model` is never changed.
     """
@@ -144,7 +157,9 @@ class SavedSet:
         except OSError as error:
             raise DeltaSpecError([self.finding("DS521", f"cannot be read: {error.strerror}", hint)]) from error
         except (ValueError, RecursionError) as error:
-            raise DeltaSpecError([self.finding("DS522", f"is not a manifest: {error}", "save the deltas again")]) from error
+            raise DeltaSpecError(
+                [self.finding("DS522", f"is not a manifest: {error}", "save the deltas again")]
+            ) from error
         if problem := _manifest_problem(data):
             raise DeltaSpecError([self.finding("DS522", f"is not a manifest: {problem}", "save the deltas again")])
         return dict(data)
@@ -153,7 +168,9 @@ class SavedSet:
         """Compare the saved fingerprints with a backbone's."""
         saved = self.manifest["backbone"]
         if saved["structure"] != structure:
-            message = f"was saved for another backbone: {saved['class']}, whose structure differs from this {model_class}"
+            message = (
+                f"was saved for another backbone: {saved['class']}, whose structure differs from this {model_class}"
+            )
             return [self.finding("DS523", message, "load the model that the deltas were trained on")]
         weights = weights_fingerprint(backbone)
         if saved["weights"] is not None and weights is not None and saved["weights"] != weights:
@@ -170,7 +187,9 @@ class SavedSet:
         try:
             payload = self.path(entry["file"]).read_bytes()
         except OSError as error:
-            findings.append(self.finding("DS521", f"cannot be read: {error.strerror}", "restore the file", entry["file"]))
+            findings.append(
+                self.finding("DS521", f"cannot be read: {error.strerror}", "restore the file", entry["file"])
+            )
             return None
         if hashlib.sha256(payload).hexdigest() != entry["sha256"]:
             message = "is damaged: its content is not what was saved (truncated or changed)"
@@ -203,7 +222,11 @@ def _match(
     for key in sorted(values.keys() & targets.keys()):
         value, target = values[key], targets[key]
         if value.shape != target.shape:
-            found("DS526", f"{name}: tensor {key} is {list(value.shape)}, the model's is {list(target.shape)}", "compare the params")
+            found(
+                "DS526",
+                f"{name}: tensor {key} is {list(value.shape)}, the model's is {list(target.shape)}",
+                "compare the params",
+            )
         elif value.is_floating_point() != target.is_floating_point():
             found("DS526", f"{name}: tensor {key} is {value.dtype}, the model's is {target.dtype}", "compare the specs")
         elif not _finite(value):
@@ -219,7 +242,12 @@ def _finite(value: Tensor) -> bool:
 
 def _not_finite(delta: str, key: str, file: str = "<model>") -> Diagnostic:
     hint = "the training diverged: go back to an earlier state"
-    return Diagnostic("DS520" if file == "<model>" else "DS527", f"{delta}: tensor {key} has NaN or infinite values", file=file, suggestion=hint)
+    return Diagnostic(
+        "DS520" if file == "<model>" else "DS527",
+        f"{delta}: tensor {key} has NaN or infinite values",
+        file=file,
+        suggestion=hint,
+    )
 
 
 def _json(data: Any) -> bytes:

@@ -1,8 +1,8 @@
 """Running a module's own code on other parameters than its own, without writing to the module.
 
 Each call makes a shallow stand-in for the module (and for the children on the way to the parameter): same class, same
-attributes, same children, other parameters. Nothing is shared between calls, so threads do not see each other, and training
-flags are always current. Dynamo and torch.export trace through it.
+attributes, same children, other parameters. Nothing is shared between calls, so threads do not see each other, and
+training flags are always current. Dynamo and torch.export trace through it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Swapped:
         self.module = module
 
     def __call__(self, parameters: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the module."""
         return stand_in(self.module, parameters).forward(*args, **kwargs)
 
 
@@ -81,6 +82,7 @@ class Lowered:
         """Run the host in evaluation mode: its statistics are the backbone's."""
 
     def __call__(self, tensors: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
+        """Run the host; `tensors` are those of all folds, in order."""
         folded: dict[tuple[str, ...], dict[str, Tensor]] = {}
         start = 0
         for fold in self.folds:

@@ -31,12 +31,14 @@ class _Tracer(fx.Tracer):
 def trace(backbone: nn.Module, sites: Collection[str]) -> tuple[fx.Graph | None, str]:
     """Trace a detached backbone with its sites as leaves: (graph, why it is good) or (None, why not).
 
-    Tracing burns in `self.training`, whether optional arguments were given, and hooks; so the graph is only taken where training and
-    evaluation mode trace to the same code, forward has no optional arguments and no traced-through module has hooks. The trace is
-    made on a structural copy: torch.fx stores the constants it meets on the module it traces.
+    Tracing burns in `self.training`, whether optional arguments were given, and hooks; so the graph is only taken where
+    training and evaluation mode trace to the same code, forward has no optional arguments and no traced-through module
+    has hooks. The trace is made on a structural copy: torch.fx stores the constants it meets on the module it traces.
     """
     parameters = list(inspect.signature(type(backbone).forward).parameters.values())[1:]
-    if optional := [p.name for p in parameters if p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]:
+    if optional := [
+        p.name for p in parameters if p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]:
         return None, f"its forward has optional arguments ({', '.join(optional)}), which a trace would fix"
     twin = clone(backbone)
     graphs: list[fx.Graph] = []
@@ -52,7 +54,13 @@ def trace(backbone: nn.Module, sites: Collection[str]) -> tuple[fx.Graph | None,
     if training != evaluation:
         return None, "its traces in training and in evaluation mode differ"
     graph = graphs[1]
-    own = {name for name, _ in (*backbone.named_parameters(remove_duplicate=False), *backbone.named_buffers(remove_duplicate=False))}
+    own = {
+        name
+        for name, _ in (
+            *backbone.named_parameters(remove_duplicate=False),
+            *backbone.named_buffers(remove_duplicate=False),
+        )
+    }
     if constants := [str(node.target) for node in graph.nodes if node.op == "get_attr" and node.target not in own]:
         return None, f"its trace holds tensors that are no parameters or buffers ({', '.join(constants)})"
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
@@ -79,14 +87,18 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return new
 
 
-def rewrite_site(graph: fx.Graph, node: fx.Node, links: tuple[Link, ...], names: tuple[SiteNames, ...], opaque: bool) -> None:
+def rewrite_site(
+    graph: fx.Graph, node: fx.Node, links: tuple[Link, ...], names: tuple[SiteNames, ...], opaque: bool
+) -> None:
     """Put a chain of deltas around one `call_module` node.
 
-    `names` say, per link, where its tensors are registered. `opaque` hosts may take the hidden state by keyword and return more than it.
+    `names` say, per link, where its tensors are registered. `opaque` hosts may take the hidden state by keyword and
+    return more than it.
     """
     with graph.inserting_before(node):
         inputs = tuple(
-            Inputs({own: graph.get_attr(target) for own, target in site.tensors.items()}, site.dropout) for site in names
+            Inputs({own: graph.get_attr(target) for own, target in site.tensors.items()}, site.dropout)
+            for site in names
         )
         by_keyword = None if node.args else next(iter(node.kwargs))
         x = node.args[0] if by_keyword is None else node.kwargs[by_keyword]

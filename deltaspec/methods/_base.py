@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from deltaspec.modules import Row
 
-InitKind = Literal["zeros", "ones", "normal", "kaiming_uniform", "copy"]
+InitKind = Literal["zeros", "ones", "normal", "kaiming_uniform", "xavier_uniform", "copy"]
 
 
 class MethodParams(BaseModel):
@@ -35,12 +35,14 @@ class Init:
     """How a delta tensor starts.
 
     `normal`: mean 0, standard deviation `value`. `kaiming_uniform`: negative slope `value` (`nn.Linear`
-    uses sqrt(5)). `copy`: the backbone tensor `source`, an FQN.
+    uses sqrt(5)). `xavier_uniform`: Glorot's, over the last two dimensions. `copy`: the backbone tensor `source`, an
+    FQN, or only its `rows`.
     """
 
     kind: InitKind = "zeros"
     value: float = 0.0
     source: str | None = None
+    rows: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,14 @@ class Method(ABC):
     descends: ClassVar[bool] = False
     """A selected module stands for every module at and below it that owns parameters."""
 
+    def roles(self, params: Any) -> tuple[str, ...]:
+        """Give the default roles under these params."""
+        return self.default_roles
+
+    def is_default(self, row: Row, params: Any) -> bool:
+        """Tell whether a module is one of those that a left-out `target` stands for."""
+        return not set(self.roles(params)).isdisjoint(row.roles)
+
     def refuse(self, site: Site, params: Any) -> Refusal | None:
         """Say why this site cannot be taken with these params; None where it can."""
         return None
@@ -160,7 +170,8 @@ class Method(ABC):
     ) -> Mapping[str, Tensor]:
         """Give initial values that depend on the host's own parameters, by tensor name; the others start as declared.
 
-        `weights` are the host's own parameters by own name, float32 on the CPU; `generator` is seeded for this site alone.
+        `weights` are the host's own parameters by own name, float32 on the CPU; `generator` is seeded for this site
+        alone.
         """
         return {}
 
@@ -170,6 +181,8 @@ class Method(ABC):
 
         `t.<name>` are the delta's tensors, `t.dropout(v)` is dropout by `params.dropout`, `x` is the hidden
         state that enters the site. `base(x)` gives what leaves without this delta; call it once.
+        `t.argument(name)` is what the host is called with by that name, None where it is not given (declare the names in
+        `arguments`). `t.call(function, *args)` calls a Python function on the values themselves, once a forward.
         `base(x, weight=w, bias=None)` runs the host's own forward with these parameters in place of its own.
         Dtypes are settled outside: `x` comes in the delta's dtype, the result leaves in the host's.
         """
@@ -177,6 +190,10 @@ class Method(ABC):
     def substitutes(self, site: Site, params: Any) -> bool:
         """Tell whether `apply` runs the host with other parameters (`base(x, weight=…)`) at this site."""
         return False
+
+    def arguments(self, site: Site, params: Any) -> tuple[str, ...]:
+        """Give the names of the host's arguments, besides the hidden state, that `apply` asks for at this site."""
+        return ()
 
     def lowers(self, site: Site, params: Any) -> bool:
         """Tell whether this site works by `fold` in every forward instead of `apply`, though it is called."""

@@ -24,7 +24,9 @@ class Bitfit(Method):
 
     name = "bitfit"
     summary = "trains the biases, and adds them where there are none"
-    paper = "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models (arXiv:2106.10199)"
+    paper = (
+        "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models (arXiv:2106.10199)"
+    )
     Params = BitfitParams
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = (
@@ -42,7 +44,9 @@ class Bitfit(Method):
                 "select the linear, convolution and norm layers inside it",
             )
         if not site.is_read("bias") and site.row.has_parameter("bias"):
-            return Refusal(f"{site.host or 'the model'} reads this module's weight, not its bias", "leave this module out")
+            return Refusal(
+                f"{site.host or 'the model'} reads this module's weight, not its bias", "leave this module out"
+            )
         if not site.row.has_parameter("bias"):
             if site.host is not None:
                 return Refusal(

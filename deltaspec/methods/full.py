@@ -68,7 +68,7 @@ class Full(Method):
         return tuple(specs)
 
     def lowers(self, site: Site, params: FullParams) -> bool:
-        """Always: the host's own code runs on the copies."""
+        """Say yes: the host's own code runs on the copies."""
         return True
 
     def apply(self, form: Form, params: FullParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:

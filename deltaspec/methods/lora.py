@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods._dora import decompose, decomposed_output, squared_norms
 from deltaspec.methods._shapes import along_channels
+from deltaspec.methods._starts import orthogonal, principal
+from deltaspec.methods._weights import canonical, refuse_weight, weight_shape
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 
 class LoraParams(MethodParams):
@@ -26,8 +29,14 @@ class LoraParams(MethodParams):
     """Probability of dropping an entry of the update's input while training."""
     scaling: Literal["standard", "rslora"] = "standard"
     """`standard`: alpha / rank. `rslora`: alpha / sqrt(rank), stable for large ranks (arXiv:2312.03732)."""
-    init: Literal["kaiming_uniform", "normal"] = "kaiming_uniform"
-    """How A starts; B starts at zero. `normal` has standard deviation 1 / rank."""
+    init: Literal["kaiming_uniform", "normal", "orthogonal", "pissa"] = "kaiming_uniform"
+    """How A and B start. `kaiming_uniform` and `normal` (standard deviation 1 / rank): A, with B zero. `orthogonal`: both
+    random, with B A = 0; even ranks. `pissa`: the weight's largest singular directions (arXiv:2404.02948). The last two
+    keep their start as frozen buffers and subtract it, so that a fresh delta changes nothing."""
+    svd_iterations: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """For `init: pissa`: power iterations of a fast randomised decomposition; left out, the full one."""
+    use_dora: bool = False
+    """Learn a magnitude per output besides the direction (DoRA, arXiv:2402.09353)."""
     bias: bool = False
     """Also learn a bias, added to the output."""
 
@@ -35,6 +44,11 @@ class LoraParams(MethodParams):
     def scale(self) -> float:
         """Factor in front of B A."""
         return self.alpha / (self.rank if self.scaling == "standard" else sqrt(self.rank))
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the initial product is kept and subtracted."""
+        return self.init in ("orthogonal", "pissa")
 
 
 class Lora(Method):
@@ -49,31 +63,34 @@ class Lora(Method):
 
     def refuse(self, site: Site, params: LoraParams) -> Refusal | None:
         """Take the modules whose output is linear in one weight matrix."""
-        row = site.row
-        if site.parameter is not None:
+        row, rank = site.row, params.rank
+        if refusal := refuse_weight(site, "lora", dropout=params.dropout):
+            return refusal
+        if row.conv is not None and rank % row.conv.groups:
             return Refusal(
-                f"lora changes a module's weight, not the single parameter {site.parameter!r}",
-                "select the module (path:, role: or type:), or use method full for a bare parameter",
-            )
-        if site.kind not in ("linear", "conv1d", "embedding", "conv"):
-            return Refusal(
-                f"lora needs a Linear, Conv1D, Embedding or Conv module, not {row.type}",
-                "select the linear layers inside it, or use method adapter for a whole block",
-            )
-        if row.conv is not None and row.conv.transposed:
-            return Refusal(f"lora has no form for the transposed convolution {row.type}", "use method full")
-        if row.conv is not None and params.rank % row.conv.groups:
-            return Refusal(
-                f"rank {params.rank} is not a multiple of the {row.conv.groups} groups of this {row.type}",
+                f"rank {rank} is not a multiple of the {row.conv.groups} groups of this {row.type}",
                 f"use a rank that is a multiple of {row.conv.groups}, or leave grouped convolutions out",
             )
-        if site.host is not None and params.dropout:
+        if site.host is not None and params.bias and not (row.has_parameter("bias") and site.is_read("bias")):
             return Refusal(
-                f"{site.host or 'the model'} reads this weight without calling the module, so dropout on its input has no place",
+                f"{site.host or 'the model'} reads no bias here", "set bias: false for this site in overrides"
+            )
+        if params.use_dora and params.dropout and site.kind != "embedding" and self.lowers(site, params):
+            return Refusal(
+                f"use_dora works through the weight of this {row.type}, so dropout on its input has no place",
                 "set dropout: 0 for this site in overrides",
             )
-        if site.host is not None and params.bias and not (row.has_parameter("bias") and site.is_read("bias")):
-            return Refusal(f"{site.host or 'the model'} reads no bias here", "set bias: false for this site in overrides")
+        if not params.keeps_start:
+            return None
+        if site.kind not in ("linear", "conv1d"):
+            return Refusal(
+                f"init: {params.init} is for linear layers, not {row.type}", "use init: kaiming_uniform here"
+            )
+        if params.init == "orthogonal" and rank % 2:
+            return Refusal(f"init: orthogonal needs an even rank, not {rank}", f"use rank: {rank + 1}")
+        if params.init == "pissa" and rank > min(weight_shape(site)):
+            widest = min(weight_shape(site))
+            return Refusal(f"init: pissa: this weight has {widest} singular values, not {rank}", f"use rank: {widest}")
         return None
 
     def tensors(self, site: Site, params: LoraParams) -> tuple[TensorSpec, ...]:
@@ -83,36 +100,69 @@ class Lora(Method):
             out_channels, in_per_group, *kernel = row.shape_of("weight")
             down, up = (rank, in_per_group, *kernel), (out_channels, rank // row.conv_groups, *(1 for _ in kernel))
         else:
-            assert row.in_features is not None and row.out_features is not None
-            down, up = (rank, row.in_features), (row.out_features, rank)
-        start = Init("kaiming_uniform", sqrt(5)) if params.init == "kaiming_uniform" else Init("normal", 1 / rank)
+            out_width, in_width = weight_shape(site)
+            down, up = (rank, in_width), (out_width, rank)
+        start = Init("normal", 1 / rank) if params.init == "normal" else Init("kaiming_uniform", sqrt(5))
         if site.kind == "embedding":
             # As in the reference implementation: the looked-up factor starts at zero, the shared one does not.
             specs = [TensorSpec("down", down, Init("zeros")), TensorSpec("up", up, Init("normal", 1.0))]
         else:
             specs = [TensorSpec("down", down, start), TensorSpec("up", up, Init("zeros"))]
+        if params.use_dora:
+            specs.append(TensorSpec("magnitude", (up[0],), Init("ones")))
+            if not self.lowers(site, params):
+                specs.append(TensorSpec("norm_squared", (up[0],), Init("ones"), buffer=True))
+        if params.keeps_start:
+            specs += [TensorSpec("down_start", down, buffer=True), TensorSpec("up_start", up, buffer=True)]
         if params.bias:
             specs.append(TensorSpec("bias", (up[0],), Init("zeros")))
         return tuple(specs)
 
+    def initialise(
+        self, site: Site, params: LoraParams, weights: Mapping[str, Tensor], generator: Generator
+    ) -> dict[str, Tensor]:
+        """Start the magnitude at the weight's norm, and `pissa` and `orthogonal` factors with their copies."""
+        given = {}
+        if params.use_dora:
+            given["norm_squared"] = squared_norms(site.kind, weights["weight"])
+            given["magnitude"] = given["norm_squared"].sqrt()
+        if params.keeps_start:
+            if params.init == "pissa":
+                weight = canonical(site.kind, weights["weight"])
+                down, up = principal(weight, params.rank, params.scale, params.svd_iterations, generator)
+            else:
+                down, up = orthogonal(weight_shape(site)[0], weight_shape(site)[1], params.rank, generator)
+            given |= {"down": down, "down_start": down, "up": up, "up_start": up}
+        return given
+
     def substitutes(self, site: Site, params: LoraParams) -> bool:
-        """Convolutions and embeddings run their own code on `down`: subclasses pad or scale in it."""
-        return site.kind in ("conv", "embedding")
+        """Convolutions and embeddings run their own code on `down` (subclasses pad or scale in it), DoRA on `down`, too."""
+        return site.kind in ("conv", "embedding") or params.use_dora
+
+    def lowers(self, site: Site, params: LoraParams) -> bool:
+        """DoRA needs the weight itself, but for linear layers, whose norms follow from their output on A."""
+        return params.use_dora and (site.kind in ("conv", "embedding") or params.keeps_start)
 
     def apply(self, form: Form, params: LoraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
-        """Compute base(x) + scale · up(down(drop(x))) (+ bias)."""
+        """Compute base(x) + scale · up(down(drop(x))) (+ bias); with `keeps_start` less the start's update."""
         import torch
         from torch.nn import functional as F
 
         y = base(x)
+        dropped = x if form.kind == "embedding" else t.dropout(x)
         if form.kind == "embedding":
             update = F.linear(base(x, weight=t.down.t()), t.up)
         elif form.kind == "conv":
             convolve = (F.conv1d, F.conv2d, F.conv3d)[form.weight_dims - 3]
-            update = convolve(base(t.dropout(x), weight=t.down, bias=None), t.up, groups=form.groups)
+            update = convolve(base(dropped, weight=t.down, bias=None), t.up, groups=form.groups)
         else:
-            update = F.linear(F.linear(t.dropout(x), t.down), t.up)
-        y = torch.add(y, update, alpha=params.scale)
+            update = F.linear(F.linear(dropped, t.down), t.up)
+        if params.keeps_start:
+            update = update - F.linear(F.linear(dropped, t.down_start), t.up_start)
+        if params.use_dora:
+            y = decomposed_output(form, t, x, dropped, y, update, params.scale, base)
+        else:
+            y = torch.add(y, update, alpha=params.scale)
         if params.bias:
             y = y + along_channels(t.bias, form)
         return y
@@ -130,9 +180,12 @@ class Lora(Method):
             update = per_group.reshape(out_channels, in_per_group, *kernel)
         else:
             update = up @ down
-            if site.kind in ("conv1d", "embedding"):
-                update = update.t()
+            if params.keeps_start:
+                update = update - t.up_start @ t.down_start
+            update = canonical(site.kind, update)
         folded = {"weight": weights["weight"] + params.scale * update}
+        if params.use_dora:
+            folded["weight"] = decompose(site.kind, folded["weight"], t.magnitude)
         if params.bias:
             folded["bias"] = weights["bias"] + t.bias if "bias" in weights else t.bias
         return folded
