@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -80,6 +83,10 @@ class Row:
     conv: ConvInfo | None = None
     aliases: tuple[str, ...] = ()
     """Other FQNs under which the very same module object is found."""
+    arguments: tuple[str, ...] = ()
+    """Names of the arguments that its forward takes by name."""
+    vocabulary: bool = False
+    """Whether it is the table of input embeddings, as the model itself says (`get_input_embeddings`)."""
 
     @property
     def conv_groups(self) -> int:
@@ -128,7 +135,8 @@ def tabulate(model: nn.Module) -> ModuleTable:
     sizes: dict[int, dict[int, int]] = {}
     _sizes(model, sizes)
     classes: dict[type, tuple[tuple[str, ...], str]] = {}
-    rows = tuple(_row(node, holders, sizes, classes) for node in nodes)
+    vocabulary = _vocabulary(model)
+    rows = tuple(_row(node, holders, sizes, classes, node.module is vocabulary) for node in nodes)
     root_type = model_type_of(getattr(model, "config", None)) or (model_types[0] if len(model_types) == 1 else None)
     return ModuleTable(
         rows, type(model).__name__, type(model).__module__, root_type, rows[0].subtree_parameters, tuple(sorted(maps))
@@ -140,6 +148,7 @@ def _row(
     holders: dict[int, list[str]],
     sizes: dict[int, dict[int, int]],
     classes: dict[type, tuple[tuple[str, ...], str]],
+    vocabulary: bool,
 ) -> Row:
     module, kind_of = node.module, type(node.module)
     if kind_of not in classes:
@@ -178,7 +187,26 @@ def _row(
         out_features=out,
         conv=conv,
         aliases=tuple(node.aliases),
+        arguments=_arguments(kind_of.forward),
+        vocabulary=vocabulary,
     )
+
+
+@cache
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind not in stars)
+
+
+def _vocabulary(model: nn.Module) -> nn.Module | None:
+    """Ask a transformers model for its input embeddings; None where it has none."""
+    ask = getattr(model, "get_input_embeddings", None)
+    try:
+        found = None if ask is None else ask()
+    except (AttributeError, NotImplementedError):  # what transformers raises for a model without
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def _kind(kind: type) -> str:

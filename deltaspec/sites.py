@@ -82,8 +82,8 @@ class Placer:
         return self._select(self.entry.target)
 
     def _default_rows(self) -> list[Row]:
-        wanted = self.method.default_roles
-        rows = [row for row in self.table.rows if not set(wanted).isdisjoint(row.roles)]
+        wanted = self.method.roles(self.entry.params)
+        rows = [row for row in self.table.rows if self.method.is_default(row, self.entry.params)]
         if not rows:
             name = self.table.model_type or self.table.model_class
             if not any(row.roles for row in self.table.rows):

@@ -71,10 +71,10 @@ def _verdict(placer: Placer, row: Row) -> Verdict:
 def _reasons(placer: Placer, row: Row, selected: bool) -> list[Reason]:
     target = placer.entry.target
     if target is None:
-        wanted = placer.method.default_roles
+        wanted = placer.method.roles(placer.entry.params)
         text = f"default roles of {placer.entry.method} ({', '.join(wanted)})"
         why = f"its roles are {', '.join(row.roles)}" if row.roles else "it has no role"
-        accepted = selected or not set(wanted).isdisjoint(row.roles)
+        accepted = selected or placer.method.is_default(row, placer.entry.params)
         return [Reason(text, ("deltas", placer.index, "method"), accepted, why)]
     own = explain(target, placer.table, row, placer.spec.selectors)
     if not selected or all(reason.accepted for reason in own if not reason.depth):
