@@ -165,7 +165,8 @@ def _from_factory(reference: str, module_name: str, attribute: str) -> nn.Module
         try:
             with torch.device("meta"):
                 model = made()
-        except Exception:  # some constructors compute with values; their failure on real weights is the one that counts
+        except (Exception, SystemExit):
+            # Some constructors compute with values; their failure on real weights is the one that counts.
             model = _made_for_real(reference, attribute, made)
     if not isinstance(model, nn.Module):
         _fail("DS324", f"{attribute}() gave {_article(model)}, not a torch.nn.Module", reference)

@@ -6,14 +6,16 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from json import dumps
+from time import process_time
 
 from deltaspec.atoms import Atom, Index, ParameterAtom
 from deltaspec.diagnostics import closest
 from deltaspec.folding import fold
-from deltaspec.patterns import BacktrackingError, PatternError, compile_glob, compile_regex, fullmatch
+from deltaspec.patterns import PatternError, compile_glob, compile_regex, fullmatch
 from deltaspec.roles import architectures, fused_parts, fused_role
 
 _MOST = 8
+_HINT_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +129,17 @@ def _inside(text: str, names: list[str]) -> str | None:
 
 
 def _regex_hint(text: str, index: Index) -> str | None:
-    for pattern in (f".*{text}", f"{text}.*", f".*{text}.*"):
+    end = process_time() + _HINT_SECONDS
+    whole = f"(?:{text})" if "|" in text else text
+    for pattern in (f".*{whole}", f"{whole}.*", f".*{whole}.*"):
         try:
-            compiled = compile_regex(pattern)
-            found = sum(fullmatch(compiled, row.fqn) for row in index.rows)
-        except (BacktrackingError, PatternError):
+            compiled = compile_regex(pattern, probe=False)
+            found = 0
+            for row in index.rows:
+                found += fullmatch(compiled, row.fqn)
+                if process_time() > end:
+                    return None
+        except PatternError:
             return None
         if found:
             return f"a regex must match the whole name: did you mean {dumps(pattern)} ({counted(found)})?"

@@ -148,7 +148,7 @@ class _Search:
     def _empty(self, parts: list[_Part], location: Path) -> None:
         counts = ", ".join(f"{part.text} ({nearest.counted(self._modules(part.items))})" for part in parts)
         hint = None
-        for place, part in enumerate(parts):
+        for place, part in reversed(list(enumerate(parts))):
             rest = [other.items for other in parts[:place] + parts[place + 1 :]]
             left = set(rest[0]).intersection(*rest[1:]) if rest else ()
             if left:
