@@ -30,9 +30,9 @@ class LoraParams(MethodParams):
     scaling: Literal["standard", "rslora"] = "standard"
     """`standard`: alpha / rank. `rslora`: alpha / sqrt(rank), stable for large ranks (arXiv:2312.03732)."""
     init: Literal["kaiming_uniform", "normal", "orthogonal", "pissa"] = "kaiming_uniform"
-    """How A and B start. `kaiming_uniform` and `normal` (standard deviation 1 / rank): A, with B zero. `orthogonal`: both
-    random, with B A = 0; even ranks. `pissa`: the weight's largest singular directions (arXiv:2404.02948). The last two
-    keep their start as frozen buffers and subtract it, so that a fresh delta changes nothing."""
+    """How A and B start. `kaiming_uniform` and `normal` (standard deviation 1 / rank): A, with B zero. `orthogonal`:
+    both random, with B A = 0; even ranks. `pissa`: the weight's largest singular directions (arXiv:2404.02948). The
+    last two keep their start as frozen buffers and subtract it, so that a fresh delta changes nothing."""
     svd_iterations: Annotated[int, Field(ge=1, le=1000)] | None = None
     """For `init: pissa`: power iterations of a fast randomised decomposition; left out, the full one."""
     use_dora: bool = False
@@ -132,11 +132,11 @@ class Lora(Method):
                 down, up = principal(weight, params.rank, params.scale, params.svd_iterations, generator)
             else:
                 down, up = orthogonal(weight_shape(site)[0], weight_shape(site)[1], params.rank, generator)
-            given |= {"down": down, "down_start": down, "up": up, "up_start": up}
+            given |= {"down": down, "down_start": down.clone(), "up": up, "up_start": up.clone()}
         return given
 
     def substitutes(self, site: Site, params: LoraParams) -> bool:
-        """Convolutions and embeddings run their own code on `down` (subclasses pad or scale in it), DoRA on `down`, too."""
+        """Convolutions and embeddings run their own code on `down` (subclasses pad or scale in it), DoRA, too."""
         return site.kind in ("conv", "embedding") or params.use_dora
 
     def lowers(self, site: Site, params: LoraParams) -> bool:

@@ -1,0 +1,97 @@
+"""What the methods share that change a weight: the sites they take, and how a change of the weight reaches the output.
+
+*Canonical* is the layout `[out, in]`: transformers' Conv1D stores the transpose, an Embedding stores `[rows, width]`,
+whose canonical form is `[width, rows]`. A convolution's canonical layout is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.methods._base import Form, Refusal, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NAMES = {"linear": "Linear", "conv1d": "Conv1D", "embedding": "Embedding", "conv": "Conv"}
+
+
+def refuse_weight(
+    site: Site, method: str, kinds: tuple[str, ...] = ("linear", "conv1d", "embedding", "conv"), dropout: float = 0.0
+) -> Refusal | None:
+    """Say why a method that changes the weight of these kinds of module cannot take a site; None where it can."""
+    row = site.row
+    if site.parameter is not None:
+        return Refusal(
+            f"{method} changes a module's weight, not the single parameter {site.parameter!r}",
+            "select the module (path:, role: or type:), or use method full for a bare parameter",
+        )
+    if site.kind not in kinds:
+        names = [_NAMES[kind] for kind in kinds]
+        wanted = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+        article = "an" if wanted[0] in "AEIOU" else "a"
+        return Refusal(
+            f"{method} needs {article} {wanted} module, not {row.type}",
+            "select the linear layers inside it, or use method adapter for a whole block"
+            if site.kind in ("other", "norm")
+            else "leave this module out, or use method lora on it",
+        )
+    if row.conv is not None and row.conv.transposed:
+        return Refusal(f"{method} has no form for the transposed convolution {row.type}", "use method full")
+    if site.host is not None and dropout:
+        return Refusal(
+            f"{site.host or 'the model'} reads this weight without calling the module, "
+            "so dropout on its input has no place",
+            "set dropout: 0 for this site in overrides",
+        )
+    return None
+
+
+def weight_shape(site: Site) -> tuple[int, ...]:
+    """Give the canonical shape of a site's weight."""
+    if site.kind == "conv":
+        return site.row.shape_of("weight")
+    assert site.row.in_features is not None and site.row.out_features is not None
+    return site.row.out_features, site.row.in_features
+
+
+def canonical(kind: str, weight: Any) -> Any:
+    """Turn a weight of a module of this kind from its own layout to the canonical one, or back."""
+    return weight.t() if kind in ("conv1d", "embedding") else weight
+
+
+def add_update(form: Form, y: Any, x: Any, update: Any, base: Callable[..., Any]) -> Any:
+    """Add to `y` what a canonical change of the weight makes of `x`; other kinds than linear layers substitute."""
+    from torch.nn import functional as F
+
+    if form.kind == "conv":
+        return y + base(x, weight=update, bias=None)
+    if form.kind == "embedding":
+        return y + base(x, weight=update.t())
+    return y + F.linear(x, update)
+
+
+def substitutes_update(site: Site) -> bool:
+    """Tell whether `add_update` runs the host's own code on the update at this site."""
+    return site.kind in ("conv", "embedding")
+
+
+def fold_update(site: Site, weights: Mapping[str, Tensor], update: Tensor) -> dict[str, Tensor]:
+    """Add a canonical change to the weight, in the host's own layout."""
+    return {"weight": weights["weight"] + canonical(site.kind, update)}
+
+
+def host_bias(form: Form, base: Callable[..., Any], like: Any) -> Any:
+    """Give a linear host's own bias as `[1, out]` (zeros where it has none); `like` is any `[out]` vector.
+
+    The host is run on one zero of width one: its weight then adds nothing, at no cost.
+    """
+    zeros = like.detach().mul(0).reshape(1, -1)
+    return base(zeros[:, :1], weight=zeros if form.kind == "conv1d" else zeros.t())
+
+
+def without_bias(form: Form, base: Callable[..., Any], x: Any, like: Any) -> Any:
+    """Give a linear host's output on `x` without its bias; `like` is any `[out]` vector."""
+    # Conv1D's addmm needs a bias to add.
+    return base(x, bias=like.detach().mul(0) if form.kind == "conv1d" else None)

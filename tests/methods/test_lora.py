@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
+from weight_methods import (
+    agree,
+    bert,
+    check,
+    check_bypassed,
+    check_training,
+    compiled,
+    gpt2,
+    llama,
+    net,
+    refusal,
+    run,
+    stir,
+)
+
+import deltaspec
+
+QV = ["**.query", "**.value"]
+
+
+def lora_tensors(layer: Any) -> dict[str, Any]:
+    embedding = "default" in layer.lora_embedding_A
+    found: dict[str, Any] = {
+        "down": layer.lora_embedding_A["default"] if embedding else layer.lora_A["default"].weight,
+        "up": layer.lora_embedding_B["default"] if embedding else layer.lora_B["default"].weight,
+    }
+    if layer.lora_magnitude_vector:
+        found["magnitude"] = layer.lora_magnitude_vector["default"].weight
+    return found
+
+
+def config(**options: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(r=4, lora_alpha=6, **options)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    ("made", "target", "modules"),
+    [
+        (bert, QV, ["query", "value"]),
+        (gpt2, ["**.c_attn", "**.c_proj"], ["c_attn", "c_proj"]),
+        (llama, ["**.q_proj", "**.down_proj"], ["q_proj", "down_proj"]),
+        (net, ["fc", "out"], ["fc", "out"]),
+        (net, "conv", ["conv"]),
+        (net, "conv1", ["conv1"]),
+        (net, "emb", ["emb"]),
+    ],
+)
+def test_agrees_with_peft(made: Any, target: Any, modules: list[str], dora: bool) -> None:
+    params = {"rank": 4, "alpha": 6.0, "use_dora": dora}
+    agree(made(), "lora", params, target, config(target_modules=modules, use_dora=dora), lora_tensors)
+
+
+def test_dora_with_dropout_agrees_with_peft() -> None:
+    model, inputs = bert()
+    c = compiled(model, inputs, "lora", {"rank": 4, "alpha": 6.0, "use_dora": True, "dropout": 0.3}, "**.query")
+    stir(c)
+    other = peft.get_peft_model(copy.deepcopy(model), config(target_modules=["query"], use_dora=True, lora_dropout=0.3))
+    for site in c.plan.deltas[0].sites:
+        for name, parameter in lora_tensors(other.base_model.model.get_submodule(site.fqn)).items():
+            parameter.data.copy_(c.deltas["d"].tensor(f"{site.fqn}.{name}"))
+        query = site.fqn
+    x = torch.randn(3, 32)
+    c.train()
+    other.train()
+    torch.manual_seed(5)
+    mine = c.backbone.get_submodule(query)(x)
+    torch.manual_seed(5)
+    torch.testing.assert_close(mine, other.base_model.model.get_submodule(query)(x), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(mine, c.eval().backbone.get_submodule(query)(x))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"use_dora": True},
+        {"use_dora": True, "bias": True},
+        {"init": "pissa"},
+        {"init": "pissa", "svd_iterations": 4, "scaling": "rslora"},
+        {"init": "orthogonal"},
+        {"init": "pissa", "use_dora": True},
+        {"init": "normal", "dropout": 0.1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("made", [bert, gpt2], ids=["bert", "gpt2"])
+def test_promises(made: Any, params: dict[str, Any]) -> None:
+    check(
+        made(), "lora", {"rank": 4, **params}, {"role": ["attn.q", "attn.v", "attn.qkv", "mlp.down"], "optional": True}
+    )
+
+
+@pytest.mark.parametrize("target", ["emb", "conv", "grouped", "conv1", ["fc", "out"]])
+def test_dora_takes_every_kind(target: Any) -> None:
+    c = check(net(), "lora", {"rank": 4, "use_dora": True}, target)
+    assert c.plan.deltas[0].sites[0].tensors[2].name == "magnitude"
+
+
+@pytest.mark.parametrize("params", [{}, {"use_dora": True}, {"init": "pissa"}, {"init": "orthogonal"}], ids=str)
+def test_bypassed_and_training(params: dict[str, Any]) -> None:
+    check_bypassed("lora", {"rank": 4, **params})
+    check_training("lora", {"rank": 4, **params}, QV)
+
+
+def test_pissa_starts_and_computes_as_peft_does() -> None:
+    model, inputs = bert()
+    other = peft.get_peft_model(copy.deepcopy(model), config(target_modules=["query"], init_lora_weights="pissa"))
+    c = compiled(model, inputs, "lora", {"rank": 4, "alpha": 6.0, "init": "pissa"}, "**.query")
+    fqn = "encoder.layer.1.attention.self.query"
+    theirs = other.base_model.model.get_submodule(fqn)
+    down, up = c.deltas["d"].tensor(f"{fqn}.down"), c.deltas["d"].tensor(f"{fqn}.up")
+    product = theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
+    torch.testing.assert_close(up @ down, product, atol=1e-5, rtol=1e-4)
+    singular = torch.linalg.svdvals(model.get_submodule(fqn).weight)
+    torch.testing.assert_close(torch.linalg.svdvals(1.5 * up @ down)[:4], singular[:4], atol=1e-5, rtol=1e-4)
+    with torch.no_grad():  # the same step in both: the signs of singular vectors are free, so ours are copied over
+        for site in c.plan.deltas[0].sites:
+            layer = other.base_model.model.get_submodule(site.fqn)
+            generator = torch.Generator().manual_seed(7)
+            for name, parameter in (("down", layer.lora_A), ("up", layer.lora_B)):
+                ours = c.deltas["d"].tensor(f"{site.fqn}.{name}")
+                ours += 0.1 * torch.randn(ours.shape, generator=generator)
+                parameter["default"].weight.copy_(ours)
+    torch.testing.assert_close(run(c, inputs), run(other.eval(), inputs), atol=1e-5, rtol=1e-4)
+    assert sum(p.numel() for p in c.trainable_parameters()) == 2 * 2 * 4 * 32
+
+
+def test_fast_decomposition_finds_the_same_part() -> None:
+    model, inputs = bert()
+    product = []
+    for extra in ({}, {"svd_iterations": 20}):
+        c = compiled(model, inputs, "lora", {"rank": 4, "init": "pissa", **extra}, "**.query")
+        fqn = c.plan.deltas[0].sites[0].fqn
+        product.append(c.deltas["d"].tensor(f"{fqn}.up") @ c.deltas["d"].tensor(f"{fqn}.down"))
+    torch.testing.assert_close(product[0], product[1], atol=1e-3, rtol=1e-2)
+
+
+def test_orthogonal_factors_have_no_product() -> None:
+    model, inputs = bert()
+    c = compiled(model, inputs, "lora", {"rank": 6, "init": "orthogonal"}, "**.query")
+    fqn = c.plan.deltas[0].sites[0].fqn
+    up, down = c.deltas["d"].tensor(f"{fqn}.up"), c.deltas["d"].tensor(f"{fqn}.down")
+    assert (up @ down).abs().max() < 1e-7 and up.abs().max() > 0.05 and down.abs().max() > 0.05
+
+
+def test_dora_norm_follows_the_direction() -> None:
+    model, inputs = net()
+    c = compiled(model, inputs, "lora", {"rank": 4, "use_dora": True}, "fc")
+    stir(c, 0.5)
+    norms = c.merge("d").fc.weight.norm(dim=1)
+    torch.testing.assert_close(norms, c.deltas["d"].tensor("fc.magnitude").detach().abs(), atol=1e-6, rtol=1e-5)
+
+
+def test_refusals() -> None:
+    made = net()
+    assert "even rank, not 3" in refusal(*made, "lora", {"rank": 3, "init": "orthogonal"}, "fc")
+    assert "use rank: 8" in refusal(*made, "lora", {"rank": 9, "init": "pissa"}, "out")
+    assert "linear layers, not Conv2d" in refusal(*made, "lora", {"rank": 2, "init": "pissa"}, "conv")
+    assert "dropout: 0" in refusal(*made, "lora", {"rank": 2, "use_dora": True, "dropout": 0.1}, "conv")
+    assert "multiple of the 2 groups" in refusal(*made, "lora", {"rank": 3}, "grouped")
+
+
+def test_published_counts() -> None:
+    with torch.device("meta"):
+        roberta = RobertaModel(RobertaConfig())
+        llama_7b = LlamaForCausalLM(LlamaConfig())
+    spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": "lora", "params": {"rank": 8}, "target": QV}]}
+    assert deltaspec.plan(roberta, spec).trainable == 294_912  # 0.3M of arXiv:2106.09685, table 2
+    five = ["**.q_proj", "**.k_proj", "**.v_proj", "**.up_proj", "**.down_proj"]
+    fractions = []
+    for dora in (False, True):
+        entry = {"name": "d", "method": "lora", "params": {"rank": 32, "use_dora": dora}, "target": five}
+        fractions.append(deltaspec.plan(llama_7b, {"deltaspec": 1, "deltas": [entry]}).fraction)
+    assert [f"{100 * f:.2f}" for f in fractions] == ["0.83", "0.85"]  # 0.83 and 0.84 of arXiv:2402.09353, table 1
+
+
+def test_start_survives_saving(tmp_path: Any) -> None:
+    model, inputs = bert()
+    c = compiled(model, inputs, "lora", {"rank": 4, "init": "pissa", "use_dora": True}, QV)
+    stir(c)
+    c.save(tmp_path)
+    again = compiled(model, inputs, "lora", {"rank": 4, "init": "pissa", "use_dora": True}, QV).load(tmp_path)
+    restored: Tensor = run(again, inputs)
+    assert torch.equal(restored, run(c, inputs))
