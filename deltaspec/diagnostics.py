@@ -77,6 +77,8 @@ CODES: dict[str, str] = {
     "DS435": "delta that cannot be merged",
     "DS436": "deltas that cannot be attached together",
     "DS437": "delta that a forward pass bypasses",
+    "DS438": "attention function that takes no more keys",
+    "DS439": "input that a prompt does not fit",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",

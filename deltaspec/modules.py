@@ -17,7 +17,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
+from deltaspec.attention import is_routable
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+from deltaspec.entrances import Entrance, entrances
 from deltaspec.walk import Node, model_type_of, own, walk
 
 _NORM_CLASSES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
@@ -83,6 +85,10 @@ class Row:
     conv: ConvInfo | None = None
     aliases: tuple[str, ...] = ()
     """Other FQNs under which the very same module object is found."""
+    attends: bool = False
+    """It looks up its attention function in transformers' AttentionInterface."""
+    entrance: Entrance | None = None
+    """Where its ids enter the model, if it is the embedding of token ids."""
     arguments: tuple[str, ...] = ()
     """Names of the arguments that its forward takes by name."""
     vocabulary: bool = False
@@ -136,7 +142,10 @@ def tabulate(model: nn.Module) -> ModuleTable:
     _sizes(model, sizes)
     classes: dict[type, tuple[tuple[str, ...], str]] = {}
     vocabulary = _vocabulary(model)
-    rows = tuple(_row(node, holders, sizes, classes, node.module is vocabulary) for node in nodes)
+    doors = entrances(model)
+    rows = tuple(
+        _row(node, holders, sizes, classes, node.module is vocabulary, doors.get(id(node.module))) for node in nodes
+    )
     root_type = model_type_of(getattr(model, "config", None)) or (model_types[0] if len(model_types) == 1 else None)
     return ModuleTable(
         rows, type(model).__name__, type(model).__module__, root_type, rows[0].subtree_parameters, tuple(sorted(maps))
@@ -149,6 +158,7 @@ def _row(
     sizes: dict[int, dict[int, int]],
     classes: dict[type, tuple[tuple[str, ...], str]],
     vocabulary: bool,
+    entrance: Entrance | None,
 ) -> Row:
     module, kind_of = node.module, type(node.module)
     if kind_of not in classes:
@@ -187,6 +197,8 @@ def _row(
         out_features=out,
         conv=conv,
         aliases=tuple(node.aliases),
+        attends=is_routable(module),
+        entrance=entrance,
         arguments=_arguments(kind_of.forward),
         vocabulary=vocabulary,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from deltaspec.attention import Attention, AttentionShape, Hook, Router, is_routable, register
 from deltaspec.clone import clone
 from deltaspec.modules import Row
 
@@ -32,6 +33,8 @@ class Observation:
     """FQN of the module whose forward read this one's parameters without calling it."""
     reads: tuple[str, ...] | None = None
     """Own names of the parameters that are read, where there is a host; None: all."""
+    attention: AttentionShape | None = None
+    """What its attention function was given."""
 
 
 class Observations:
@@ -181,7 +184,7 @@ def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Obs
         else:
             for fqn, observation in known.items():
                 found = seen.get(fqn, Observation(True))
-                seen[fqn] = Observation(True, found.in_width, found.width, observation.host)
+                seen[fqn] = replace(found, called=True, host=observation.host, reads=None)
             return seen, None
     return known, failures[-1]
 
@@ -208,10 +211,32 @@ def _run(model: nn.Module, example_inputs: Any, device: str | None) -> dict[str,
     for module in twin.modules():
         module.training = False
     recorder = Recorder(twin)
+    shapes = _record_attention(twin)
     args, kwargs = call_arguments(example_inputs if device is None else _to(example_inputs, device))
     with torch.no_grad(), torch.random.fork_rng(devices=[]), recorder.recording():
         twin(*args, **kwargs)
-    return recorder.result()
+    seen = recorder.result()
+    return seen | {fqn: replace(seen[fqn], attention=shape) for fqn, shape in shapes.items()}
+
+
+def _record_attention(twin: nn.Module) -> dict[str, AttentionShape]:
+    """Have a copy of a model note, by FQN, what its attention functions are given (those that we can take)."""
+    shapes: dict[str, AttentionShape] = {}
+    for fqn, module in twin.named_modules():
+        if is_routable(module):
+            router = Router(type(module))
+            if router.takes(module.config._attn_implementation):
+                register()
+                router.route(module, [_noting(shapes, fqn)])
+    return shapes
+
+
+def _noting(shapes: dict[str, AttentionShape], fqn: str) -> Hook:
+    def note(query: Tensor, key: Tensor, value: Tensor, base: Attention) -> Any:
+        shapes[fqn] = AttentionShape(key.shape[1], key.shape[-1], value.shape[-1])
+        return base(query, key, value)
+
+    return note
 
 
 def _width(value: Any) -> int | None:

@@ -18,12 +18,14 @@ from deltaspec.deltas import RESERVED, Delta, Deltas, attribute_name, storage_ke
 from deltaspec.frozen import FrozenStatistics, tracks_statistics
 from deltaspec.methods import methods
 from deltaspec.methods._base import Form, Site
+from deltaspec.prompting import Following, Prompted
 from deltaspec.regions import Region, RegionKey, region
 from deltaspec.rewrite import Link
-from deltaspec.substitution import Fold, Lowered, Swapped
+from deltaspec.substitution import Attend, Fold, Lowered, Swapped
 from deltaspec.symbolic import SiteNames, compile_graph, copy_graph, rewrite_site
 
 if TYPE_CHECKING:
+    from deltaspec.entrances import Entrance
     from deltaspec.planned import Plan, PlannedSite
 
 Forward = Callable[..., Any]
@@ -83,6 +85,8 @@ class Programmer:
         """By the FQN of the host."""
         self.hosts: dict[str, list[str]] = {}
         """FQNs of the hosts of each delta."""
+        self._entrances: dict[str, Entrance] = {}
+        """Where the ids of an embedding enter, by its FQN, if a delta puts virtual tokens there."""
         for planned in plan.deltas:
             method = methods()[planned.method]
             hosts: dict[str, None] = {}
@@ -91,6 +95,8 @@ class Programmer:
                 host = site.site.row.fqn if site.site.host is None else site.site.host
                 self.visits.setdefault(host, []).append(Visit(planned.name, planned.method, site, lowered))
                 hosts[host] = None
+                if site.site.row.entrance is not None and method.virtual_tokens(site.params):
+                    self._entrances[host] = site.site.row.entrance
             self.hosts[planned.name] = list(hosts)
 
     def build(self, names: tuple[str, ...], wrap_root: Callable[[Forward], Forward] | None = None) -> Program:
@@ -114,13 +120,37 @@ class Programmer:
         for fqn in self._statistics:
             if fqn not in hosts or fqn in inline:
                 self._write(program, fqn, FrozenStatistics(self.modules[fqn]))
+        self._put_prompts_in_front(program, chosen)
         if wrap_root is not None:
-            attributes = self._backbone.__dict__
-            installed = next((f for a, f in program.writes if a is attributes), None)
-            program.writes.append((attributes, wrap_root(installed or self.own_forward(""))))
-            if installed is None:
-                program.undo.append((attributes, self.originals[""]))
+            self._put_around(program, "", wrap_root(self._so_far(program, "")))
         return program
+
+    def _so_far(self, program: Program, fqn: str) -> Forward:
+        """Give the forward that a module has under a program that is being built."""
+        attributes = self.modules[fqn].__dict__
+        return next((f for a, f in reversed(program.writes) if a is attributes), None) or self.own_forward(fqn)
+
+    def _put_around(self, program: Program, fqn: str, forward: Forward) -> None:
+        """Let a module have a forward that calls the one it has so far."""
+        attributes = self.modules[fqn].__dict__
+        if all(a is not attributes for a, _ in program.undo):
+            program.undo.append((attributes, self.originals[fqn]))
+        program.writes.append((attributes, forward))
+
+    def _put_prompts_in_front(self, program: Program, chosen: set[str]) -> None:
+        """Put virtual tokens in front of the inputs whose embeddings have some."""
+        for host, entrance in self._entrances.items():
+            visits = [visit for visit in self.visits[host] if visit.delta in chosen]
+            lengths = tuple(n for visit in visits if (n := _virtual_tokens(visit)))
+            if not lengths:
+                continue
+            fqn, follower = entrance.fqn, entrance.follower
+            around, embedding = self._so_far(program, fqn), self.modules[host]
+            prompted = Prompted(self.modules[fqn], around, embedding, lengths, shorten=follower is None)
+            self._put_around(program, fqn, prompted)
+            if follower is not None:
+                around = self._so_far(program, follower)
+                self._put_around(program, follower, Following(self.modules[follower], around, sum(lengths)))
 
     def own_forward(self, fqn: str) -> Forward:
         """Give the forward that a module has without any delta."""
@@ -136,10 +166,12 @@ class Programmer:
         """Build the forward of one host under the given deltas: its region's function, bound to base and tensors."""
         module = self.modules[host]
         folds: list[Fold] = []
+        attends: list[Attend] = []
         links: list[Link] = []
         leading: list[Any] = []
+        inside: list[Any] = []
         bound: list[Any] = []
-        for visit in visits:
+        for visit in _virtual_outermost(visits):
             link, tensors, dropout = self._link(visit, module)
             if visit.lowered:
                 path = visit.planned.site.row.fqn.removeprefix(host).removeprefix(".")
@@ -147,16 +179,20 @@ class Programmer:
                 method = methods()[visit.method]
                 folds.append(Fold(segments, method, link.params, visit.planned.site, link.form.tensors))
                 leading += tensors
+            elif methods()[visit.method].attends:
+                attends.append(Attend(methods()[visit.method], link.params, link.form))
+                inside += tensors
             else:
                 links.append(link)
                 bound += [*tensors, *dropout]
+        leading += inside
         argument, hidden = call_form(type(module), visits[0].planned.site.kind)
         asked = any(_arguments_asked(visit) for visit in visits)
         named = _arguments(type(module).forward) if asked else ()
         built = region(RegionKey(tuple(links), argument, hidden, len(leading), named))
         frozen = host in self._statistics and not _owns_statistics(visits)
-        if folds:
-            base: Any = Lowered(module, tuple(folds), frozen)
+        if folds or attends:
+            base: Any = Lowered(module, tuple(folds), frozen, tuple(attends))
         else:
             base = FrozenStatistics(module) if frozen else self.own_forward(host)
         if "swapped" in built.bound:
@@ -235,3 +271,12 @@ def _needs_own_region(visit: Visit) -> bool:
 
 def _arguments_asked(visit: Visit) -> tuple[str, ...]:
     return methods()[visit.method].arguments(visit.planned.site, visit.planned.params)
+
+
+def _virtual_tokens(visit: Visit) -> int:
+    return methods()[visit.method].virtual_tokens(visit.planned.params)
+
+
+def _virtual_outermost(visits: list[Visit]) -> list[Visit]:
+    """Put deltas that know virtual tokens around those that do not, at one embedding."""
+    return sorted(visits, key=lambda visit: _virtual_tokens(visit) > 0)

@@ -115,8 +115,8 @@ class Placer:
         if not row.children:
             return (row,)
         # Every name counts: a module shared with another part of the model may have its first name there.
-        rows = [r for r in self.table.rows if r.parameters and any(is_inside(n, row.fqn) for n in (r.fqn, *r.aliases))]
-        return rows or (row,)
+        below = [r for r in self.table.rows if any(is_inside(n, row.fqn) for n in (r.fqn, *r.aliases))]
+        return [r for r in below if self.method.descends_to(r)] or (row,)
 
     def _overrides(self, places: list[Place]) -> dict[tuple[str, str | None], int]:
         """Say which override each place gets: the first that matches."""
@@ -155,7 +155,8 @@ class Placer:
         if seen is None:
             return Site(row, parameter, in_width, width)
         in_width = in_width if seen.in_width is None else seen.in_width
-        return Site(row, parameter, in_width, width if seen.width is None else seen.width, seen.host, seen.reads)
+        width = width if seen.width is None else seen.width
+        return Site(row, parameter, in_width, width, seen.host, seen.reads, seen.attention)
 
     def _tied_places(self, sites: list[Candidate]) -> list[Candidate]:
         """Add the other places of a tied parameter that the method trains as one tensor (a tensor with a `key`)."""

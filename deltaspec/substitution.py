@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltaspec.methods._base import Method, MethodParams, Site
+from deltaspec.attention import Attention, Hook, Router, register
+from deltaspec.methods._base import Form, Method, MethodParams, Site
 
 
 def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
@@ -58,6 +59,23 @@ class Fold:
     """The delta's tensors, in the order they come in the call."""
 
 
+@dataclass(frozen=True, slots=True)
+class Attend:
+    """One delta that works inside the attention function of a host."""
+
+    method: Method
+    params: MethodParams
+    form: Form
+
+    def bind(self, own: Any) -> Hook:
+        """Give the hook that computes attention with these tensors."""
+
+        def hook(query: Tensor, key: Tensor, value: Tensor, base: Attention) -> Any:
+            return self.method.attend(self.form, self.params, own, query, key, value, base)
+
+        return hook
+
+
 class Own:
     """A delta's tensors at one site, as attributes (what `Method.fold` sees as `t`)."""
 
@@ -76,13 +94,18 @@ class Lowered:
     projections, a tied head, `F.linear` on a weight).
     """
 
-    def __init__(self, host: nn.Module, folds: tuple[Fold, ...], frozen: bool = False) -> None:
-        self.host, self.folds = host, folds
+    def __init__(
+        self, host: nn.Module, folds: tuple[Fold, ...], frozen: bool = False, attends: tuple[Attend, ...] = ()
+    ) -> None:
+        self.host, self.folds, self.attends = host, folds, attends
         self.frozen = frozen
         """Run the host in evaluation mode: its statistics are the backbone's."""
+        if attends:
+            register()
+            self.router = Router(type(host))
 
     def __call__(self, tensors: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
-        """Run the host; `tensors` are those of all folds, in order."""
+        """Run the host; `tensors` are those of all folds, in order, then those of all hooks into its attention."""
         folded: dict[tuple[str, ...], dict[str, Tensor]] = {}
         start = 0
         for fold in self.folds:
@@ -95,6 +118,12 @@ class Lowered:
         shadow = _graft(self.host, (), folded)
         if self.frozen:
             shadow.training = False
+        hooks: list[Hook] = []
+        for attend in self.attends:
+            hooks.append(attend.bind(Own(attend.form.tensors, tensors[start:])))
+            start += len(attend.form.tensors)
+        if hooks:
+            self.router.route(shadow, hooks)
         return shadow.forward(*args, **kwargs)
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from deltaspec.attention import AttentionShape
     from deltaspec.modules import Row
 
 InitKind = Literal["zeros", "ones", "normal", "kaiming_uniform", "xavier_uniform", "copy"]
@@ -96,6 +97,8 @@ class Site:
     """FQN of the module whose forward reads this site's weight without calling it; None where it is called."""
     reads: tuple[str, ...] | None = None
     """Own names of the parameters that the host reads; None: all."""
+    attention: AttentionShape | None = None
+    """What its attention function was given, observed; None where it calls none."""
 
     @property
     def fqn(self) -> str:
@@ -147,7 +150,13 @@ class Method(ABC):
     default_roles: ClassVar[tuple[str, ...]]
     """Roles that `target` stands for when a delta leaves it out; empty: `target` is required."""
     descends: ClassVar[bool] = False
-    """A selected module stands for every module at and below it that owns parameters."""
+    """A selected module stands for every module at and below it that owns parameters (see `descends_to`)."""
+    attends: ClassVar[bool] = False
+    """Works by `attend`, inside the attention function of its sites, instead of by `apply`."""
+
+    def descends_to(self, row: Row) -> bool:
+        """Tell whether a module at or below a selected one is a site, where the method descends."""
+        return bool(row.parameters)
 
     def roles(self, params: Any) -> tuple[str, ...]:
         """Give the default roles under these params."""
@@ -175,17 +184,33 @@ class Method(ABC):
         """
         return {}
 
-    @abstractmethod
     def apply(self, form: Form, params: Any, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute the site's new hidden state; runs once under tracing, so it is plain torch code on proxies.
 
         `t.<name>` are the delta's tensors, `t.dropout(v)` is dropout by `params.dropout`, `x` is the hidden
         state that enters the site. `base(x)` gives what leaves without this delta; call it once.
-        `t.argument(name)` is what the host is called with by that name, None where it is not given (declare the names in
-        `arguments`). `t.call(function, *args)` calls a Python function on the values themselves, once a forward.
+        `t.argument(name)` is what the host is called with by that name, None where it is not given (declare the names
+        in `arguments`). `t.call(function, *args)` calls a Python function on the values themselves, once a forward.
         `base(x, weight=w, bias=None)` runs the host's own forward with these parameters in place of its own.
         Dtypes are settled outside: `x` comes in the delta's dtype, the result leaves in the host's.
         """
+        raise AssertionError(f"{self.name} has no formula around a module's call")
+
+    def attend(self, form: Form, params: Any, t: Any, q: Any, k: Any, v: Any, base: Callable[..., Any]) -> Any:
+        """Compute the attention of a site: (output, weights or None). Runs in every forward; only where `attends`.
+
+        `q`, `k`, `v` are `[batch, heads, positions, width]`. `base(q, k, v)` gives what is attended to without this
+        delta; keys and values that are put in front of the given ones are seen by every query. Dtypes are not settled.
+        """
+        raise AssertionError(f"{self.name} has no formula inside attention")
+
+    def virtual_tokens(self, params: Any) -> int:
+        """Give the number of tokens that a delta of this method puts in front of the model's input.
+
+        They arrive at the embedding that is the delta's site as ids -1, -2, … of the outermost delta, and further down
+        those of the next: `apply` gives its own ones their rows.
+        """
+        return 0
 
     def substitutes(self, site: Site, params: Any) -> bool:
         """Tell whether `apply` runs the host with other parameters (`base(x, weight=…)`) at this site."""
