@@ -1,0 +1,64 @@
+"""For the authors of methods: `check_method("mine")`, in a test of your own, checks the contract every method keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaspec.contract import CLAUSES
+from deltaspec.planned import Plan
+from deltaspec.snapshot import differences, snapshot
+from deltaspec.trial import Case, ContractError
+
+__all__ = ["CLAUSES", "ContractError", "check_method"]
+
+
+def check_method(
+    method: str,
+    model: nn.Module | None = None,
+    example_inputs: Any = None,
+    *,
+    target: Any = None,
+    params: Mapping[str, Any] | None = None,
+    capture: str = "modules",
+    tolerance: float = 1e-4,
+) -> Plan:
+    """Check a method, by its name, against every clause of the contract; give the plan it was checked with.
+
+    `model` is any model in evaluation mode whose forward gives the same bits twice, and `example_inputs` what it takes
+    (a dict of keywords, a tuple, or one tensor); without them, a small net of linear layers. `target` is a selector
+    as in a spec (None: the method's default roles; on the built-in net its linear layers), `params` are the method's
+    parameters. `tolerance` is how far a merged model may be from the attached one, relative and absolute.
+
+    After each clause the original model must be what it was: weights, buffers, flags, hooks, write counts. Raises
+    ContractError with the clause that does not hold and what was seen, DeltaSpecError where the plan refuses the
+    target, ValueError for a model that nothing can be told from.
+
+    >>> from deltaspec.testing import check_method
+    >>> plan = check_method("lora", params={"rank": 4})
+    """
+    if model is None:
+        model, example_inputs = _net(), torch.linspace(-1, 1, 24).reshape(3, 8)
+        target = {"type": "Linear"} if target is None else target
+    case = Case.of(method, model, example_inputs, target, dict(params or {}), capture, tolerance)
+    before = snapshot(model, identity=True)
+    for name, clause in CLAUSES.items():
+        try:
+            clause(case)
+            if changed := differences(before, snapshot(model, identity=True)):
+                raise ContractError("the original model was changed: " + "; ".join(changed[:5]))
+        except ContractError as error:
+            place = f"{method} on {type(model).__name__} ({capture})"
+            raise ContractError(f"{place}, {name}: {error}\n  clause: {clause.__doc__}") from None
+    return case.single
+
+
+def _net() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4)
+        ).eval()  # fmt: skip

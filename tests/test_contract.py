@@ -1,0 +1,183 @@
+"""The contract of `deltaspec.testing` for every method there is, on models of different build."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import ARCHITECTURES, TRANSFORMERS, Architecture
+from torch import nn
+
+from deltaspec.diagnostics import DeltaSpecError
+from deltaspec.methods import methods
+from deltaspec.methods._base import Refusal
+from deltaspec.methods.adapter import Adapter
+from deltaspec.methods.lora import Lora
+from deltaspec.testing import ContractError, check_method
+
+# Sizes that suit models this small; methods that are not here are checked with their defaults.
+PARAMS: dict[str, tuple[dict[str, Any], ...]] = {
+    "lora": ({"rank": 4}, {"rank": 2, "scaling": "rslora", "bias": True, "dropout": 0.1, "init": "normal"}),
+    "adapter": ({"width": 4}, {"width": 3, "position": "before", "scale": 0.5, "activation": "silu", "dropout": 0.1}),
+    "full": ({"tied": "together"}, {"tied": "alone"}),
+}
+CASES = [
+    pytest.param(method, params, architecture, id=f"{method}-{number}-{architecture}")
+    for method in methods()
+    for number, params in enumerate(PARAMS.get(method, ({},)))
+    for architecture in ARCHITECTURES
+]
+REFUSALS = {"DS350", "DS402", "DS404", "DS403"}
+"""What a plan may answer where a method has no place: no default role, not this kind of site, bypassed, not reached."""
+
+
+def served(method: str, params: dict[str, Any], architecture: Architecture) -> tuple[Any, list[DeltaSpecError]]:
+    """Check a method at the first target it takes; give that target (`...`: none takes it) and the refusals."""
+    refused = []
+    for target in (None, *architecture.targets):
+        try:
+            check_method(
+                method,
+                architecture.model(),
+                architecture.inputs(),
+                target=target,
+                params=params,
+                capture=architecture.capture,
+            )
+        except DeltaSpecError as error:
+            refused.append(error)
+        else:
+            return target, refused
+    return ..., refused
+
+
+@pytest.mark.parametrize(("method", "params", "architecture"), CASES)
+def test_every_method_keeps_the_contract_wherever_it_has_a_place(method, params, architecture):
+    target, refused = served(method, params, ARCHITECTURES[architecture])
+    for error in refused:
+        for finding in error.diagnostics:
+            assert finding.code in REFUSALS, f"{finding}"
+            assert finding.suggestion, f"a refusal without a way out: {finding}"
+    assert target is not ... or len(refused) == len(ARCHITECTURES[architecture].targets) + 1
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_method_has_a_place_by_its_default_roles_on_some_transformer(method):
+    from deltaspec import plan
+
+    params = PARAMS.get(method, ({},))[0]
+    places = {}
+    for name in TRANSFORMERS:
+        spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": method, "params": params}]}
+        try:
+            places[name] = len(plan(ARCHITECTURES[name].model(), spec).sites)
+        except DeltaSpecError as error:
+            places[name] = sorted({finding.code for finding in error.diagnostics})
+    assert any(isinstance(count, int) and count > 0 for count in places.values()), places
+
+
+@pytest.mark.parametrize(
+    ("method", "architecture"), [(m, a) for m in ("lora", "adapter", "bitfit", "full") for a in ARCHITECTURES]
+)
+def test_the_first_four_methods_have_a_place_everywhere(method, architecture):
+    from deltaspec import plan
+
+    chosen = ARCHITECTURES[architecture]
+    params = PARAMS.get(method, ({},))[0]
+    target = {"type": "Linear"} if architecture != "gpt2" else {"type": "Conv1D"}
+    spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": method, "params": params, "target": target}]}
+    assert plan(chosen.model(), spec, example_inputs=chosen.inputs()).trainable > 0
+
+
+def test_the_built_in_net_serves_authors_without_a_model():
+    assert check_method("lora", params={"rank": 2}).trainable == 2 * (8 + 16 + 16 + 16 + 16 + 4)
+
+
+# The suite itself: each broken method is caught, by the clause it breaks.
+
+
+class _Loud(Lora):
+    name = "loud"
+
+    def apply(self, form, params, t, x, base):
+        return super().apply(form, params, t, x, base) + 1e-3
+
+
+class _Deaf(Lora):
+    name = "deaf"
+
+    def apply(self, form, params, t, x, base):
+        return base(x) + t.up.detach().sum() + t.down.sum() * 0
+
+
+class _Dead(Adapter):
+    name = "dead"
+
+    def apply(self, form, params, t, x, base):
+        return base(x)
+
+
+class _Misfolded(Lora):
+    name = "misfolded"
+
+    def fold(self, site, params, t, weights):
+        return {"weight": weights["weight"] - params.scale * t.up @ t.down}
+
+
+class _Random(Lora):
+    name = "random"
+
+    def initialise(self, site, params, weights, generator):
+        return {"down": torch.randn(params.rank, site.row.in_features)}
+
+
+class _Writing(Lora):
+    name = "writing"
+
+    def initialise(self, site, params, weights, generator):
+        weights["weight"].add_(1e-3)
+        return {}
+
+
+class _Refusing(Lora):
+    name = "refusing"
+
+    def refuse(self, site, params):
+        return Refusal("no", "yes")
+
+
+@pytest.mark.parametrize(
+    ("kind", "clause", "seen"),
+    [
+        (_Loud, "identity at start", "before any training"),
+        (_Deaf, "gradients", "got no gradient|zero at every site"),
+        (_Dead, "gradients", "no trainable value reaches the output"),
+        (_Misfolded, "merging", "differ from attached by up to"),
+        (_Random, "initial values", "advanced torch's random state|start otherwise"),
+        (_Writing, "counts|initial values", "the original model was changed"),
+    ],
+)
+def test_a_broken_method_is_caught_by_the_clause_it_breaks(monkeypatch, kind, clause, seen):
+    monkeypatch.setitem(methods(), kind.name, kind())
+    params = {"rank": 2} if issubclass(kind, Lora) else {"width": 2}
+    with pytest.raises(
+        ContractError, match=rf"(?s){kind.name} on Sequential \(modules\), ({clause}): .*({seen}).*clause: "
+    ) as caught:
+        check_method(kind.name, params=params)
+    assert isinstance(caught.value, AssertionError)
+
+
+def test_a_refusal_and_an_unfit_model_are_not_failures_of_the_contract(monkeypatch):
+    monkeypatch.setitem(methods(), "refusing", _Refusing())
+    with pytest.raises(DeltaSpecError, match="DS402"):
+        check_method("refusing")
+    with pytest.raises(ValueError, match="evaluation mode"):
+        check_method("lora", nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2), target="0")
+
+    class Noise(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + torch.rand(())
+
+    with pytest.raises(ValueError, match="other bits on a second run"):
+        check_method("lora", nn.Sequential(Noise(2, 2)).eval(), torch.zeros(1, 2), target="0")
