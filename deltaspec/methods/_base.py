@@ -158,6 +158,10 @@ class Method(ABC):
         """Tell whether a module at or below a selected one is a site, where the method descends."""
         return bool(row.parameters)
 
+    def is_identity_at_start(self, params: Any) -> bool:
+        """Tell whether `promises.identity_at_start` holds under these params; some starts give it up on request."""
+        return self.promises.identity_at_start
+
     def roles(self, params: Any) -> tuple[str, ...]:
         """Give the default roles under these params."""
         return self.default_roles
