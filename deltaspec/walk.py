@@ -75,7 +75,7 @@ def _is_stack(module: nn.Module, prefix: str, roles: RoleMap | None) -> bool:
     if roles is not None and "block" in roles.patterns:
         return any("block" in roles.roles_of(f"{prefix}{name}") for name in module._modules)
     if len(module) == 1:  # a model of one layer, but not a wrapper around the real list
-        return isinstance(module, nn.ModuleList) and not any(_alike(m) for m in module.modules())
+        return type(module) is nn.ModuleList and not any(_alike(m) for m in module.modules())
     return _alike(module)
 
 

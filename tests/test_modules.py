@@ -213,6 +213,7 @@ def test_layers_of_plain_torch():
     assert layers_of(nn.ModuleDict({"layers": nn.ModuleList([Layer()])}))["layers.0"] == ("layers", 0)
     wrapper = nn.ModuleDict({"w": nn.ModuleList([nn.ModuleDict({"layers": nn.ModuleList([Layer(), Layer()])})])})
     assert layers_of(wrapper)["w.0.layers.1"] == ("w.0.layers", 1)
+    assert layers_of(nn.ModuleDict({"m": nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))})) == {}
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 3)
     assert layers_of(encoder)["layers.2.self_attn.out_proj"] == ("layers", 2)
 
