@@ -1,9 +1,13 @@
 """What several test files share: pretrained weights that packages carry (`make test` installs them)."""
 
+import os
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported: on models this small, a second thread only waits for the first.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def packaged(package: str, version: str, path: str) -> Path:
