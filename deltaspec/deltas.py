@@ -170,8 +170,9 @@ def _initial(spec: TensorSpec, identity: str, sources: Mapping[str, Tensor], hom
         return source[list(spec.init.rows)].to(_dtype(spec, home))
     device = torch.device("cpu") if home is None else home.device
     dtype = _dtype(spec, home)
-    if device.type == "meta" or spec.init.kind in ("zeros", "ones"):
-        return torch.full(spec.shape, float(spec.init.kind == "ones"), device=device, dtype=dtype)
+    constants = {"zeros": 0.0, "ones": 1.0, "constant": spec.init.value}
+    if device.type == "meta" or spec.init.kind in constants:
+        return torch.full(spec.shape, constants.get(spec.init.kind, 0.0), device=device, dtype=dtype)
     return draw(spec.init, spec.shape, _generator(identity)).to(device=device, dtype=dtype)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deltaspec.attention import AttentionShape
     from deltaspec.modules import Row
 
-InitKind = Literal["zeros", "ones", "normal", "kaiming_uniform", "xavier_uniform", "copy"]
+InitKind = Literal["zeros", "ones", "normal", "kaiming_uniform", "xavier_uniform", "constant", "copy"]
 
 
 class MethodParams(BaseModel):
@@ -35,9 +35,9 @@ class MethodParams(BaseModel):
 class Init:
     """How a delta tensor starts.
 
-    `normal`: mean 0, standard deviation `value`. `kaiming_uniform`: negative slope `value` (`nn.Linear`
-    uses sqrt(5)). `xavier_uniform`: Glorot's, over the last two dimensions. `copy`: the backbone tensor `source`, an
-    FQN, or only its `rows`.
+    `constant`: `value`. `normal`: mean 0, standard deviation `value`. `kaiming_uniform`: negative slope `value`
+    (`nn.Linear` uses sqrt(5)). `xavier_uniform`: Glorot's, over the last two dimensions. `copy`: the
+    backbone tensor `source`, an FQN, or only its `rows`.
     """
 
     kind: InitKind = "zeros"
