@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import DebertaV2Config, DebertaV2Model
+from weight_methods import agree, bert, check, check_bypassed, check_training, compiled, gpt2, llama, net, refusal, run
+
+import deltaspec
+
+QV = ["**.query", "**.value"]
+
+
+def tensors(layer: Any) -> dict[str, Any]:
+    return {"directions": layer.hra_u["default"]}
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize(
+    ("made", "target", "modules"),
+    [
+        (bert, QV, ["query", "value"]),
+        (llama, ["**.q_proj", "**.down_proj"], ["q_proj", "down_proj"]),
+        (net, ["fc"], ["fc"]),
+    ],
+)
+def test_agrees_with_peft(made: Any, target: Any, modules: list[str], rank: int, orthogonal: bool) -> None:
+    config = peft.HRAConfig(r=rank, apply_GS=orthogonal, target_modules=modules)
+    agree(made(), "hra", {"rank": rank, "orthogonal": orthogonal}, target, config, tensors)
+
+
+def test_convolution_agrees_with_peft() -> None:
+    agree(net(), "hra", {"rank": 4}, "conv", peft.HRAConfig(r=4, target_modules=["conv"]), tensors)
+
+
+@pytest.mark.parametrize(
+    ("made", "target"), [(bert, QV), (gpt2, "**.c_attn"), (net, "conv"), (net, "grouped"), (net, "conv1")]
+)
+def test_promises(made: Any, target: Any) -> None:
+    check(made(), "hra", {"rank": 4}, target, identity=False)
+    check(made(), "hra", {"rank": 3, "orthogonal": True}, target, identity=False)
+
+
+def test_pairs_undo_each_other_at_the_start() -> None:
+    model, inputs = bert()
+    c = compiled(model, inputs, "hra", {"rank": 4}, QV)
+    torch.testing.assert_close(run(c, inputs), run(model, inputs), atol=1e-5, rtol=1e-5)
+    directions = c.deltas["d"].tensor("encoder.layer.0.attention.self.query.directions")
+    assert torch.equal(directions[:, 0], directions[:, 1]) and not torch.equal(directions[:, 1], directions[:, 2])
+
+
+def test_bypassed_and_training() -> None:
+    check_bypassed("hra", {"rank": 4}, identity=False)
+    check_training("hra", {"rank": 4}, QV)
+
+
+def test_refusals() -> None:
+    assert "use rank: 16" in refusal(*net(), "hra", {"rank": 17, "orthogonal": True}, "fc")
+    assert "Embedding" in refusal(*net(), "hra", {}, "emb")
+
+
+def test_published_counts() -> None:
+    config = DebertaV2Config(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+    with torch.device("meta"):
+        model = DebertaV2Model(config)
+    target = {"path": "encoder.layer.**", "type": "Linear"}
+    spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": "hra", "target": target}]}
+    assert deltaspec.plan(model, spec).trainable == 663_552  # 0.66M of arXiv:2405.17484, all linear layers, r = 8
