@@ -1,14 +1,16 @@
 """Virtual tokens in front of a model's input: the forwards that lengthen what goes in and shorten what comes out.
 
-The tokens are ids below zero, put in front of `input_ids` where those enter the model; its embedding, which a delta
-changes, looks them up. So positions, masks, caches and generation are the model's own, and what follows the entrance
-(heads, losses) sees the real tokens only.
+The tokens are ids below zero, put among `input_ids` where those enter the model; its embedding, which a delta changes,
+looks them up. So masks, positions, caches and generation are the model's own, and what follows the entrance (heads,
+losses) sees the real tokens only. They stand right before the first real token of each row, behind any padding on the
+left, so that padding changes nothing.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,85 +21,127 @@ from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 Forward = Callable[..., Any]
 
 
-class Prompted:
-    """The forward of an entrance, with virtual tokens in front of the first tokens of each sequence."""
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Where `tokens` places open in each row."""
+
+    tokens: int
+    padding: Tensor | None
+    """Number of places before them, `[rows, 1]`; None: none in any row."""
+
+    @classmethod
+    def before_first(cls, mask: Tensor | None, tokens: int) -> Gap:
+        """Open right before the first place of each row that a `[rows, places]` mask shows."""
+        return cls(tokens, None if mask is None else ((mask != 0).cumsum(1) == 0).sum(1, keepdim=True))
+
+    def fill(self, values: Tensor, rest: Tensor) -> Tensor:
+        """Put `values` [rows or 1, tokens, …] into the gap in `rest` [rows, places, …]."""
+        both = torch.cat([values.expand(rest.shape[0], *values.shape[1:]), rest], dim=1)
+        if self.padding is None:
+            return both
+        place = torch.arange(both.shape[1], device=both.device)
+        inside = (place >= self.padding) & (place < self.padding + self.tokens)
+        source = torch.where(
+            inside, place - self.padding, torch.where(place < self.padding, place + self.tokens, place)
+        )
+        return _take(both, source, 1)
+
+    def close(self, value: Tensor, dim: int) -> Tensor:
+        """Take the gap out of `value`, whose rows are its first dimension."""
+        if self.padding is None:
+            return value.narrow(dim, self.tokens, value.shape[dim] - self.tokens)
+        place = torch.arange(value.shape[dim] - self.tokens, device=value.device)
+        return _take(value, torch.where(place < self.padding, place, place + self.tokens), dim)
+
+
+def _take(value: Tensor, source: Tensor, dim: int) -> Tensor:
+    shape = [1] * value.dim()
+    shape[0], shape[dim] = source.shape
+    return torch.take_along_dim(value, source.reshape(shape), dim)
+
+
+class _Around:
+    """A forward around that of a module, with the module's own signature."""
+
+    def __init__(self, module: nn.Module, forward: Forward) -> None:
+        self.module, self.forward = module, forward
+        signature = inspect.signature(type(module).forward)
+        self.names = tuple(signature.parameters)[1:]
+        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Name all arguments of a call."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+
+class Prompted(_Around):
+    """The forward of an entrance, with virtual tokens before the first token of each row."""
 
     def __init__(
         self, module: nn.Module, forward: Forward, embedding: nn.Module, lengths: tuple[int, ...], shorten: bool
     ) -> None:
-        self.module, self.forward, self.embedding, self.shorten = module, forward, embedding, shorten
-        self.tokens = sum(lengths)
+        super().__init__(module, forward)
+        self.embedding, self.shorten, self.tokens = embedding, shorten, sum(lengths)
         self.ids: list[int] = []
         """In the deltas' order; the last delta is the outermost at the embedding, so its ids start at -1."""
         for number, length in enumerate(lengths):
             start = -1 - sum(lengths[number + 1 :])
             self.ids += range(start, start - length, -1)
-        signature = inspect.signature(type(module).forward)
-        self.names = tuple(signature.parameters)[1:]
-        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the entrance."""
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = self.arguments(args, kwargs)
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         entering = embeds if ids is None else ids
         if entering is None:
             return self.forward(**given)
-        if (ids is not None and ids.dim() != 2) or (embeds is not None and embeds.dim() != 3):
+        if entering.dim() != (3 if ids is None else 2):
             raise _error("a prompt needs input_ids of shape [batch, tokens]", "flatten the other dimensions")
-        batch, length = entering.shape[:2]
-        cache = given.get("past_key_values")
-        seen = cache.get_seq_length() if cache is not None else 0
-        self._lengthen_mask(given, seen, length)
-        more = self.tokens
+        seen = self._seen(given.get("past_key_values"))
+        gap = self._mask(given, seen, entering.shape[1])
         if seen:  # the prompt is in the cache
-            self._check_positions(given, seen + length)
-            self._move_positions(given, more)
-            output = self.forward(**given)
-            return self._without(output, 0) if self.shorten else output
-        virtual = torch.tensor([self.ids], device=entering.device)
-        if ids is not None:
-            given["input_ids"] = torch.cat([virtual.to(ids.dtype).expand(batch, -1), ids], dim=1)
+            self._check_positions(given, seen + entering.shape[1])
+            for name in ("position_ids", "cache_position"):
+                if given.get(name) is not None:
+                    given[name] = given[name] + self.tokens
         else:
-            rows = self.embedding(virtual).to(entering.dtype)
-            given["inputs_embeds"] = torch.cat([rows.expand(batch, -1, -1), entering], dim=1)
-        types = given.get("token_type_ids")
-        if types is not None:
-            given["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], more), types], dim=1)
-        for name in ("position_ids", "cache_position"):
-            positions = given.get(name)
-            if positions is not None:
-                front = torch.arange(more, device=positions.device, dtype=positions.dtype)
-                front = front.expand(*positions.shape[:-1], more)
-                given[name] = torch.cat([front, positions + more], dim=-1)
+            self._fill(given, gap, entering)
         if not self.shorten:
             return self.forward(**given)
         as_tuple = _wants_tuple(self.module, given)
         if as_tuple:
             given["return_dict"] = True
-        output = self._without(self.forward(**given), more)
+        output = self._without(self.forward(**given), gap, fresh=not seen)
         if as_tuple and isinstance(output, Mapping):
             return tuple(value for value in output.values() if value is not None)
         return output
 
-    def _lengthen_mask(self, given: dict[str, Any], seen: int, length: int) -> None:
+    def _seen(self, cache: Any) -> int:
+        """Give the number of places in a cache, the prompt's included."""
+        if getattr(cache, "is_compileable", False):
+            message = "a static cache has its size and masks made for the model's own tokens, without a prompt"
+            raise _error(message, "use a dynamic cache")
+        return cache.get_seq_length() if cache is not None else 0
+
+    def _mask(self, given: dict[str, Any], seen: int, length: int) -> Gap:
+        """Lengthen the mask of the padding, and say where the prompt stands."""
         mask = given.get("attention_mask")
         if mask is None:
-            return
+            return Gap.before_first(None, self.tokens)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise _error(
-                "a prompt needs an attention_mask of shape [batch, tokens]; this one was made for the model alone",
-                "pass the 2-D mask of the padding; with generate, do not use a static cache",
-            )
+            message = "a prompt needs an attention_mask of shape [batch, tokens]; this one was made for the model alone"
+            raise _error(message, "pass the 2-D mask of the padding")
         # With a cache the mask covers the past; some callers count the prompt in it.
         whole = seen + length if seen else self.tokens + length
+        gap = Gap.before_first(mask, self.tokens)
         if mask.shape[1] == whole - self.tokens:
-            given["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self.tokens), mask], dim=1)
+            given["attention_mask"] = gap.fill(mask.new_ones(1, self.tokens), mask)
         elif mask.shape[1] != whole:
             raise _error(
                 f"the attention_mask covers {mask.shape[1]} positions, and there are {whole - self.tokens} tokens",
                 "to go on from a cache made with this prompt, pass the new tokens only, and the mask of all tokens",
             )
+        return gap
 
     def _check_positions(self, given: dict[str, Any], whole: int) -> None:
         """Refuse inputs that generate cut by the cache's length, which counts the prompt."""
@@ -110,53 +154,76 @@ class Prompted:
                 "to go on from a cache made with this prompt, pass the new tokens only, and the mask of all tokens",
             )
 
-    @staticmethod
-    def _move_positions(given: dict[str, Any], more: int) -> None:
-        for name in ("position_ids", "cache_position"):
-            if given.get(name) is not None:
-                given[name] = given[name] + more
+    def _fill(self, given: dict[str, Any], gap: Gap, entering: Tensor) -> None:
+        """Put the virtual tokens into the inputs."""
+        virtual = torch.tensor([self.ids], device=entering.device)
+        if entering.dim() == 2:
+            given["input_ids"] = gap.fill(virtual.to(entering.dtype), entering)
+        else:
+            given["inputs_embeds"] = gap.fill(self.embedding(virtual).to(entering.dtype), entering)
+        types = given.get("token_type_ids")
+        if types is not None:
+            given["token_type_ids"] = gap.fill(types.new_zeros(1, self.tokens), types)
+        positions = given.get("position_ids")
+        if positions is not None:
+            given["position_ids"] = self._positions(positions, gap, entering.shape[0])
+        places = given.get("cache_position")
+        if places is not None:
+            more = torch.arange(self.tokens, device=places.device, dtype=places.dtype)
+            given["cache_position"] = torch.cat([more, places + self.tokens])
 
-    def _without(self, output: Any, rows: int) -> Any:
-        """Take the first `rows` positions, and the prompt's columns of attention weights, out of an output."""
+    def _positions(self, positions: Tensor, gap: Gap, rows: int) -> Tensor:
+        """Give the prompt numbers from the first real token's on, and what follows it higher ones."""
+        kinds = positions.shape[:-2]  # some models have several numbers a token
+        flat = positions.expand(*kinds, rows, positions.shape[-1]).flatten(0, -2)
+        if gap.padding is None:
+            first, moved = flat[:, :1], flat + self.tokens
+        else:
+            padding = gap.padding.repeat(flat.shape[0] // rows, 1)
+            gap = Gap(gap.tokens, padding)
+            place = torch.arange(flat.shape[1], device=flat.device)
+            first = flat.gather(1, padding.clamp(max=flat.shape[1] - 1))
+            moved = torch.where(place < padding, flat, flat + self.tokens)
+        own = first + torch.arange(self.tokens, device=flat.device, dtype=flat.dtype)
+        return gap.fill(own, moved).reshape(*kinds, rows, -1)
+
+    def _without(self, output: Any, gap: Gap, fresh: bool) -> Any:
+        """Take the prompt out of an output: its hidden states, if they are there, and its columns of attention."""
         if isinstance(output, Mapping):
-            return type(output)(**{name: self._shorter(name, value, rows) for name, value in output.items()})
+            return type(output)(**{name: self._shorter(name, value, gap, fresh) for name, value in output.items()})
         if isinstance(output, tuple):
-            return (self._shorter("last_hidden_state", output[0], rows), *output[1:])
-        return self._shorter("last_hidden_state", output, rows)
+            return (self._shorter("last_hidden_state", output[0], gap, fresh), *output[1:])
+        return self._shorter("last_hidden_state", output, gap, fresh)
 
-    def _shorter(self, name: str, value: Any, rows: int) -> Any:
-        if isinstance(value, tuple | list):
-            if name in ("hidden_states", "attentions", "cross_attentions"):
-                return tuple(self._shorter(name, item, rows) for item in value)
-            return value
+    def _shorter(self, name: str, value: Any, gap: Gap, fresh: bool) -> Any:
+        if isinstance(value, tuple | list) and name in ("hidden_states", "attentions", "cross_attentions"):
+            return tuple(self._shorter(name, item, gap, fresh) for item in value)
         if not isinstance(value, Tensor):
             return value
         if name in ("last_hidden_state", "hidden_states"):
-            return value[:, rows:]
-        if name == "attentions":
-            return value[:, :, rows:, self.tokens :]
-        if name == "cross_attentions":
-            return value[:, :, rows:]
+            return gap.close(value, 1) if fresh else value
+        if name in ("attentions", "cross_attentions"):
+            value = gap.close(value, 2) if fresh else value
+            return gap.close(value, 3) if name == "attentions" else value
         return value
 
 
-class Following:
+class Following(_Around):
     """The forward of a decoder whose encoder has virtual tokens: the mask of what it attends to covers them, too."""
 
     def __init__(self, module: nn.Module, forward: Forward, tokens: int) -> None:
-        self.forward, self.tokens = forward, tokens
-        signature = inspect.signature(type(module).forward)
-        self.names = tuple(signature.parameters)[1:]
-        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+        super().__init__(module, forward)
+        self.tokens = tokens
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder."""
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = self.arguments(args, kwargs)
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
         if states is not None and mask is not None and mask.shape[-1] + self.tokens == states.shape[1]:
             if mask.dim() != 2:
                 raise _error("a prompt needs an attention_mask of shape [batch, tokens]", "pass the 2-D padding mask")
-            given["encoder_attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self.tokens), mask], dim=1)
+            gap = Gap.before_first(mask, self.tokens)
+            given["encoder_attention_mask"] = gap.fill(mask.new_ones(1, self.tokens), mask)
         return self.forward(**given)
 
 
