@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Hashable
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -80,9 +79,8 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 @cache
-def _is_plain(kind: Hashable) -> bool:
+def _is_plain(kind: Any) -> bool:
     """Tell whether a class leaves copying and pickling to nn.Module, and has no slots of its own."""
-    assert isinstance(kind, type)
     plain = all(getattr(kind, hook, None) is getattr(nn.Module, hook, None) for hook in _HOOKS)
     return plain and not any("__slots__" in base.__dict__ for base in kind.__mro__[:-1])
 

@@ -31,7 +31,10 @@ _Finding = tuple[str, str, str | None]
 
 def gate(document: Document, methods: Mapping[str, Method]) -> list[Diagnostic]:
     """Give the findings of the schema about a document that may use these methods."""
-    errors = list(islice(_validator(tuple(methods.items())).iter_errors(document.data), MAX_FINDINGS + 1))
+    deltas = document.data.get("deltas")
+    named = {d["method"] for d in deltas if _names_a_method(d, methods)} if isinstance(deltas, list) else set()
+    validator = _validator(tuple(methods), tuple((name, methods[name]) for name in sorted(named)))
+    errors = list(islice(validator.iter_errors(document.data), MAX_FINDINGS + 1))
     mistyped = {tuple(error.absolute_path) for error in errors if error.validator == "type"}
     return [
         finding
@@ -41,8 +44,12 @@ def gate(document: Document, methods: Mapping[str, Method]) -> list[Diagnostic]:
     ]
 
 
+def _names_a_method(delta: Any, methods: Mapping[str, Method]) -> bool:
+    return isinstance(delta, dict) and isinstance(delta.get("method"), str) and delta["method"] in methods
+
+
 @lru_cache(maxsize=8)
-def _validator(methods: tuple[tuple[str, Method], ...]) -> Any:
+def _validator(known: tuple[str, ...], used: tuple[tuple[str, Method], ...]) -> Any:
     from jsonschema import Draft7Validator
     from jsonschema.validators import extend
 
@@ -51,7 +58,7 @@ def _validator(methods: tuple[tuple[str, Method], ...]) -> Any:
         "integer", lambda _, v: isinstance(v, int) and not isinstance(v, bool)
     )
     kind: Any = extend(Draft7Validator, {"pattern": _whole_pattern}, type_checker=strict)  # type: ignore[no-untyped-call]
-    return kind(schema(dict(methods)))
+    return kind(schema(dict(used), known))
 
 
 def _whole_pattern(_: Any, pattern: str, instance: Any, __: Any) -> Iterator[Any]:

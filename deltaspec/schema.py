@@ -6,7 +6,7 @@ with `oneOf`, a wrong parameter would be reported as a wrong method.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from json import dumps
 from typing import Any
 
@@ -20,8 +20,11 @@ _REF = "#/definitions/{model}"
 _ANNOTATIONS = ("title",)
 
 
-def schema(methods: Mapping[str, Method]) -> dict[str, Any]:
-    """Generate the schema for specs that may use these methods."""
+def schema(methods: Mapping[str, Method], known: Collection[str] | None = None) -> dict[str, Any]:
+    """Generate the schema for specs that may use these methods.
+
+    Where `known` is given, these are the names that a document may use, and `methods` the ones that it does use.
+    """
     root = _tidy(DeltaSpec.model_json_schema(by_alias=True, ref_template=_REF))
     definitions = root.pop("$defs")
     definitions["Selector"]["items"] = {"$ref": _REF.format(model="Selector")}
@@ -30,9 +33,10 @@ def schema(methods: Mapping[str, Method]) -> dict[str, Any]:
         definitions.update(_params(name, method.Params))
         conditions.append(_condition(name, required=bool(definitions[f"{name}.params"].get("required"))))
     entry = definitions["DeltaEntry"]
-    entry["properties"]["method"]["enum"] = list(methods)
-    summaries = "\n".join(f"- {name}: {method.summary}" for name, method in methods.items())
-    entry["properties"]["method"]["description"] += f"\n{summaries}"
+    entry["properties"]["method"]["enum"] = list(methods if known is None else known)
+    if known is None:
+        summaries = "\n".join(f"- {name}: {method.summary}" for name, method in methods.items())
+        entry["properties"]["method"]["description"] += f"\n{summaries}"
     entry["allOf"] = conditions
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
