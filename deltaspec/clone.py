@@ -58,10 +58,10 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if found is not None:
         assert isinstance(found, nn.Module)
         return found
-    kind = type(module)
+    kind: Any = type(module)
     if not _is_plain(kind):
         return copy.deepcopy(module, memo)
-    twin = kind.__new__(kind)
+    twin: nn.Module = kind.__new__(kind)
     memo[id(module)] = twin
     attributes = twin.__dict__
     for name, value in module.__dict__.items():

@@ -1,0 +1,1 @@
+"""Speed beside Hugging Face PEFT, both measured in one run: `make bench`."""

@@ -1,0 +1,58 @@
+"""The models that are measured, and a spec and a PEFT configuration for each that say the same."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+GPT2_LINEAR = ["c_attn", "c_proj", "c_fc"]
+LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """Twelve layers, 256 wide: 48 linear layers."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=256, n_layer=12, n_head=4)).eval()
+
+
+def llama() -> LlamaForCausalLM:
+    """Eight layers, 512 wide: 56 linear layers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=1000,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def spec(names: list[str], linear: list[str]) -> dict[str, Any]:
+    """LoRA of rank 8 on all linear layers, one delta a name."""
+    target = {"path": [f"**.{name}" for name in linear]}
+    deltas = [{"name": n, "method": "lora", "params": {"rank": 8, "alpha": 16}, "target": target} for n in names]
+    for delta in deltas[1:]:
+        delta["attached"] = False
+    return {"deltaspec": 1, "deltas": deltas}
+
+
+def config(linear: list[str]) -> LoraConfig:
+    """The same for PEFT."""
+    return LoraConfig(r=8, lora_alpha=16, target_modules=list(linear), fan_in_fan_out="c_attn" in linear)
+
+
+def peft(model: nn.Module, names: list[str], linear: list[str]) -> PeftModel:
+    """Wrap a copy of the model with one adapter a name."""
+    wrapped = get_peft_model(copy.deepcopy(model), config(linear), adapter_name=names[0])
+    for name in names[1:]:
+        wrapped.add_adapter(name, config(linear))
+    wrapped.set_adapter(names[0])
+    wrapped.eval()
+    return wrapped

@@ -1,0 +1,252 @@
+"""What is measured, one function a group of rows."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+
+import deltaspec
+from benchmarks.harness import Row, excess, interleave, many, ratio, seconds
+from benchmarks.models import GPT2_LINEAR, LLAMA_LINEAR, config, gpt2, llama, peft, spec
+
+warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+
+
+def switching() -> Iterator[Row]:
+    """Switch the active delta, and leave and enter the detached state."""
+    base = gpt2()
+    single: list[float] = []
+    for loaded, target in ((1, 500.0), (100, 20_000.0), (1000, None)):
+        names = [f"d{i}" for i in range(loaded)]
+        ours = deltaspec.compile(base, spec(names, GPT2_LINEAR))
+        turns = itertools.cycle([names[0], names[-1]] if loaded > 1 else [names[0]])
+        if loaded == 1:
+
+            def switch(c: deltaspec.CompiledModel = ours) -> None:
+                c.detach()
+                c.attach("d0")
+
+        else:
+
+            def switch(c: deltaspec.CompiledModel = ours, turns: Iterator[str] = turns) -> None:
+                c.only(next(turns))
+
+        repeats = 200
+        if loaded <= 100:
+            peer = peft(base, names, GPT2_LINEAR)
+            other = itertools.cycle([names[0], names[-1]])
+            set_adapter = _set(peer, other)
+            times = interleave({"ours": many(switch, repeats), "peer": set_adapter}, pairs=20)
+            median, text = ratio(times["peer"], times["ours"], repeats)
+            yield Row(
+                f"switch the active delta, {loaded} loaded (12 × 256 GPT-2, 48 sites)",
+                seconds(times["ours"], 1 / repeats),
+                seconds(times["peer"]),
+                f"{text} × faster",
+                f"≥ {target:,.0f} ×",
+                "yes" if target is not None and median >= target else "no",
+                "with one delta loaded, ours detaches and attaches it" if loaded == 1 else "",
+            )
+            if loaded == 100:
+                yield _detached(ours, peer)
+                single = times["ours"]
+        else:
+            times = interleave({"ours": many(switch, repeats)}, pairs=20)
+            low = sorted(times["ours"])[10] / sorted(single)[10]
+            yield Row(
+                "the same, 1,000 loaded, over 100 loaded",
+                seconds(times["ours"], 1 / repeats),
+                "-",
+                f"{low:.3g} × the time",
+                "≤ 1.2 ×",
+                "yes" if low <= 1.2 else "no",
+            )
+
+
+def _set(peer: PeftModel, names: Iterator[str]) -> Callable[[], None]:
+    def run() -> None:
+        peer.set_adapter(next(names))
+
+    return run
+
+
+def _detached(ours: deltaspec.CompiledModel, peer: PeftModel) -> Row:
+    def enter_ours() -> None:
+        with ours.detached():
+            pass
+
+    def enter_peer() -> None:
+        with peer.disable_adapter():
+            pass
+
+    times = interleave({"ours": many(enter_ours, 100), "peer": enter_peer}, pairs=20)
+    median, text = ratio(times["peer"], times["ours"], 100)
+    return Row(
+        "`detached()`, enter and leave, 100 loaded",
+        seconds(times["ours"], 1 / 100),
+        seconds(times["peer"]),
+        f"{text} × faster",
+        "≥ 20,000 ×",
+        "yes" if median >= 20_000 else "no",
+    )
+
+
+def compiling() -> Iterator[Row]:
+    """Compile a spec beside wrapping a model."""
+    base = gpt2()
+    document = spec(["d0"], GPT2_LINEAR)
+    copies = [copy.deepcopy(base) for _ in range(23)]
+    times = interleave(
+        {
+            "ours": lambda: deltaspec.compile(base, document),
+            "peer": lambda: get_peft_model(copies.pop(), config(GPT2_LINEAR)),
+        },
+        pairs=20,
+    )
+    median, text = ratio(times["peer"], times["ours"])
+    yield Row(
+        "compile a spec (12 layers, 48 sites)",
+        seconds(times["ours"]),
+        seconds(times["peer"]),
+        f"{text} × faster",
+        "≥ 5 ×",
+        "yes" if median >= 5 else "no",
+        "ours includes validating and planning, and leaves the model untouched; PEFT's wraps a copy made beforehand",
+    )
+
+
+def forwards() -> Iterator[Row]:
+    """One forward with LoRA attached on all linear layers, over the bare backbone."""
+    base = llama()
+    ours = deltaspec.compile(base, spec(["d0"], LLAMA_LINEAR))
+    peer = peft(base, ["d0"], LLAMA_LINEAR)
+    merged = ours.merge()
+    for batch, tokens, limit, pairs in ((1, 1, 1 / 3, 60), (1, 16, 1 / 3, 60), (8, 128, 1 / 2, 20)):
+        ids = torch.randint(0, 1000, (batch, tokens))
+
+        def run(model: torch.nn.Module, ids: torch.Tensor = ids) -> Callable[[], None]:
+            def forward() -> None:
+                with torch.no_grad():
+                    model(input_ids=ids, use_cache=False)
+
+            return forward
+
+        contestants = {"bare": run(base), "ours": run(ours), "peer": run(peer), "merged": run(merged)}
+        times = interleave(contestants, pairs)
+        first, second, part, text = excess(times["ours"], times["peer"], times["bare"])
+        yield Row(
+            f"LoRA on 56 linears attached, over bare, {batch} × {tokens} tokens (8 × 512 Llama)",
+            f"{first:.3f} ×",
+            f"{second:.3f} ×",
+            text,
+            f"≤ {limit:.2g}",
+            "yes" if part <= limit else "no",
+        )
+        if tokens == 16:
+            _, merged_text = ratio(times["merged"], times["bare"])
+            yield Row("merged, over bare, 1 × 16 tokens", f"{merged_text} ×", "-", "-", "1", "-")
+
+
+def training() -> Iterator[Row]:
+    """One training step with LoRA on all linear layers."""
+    base = llama()
+    ours = deltaspec.compile(base, spec(["d0"], LLAMA_LINEAR)).train()
+    peer = peft(base, ["d0"], LLAMA_LINEAR).train()
+    ids = torch.randint(0, 1000, (4, 64))
+
+    def step(model: torch.nn.Module) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+        def run() -> None:
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
+
+    times = interleave({"ours": step(ours), "peer": step(peer)}, pairs=20)
+    median, text = ratio(times["ours"], times["peer"])
+    yield Row(
+        "training step, LoRA on 56 linears, 4 × 64 tokens",
+        seconds(times["ours"]),
+        seconds(times["peer"]),
+        f"{text} × the peer's time",
+        "≤ 1 ×",
+        "yes" if median <= 1 else "no",
+    )
+
+
+def validating() -> Iterator[Row]:
+    """Validate a spec, the whole process, beside importing the libraries it stands on."""
+    path = next(iter(sorted((Path(__file__).parent.parent / "specs").glob("*.deltaspec.yaml"))))
+
+    def process(*arguments: str) -> Callable[[], None]:
+        def run() -> None:
+            subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+        return run
+
+    times = interleave(
+        {
+            "ours": process("-m", "deltaspec", "validate", str(path)),
+            "imports": process("-c", "import yaml, pydantic, jsonschema"),
+        },
+        pairs=20,
+    )
+    median, text = ratio(times["ours"], times["imports"])
+    middle = sorted(times["ours"])[10]
+    yield Row(
+        "`deltaspec validate`, whole process, over importing yaml, pydantic and jsonschema",
+        seconds(times["ours"]),
+        f"{seconds(times['imports'])} (imports)",
+        f"{text} ×",
+        "≤ 0.5 s and ≤ 1.3 ×",
+        "yes" if middle <= 0.5 and median <= 1.3 else "no",
+    )
+
+
+def saving() -> Iterator[Row]:
+    """Save a delta and read it back."""
+    base = gpt2()
+    ours = deltaspec.compile(base, spec(["d0"], GPT2_LINEAR))
+    peer = peft(base, ["d0"], GPT2_LINEAR)
+    with tempfile.TemporaryDirectory() as folder:
+        mine, other = Path(folder, "ours"), Path(folder, "peer")
+        ours.save(mine)
+        peer.save_pretrained(other, selected_adapters=["d0"])
+        times = interleave(
+            {
+                "ours": lambda: deltaspec.restore(base, mine),
+                "peer": lambda: PeftModel.from_pretrained(copy.deepcopy(base), other / "d0"),
+            },
+            pairs=20,
+        )
+    median, text = ratio(times["peer"], times["ours"])
+    yield Row(
+        "restore one saved delta onto the backbone",
+        seconds(times["ours"]),
+        seconds(times["peer"]),
+        f"{text} × faster",
+        "-",
+        "-",
+        "PEFT's time includes a deep copy of the model, without which it changes the model it is given",
+    )
+
+
+GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
+    "switching": switching,
+    "compiling": compiling,
+    "forwards": forwards,
+    "training": training,
+    "saving": saving,
+    "validating": validating,
+}
