@@ -38,7 +38,7 @@ def main(groups: list[str]) -> None:
         f"# Results\n\nWritten by `make bench` on {date.today()}: {', '.join(f'{k} {v}' for k, v in about.items())}.\n"
     )
     how = (
-        "Each row is measured in one process, ours and the peer's in turn, at least 20 pairs after a warm-up; ratios are "
+        "Each row is measured in one process, ours and the peer in turn, at least 20 pairs after a warm-up; ratios are "
         "medians over the pairs. A target that is not met is marked `no`.\n"
     )
     (here / "RESULTS.md").write_text(f"{head}\n{how}\n{text}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Interleaved timing: ours, the peer's and (where it says something) the bare backbone's turn, one after the other, many times."""
+"""Interleaved timing: ours, the peer and, where it says something, the bare backbone take turns, many times."""
 
 from __future__ import annotations
 

@@ -15,13 +15,13 @@ LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", 
 
 
 def gpt2() -> GPT2LMHeadModel:
-    """Twelve layers, 256 wide: 48 linear layers."""
+    """Build twelve layers, 256 wide: 48 linear layers."""
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(n_embd=256, n_layer=12, n_head=4)).eval()
 
 
 def llama() -> LlamaForCausalLM:
-    """Eight layers, 512 wide: 56 linear layers."""
+    """Build eight layers, 512 wide: 56 linear layers."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=512,
@@ -35,7 +35,7 @@ def llama() -> LlamaForCausalLM:
 
 
 def spec(names: list[str], linear: list[str]) -> dict[str, Any]:
-    """LoRA of rank 8 on all linear layers, one delta a name."""
+    """Write a spec with LoRA of rank 8 on all linear layers, one delta a name."""
     target = {"path": [f"**.{name}" for name in linear]}
     deltas = [{"name": n, "method": "lora", "params": {"rank": 8, "alpha": 16}, "target": target} for n in names]
     for delta in deltas[1:]:
@@ -44,7 +44,7 @@ def spec(names: list[str], linear: list[str]) -> dict[str, Any]:
 
 
 def config(linear: list[str]) -> LoraConfig:
-    """The same for PEFT."""
+    """Say the same to PEFT."""
     return LoraConfig(r=8, lora_alpha=16, target_modules=list(linear), fan_in_fan_out="c_attn" in linear)
 
 

@@ -238,7 +238,7 @@ def saving() -> Iterator[Row]:
         f"{text} × faster",
         "-",
         "-",
-        "PEFT's time includes a deep copy of the model, without which it changes the model it is given",
+        "PEFT's includes a deep copy, without which it changes the model it is given",
     )
 
 
