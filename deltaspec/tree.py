@@ -156,8 +156,8 @@ def targets(spec: DeltaSpec, index: int, table: ModuleTable) -> tuple[tuple[Matc
     entry = spec.deltas[index]
     if entry.target is not None:
         return select(entry.target, table, spec.selectors, spec)
-    wanted = set(methods()[entry.method].default_roles)
-    return tuple(Match(row) for row in table.rows if row.fqn and wanted.intersection(row.roles)), []
+    method = methods()[entry.method]
+    return tuple(Match(row) for row in table.rows if row.fqn and method.is_default(row, entry.params)), []
 
 
 def drawn(lines: Sequence[Line], width: int | None = None) -> Text:
