@@ -47,6 +47,7 @@ CODES: dict[str, str] = {
     "DS219": "plug-in that cannot be loaded",
     "DS220": "too many findings",
     "DS221": "schema file out of date",
+    "DS222": "table of methods out of date",
     # DS3: selector
     "DS302": "selector that matches no module",
     "DS303": "role that this model does not have",

@@ -147,6 +147,8 @@ class Method(ABC):
     """`Title (arXiv:id)`."""
     Params: ClassVar[type[MethodParams]]
     promises: ClassVar[Promises]
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Parameters of an example, as in a spec; needed where some have no default."""
     default_roles: ClassVar[tuple[str, ...]]
     """Roles that `target` stands for when a delta leaves it out; empty: `target` is required."""
     descends: ClassVar[bool] = False
@@ -235,3 +237,11 @@ class Method(ABC):
         whose `promises.weight` is not None; a method without it never gets here.
         """
         raise AssertionError(f"{self.name} promised no weight form")
+
+    def simpler(self, params: Any) -> tuple[str, dict[str, Any]] | None:
+        """Give the method and params that do the same without what only training needs; None where nothing does."""
+        return None
+
+    def simplified(self, site: Site, params: Any, t: Any) -> dict[str, Tensor]:
+        """Give the tensors of that simpler delta at a site, by own name. Called only where `simpler` gave something."""
+        raise AssertionError(f"{self.name} has no simpler form")

@@ -1,0 +1,85 @@
+"""The table of methods, made from what each method says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+
+from deltaspec.methods._base import Method, Site
+from deltaspec.modules import ConvInfo, ParameterInfo, Row
+
+BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
+"""What stands around the table in a Markdown file."""
+_KINDS = ("linear", "conv1d", "embedding", "conv", "norm", "other")
+_NAMES = {
+    "linear": "Linear",
+    "conv1d": "Conv1D",
+    "embedding": "Embedding",
+    "conv": "Conv",
+    "norm": "norms",
+    "other": "blocks",
+}
+_HEAD = "| method | what it learns | at start | merges | modules | paper |\n|---|---|---|---|---|---|\n"
+
+
+def methods_table(methods: Mapping[str, Method]) -> str:
+    """Write one line a method as Markdown."""
+    return _HEAD + "".join(f"| {' | '.join(_cells(method))} |\n" for method in methods.values())
+
+
+def with_table(text: str, methods: Mapping[str, Method]) -> str:
+    """Put the table between the marks of a Markdown text. Raises ValueError where they are missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"there are no marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{methods_table(methods)}{END}{after}"
+
+
+def _cells(method: Method) -> Iterator[str]:
+    yield f"`{method.name}`"
+    yield method.summary
+    yield "identity" if method.promises.identity_at_start else "changed"
+    yield {"add": "yes", "replace": "yes, replaces", None: "no"}[method.promises.weight]
+    yield ", ".join(accepted(method)) or "-"
+    yield method.paper
+
+
+def accepted(method: Method) -> list[str]:
+    """Name the kinds of module that a method takes with its default parameters, found by asking it about each."""
+    if method.attends:
+        return ["attention"]
+    params = method.Params.model_validate_json(json.dumps(method.example))
+    return [
+        _NAMES[kind] for kind in _KINDS if method.refuse(Site(_sample(kind), in_width=64, width=64), params) is None
+    ]
+
+
+def _sample(kind: str) -> Row:
+    """Make a plain module of a kind, as a row of a table."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "linear": {"weight": (64, 64), "bias": (64,)},
+        "conv1d": {"weight": (64, 64), "bias": (64,)},
+        "embedding": {"weight": (64, 64)},
+        "conv": {"weight": (64, 64, 3, 3), "bias": (64,)},
+        "norm": {"weight": (64,), "bias": (64,)},
+        "other": {},
+    }
+    own = tuple(ParameterInfo(name, f"m.{name}", shape, "float32") for name, shape in shapes[kind].items())
+    sized = kind in ("linear", "conv1d", "embedding", "conv")
+    return Row(
+        fqn="m",
+        type=_NAMES[kind],
+        bases=(_NAMES[kind],),
+        kind=kind,
+        roles=(),
+        stack=None,
+        layer=None,
+        parameters=own,
+        buffers=(),
+        subtree_parameters=sum(p.count for p in own),
+        children=0 if own else 1,
+        in_features=64 if sized else None,
+        out_features=64 if sized else None,
+        conv=ConvInfo(1, False) if kind == "conv" else None,
+    )
