@@ -35,7 +35,7 @@ def fit(
     torch.manual_seed(0)
     model.train()
     for epoch in range(EPOCHS):
-        order = torch.randperm(len(task.train.texts)).tolist()
+        order = _similar_lengths_together(task.train, torch.randperm(len(task.train.texts)).tolist())
         right, seen, total = 0, 0, 0.0
         for texts, labels in _batches(task.train, order, BATCH_SIZE):
             logits = model(**encode(tokens, texts))[task.name]
@@ -64,6 +64,13 @@ def training_progress(console: Any) -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console)
+
+
+def _similar_lengths_together(split: Split, order: Sequence[int]) -> list[int]:
+    """Sort a random order by length within windows of some batches: less padding, so faster, and still random."""
+    window = 8 * BATCH_SIZE
+    windows = (order[start : start + window] for start in range(0, len(order), window))
+    return [i for chosen in windows for i in sorted(chosen, key=lambda i: len(split.texts[i]))]
 
 
 def _batches(split: Split, order: Sequence[int], size: int) -> Iterator[tuple[list[str], Tensor]]:
