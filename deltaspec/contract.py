@@ -196,27 +196,33 @@ def _copies(case: Case) -> None:
 
 
 def _learning(case: Case) -> None:
-    """Check that a few steps of SGD, and of Adam, lower a loss."""
-    optimizers: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-        "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.02),
-        "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.002),
+    """Check that a few steps of SGD, and of Adam, lower a loss, with one of three step lengths."""
+    optimizers: dict[str, tuple[type[torch.optim.Optimizer], float]] = {
+        "SGD": (torch.optim.SGD, 0.02),
+        "Adam": (torch.optim.Adam, 0.002),
     }
-    for name, make in optimizers.items():
-        compiled = compile_plan(case.model, case.single, case.capture)
-        parameters = list(compiled.trainable_parameters())
-        optimizer = make(parameters)
-        start = case.loss(compiled).item()
-        for _ in range(6):
-            optimizer.zero_grad()
-            case.loss(compiled).backward()  # type: ignore[no-untyped-call]
-            # Steps of one length, whatever the scale of the method's gradients: else some round to nothing.
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad /= norm
-            optimizer.step()
-        end = case.loss(compiled).item()
-        require(end < start, f"six steps of {name} took the loss from {start:.6f} to {end:.6f}")
+    for name, (make, longest) in optimizers.items():
+        losses = [_losses(case, make, longest * factor) for factor in (1.0, 0.1, 0.01)]
+        seen = ", ".join(f"{start:.6g} to {end:.6g}" for start, end in losses)
+        require(any(end < start for start, end in losses), f"six steps of {name} took the loss from {seen}")
+
+
+def _losses(case: Case, make: Callable[..., torch.optim.Optimizer], rate: float) -> tuple[float, float]:
+    """Give the loss before and after six steps."""
+    compiled = compile_plan(case.model, case.single, case.capture)
+    parameters = list(compiled.trainable_parameters())
+    optimizer = make(parameters, lr=rate)
+    start = case.loss(compiled).item()
+    for _ in range(6):
+        optimizer.zero_grad()
+        case.loss(compiled).backward()  # type: ignore[no-untyped-call]
+        # Steps of one length, whatever the scale of the method's gradients: else some would round to nothing.
+        given = [p.grad for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(given)
+        for gradient in given:
+            gradient /= norm
+        optimizer.step()
+    return start, case.loss(compiled).item()
 
 
 CLAUSES: dict[str, Callable[[Case], None]] = {

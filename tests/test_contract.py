@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,18 @@ PARAMS: dict[str, tuple[dict[str, Any], ...]] = {
     "lora": ({"rank": 4}, {"rank": 2, "scaling": "rslora", "bias": True, "dropout": 0.1, "init": "normal"}),
     "adapter": ({"width": 4}, {"width": 3, "position": "before", "scale": 0.5, "activation": "silu", "dropout": 0.1}),
     "full": ({"tied": "together"}, {"tied": "alone"}),
+    "soft_prompt": ({"tokens": 3},),
+    "trainable_tokens": ({"token_ids": [4, 26, 52, 80]},),
+    "prefix": ({"tokens": 3}, {"tokens": 2, "reparametrisation": "mlp", "width": 8}),
+    "road": ({"group_size": 8},),
+    "c3a": ({"block_size": 8},),
+    "oft": ({"block_size": 8},),
+    "miss": ({"rank": 4},),
+    "hira": ({"rank": 4},),
+    "vera": ({"rank": 8},),
+    "compacter": ({"width": 8, "divisions": 2},),
+    "low_rank_adapter": ({"width": 8},),
+    "parallel_adapter": ({"width": 4},),
 }
 CASES = [
     pytest.param(method, params, architecture, id=f"{method}-{number}-{architecture}")
@@ -147,6 +160,19 @@ class _Refusing(Lora):
         return Refusal("no", "yes")
 
 
+@pytest.fixture
+def register(monkeypatch):
+    """Register a method as another installed package would, through the entry-point group."""
+
+    def add(kind):
+        entry = SimpleNamespace(name=kind.name, load=lambda: kind)
+        monkeypatch.setattr("deltaspec.methods.entry_points", lambda group: [entry])
+        methods.cache_clear()
+
+    yield add
+    methods.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("kind", "clause", "seen"),
     [
@@ -158,8 +184,8 @@ class _Refusing(Lora):
         (_Writing, "counts|initial values", "the original model was changed"),
     ],
 )
-def test_a_broken_method_is_caught_by_the_clause_it_breaks(monkeypatch, kind, clause, seen):
-    monkeypatch.setitem(methods(), kind.name, kind())
+def test_a_broken_method_is_caught_by_the_clause_it_breaks(register, kind, clause, seen):
+    register(kind)
     params = {"rank": 2} if issubclass(kind, Lora) else {"width": 2}
     with pytest.raises(
         ContractError, match=rf"(?s){kind.name} on Sequential \(modules\), ({clause}): .*({seen}).*clause: "
@@ -168,8 +194,8 @@ def test_a_broken_method_is_caught_by_the_clause_it_breaks(monkeypatch, kind, cl
     assert isinstance(caught.value, AssertionError)
 
 
-def test_a_refusal_and_an_unfit_model_are_not_failures_of_the_contract(monkeypatch):
-    monkeypatch.setitem(methods(), "refusing", _Refusing())
+def test_a_refusal_and_an_unfit_model_are_not_failures_of_the_contract(register):
+    register(_Refusing)
     with pytest.raises(DeltaSpecError, match="DS402"):
         check_method("refusing")
     with pytest.raises(ValueError, match="evaluation mode"):
