@@ -20,7 +20,7 @@ class MissParams(MethodParams):
     rank: Annotated[int, Field(ge=1, le=65536)] = 64
     """Width of a shard of the input: the update maps the sum of all shards to the output."""
     variant: Literal["miss", "mini", "bat"] = "miss"
-    """`miss`: a matrix `[rank, out]`. `mini`: `[rank, width]`, repeated along the output, too. `bat`: square blocks that
+    """`miss`: a matrix `[rank, out]`. `mini`: `[rank, width]`, repeated along the output, too. `bat`: blocks that
     also multiply the weight's own blocks, W + W D + D, one per `rank` outputs."""
     width: Annotated[int, Field(ge=1, le=65536)] = 1
     """For `mini`: width of the repeated part of the output; it must divide the output's width."""
