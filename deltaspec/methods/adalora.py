@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Rank, Refusal, Site, TensorSpec
 from deltaspec.methods._weights import add_update, fold_update, refuse_weight, substitutes_update, weight_shape
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class AdaloraParams(MethodParams):
 
     rank: Annotated[int, Field(ge=1, le=65536)] = 8
     """Rank a site has on average once ranks are allocated."""
-    initial_rank: Annotated[int, Field(ge=1, le=65536)] = 12
+    initial_rank: Rank = 12
     """Rank each site starts with, and the most it can have in the end; half as much again as `rank` in the paper."""
     alpha: Annotated[float, Field(gt=0, le=1e6)] = 8.0
     """Numerator of the scale alpha / initial_rank."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import sqrt
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
-
-from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Rank, Refusal, Site, TensorSpec
 from deltaspec.methods._weights import canonical, refuse_weight, weight_shape
 
 if TYPE_CHECKING:
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 class HiraParams(MethodParams):
     """Parameters of hira."""
 
-    rank: Annotated[int, Field(ge=1, le=65536)] = 32
+    rank: Rank = 32
     """Rank of the factor B A. The update W ⊙ (B A) has up to the weight's rank times that."""
     init: Literal["kaiming_uniform", "normal"] = "kaiming_uniform"
     """How A starts; B starts at zero. `normal` has standard deviation 1 / rank."""

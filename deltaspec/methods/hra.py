@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import sqrt
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from deltaspec.methods._base import Form, Method, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods._base import Form, Method, MethodParams, Promises, Rank, Refusal, Site, TensorSpec
 from deltaspec.methods._rotations import filter_width
 from deltaspec.methods._weights import canonical, refuse_weight
 
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 class HraParams(MethodParams):
     """Parameters of hra."""
 
-    rank: Annotated[int, Field(ge=1, le=65536)] = 8
+    rank: Rank = 8
     """Number of reflections. An even number starts as equal pairs, which undo each other but for round-off; with an odd
     one a fresh delta changes the output."""
     orthogonal: bool = False

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Rank, Refusal, Site, TensorSpec
 from deltaspec.methods._weights import add_update, fold_update, refuse_weight, substitutes_update, weight_shape
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class LohaParams(MethodParams):
     """Parameters of loha."""
 
-    rank: Annotated[int, Field(ge=1, le=65536)] = 8
+    rank: Rank = 8
     """Rank of each of the two factors; their product has up to its square."""
     alpha: Annotated[float, Field(gt=0, le=1e6)] = 8.0
     """Numerator of the scale alpha / rank."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Rank, Refusal, Site, TensorSpec
 from deltaspec.methods._weights import add_update, fold_update, refuse_weight, substitutes_update, weight_shape
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class LokrParams(MethodParams):
     """Parameters of lokr."""
 
-    rank: Annotated[int, Field(ge=1, le=65536)] = 8
+    rank: Rank = 8
     """Rank of the large factor, where half its larger side is more than that; else it is a full matrix."""
     alpha: Annotated[float, Field(gt=0, le=1e6)] = 8.0
     """Numerator of the scale alpha / rank."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Rank, Refusal, Site, TensorSpec
 from deltaspec.methods._dora import decompose, decomposed_output, squared_norms
 from deltaspec.methods._shapes import along_channels
 from deltaspec.methods._starts import orthogonal, principal
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class LoraParams(MethodParams):
     """Parameters of lora."""
 
-    rank: Annotated[int, Field(ge=1, le=65536)] = 8
+    rank: Rank = 8
     """Rank r of the update B A."""
     alpha: Annotated[float, Field(gt=0, le=1e6)] = 16.0
     """Numerator of the scale: alpha / rank, or alpha / sqrt(rank) with `scaling: rslora`."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Rank, Refusal, Site, TensorSpec
 from deltaspec.methods._weights import canonical, fold_update, refuse_weight, weight_shape
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class MissParams(MethodParams):
     """Parameters of miss."""
 
-    rank: Annotated[int, Field(ge=1, le=65536)] = 64
+    rank: Rank = 64
     """Width of a shard of the input: the update maps the sum of all shards to the output."""
     variant: Literal["miss", "mini", "bat"] = "miss"
     """`miss`: a matrix `[rank, out]`. `mini`: `[rank, width]`, repeated along the output, too. `bat`: blocks that

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Rank, Refusal, Site, TensorSpec
 from deltaspec.methods._weights import fold_update, refuse_weight, weight_shape
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class VeraParams(MethodParams):
     """Parameters of vera."""
 
-    rank: Annotated[int, Field(ge=1, le=65536)] = 256
+    rank: Rank = 256
     """Rank of the shared random matrices. It costs one trained value a site, so it may be large."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropping an entry of the update's input while training."""
