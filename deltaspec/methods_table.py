@@ -19,6 +19,7 @@ _NAMES = {
     "norm": "norms",
     "other": "blocks",
 }
+_WIDTH = 768
 _HEAD = "| method | what it learns | at start | merges | modules | paper |\n|---|---|---|---|---|---|\n"
 
 
@@ -58,11 +59,11 @@ def accepted(method: Method) -> list[str]:
 def _sample(kind: str) -> Row:
     """Make a plain module of a kind, as a row of a table."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
-        "linear": {"weight": (64, 64), "bias": (64,)},
-        "conv1d": {"weight": (64, 64), "bias": (64,)},
-        "embedding": {"weight": (64, 64)},
-        "conv": {"weight": (64, 64, 3, 3), "bias": (64,)},
-        "norm": {"weight": (64,), "bias": (64,)},
+        "linear": {"weight": (_WIDTH, _WIDTH), "bias": (_WIDTH,)},
+        "conv1d": {"weight": (_WIDTH, _WIDTH), "bias": (_WIDTH,)},
+        "embedding": {"weight": (_WIDTH, _WIDTH)},
+        "conv": {"weight": (_WIDTH, _WIDTH, 3, 3), "bias": (_WIDTH,)},
+        "norm": {"weight": (_WIDTH,), "bias": (_WIDTH,)},
         "other": {},
     }
     own = tuple(ParameterInfo(name, f"m.{name}", shape, "float32") for name, shape in shapes[kind].items())
@@ -79,7 +80,7 @@ def _sample(kind: str) -> Row:
         buffers=(),
         subtree_parameters=sum(p.count for p in own),
         children=0 if own else 1,
-        in_features=64 if sized else None,
-        out_features=64 if sized else None,
+        in_features=_WIDTH if sized else None,
+        out_features=_WIDTH if sized else None,
         conv=ConvInfo(1, False) if kind == "conv" else None,
     )
