@@ -51,9 +51,10 @@ def accepted(method: Method) -> list[str]:
     if method.attends:
         return ["attention"]
     params = method.Params.model_validate_json(json.dumps(method.example))
-    return [
-        _NAMES[kind] for kind in _KINDS if method.refuse(Site(_sample(kind), in_width=64, width=64), params) is None
-    ]
+    if method.virtual_tokens(params):
+        return ["token embedding"]
+    sites = {kind: Site(_sample(kind), in_width=_WIDTH, width=_WIDTH) for kind in _KINDS}
+    return [_NAMES[kind] for kind, site in sites.items() if method.refuse(site, params) is None]
 
 
 def _sample(kind: str) -> Row:
