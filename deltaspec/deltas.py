@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from deltaspec.matrices import initial_values
 from deltaspec.methods import methods
 from deltaspec.methods._base import Init, Method, MethodParams, Site, TensorSpec
 
@@ -152,7 +153,7 @@ def _from_weights(
     if type(method).initialise is Method.initialise or any(w.is_meta for w in own.values()):
         return {}
     weights = {name: weight.detach().to("cpu", torch.float32) for name, weight in own.items()}
-    return method.initialise(site, params, weights, _generator(identity))
+    return initial_values(method, site, params, weights, _generator(identity))
 
 
 def _generator(identity: str) -> torch.Generator:
@@ -173,7 +174,12 @@ def _initial(spec: TensorSpec, identity: str, sources: Mapping[str, Tensor], hom
     constants = {"zeros": 0.0, "ones": 1.0, "constant": spec.init.value}
     if device.type == "meta" or spec.init.kind in constants:
         return torch.full(spec.shape, constants.get(spec.init.kind, 0.0), device=device, dtype=dtype)
-    return draw(spec.init, spec.shape, _generator(identity)).to(device=device, dtype=dtype)
+    generator = _generator(identity)
+    if spec.stack:  # each by its own widths
+        drawn = torch.stack([draw(spec.init, spec.shape[1:], generator) for _ in range(spec.stack)])
+    else:
+        drawn = draw(spec.init, spec.shape, generator)
+    return drawn.to(device=device, dtype=dtype)
 
 
 def draw(init: Init, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -91,6 +91,8 @@ class Row:
     """Where its ids enter the model, if it is the embedding of token ids."""
     arguments: tuple[str, ...] = ()
     """Names of the arguments that its forward takes by name."""
+    transposed: bool = False
+    """Its stacked parameters are `[experts, in, out]` (transformers' `is_transposed`), not `[experts, out, in]`."""
     vocabulary: bool = False
     """Whether it is the table of input embeddings, as the model itself says (`get_input_embeddings`)."""
 
@@ -200,6 +202,7 @@ def _row(
         attends=is_routable(module),
         entrance=entrance,
         arguments=_arguments(kind_of.forward),
+        transposed=getattr(module, "is_transposed", None) is True,
         vocabulary=vocabulary,
     )
 

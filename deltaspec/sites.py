@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from deltaspec.diagnostics import Diagnostic, Path
 from deltaspec.folding import fold
+from deltaspec.matrices import as_matrices, site_tensors
 from deltaspec.methods import methods
 from deltaspec.methods._base import Method, MethodParams, Site
 from deltaspec.methods._shapes import CHANNELS_FIRST_NORMS
@@ -53,7 +54,8 @@ class Placer:
         sites = [self._candidate(place, overrides) for place in places]
         sites = self._refuse([*sites, *self._tied_places(sites)])
         planned = tuple(
-            PlannedSite(site, params, self.method.tensors(site, params), override) for site, params, override in sites
+            PlannedSite(site, params, site_tensors(self.method, site, params), override)
+            for site, params, override in sites
         )
         self._note_ties(planned)
         if not planned and not self.findings:
@@ -156,10 +158,12 @@ class Placer:
         seen = self.observations.of(row)
         in_width, width = _static_widths(row)
         if seen is None:
-            return Site(row, parameter, in_width, width)
-        in_width = in_width if seen.in_width is None else seen.in_width
-        width = width if seen.width is None else seen.width
-        return Site(row, parameter, in_width, width, seen.host, seen.reads, seen.attention)
+            site = Site(row, parameter, in_width, width)
+        else:
+            in_width = in_width if seen.in_width is None else seen.in_width
+            width = width if seen.width is None else seen.width
+            site = Site(row, parameter, in_width, width, seen.host, seen.reads, seen.attention)
+        return as_matrices(site) if parameter is not None and self.method.matrices else site
 
     def _tied_places(self, sites: list[Candidate]) -> list[Candidate]:
         """Add the other places of a tied parameter that the method trains as one tensor (a tensor with a `key`)."""
@@ -203,7 +207,7 @@ class Placer:
             return "DS402", refusal.reason, refusal.suggestion
         if not self._reached(site.row):
             called = self._tied_and_reached(site)
-            shared = all(t.key is not None for t in self.method.tensors(site, params))
+            shared = site.stack is None and all(t.key is not None for t in self.method.tensors(site, params))
             if not (called and shared):
                 reason = f"no forward pass reaches this {site.row.type}, so a delta there would do nothing"
                 hint = "leave it out, or pass example_inputs that reach it"

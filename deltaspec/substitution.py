@@ -8,12 +8,14 @@ training flags are always current. Dynamo and torch.export trace through it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deltaspec.attention import Attention, Hook, Router, register
+from deltaspec.matrices import site_tensors
 from deltaspec.methods._base import Form, Method, MethodParams, Site
 
 
@@ -57,6 +59,12 @@ class Fold:
     site: Site
     names: tuple[str, ...]
     """The delta's tensors, in the order they come in the call."""
+    stacked: frozenset[str] = field(init=False)
+    """Those that hold one tensor a matrix, where the site is a stacked parameter."""
+
+    def __post_init__(self) -> None:
+        specs = site_tensors(self.method, self.site, self.params) if self.site.stack else ()
+        object.__setattr__(self, "stacked", frozenset(spec.name for spec in specs if spec.stack))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,8 @@ class Lowered:
         self, host: nn.Module, folds: tuple[Fold, ...], frozen: bool = False, attends: tuple[Attend, ...] = ()
     ) -> None:
         self.host, self.folds, self.attends = host, folds, attends
+        # Held here, since Dynamo knows no source for what it finds through a stand-in (closures of decorators).
+        self.code = type(host).forward
         self.frozen = frozen
         """Run the host in evaluation mode: its statistics are the backbone's."""
         if attends:
@@ -124,18 +134,38 @@ class Lowered:
             start += len(attend.form.tensors)
         if hooks:
             self.router.route(shadow, hooks)
-        return shadow.forward(*args, **kwargs)
+        return self.code(shadow, *args, **kwargs)
 
 
 def fold_into(module: nn.Module, fold: Fold, own: Any, folded: dict[str, Tensor]) -> dict[str, Tensor]:
     """Compute the new own parameters of a module under one delta, rounded once to the module's dtype."""
     weights = {name: value for name, value in module._parameters.items() if value is not None} | folded
-    new = fold.method.fold(fold.site, fold.params, own, weights)
+    if fold.site.stack is None:
+        new = fold.method.fold(fold.site, fold.params, own, weights)
+    else:
+        parameter = fold.site.parameter
+        assert parameter is not None
+        new = {parameter: fold_matrices(fold, own, weights[parameter])}
     dtype = next((w.dtype for w in weights.values()), None)
     return {
         name: value if dtype is None or not value.is_floating_point() or value.dtype == dtype else value.to(dtype)
         for name, value in new.items()
     }
+
+
+def fold_matrices(fold: Fold, own: Any, weight: Tensor) -> Tensor:
+    """Fold a delta into a parameter that is a matrix or a stack of them."""
+
+    def one(tensors: dict[str, Tensor], matrix: Tensor) -> Tensor:
+        values = Own(tuple(tensors), tuple(tensors.values()))
+        return fold.method.fold(fold.site, fold.params, values, {"weight": matrix})["weight"]
+
+    tensors = {name: getattr(own, name) for name in fold.names}
+    if not fold.site.stack:
+        return one(tensors, weight)
+    places = {name: 0 if name in fold.stacked else None for name in fold.names}
+    folded: Tensor = torch.vmap(one, in_dims=(places, 0))(tensors, weight)
+    return folded
 
 
 def _at(module: nn.Module, path: tuple[str, ...]) -> nn.Module:

@@ -106,6 +106,8 @@ class TensorSpec:
     """A torch dtype's name; None follows the backbone."""
     key: str | None = None
     """Name it is stored under, for a tensor that several sites share; None: `<site>.<name>`."""
+    stack: int = 0
+    """Length of the first dimension, where it stacks one tensor a matrix of a stacked parameter; 0: it does not."""
 
     @property
     def count(self) -> int:
@@ -146,6 +148,9 @@ class Site:
     """Own names of the parameters that the host reads; None: all."""
     attention: AttentionShape | None = None
     """What its attention function was given, observed; None where it calls none."""
+    stack: tuple[int, ...] | None = None
+    """Leading dimensions of a parameter that is seen as the weight of linear layers: `()` one matrix, `(experts,)` a
+    stack of them; None where the site is no such parameter. See `Method.matrices`."""
 
     @property
     def fqn(self) -> str:
@@ -200,6 +205,12 @@ class Method(ABC):
     """Roles that `target` stands for when a delta leaves it out; empty: `target` is required."""
     descends: ClassVar[bool] = False
     """A selected module stands for every module at and below it that owns parameters (see `descends_to`)."""
+    matrices: ClassVar[bool] = False
+    """Takes single parameters (`parameter:` atoms) that are a matrix or a stack of them, as in a mixture of experts.
+
+    Such a site looks like a Linear (or Conv1D, where the matrices are stored as `[in, out]`) without a bias, whose
+    `weight` is the parameter, or one matrix of the stack; it works by `fold` alone. All formulas are written for one
+    matrix: tensors, initial values and `fold` are stacked outside."""
     attends: ClassVar[bool] = False
     """Works by `attend`, inside the attention function of its sites, instead of by `apply`."""
 

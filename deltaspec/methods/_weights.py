@@ -22,10 +22,12 @@ def refuse_weight(
 ) -> Refusal | None:
     """Say why a method that changes the weight of these kinds of module cannot take a site; None where it can."""
     row = site.row
-    if site.parameter is not None:
+    if site.parameter is not None and site.stack is None:
+        return refuse_parameter(site, method)
+    if site.stack is not None and not site.is_read("weight"):
         return Refusal(
-            f"{method} changes a module's weight, not the single parameter {site.parameter!r}",
-            "select the module (path:, role: or type:), or use method full for a bare parameter",
+            f"no forward reads {site.fqn}, so a change of it would do nothing",
+            "leave it out, or pass example_inputs that reach it",
         )
     if site.kind not in kinds:
         names = [_NAMES[kind] for kind in kinds]
@@ -46,6 +48,22 @@ def refuse_weight(
             "set dropout: 0 for this site in overrides",
         )
     return None
+
+
+def refuse_parameter(site: Site, method: str) -> Refusal:
+    """Say why a single parameter cannot be taken."""
+    assert site.parameter is not None
+    shape = site.row.shape_of(site.parameter)
+    if site.kind in ("conv", "norm") or len(shape) == 2:
+        return Refusal(
+            f"{method} does not change the single parameter {site.parameter!r} of this {site.row.type}",
+            "select the module (path:, role: or type:), or use method full for the parameter",
+        )
+    return Refusal(
+        f"{method} changes matrices and stacks of them, and this parameter of a {site.row.type} has "
+        f"{len(shape)} dimension{'' if len(shape) == 1 else 's'}: {list(shape)}",
+        "use method full for it",
+    )
 
 
 def weight_shape(site: Site) -> tuple[int, ...]:

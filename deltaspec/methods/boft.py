@@ -33,6 +33,7 @@ class Boft(Method):
     Params = BoftParams
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
+    matrices = True
 
     def refuse(self, site: Site, params: BoftParams) -> Refusal | None:
         """Take linear layers and convolutions whose width the butterfly fills."""

@@ -33,6 +33,7 @@ class C3a(Method):
     Params = C3aParams
     promises = Promises(identity_at_start=False, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
+    matrices = True
 
     def refuse(self, site: Site, params: C3aParams) -> Refusal | None:
         """Take linear layers whose widths the blocks fill."""

@@ -37,6 +37,7 @@ class Fourierft(Method):
     Params = FourierftParams
     promises = Promises(identity_at_start=False, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
+    matrices = True
 
     def refuse(self, site: Site, params: FourierftParams) -> Refusal | None:
         """Take linear layers."""

@@ -31,6 +31,7 @@ class Hira(Method):
     Params = HiraParams
     promises = Promises(identity_at_start=True, weight="add", per_row=False)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
+    matrices = True
 
     def refuse(self, site: Site, params: HiraParams) -> Refusal | None:
         """Take linear layers, embeddings and convolutions."""

@@ -36,6 +36,7 @@ class Hra(Method):
     Params = HraParams
     promises = Promises(identity_at_start=False, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
+    matrices = True
 
     def refuse(self, site: Site, params: HraParams) -> Refusal | None:
         """Take linear layers and convolutions."""

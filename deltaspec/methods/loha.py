@@ -41,6 +41,7 @@ class Loha(Method):
     Params = LohaParams
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
+    matrices = True
 
     def refuse(self, site: Site, params: LohaParams) -> Refusal | None:
         """Take linear layers, embeddings and convolutions."""

@@ -47,6 +47,7 @@ class Lokr(Method):
     Params = LokrParams
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
+    matrices = True
 
     def refuse(self, site: Site, params: LokrParams) -> Refusal | None:
         """Take linear layers, embeddings and convolutions."""

@@ -60,6 +60,7 @@ class Lora(Method):
     Params = LoraParams
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
+    matrices = True
 
     def refuse(self, site: Site, params: LoraParams) -> Refusal | None:
         """Take the modules whose output is linear in one weight matrix."""

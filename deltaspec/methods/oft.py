@@ -38,6 +38,7 @@ class Oft(Method):
     Params = OftParams
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
+    matrices = True
 
     def refuse(self, site: Site, params: OftParams) -> Refusal | None:
         """Take linear layers, embeddings and convolutions whose width the blocks fill."""

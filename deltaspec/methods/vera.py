@@ -34,6 +34,7 @@ class Vera(Method):
     Params = VeraParams
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
+    matrices = True
 
     def refuse(self, site: Site, params: VeraParams) -> Refusal | None:
         """Take linear layers."""
