@@ -220,8 +220,13 @@ def _parameters(document: Document, methods: Mapping[str, Method], refused: set[
         for number, override in _items(delta.get("overrides")):
             changed = override.get("params")
             place = f"deltas[{index}].overrides[{number}].params"
-            if not whole and isinstance(changed, dict) and not _touches(refused, place):
-                yield from _read(method, params | changed, document, ("deltas", index, "overrides", number, "params"))
+            if whole or not isinstance(changed, dict) or _touches(refused, place):
+                continue
+            where = ("deltas", index, "overrides", number, "params")
+            yield from _read(method, params | changed, document, where)
+            for key in (key for key, value in changed.items() if "budget" in _mapping(value)):
+                message, hint = "a budget is the whole delta's", "write a number here, the budget in params"
+                yield document.diagnostic("DS210", f"{key}: {message}", (*where, key), hint)
 
 
 def _touches(refused: set[str], place: str) -> bool:

@@ -70,6 +70,7 @@ CODES: dict[str, str] = {
     "DS405": "override that applies to no site",
     "DS406": "deltas that cannot share a site",
     "DS407": "delta name taken by another spec",
+    "DS408": "budget that is too small",
     "DS430": "model that cannot be copied",
     "DS431": "model that is compiled already",
     "DS432": "model that cannot be captured as symbolic",

@@ -97,8 +97,11 @@ def _diagnose(error: Any, document: Document) -> Iterator[Diagnostic]:
 def _type(error: Any, path: Path) -> _Finding:
     kinds = [error.validator_value] if isinstance(error.validator_value, str) else list(error.validator_value)
     expected = _expected(kinds)
-    if "properties" in error.schema and "any" in error.schema["properties"]:
+    properties = error.schema.get("properties", {})
+    if "any" in properties:
         expected = "a selector: a path, a list or a mapping"
+    elif "budget" in properties:
+        expected = "an integer or a mapping with budget"
     hint = value_hint(error.instance, kinds, path)
     if "enum" in error.schema:
         hint = f"known values: {', '.join(str(v) for v in error.schema['enum'])}"
@@ -159,6 +162,9 @@ def _empty(error: Any, path: Path) -> _Finding:
 def _pattern(error: Any, path: Path) -> _Finding:
     if error.validator_value == NAME:
         return "DS208", _not_a_name(error.instance), _NAME_HINT
+    if path[-1] == "budget":
+        hint = 'write a number of parameters (300000), or a share of the backbone\'s ("0.5%")'
+        return "DS208", f"{show_value(error.instance)} is not a budget", hint
     if "shape" in path:
         hint = 'write a width (4096), or one of >= <= > < == != and a width (">=4096")'
         return "DS208", f"{show_value(error.instance)} is not a comparison", hint

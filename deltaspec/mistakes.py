@@ -101,6 +101,8 @@ def place(path: Path) -> str:
             return "delta"
         if last == "params":
             return "params"
+        if "params" in rest:
+            return "value"
         if rest[0] == "overrides" and len(rest) == 2:
             return "override"
     if last in ("layers", "shape"):
@@ -167,6 +169,8 @@ def value_hint(value: object, kinds: Iterable[str], path: Path) -> str | None:
     if isinstance(value, str):
         if "boolean" in kinds and value.lower() in (*_YES, *_NO):
             return f"write {'true' if value.lower() in _YES else 'false'}"
+        if path[-1:] == ("rank",) and value.rstrip().endswith("%"):
+            return f'write {{budget: "{value}"}}'
         if "integer" in kinds or "number" in kinds:
             plain = value.strip().replace("_", "").replace(",", "")
             try:
@@ -178,6 +182,8 @@ def value_hint(value: object, kinds: Iterable[str], path: Path) -> str | None:
         return None
     if isinstance(value, float) and "integer" in kinds and value.is_integer():
         return f"write {int(value)}"
+    if path[-1:] == ("budget",):
+        return 'a share of the backbone is written with a per cent sign: "0.5%"'
     if path and path[-1] == "layers" and isinstance(value, int) and not isinstance(value, bool):
         return f"write a list: [{value}]"
     if isinstance(value, int | float) and not isinstance(value, bool) and kinds == ("string",):

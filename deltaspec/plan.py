@@ -60,11 +60,13 @@ def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observ
     findings = _repeated_names(specs)
     deltas: list[PlannedDelta] = []
     checks: list[str] = []
+    resolved: list[DeltaSpec] = []
     for spec in specs:
         own, own_findings = [], _contract(spec, table)
         for index in range(len(spec.deltas)):
             placer = Placer(spec, index, table, observations, [], [])
             delta = placer.place()
+            spec = placer.spec
             if not placer.findings:  # counts of a delta that is wrong anyway would only be noise
                 met, unmet = delta_checks(spec, index, delta)
                 delta = replace(delta, checks=met)
@@ -75,11 +77,12 @@ def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observ
         checks += met
         findings += [*own_findings, *unmet]
         deltas += own
+        resolved.append(spec)
     findings += _conflicts(specs, deltas)
     if findings:
         raise DeltaSpecError(in_order(findings))
     return Plan(
-        tuple(deltas), tuple(specs), table, tuple(checks), _unproven(observations), observations.failure is None
+        tuple(deltas), tuple(resolved), table, tuple(checks), _unproven(observations), observations.failure is None
     )
 
 

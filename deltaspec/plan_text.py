@@ -79,7 +79,8 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
     for delta in plan.deltas:
         yield "", ""
         start = "" if delta.attached else "  (starts detached)"
-        yield from _wrapped(f"{delta.name}: {delta.method} {show_params(delta.params)}".rstrip() + start, "bold cyan")
+        words = f"{delta.name}: {delta.method} {show_params(delta.params, delta.budget)}".rstrip()
+        yield from _wrapped(words + start, "bold cyan")
         place = "" if delta.location == "<spec>" else f"  ({delta.location})"
         yield from _wrapped(f"  {_size(len(delta.sites), delta.trainable, plan)}{place}")
         for group in groups(delta):
@@ -137,14 +138,19 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f} %" if share >= 0.0001 or not share else f"{100 * share:.2g} %"
 
 
-def show_params(params: MethodParams) -> str:
-    """Write the parameters that matter: all numbers, the others where they differ from the default."""
-    shown = {}
+def show_params(params: MethodParams, budget: tuple[str, str] | None = None) -> str:
+    """Write the parameters that matter: all numbers, the others where they differ from the default.
+
+    `budget` is the name of the one that was chosen for a budget, and the budget.
+    """
+    shown: dict[str, Any] = {}
     for name, field in type(params).model_fields.items():
         value = getattr(params, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number or value != field.get_default(call_default_factory=True):
             shown[name] = value
+    if budget is not None:
+        shown[budget[0]] = f"{shown[budget[0]]} (budget {budget[1]})"
     return _assignments(shown)
 
 
@@ -215,7 +221,8 @@ def markdown(plan: Plan) -> str:
     """Write the plan for a comment in a pull request."""
     out = [f"### Plan for {_model(plan)}", ""]
     out += ["| delta | method | sites | trainable | of the base |", "|---|---|---:|---:|---:|"]
-    rows = [(d.name, f"{d.method} {show_params(d.params)}".strip(), len(d.sites), d.trainable) for d in plan.deltas]
+    words = [f"{d.method} {show_params(d.params, d.budget)}".strip() for d in plan.deltas]
+    rows = [(d.name, text, len(d.sites), d.trainable) for d, text in zip(plan.deltas, words, strict=True)]
     if len(rows) > 1:
         rows.append(("**total**", "", len(plan.sites), plan.trainable))
     for name, method, sites, trainable in rows:

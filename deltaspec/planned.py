@@ -52,6 +52,8 @@ class PlannedDelta:
     checks: tuple[str, ...] = ()
     """The delta's expectations that were met, with the numbers."""
     notes: tuple[str, ...] = ()
+    budget: tuple[str, str] | None = None
+    """Name of the parameter that was chosen for a budget, and the budget in words."""
 
     @property
     def trainable(self) -> int:
@@ -69,7 +71,7 @@ class Plan:
     deltas: tuple[PlannedDelta, ...]
     """In order of application."""
     specs: tuple[DeltaSpec, ...]
-    """The specs it was made from."""
+    """The specs it was made from, with ranks in place of budgets."""
     table: ModuleTable
     checks: tuple[str, ...] = ()
     """The specs' expectations that were met, with the numbers."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from deltaspec.budget import choose_rank
 from deltaspec.diagnostics import Diagnostic, Path
 from deltaspec.folding import fold
 from deltaspec.matrices import as_matrices, site_tensors
@@ -27,7 +28,7 @@ Candidate = tuple[Site, MethodParams, int | None]
 
 @dataclass(slots=True)
 class Placer:
-    """Finds the sites of one delta, collecting findings and notes on the way."""
+    """Finds the sites of one delta, collecting findings and notes on the way; a rank goes into `spec` for a budget."""
 
     spec: DeltaSpec
     index: int
@@ -48,10 +49,16 @@ class Placer:
 
     def place(self) -> PlannedDelta:
         """Plan the delta. Where there are findings, the result holds the sites that could be planned."""
-        entry = self.entry
         places = self.target()
         overrides = self._overrides(places)
         sites = [self._candidate(place, overrides) for place in places]
+        choice = choose_rank(self.method, self.entry.params, sites, self.table.parameters)
+        if choice is not None:  # from here on, and in the plan's copy of the spec, it is a number
+            self.spec = self.spec.with_params(self.index, choice.put(self.entry.params))
+            sites = [(site, choice.put(params), override) for site, params, override in sites]
+            if choice.problem is not None:
+                self._find("DS408", choice.problem, choice.suggestion, ("params", choice.name, "budget"))
+        entry = self.entry
         sites = self._refuse([*sites, *self._tied_places(sites)])
         planned = tuple(
             PlannedSite(site, params, site_tensors(self.method, site, params), override)
@@ -70,6 +77,7 @@ class Placer:
             seed=self.spec.seed,
             spec=self.spec.name,
             location=f"{self.spec.name}:{line}" if line else self.spec.name,
+            budget=None if choice is None else (choice.name, str(choice.budget)),
             notes=tuple(self.notes),
         )
 

@@ -147,6 +147,12 @@ class DeltaSpec(Part):
             expect=expect,
         )
 
+    def with_params(self, index: int, params: MethodParams) -> DeltaSpec:
+        """Give the spec with other parameters for one delta."""
+        deltas = list(self.deltas)
+        deltas[index] = deltas[index].model_copy(update={"params": params})
+        return self.model_copy(update={"deltas": tuple(deltas)})
+
     @property
     def digest(self) -> str:
         """SHA-256 of the resolved spec as canonical JSON, in hexadecimal."""
