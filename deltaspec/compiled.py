@@ -145,6 +145,24 @@ class CompiledModel(torch.fx.GraphModule):
 
         return merge(self._attachments, self._known(names) if names else self.attached)
 
+    def simplified(self, *names: str) -> CompiledModel:
+        """Give a new compiled model in which these deltas (or all) are without what only their training needed.
+
+        A prefix then has its keys and values alone, and p_tuning is a soft prompt; both compute what they did. The
+        other deltas are copied, the backbone's storage is shared. Raises UnknownDeltaError.
+        """
+        from deltaspec.merge import without_deltas
+        from deltaspec.simplify import copy_tensors, simplify
+
+        plan = simplify(self.plan, self._known(names))
+        plain = without_deltas(self._attachments)
+        for name in self._attachments.trained_in_backbone():
+            plain.get_parameter(name).requires_grad = True
+        twin = compile_plan(plain, plan, self.capture)
+        copy_tensors(self.plan, plan, self.deltas, twin.deltas)
+        twin.only(*self.attached)
+        return twin
+
     def export(self, *args: Any, **options: Any) -> torch.export.ExportedProgram:
         """Export the model with its attached deltas: `torch.export.export(self.backbone, …)`, same arguments."""
         return torch.export.export(self.backbone, *args, **options)

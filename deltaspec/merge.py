@@ -19,6 +19,18 @@ if TYPE_CHECKING:
     from deltaspec.attach import Attachments
 
 
+def without_deltas(attachments: Attachments) -> nn.Module:
+    """Give a clone of the backbone, on the same storage, with the forwards that it had before it was compiled."""
+    plain = clone(attachments.backbone, replace={id(attachments): None})
+    del plain._modules[RESERVED]
+    for fqn, module in plain.named_modules(remove_duplicate=False):
+        module.__dict__.pop("forward", None)
+        original = attachments.original_forward(fqn)
+        if original is not None:
+            module.__dict__["forward"] = original
+    return plain
+
+
 @torch.no_grad()
 def merge(attachments: Attachments, names: Collection[str]) -> nn.Module:
     """Give a new plain model with these deltas folded in; it shares no storage with the backbone.
@@ -28,15 +40,8 @@ def merge(attachments: Attachments, names: Collection[str]) -> nn.Module:
     """
     plan = attachments.plan
     _refuse(attachments, names)
-    plain = clone(attachments.backbone, replace={id(attachments): None})
-    del plain._modules[RESERVED]
-    for fqn, module in plain.named_modules(remove_duplicate=False):
-        module.__dict__.pop("forward", None)
-        original = attachments.original_forward(fqn)
-        if original is not None:
-            module.__dict__["forward"] = original
     training = attachments.trained_in_backbone()
-    plain = copy.deepcopy(plain)
+    plain = copy.deepcopy(without_deltas(attachments))
     copies: dict[int, nn.Parameter] = {}
     for delta in plan.deltas:
         for planned in delta.sites if delta.name in names else ():
