@@ -11,7 +11,7 @@ from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, 
 from deltaspec.methods._weights import fold_update, refuse_weight, weight_shape
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Tensor
 
 
 class VeraParams(MethodParams):
@@ -45,19 +45,11 @@ class Vera(Method):
         out_width, in_width = weight_shape(site)
         rank, start = params.rank, Init("kaiming_uniform", 0.0)
         return (
-            TensorSpec("inner_scale", (rank,)),
+            TensorSpec("inner_scale", (rank,), Init("constant", params.initial_scale)),
             TensorSpec("outer_scale", (out_width,), Init("zeros")),
             TensorSpec("down", (rank, in_width), start, buffer=True, key=f"shared.down.{rank}x{in_width}"),
             TensorSpec("up", (out_width, rank), start, buffer=True, key=f"shared.up.{out_width}x{rank}"),
         )
-
-    def initialise(
-        self, site: Site, params: VeraParams, weights: Mapping[str, Tensor], generator: Generator
-    ) -> dict[str, Tensor]:
-        """Start the inner scales at `initial_scale`."""
-        import torch
-
-        return {"inner_scale": torch.full((params.rank,), params.initial_scale)}
 
     def apply(self, form: Form, params: VeraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute base(x) + outer · up(inner · down(drop(x)))."""
