@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from deltaspec.attention import AttentionShape
     from deltaspec.modules import Row
+    from deltaspec.parts import Parts
 
 MAX_RANK = 65536
 SHARE = r"^(100|[0-9]{1,2}(\.[0-9]{1,9})?) ?%$"
@@ -129,6 +130,8 @@ class Form:
     """Groups of the convolution."""
     tensors: tuple[str, ...] = ()
     """Names of the delta's tensors here."""
+    parts: Parts | None = None
+    """What the output of a fused projection is made of (q, k and v)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,8 @@ class Site:
     """Own names of the parameters that the host reads; None: all."""
     attention: AttentionShape | None = None
     """What its attention function was given, observed; None where it calls none."""
+    dims: int | None = None
+    """Number of dimensions of the hidden state that leaves, observed; None where unknown."""
     stack: tuple[int, ...] | None = None
     """Leading dimensions of a parameter that is seen as the weight of linear layers: `()` one matrix, `(experts,)` a
     stack of them; None where the site is no such parameter. See `Method.matrices`."""

@@ -1,0 +1,30 @@
+"""Scaling what enters or leaves a linear map, as a change of its weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deltaspec.methods._base import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def scale_outputs(weight: Tensor, scale: Tensor, site: Site) -> Tensor:
+    """Scale a weight, in the host's own layout, by `[out]` so that every output is scaled."""
+    if site.kind in ("conv1d", "embedding"):
+        return weight * scale
+    return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
+
+
+def scale_inputs(weight: Tensor, scale: Tensor, site: Site) -> Tensor:
+    """Scale a weight, in the host's own layout, by `[in]` so that every input is scaled."""
+    if site.kind == "conv1d":
+        return weight * scale[:, None]
+    if site.kind == "linear":
+        return weight * scale
+    # A group of a convolution sees its own slice of the input channels.
+    out_channels, in_per_group, *kernel = weight.shape
+    groups = site.row.conv_groups
+    per_group = scale.reshape(groups, 1, in_per_group, *(1 for _ in kernel))
+    return (weight.reshape(groups, out_channels // groups, in_per_group, *kernel) * per_group).reshape(weight.shape)
