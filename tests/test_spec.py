@@ -193,12 +193,12 @@ OF_ONE_DELTA = [
     ("name: d", 's:2:10: error[DS202] deltas[0] lacks the key "method"', "say which delta-tuning method, such as method: lora"),
     ("name: d, method: lora, overrides: [{params: {rank: 1}}]", 's:2:46: error[DS202] overrides[0] lacks the key "match"', "say for which sites, such as match: {role: attn.v}"),
     # types
-    ('name: d, method: lora, params: {rank: "8"}', 's:2:49: error[DS203] rank must be an integer, not the text "8"', "write 8, without quotes"),
-    ("name: d, method: lora, params: {rank: 8.5}", "s:2:49: error[DS203] rank must be an integer, not 8.5", None),
-    ("name: d, method: lora, params: {rank: 8.0}", "s:2:49: error[DS203] rank must be an integer, not 8.0", "write 8"),
-    ("name: d, method: lora, params: {rank: true}", "s:2:49: error[DS203] rank must be an integer, not true", None),
-    ("name: d, method: lora, params: {rank: }", "s:2:49: error[DS203] rank must be an integer, but has no value", "delete the key, or give it a value"),
-    ("name: d, method: lora, params: {rank: 1_000}", 's:2:49: error[DS203] rank must be an integer, not the text "1_000"', "write 1000"),
+    ('name: d, method: lora, params: {rank: "8"}', 's:2:49: error[DS203] rank must be an integer or a mapping with budget, not the text "8"', "write 8, without quotes"),
+    ("name: d, method: lora, params: {rank: 8.5}", "s:2:49: error[DS203] rank must be an integer or a mapping with budget, not 8.5", None),
+    ("name: d, method: lora, params: {rank: 8.0}", "s:2:49: error[DS203] rank must be an integer or a mapping with budget, not 8.0", "write 8"),
+    ("name: d, method: lora, params: {rank: true}", "s:2:49: error[DS203] rank must be an integer or a mapping with budget, not true", None),
+    ("name: d, method: lora, params: {rank: }", "s:2:49: error[DS203] rank must be an integer or a mapping with budget, but has no value", "delete the key, or give it a value"),
+    ("name: d, method: lora, params: {rank: 1_000}", 's:2:49: error[DS203] rank must be an integer or a mapping with budget, not the text "1_000"', "write 1000"),
     ("name: d, method: lora, params: {alpha: high}", 's:2:50: error[DS203] alpha must be a number, not the text "high"', None),
     ("name: d, method: lora, params: {bias: yes}", 's:2:49: error[DS203] bias must be true or false, not the text "yes"', "write true"),
     ("name: d, method: lora, attached: off", 's:2:44: error[DS203] attached must be true or false, not the text "off"', "write false"),
@@ -300,7 +300,7 @@ def test_all_findings_come_at_once_in_the_order_of_the_document():
 def test_a_dict_is_checked_like_a_file():
     found = validate({"deltaspec": 1, "deltas": [{"name": "d", "method": "lora", "params": {"rank": "8"}}]})
     assert [str(d) for d in found] == [
-        '<spec>:deltas[0].params.rank: error[DS203] rank must be an integer, not the text "8"\n  = help: write 8, without quotes'
+        '<spec>:deltas[0].params.rank: error[DS203] rank must be an integer or a mapping with budget, not the text "8"\n  = help: write 8, without quotes'
     ]
 
 
