@@ -33,6 +33,8 @@ class Entrance:
     """The decoder that is given this encoder's output together with the encoder's mask."""
     scale: float = 1.0
     """Factor that the embedding puts on its rows."""
+    places: int | None = None
+    """Number of positions that the model has, where its config says."""
     problem: str | None = None
     """Why no tokens can be put in front here."""
 
@@ -56,7 +58,9 @@ def entrances(model: nn.Module) -> dict[int, Entrance]:
         if unknown:
             problem = f"{type(module).__name__} also takes {', '.join(unknown)}, of which virtual tokens have nothing"
         place = next((name for name, other in model.named_modules() if other is follower), None)
-        found[id(embedding)] = Entrance(fqn, place, _scale(embedding), problem)
+        places = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+        places = places if isinstance(places, int) and places > 0 else None
+        found[id(embedding)] = Entrance(fqn, place, _scale(embedding), places, problem)
     return found
 
 

@@ -23,6 +23,7 @@ PARAMS: dict[str, tuple[dict[str, Any], ...]] = {
     "adapter": ({"width": 4}, {"width": 3, "position": "before", "scale": 0.5, "activation": "silu", "dropout": 0.1}),
     "full": ({"tied": "together"}, {"tied": "alone"}),
     "soft_prompt": ({"tokens": 3},),
+    "p_tuning": ({"tokens": 3, "width": 8}, {"tokens": 3, "width": 8, "encoder": "lstm", "dropout": 0.1}),
     "trainable_tokens": ({"token_ids": [4, 26, 52, 80]},),
     "prefix": ({"tokens": 3}, {"tokens": 2, "reparametrisation": "mlp", "width": 8}),
     "road": ({"group_size": 8},),

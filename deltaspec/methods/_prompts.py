@@ -43,6 +43,10 @@ class PromptMethod(Method):
         if entrance.problem is not None:
             other = "use a method that works in the layers, such as prefix or lora"
             return Refusal(f"{entrance.fqn or 'the model'} takes no {self.name}: {entrance.problem}", other)
+        tokens = self.virtual_tokens(params)
+        if entrance.places is not None and tokens >= entrance.places:
+            reason = f"{tokens:,} tokens leave no room in the {entrance.places:,} positions of this model"
+            return Refusal(reason, "set fewer tokens, or use prefix, which takes no positions")
         return None
 
     def apply(self, form: Form, params: Any, t: Any, x: Any, base: Callable[..., Any]) -> Any:

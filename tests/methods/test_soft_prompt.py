@@ -332,6 +332,7 @@ def test_refusals() -> None:
         MambaForCausalLM(MambaConfig(vocab_size=90, hidden_size=32)), target="**.embeddings"
     )
     assert "no model of transformers" in refused(nn.Sequential(nn.Embedding(5, 4)), target="0")
-    assert "not in this embedding" in refused(model, params={"init": "text", "token_ids": [90]})
+    assert "not in this embedding" in refused(model, params={"tokens": 9, "init": "text", "token_ids": [90]})
+    assert "leave no room" in refused(model, params={"tokens": 64})
     assert "token_ids" in refused(model, params={"init": "text"})
     assert "not its parameter" in refused(model, target={"parameter": "**.word_embeddings.weight"})
