@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from deltaspec.attention import is_routable
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.entrances import Entrance, entrances
+from deltaspec.parts import Parts
 from deltaspec.walk import Node, model_type_of, own, walk
 
 _NORM_CLASSES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
@@ -93,6 +94,8 @@ class Row:
     """Names of the arguments that its forward takes by name."""
     transposed: bool = False
     """Its stacked parameters are `[experts, in, out]` (transformers' `is_transposed`), not `[experts, out, in]`."""
+    parts: Parts | None = None
+    """What its output is made of, where it is a fused projection and the layout is known."""
     vocabulary: bool = False
     """Whether it is the table of input embeddings, as the model itself says (`get_input_embeddings`)."""
 
@@ -203,6 +206,7 @@ def _row(
         entrance=entrance,
         arguments=_arguments(kind_of.forward),
         transposed=getattr(module, "is_transposed", None) is True,
+        parts=None if node.map is None or out is None else node.map.parts_of(node.roles, node.config, out),
         vocabulary=vocabulary,
     )
 

@@ -11,6 +11,7 @@ from time import process_time
 from deltaspec.atoms import Atom, Index, ParameterAtom
 from deltaspec.diagnostics import closest
 from deltaspec.folding import fold
+from deltaspec.methods import builtin_methods
 from deltaspec.patterns import PatternError, compile_glob, compile_regex, fullmatch
 from deltaspec.roles import architectures, fused_parts, fused_role
 
@@ -173,11 +174,20 @@ def _role(role: str, index: Index) -> Missing:
         return Missing("DS303", message, f"use path: or type: instead; known are {', '.join(architectures())}")
     if whole := fused_role(role, index.roles):
         message = f"no module has role {role}: {index.name} fuses {fused_parts(whole)} in {whole}"
-        return Missing("DS303", message, f"select {whole}")
+        return Missing("DS303", message, f"select {whole}{_part_hint(role, whole, index)}")
     known = ", ".join(sorted(index.roles))
     parts = [r for r in index.roles if r.startswith(f"{role}.")]
     hint = f"did you mean {', '.join(sorted(parts))}?" if parts else f"roles here: {known}"
     return Missing("DS303", f"no module of this {index.name} has role {role}", hint)
+
+
+def _part_hint(role: str, whole: str, index: Index) -> str:
+    """Say which methods can change one part of a fused projection alone, where its layout is known."""
+    part = role.rpartition(".")[2]
+    if not any(row.parts and part in row.parts.names for row in index.rows if whole in row.roles):
+        return ""
+    takers = [name for name, method in builtin_methods().items() if "parts" in method.Params.model_fields]
+    return f", with params: {{parts: [{part}]}} to change {part} alone ({', '.join(takers)})"
 
 
 def _layers(atom: Atom, index: Index, hit: bool) -> Missing | None:

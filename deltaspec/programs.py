@@ -233,7 +233,7 @@ class Programmer:
 def form_of(site: Site, tensors: tuple[str, ...]) -> Form:
     """Reduce a site to what a formula may depend on."""
     dims = len(site.row.shape_of("weight")) if site.row.has_parameter("weight") else 0
-    return Form(site.kind, dims, dims - 2 if site.kind == "conv" else 0, site.row.conv_groups, tensors)
+    return Form(site.kind, dims, dims - 2 if site.kind == "conv" else 0, site.row.conv_groups, tensors, site.row.parts)
 
 
 def call_form(kind: type[nn.Module], site_kind: str) -> tuple[str | None, str]:

@@ -25,6 +25,10 @@ class Node:
     """FQN of the outermost container of repeated layers it lies in."""
     layer: int | None
     aliases: list[str]
+    map: RoleMap | None
+    """The role map that named its roles."""
+    config: object
+    """The config of the architecture it is part of."""
 
 
 def walk(model: nn.Module) -> tuple[list[Node], list[str], set[str]]:
@@ -35,13 +39,19 @@ def walk(model: nn.Module) -> tuple[list[Node], list[str], set[str]]:
     above: set[int] = set()
 
     def visit(
-        fqn: str, module: nn.Module, model_type: str | None, roles: RoleMap | None, stack: str | None, layer: int | None
+        fqn: str,
+        module: nn.Module,
+        model_type: str | None,
+        roles: RoleMap | None,
+        config: object,
+        stack: str | None,
+        layer: int | None,
     ) -> None:
         if id(module) in above:  # a module that holds its own parent
             return
         own_type = model_type_of(module.__dict__.get("config"))
         if own_type is not None and own_type != model_type:  # part of a composite has roles of its own
-            model_type, roles = own_type, role_map(own_type)
+            model_type, roles, config = own_type, role_map(own_type), module.__dict__["config"]
             if own_type not in model_types:
                 model_types.append(own_type)
             if roles is not None:
@@ -50,7 +60,7 @@ def walk(model: nn.Module) -> tuple[list[Node], list[str], set[str]]:
         if node is None:
             identity = isinstance(module, nn.Identity)  # stands where a layer has nothing
             named = () if roles is None or not fqn or identity else roles.roles_of(fqn)
-            nodes[id(module)] = Node(fqn, module, named, stack, layer, [])
+            nodes[id(module)] = Node(fqn, module, named, stack, layer, [], roles, config)
         elif len(node.aliases) < _MOST_NAMES:
             node.aliases.append(fqn)
         else:
@@ -60,11 +70,12 @@ def walk(model: nn.Module) -> tuple[list[Node], list[str], set[str]]:
         layered = stack is None and _is_stack(module, prefix, roles)
         for index, (name, child) in enumerate(own(module._modules)):
             place = (fqn, index) if layered else (stack, layer)
-            visit(f"{prefix}{name}", child, model_type, roles, *place)
+            visit(f"{prefix}{name}", child, model_type, roles, config, *place)
         above.remove(id(module))
 
-    root_type = model_type_of(getattr(model, "config", None))
-    visit("", model, None, None if root_type is None else role_map(root_type), None, None)
+    root = getattr(model, "config", None)
+    root_type = model_type_of(root)
+    visit("", model, None, None if root_type is None else role_map(root_type), root, None, None)
     return list(nodes.values()), model_types, maps
 
 

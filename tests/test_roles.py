@@ -330,7 +330,7 @@ def test_data_files_hold_what_they_are_named_after():
     for file in files("deltaspec.roles").iterdir():
         if file.name.endswith(".json"):
             data = json.loads(file.read_text())
-            assert set(data) <= {"model_type", "aliases", "roles"}
+            assert set(data) <= {"model_type", "aliases", "roles", "parts"}
             assert f"{data['model_type']}.json" == file.name
             assert set(data["roles"]) <= set(ROLES)
             assert all(globs for globs in data["roles"].values())

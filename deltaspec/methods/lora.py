@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from math import sqrt
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Rank, Refusal, Site, TensorSpec
 from deltaspec.methods._dora import decompose, decomposed_output, squared_norms
+from deltaspec.methods._parts import PartNames, add_to_parts, fused_roles_of, refuse_parts, spread
 from deltaspec.methods._shapes import along_channels
 from deltaspec.methods._starts import orthogonal, principal
 from deltaspec.methods._weights import canonical, refuse_weight, weight_shape
@@ -39,6 +40,15 @@ class LoraParams(MethodParams):
     """Learn a magnitude per output besides the direction (DoRA, arXiv:2402.09353)."""
     bias: bool = False
     """Also learn a bias, added to the output."""
+    parts: PartNames | None = None
+    """On a fused projection (role attn.qkv, mlp.gate_up): change these parts of it, such as [q, v], each by an update
+    of its own. Left out, one update changes the whole."""
+
+    @model_validator(mode="after")
+    def _plain_with_parts(self) -> LoraParams:
+        if self.parts is not None and (self.use_dora or self.bias or self.keeps_start):
+            raise ValueError("parts go with init kaiming_uniform or normal, without use_dora and bias")
+        return self
 
     @property
     def scale(self) -> float:
@@ -62,11 +72,17 @@ class Lora(Method):
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
 
+    def roles(self, params: LoraParams) -> tuple[str, ...]:
+        """Give the usual roles; those that hold parts, where parts are asked for."""
+        return self.default_roles if params.parts is None else fused_roles_of(self.default_roles)
+
     def refuse(self, site: Site, params: LoraParams) -> Refusal | None:
         """Take the modules whose output is linear in one weight matrix."""
         row, rank = site.row, params.rank
         if refusal := refuse_weight(site, "lora", dropout=params.dropout):
             return refusal
+        if params.parts is not None:
+            return refuse_parts(site, params.parts)
         if row.conv is not None and rank % row.conv.groups:
             return Refusal(
                 f"rank {rank} is not a multiple of the {row.conv.groups} groups of this {row.type}",
@@ -95,7 +111,10 @@ class Lora(Method):
         return None
 
     def tensors(self, site: Site, params: LoraParams) -> tuple[TensorSpec, ...]:
-        """Declare A `[rank, in]` as `down`, B `[out, rank]` as `up`; see `apply` for convolutions and embeddings."""
+        """Declare A `[rank, in]` as `down`, B `[out, rank]` as `up`; see `apply` for convolutions and embeddings.
+
+        With `parts`, a pair for each: `q_down`, `q_up`.
+        """
         row, rank = site.row, params.rank
         if site.kind == "conv":
             out_channels, in_per_group, *kernel = row.shape_of("weight")
@@ -104,6 +123,13 @@ class Lora(Method):
             out_width, in_width = weight_shape(site)
             down, up = (rank, in_width), (out_width, rank)
         start = Init("normal", 1 / rank) if params.init == "normal" else Init("kaiming_uniform", sqrt(5))
+        if params.parts is not None and row.parts is not None:
+            shapes = [(part, row.parts.rows(part)) for part in params.parts]
+            return tuple(
+                spec
+                for part, rows in shapes
+                for spec in (TensorSpec(f"{part}_down", down, start), TensorSpec(f"{part}_up", (rows, rank)))
+            )
         if site.kind == "embedding":
             # As in the reference implementation: the looked-up factor starts at zero, the shared one does not.
             specs = [TensorSpec("down", down, Init("zeros")), TensorSpec("up", up, Init("normal", 1.0))]
@@ -150,6 +176,13 @@ class Lora(Method):
         from torch.nn import functional as F
 
         y = base(x)
+        if params.parts is not None and form.parts is not None:
+            given = t.dropout(x)
+            updates: dict[str, Any] = {
+                part: F.linear(F.linear(given, getattr(t, f"{part}_down")), getattr(t, f"{part}_up"))
+                for part in params.parts
+            }
+            return add_to_parts(y, form.parts, updates, params.scale)
         dropped = x if form.kind == "embedding" else t.dropout(x)
         if form.kind == "embedding":
             update = F.linear(base(x, weight=t.down.t()), t.up)
@@ -170,6 +203,12 @@ class Lora(Method):
 
     def fold(self, site: Site, params: LoraParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Add scale · B A to the weight, in the host's own layout (and the bias, if learned)."""
+        if params.parts is not None and site.row.parts is not None:
+            updates: dict[str, Tensor] = {
+                part: getattr(t, f"{part}_up") @ getattr(t, f"{part}_down") for part in params.parts
+            }
+            update = spread(site.row.parts, updates, 0.0, weight_shape(site)[1:])
+            return {"weight": weights["weight"] + params.scale * canonical(site.kind, update)}
         down, up = t.down, t.up
         if site.kind == "conv":
             groups = site.row.conv_groups

@@ -1,10 +1,11 @@
 """Roles: architecture-independent names for the parts of a transformer, one data file per architecture.
 
-`<model_type>.json` holds `{"model_type": str, "aliases": [str, ...], "roles": {role: [glob, ...]}}`. `aliases` are
-further `config.model_type`s laid out the same. A glob is matched against a module's fully qualified name (`*` is
-one segment, `**` any number of them, none included), so `**.layers.*.self_attn.q_proj` serves the bare model and
-every headed one. `norm.attn` implies `norm`; `attn.q` does not imply `attn`. A role that an architecture fuses is
-named as such (`attn.qkv`). Adding an architecture is adding its file. Nothing here imports torch.
+`<model_type>.json` holds `{"model_type": str, "aliases": [str, ...], "roles": {role: [glob, ...]}, "parts": {…}}`.
+`aliases` are further `config.model_type`s laid out the same. A glob is matched against a module's fully qualified name
+(`*` is one segment, `**` any number of them, none included), so `**.layers.*.self_attn.q_proj` serves the bare model
+and every headed one. `norm.attn` implies `norm`; `attn.q` does not imply `attn`. A role that an architecture fuses is
+named as such (`attn.qkv`), and `parts` says how its output is laid out (see `deltaspec.parts`). Adding an architecture
+is adding its file. Nothing here imports torch.
 
 `embed` are embedding tables and patch projections, `block` one layer, `attn` the whole attention module, `mlp` the
 feed-forward module or, where a model has none, its output projection, `norm` every normalisation outside of heads,
@@ -18,7 +19,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
+from deltaspec.parts import Parts, resolve
 from deltaspec.patterns import Pattern, compile_glob, fullmatch
 from deltaspec.selectors import ROLES
 
@@ -37,6 +40,8 @@ class RoleMap:
     model_type: str
     patterns: dict[str, tuple[str, ...]]
     """Role -> globs."""
+    layouts: dict[str, tuple[dict[str, Any], ...]]
+    """Fused role -> how its output is laid out."""
 
     def roles_of(self, fqn: str) -> tuple[str, ...]:
         """Give the roles of a module by its name, in the vocabulary's order."""
@@ -49,6 +54,11 @@ class RoleMap:
                     if role.startswith("norm."):
                         found.add("norm")
         return tuple(sorted(found, key=ROLES.index)) if len(found) > 1 else tuple(found)
+
+    def parts_of(self, roles: Collection[str], config: object, width: int) -> Parts | None:
+        """Give the parts that a fused projection's output is made of; None for other modules."""
+        fused = next((role for role in roles if role in self.layouts), None)
+        return None if fused is None else resolve(self.layouts[fused], config, width)
 
 
 def role_map(model_type: str) -> RoleMap | None:
@@ -84,10 +94,13 @@ def _role_maps() -> dict[str, RoleMap]:
         patterns = {role: tuple(globs) for role, globs in data["roles"].items()}
         if unknown := set(patterns).difference(ROLES):
             raise ValueError(f"{file.name}: {', '.join(sorted(unknown))} is no role of the vocabulary")
+        layouts = {role: tuple(v if isinstance(v, list) else [v]) for role, v in data.get("parts", {}).items()}
+        if wrong := [role for role in layouts if role.rpartition(".")[2] not in _FUSED or role not in patterns]:
+            raise ValueError(f"{file.name}: {', '.join(wrong)} is no fused role of this architecture")
         for name in (data["model_type"], *data.get("aliases", ())):
             if name in found:
                 raise ValueError(f"{file.name}: {name} already has the roles of {found[name].model_type}")
-            found[name] = RoleMap(data["model_type"], patterns)
+            found[name] = RoleMap(data["model_type"], patterns, layouts)
     return dict(sorted(found.items()))
 
 
