@@ -156,7 +156,27 @@ def test_bitfit_on_parts(name):
     torch.testing.assert_close(logits(c), logits(reference), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3"])
+def test_ia3_on_keys_and_values_as_in_the_paper(name):
+    model = made(name)
+    c = compiled(model, "ia3", parts=["k", "v"])
+    reference = made(name)
+    for site in c.plan.sites:
+        module = reference.get_submodule(site.fqn)
+        scale, start = c.deltas["d"].tensor(f"{site.fqn}.scale_out"), 0
+        for part in "kv":
+            rows = rows_of(name, part)
+            piece = scale[start : start + len(rows)]
+            start += len(rows)
+            weight = module.weight.t() if name == "gpt2" else module.weight
+            weight[rows] *= piece[:, None]
+            if module.bias is not None:
+                module.bias[rows] *= piece
+    assert not torch.allclose(logits(c), logits(model), atol=1e-3)
+    torch.testing.assert_close(logits(c), logits(reference), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "ia3"])
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3"])
 def test_parts_keep_the_contract(method, name):
     params = {"parts": ["q", "v"]} | ({"rank": 2, "dropout": 0.1} if method == "lora" else {})
@@ -225,7 +245,7 @@ def test_asking_for_a_part_by_role_says_how_to_get_it(role):
     [finding] = caught.value.diagnostics
     part = role[-1]
     assert finding.suggestion.startswith(f"select attn.qkv, with params: {{parts: [{part}]}} to change {part} alone (")
-    assert "lora" in finding.suggestion and "bitfit" in finding.suggestion
+    assert finding.suggestion.endswith("(bitfit, ia3, lora)")
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import model_validator
+
 from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods._parts import PartNames, fused_roles_of, refuse_parts, split_vector, spread
 from deltaspec.methods._scales import scale_inputs, scale_outputs
 from deltaspec.methods._shapes import along_channels
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from deltaspec.parts import Parts
 
 
 class Ia3Params(MethodParams):
@@ -19,6 +24,15 @@ class Ia3Params(MethodParams):
     position: Literal["auto", "after", "before"] = "auto"
     """`after` scales what leaves the module, `before` what enters it, `auto` does as the paper: what enters where the
     role is mlp.down, what leaves everywhere else."""
+    parts: PartNames | None = None
+    """On a fused projection (role attn.qkv, mlp.gate_up): scale what leaves these parts of it alone. [k, v] is the
+    paper's choice."""
+
+    @model_validator(mode="after")
+    def _parts_leave(self) -> Ia3Params:
+        if self.parts is not None and self.position == "before":
+            raise ValueError("parts are of what leaves a module, so position: before does not go with them")
+        return self
 
 
 class Ia3(Method):
@@ -32,6 +46,10 @@ class Ia3(Method):
     default_roles = (
         "attn.k", "attn.v", "attn.qkv", "cross_attn.k", "cross_attn.v", "cross_attn.kv", "cross_attn.qkv", "mlp.down",
     )  # fmt: skip
+
+    def roles(self, params: Ia3Params) -> tuple[str, ...]:
+        """Give the usual roles; those that hold parts, where parts are asked for."""
+        return self.default_roles if params.parts is None else fused_roles_of(self.default_roles)
 
     def refuse(self, site: Site, params: Ia3Params) -> Refusal | None:
         """Take the modules that are linear in their input and in their weight."""
@@ -53,7 +71,7 @@ class Ia3(Method):
                 "could be scaled",
                 "set position: before for this site in overrides",
             )
-        return None
+        return None if params.parts is None else refuse_parts(site, params.parts)
 
     @staticmethod
     def _before(site: Site, params: Ia3Params) -> bool:
@@ -64,19 +82,28 @@ class Ia3(Method):
         before = self._before(site, params)
         width = site.row.in_features if before else site.row.out_features
         assert width is not None
+        if params.parts is not None and site.row.parts is not None:
+            width = sum(map(site.row.parts.rows, params.parts))
         return (TensorSpec("scale_in" if before else "scale_out", (width,), Init("ones")),)
 
     def apply(self, form: Form, params: Ia3Params, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute base(scale * x) or scale * base(x)."""
         if form.tensors == ("scale_in",):
             return base(x * along_channels(t.scale_in, form))
-        return base(x) * along_channels(t.scale_out, form)
+        return base(x) * along_channels(_whole(t.scale_out, params, form.parts), form)
 
     def fold(self, site: Site, params: Ia3Params, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scale the weight's columns, or its rows and the bias."""
         if self._before(site, params):
             return {"weight": scale_inputs(weights["weight"], t.scale_in, site)}
-        folded = {"weight": scale_outputs(weights["weight"], t.scale_out, site)}
+        scale = _whole(t.scale_out, params, site.row.parts)
+        folded = {"weight": scale_outputs(weights["weight"], scale, site)}
         if "bias" in weights:
-            folded["bias"] = weights["bias"] * t.scale_out
+            folded["bias"] = weights["bias"] * scale
         return folded
+
+
+def _whole(scale: Any, params: Ia3Params, parts: Parts | None) -> Any:
+    if params.parts is None or parts is None:
+        return scale
+    return spread(parts, split_vector(scale, parts, params.parts), 1.0)
