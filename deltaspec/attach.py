@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
+from deltaspec.combination import behind, refresh
 from deltaspec.deltas import Deltas
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.frozen import BufferGuard
@@ -31,6 +32,7 @@ class Attachments:
         self._programmer = Programmer(backbone, deltas, plan, graph)
         self._programs: dict[tuple[str, ...], Program] = {}
         self._replaced = _replaced(plan)
+        self._derived = frozenset(planned.name for planned in plan.deltas if planned.derived is not None)
         self._proven = plan.proven
         modules = self._programmer.modules.values()
         self._parameters = list({id(p): p for m in modules for p in m._parameters.values() if p is not None}.values())
@@ -46,13 +48,17 @@ class Attachments:
             twin.__dict__[name] = value if name in shared else {} if name == "_programs" else copy.deepcopy(value, memo)
         return twin
 
-    def activate(self, names: Iterable[str]) -> None:
-        """Make exactly these deltas act. `names` are known and may come in any order."""
+    def activate(self, names: Iterable[str], anew: Collection[str] = ()) -> None:
+        """Make exactly these deltas act. `names` are known and may come in any order.
+
+        Derived ones that did not act, and those in `anew`, are computed from their sources as they are now.
+        """
         wanted = tuple(sorted(set(names), key=self.order.__getitem__))
+        if len(wanted) > 1 and self._replaced and wanted != self.active:
+            self._refuse_rivals(wanted)
+        self.derive(name for name in wanted if name not in self.active or name in anew)
         if wanted == self.active:
             return
-        if len(wanted) > 1 and self._replaced:
-            self._refuse_rivals(wanted)
         new = self.program(wanted)
         if not self.active:
             self._freeze()
@@ -62,6 +68,19 @@ class Attachments:
         self.active = wanted
         if not wanted:
             self._thaw()
+
+    def derive(self, names: Iterable[str]) -> None:
+        """Compute those of these deltas that are derived anew, from their sources as they are now."""
+        if self._derived:
+            refresh(self.backbone, self.deltas, self.plan, [name for name in names if name in self._derived])
+
+    def derive_detached(self) -> None:
+        """Compute the derived deltas that are not attached anew."""
+        self.derive(name for name in self.order if name not in self.active)
+
+    def behind(self) -> list[str]:
+        """Give the names of the attached derived deltas whose sources have changed since they were computed."""
+        return behind(self.backbone, self.deltas, self.plan, [name for name in self.active if name in self._derived])
 
     def program(self, names: tuple[str, ...]) -> Program:
         """Give the program of an active set, made at its first use."""

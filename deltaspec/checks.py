@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from deltaspec import derived
 from deltaspec.diagnostics import Diagnostic, Path, closest, show_value
 from deltaspec.methods._base import Method
 from deltaspec.patterns import BacktrackingError, PatternError, compile_glob, compile_regex
@@ -38,6 +39,7 @@ def check(document: Document, methods: Mapping[str, Method], refused: list[Diagn
         _references(document, named),
         _ranges(document, selectors),
         _parameters(document, methods, {d.where for d in refused}),
+        derived.check(document, methods),
     )
     return [finding for part in parts for finding in islice(part, MAX_FINDINGS)]
 
@@ -213,7 +215,9 @@ def _parameters(document: Document, methods: Mapping[str, Method], refused: set[
     for index, delta in _items(document.data.get("deltas")):
         method = methods.get(delta["method"]) if isinstance(delta.get("method"), str) else None
         params, path = delta.get("params", {}), ("deltas", index, "params")
-        if method is None or not isinstance(params, dict) or _touches(refused, f"deltas[{index}].params"):
+        if "from" in delta or method is None or not isinstance(params, dict):
+            continue
+        if _touches(refused, f"deltas[{index}].params"):
             continue
         whole = list(_read(method, params, document, path))
         yield from whole

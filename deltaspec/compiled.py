@@ -99,7 +99,7 @@ class CompiledModel(torch.fx.GraphModule):
 
     def attach(self, *names: str) -> Self:
         """Attach deltas by name, or all; attached ones stay. Raises UnknownDeltaError."""
-        self._attachments.activate((*self.attached, *self._known(names)))
+        self._attachments.activate((*self.attached, *self._known(names)), anew=self._known(names))
         return self
 
     def detach(self, *names: str) -> Self:
@@ -111,12 +111,17 @@ class CompiledModel(torch.fx.GraphModule):
     def only(self, *names: str) -> _Restore:
         """Attach exactly these deltas, at once; used in a `with`, what was attached before comes back, on an error too."""
         before = self.attached
-        self._attachments.activate(self._known(names) if names else ())
+        self._attachments.activate(self._known(names) if names else (), anew=names)
         return _Restore(self._attachments, before)
 
     def detached(self) -> _Restore:
         """Detach all deltas, at once; used in a `with`, what was attached before comes back, on an error too."""
         return self.only()
+
+    def refresh(self, *names: str) -> Self:
+        """Compute derived deltas, by name or all, from their sources as they are now; `attach` and `only` do so, too."""
+        self._attachments.derive(self._known(names))
+        return self
 
     def _known(self, names: tuple[str, ...]) -> tuple[str, ...]:
         known = self._attachments.order
@@ -268,6 +273,7 @@ def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto") -> Compile
     backbone._modules[RESERVED] = deltas
     compiled = _assemble(backbone, deltas, plan, capture, reason)
     compiled._attachments.activate(planned.name for planned in plan.deltas if planned.attached)
+    compiled._attachments.derive_detached()
     return compiled
 
 

@@ -153,10 +153,11 @@ def _from_weights(
     if type(method).initialise is Method.initialise or any(w.is_meta for w in own.values()):
         return {}
     weights = {name: weight.detach().to("cpu", torch.float32) for name, weight in own.items()}
-    return initial_values(method, site, params, weights, _generator(identity))
+    return initial_values(method, site, params, weights, seeded(identity))
 
 
-def _generator(identity: str) -> torch.Generator:
+def seeded(identity: str) -> torch.Generator:
+    """Give a generator on the CPU, seeded by a text."""
     digest = hashlib.sha256(identity.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
@@ -174,7 +175,7 @@ def _initial(spec: TensorSpec, identity: str, sources: Mapping[str, Tensor], hom
     constants = {"zeros": 0.0, "ones": 1.0, "constant": spec.init.value}
     if device.type == "meta" or spec.init.kind in constants:
         return torch.full(spec.shape, constants.get(spec.init.kind, 0.0), device=device, dtype=dtype)
-    generator = _generator(identity)
+    generator = seeded(identity)
     if spec.stack:  # each by its own widths
         drawn = torch.stack([draw(spec.init, spec.shape[1:], generator) for _ in range(spec.stack)])
     else:

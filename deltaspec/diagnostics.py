@@ -48,6 +48,9 @@ CODES: dict[str, str] = {
     "DS220": "too many findings",
     "DS221": "schema file out of date",
     "DS222": "table of methods out of date",
+    "DS223": "derived delta of an unknown source",
+    "DS224": "circular derivation",
+    "DS225": "sources whose methods cannot be combined",
     # DS3: selector
     "DS302": "selector that matches no module",
     "DS303": "role that this model does not have",
@@ -71,6 +74,7 @@ CODES: dict[str, str] = {
     "DS406": "deltas that cannot share a site",
     "DS407": "delta name taken by another spec",
     "DS408": "budget that is too small",
+    "DS409": "sources that cannot be combined",
     "DS430": "model that cannot be copied",
     "DS431": "model that is compiled already",
     "DS432": "model that cannot be captured as symbolic",
@@ -102,6 +106,7 @@ CODES: dict[str, str] = {
     "DS525": "missing or surplus tensor",
     "DS526": "tensor of another shape or type",
     "DS527": "saved tensor that is not finite",
+    "DS528": "derived delta behind its sources",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
+from deltaspec.derived import OTHERS
 from deltaspec.diagnostics import Diagnostic, Path, closest, show_path, show_value
 from deltaspec.methods._base import Method
 from deltaspec.mistakes import method_hint, unknown_key_hint, value_hint
@@ -86,6 +87,13 @@ def _diagnose(error: Any, document: Document) -> Iterator[Diagnostic]:
             if key not in error.instance:
                 where = f"{_label(path)} lacks" if path else "the spec lacks"
                 yield document.diagnostic("DS202", f"{where} the key {show_value(key)}", path, _MISSING.get(key))
+        return
+    if "propertyNames" in error.absolute_schema_path and error.validator == "enum":
+        if error.instance in ("combine", *OTHERS):  # others are unknown keys, and reported as such
+            derived = error.instance in OTHERS
+            message = f'{show_value(error.instance)} has no place {"beside" if derived else "without"} "from"'
+            hint = "a derived delta has its sources' sites; delete one of the two" if derived else _MISSING["from"]
+            yield document.diagnostic("DS201", message, (*path, error.instance), hint, key=True)
         return
     if "propertyNames" in error.absolute_schema_path:
         yield document.diagnostic("DS208", _not_a_name(error.instance), (*path, error.instance), _NAME_HINT, key=True)
@@ -217,11 +225,14 @@ _MISSING = {
     "deltas": "list at least one delta: deltas: [{name: …, method: lora}]",
     "name": "name the delta: it is attached, saved and reported by its name",
     "method": "say which delta-tuning method, such as method: lora",
+    "combine": "say how the sources are combined, such as combine: linear",
+    "from": "name the sources: from: {french: 0.7, legal: 0.3}",
     "match": "say for which sites, such as match: {role: attn.v}",
     "params": "say what differs, such as params: {rank: 4}",
 }
 _EMPTY = {
     "deltas": "list at least one delta: deltas: [{name: …, method: lora}]",
+    "from": "name the sources: from: {french: 0.7, legal: 0.3}",
     "target": "leave target out for the method's default roles, or say where",
 }
 _TRANSLATIONS: dict[str, Callable[[Any, Path], _Finding]] = {

@@ -132,6 +132,7 @@ def _typed(data: dict[str, Any], kinds: Mapping[str, type], where: str) -> None:
 def _delta_data(delta: PlannedDelta) -> dict[str, Any]:
     return {
         "method": delta.method,
+        **({} if delta.derived is None else {"derived": delta.derived.to_data()}),
         "attached": delta.attached,
         "seed": delta.seed,
         "params": delta.params.model_dump(mode="json"),
@@ -156,7 +157,7 @@ def _pretty(value: object, indent: str = "") -> str:
     deeper = indent + "  "
     if isinstance(value, dict) and value:
         items: Iterable[str] = (
-            f"{json.dumps(key)}: {_flat(item) if key in ('params', 'specs') else _pretty(item, deeper)}"
+            f"{json.dumps(key)}: {_flat(item) if key in ('params', 'specs', 'derived') else _pretty(item, deeper)}"
             for key, item in value.items()
         )
         return "{\n" + ",\n".join(deeper + item for item in items) + f"\n{indent}}}"

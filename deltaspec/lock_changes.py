@@ -61,9 +61,9 @@ def _delta_changes(old: dict[str, Any] | None, new: dict[str, Any], lock_name: s
     if old is None:
         yield "DS513", f"it is not in {lock_name}"
         return
-    for key in ("method", "attached", "seed"):
-        if old[key] != new[key]:
-            yield "DS514", f"{key} is {_shown(new[key])}, was {_shown(old[key])}"
+    for key in ("method", "derived", "attached", "seed"):
+        if (before := old.get(key)) != (after := new.get(key)):
+            yield "DS514", f"{key} is {_shown(after)}, was {_shown(before)}"
     if old["method"] == new["method"]:
         for key in [*new["params"], *(key for key in old["params"] if key not in new["params"])]:
             if (before := old["params"].get(key)) != (after := new["params"].get(key)):

@@ -40,6 +40,7 @@ def merge(attachments: Attachments, names: Collection[str]) -> nn.Module:
     """
     plan = attachments.plan
     _refuse(attachments, names)
+    attachments.derive(name for name in names if name not in attachments.active)
     training = attachments.trained_in_backbone()
     plain = copy.deepcopy(without_deltas(attachments))
     copies: dict[int, nn.Parameter] = {}

@@ -20,6 +20,8 @@ _PARAMS: Mapping[str, tuple[str, ...]] = {
     "init_lora_weights": ("init",),
     "init_weights": ("init",),
     "lora_bias": ("bias",),
+    "svd_rank": ("rank",),
+    "majority_sign_method": ("majority_sign",),
     **dict.fromkeys(
         ("bottleneck_dim", "bottleneck_size", "bottleneck", "reduction", "reduction_factor", "adapter_dim"), ("width",)
     ),
@@ -60,6 +62,8 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("type", "kind", "peft_type", "delta_type"), "method"),
         **dict.fromkeys(("config", "parameters", "args", "kwargs"), "params"),
         **dict.fromkeys(("selector", "select", "where", "sites"), "target"),
+        **dict.fromkeys(("sources", "weights", "adapters"), "from"),
+        **dict.fromkeys(("combination_type", "combination"), "combine"),
         "enabled": "attached",
         "id": "name",
     },
@@ -78,7 +82,7 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
     "model": {"model_type": "type", "class": "architecture", "architectures": "architecture"},
     "bounds": {"fraction": "max_fraction", "max_percent": "max_fraction"},
 }
-_DELTA = ("name", "method", "params", "target", "overrides", "expect", "attached")
+_DELTA = ("name", "method", "from", "combine", "params", "target", "overrides", "expect", "attached")
 _ATOMS = ("path", "regex", "type", "role", "layers", "shape", "parameter", "ref", "any", "all", "not", "optional")
 _METHODS: Mapping[str, str] = {
     **dict.fromkeys(("houlsby", "pfeiffer", "bottleneck", "bottleneck_adapter"), "adapter"),

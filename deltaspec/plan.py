@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from deltaspec import derived
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic, in_order
 from deltaspec.expectations import delta_checks, spec_checks
 from deltaspec.methods import methods
@@ -62,17 +63,21 @@ def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observ
     checks: list[str] = []
     resolved: list[DeltaSpec] = []
     for spec in specs:
-        own, own_findings = [], _contract(spec, table)
-        for index in range(len(spec.deltas)):
-            placer = Placer(spec, index, table, observations, [], [])
-            delta = placer.place()
-            spec = placer.spec
-            if not placer.findings:  # counts of a delta that is wrong anyway would only be noise
-                met, unmet = delta_checks(spec, index, delta)
+        own_findings, placed = _contract(spec, table), dict[str, PlannedDelta]()
+        for index in derived.order(spec):
+            if spec.deltas[index].sources:
+                delta, found = derived.place(spec, index, placed)
+                if own_findings:  # sources that are wrong make wrong sums
+                    found = []
+            else:
+                placer = Placer(spec, index, table, observations, [], [])
+                delta, found, spec = placer.place(), placer.findings, placer.spec
+            if not found:  # counts of a delta that is wrong anyway would only be noise
+                met, found = delta_checks(spec, index, delta)
                 delta = replace(delta, checks=met)
-                placer.findings += unmet
-            own.append(delta)
-            own_findings += placer.findings
+            placed[delta.name] = delta
+            own_findings += found
+        own = [placed[entry.name] for entry in spec.deltas]
         met, unmet = spec_checks(spec, own, table, bool(own_findings))
         checks += met
         findings += [*own_findings, *unmet]

@@ -79,8 +79,7 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
     for delta in plan.deltas:
         yield "", ""
         start = "" if delta.attached else "  (starts detached)"
-        words = f"{delta.name}: {delta.method} {show_params(delta.params, delta.budget)}".rstrip()
-        yield from _wrapped(words + start, "bold cyan")
+        yield from _wrapped(f"{delta.name}: {_made(delta)}{start}", "bold cyan")
         place = "" if delta.location == "<spec>" else f"  ({delta.location})"
         yield from _wrapped(f"  {_size(len(delta.sites), delta.trainable, plan)}{place}")
         for group in groups(delta):
@@ -136,6 +135,13 @@ def _size(sites: int, trainable: int, plan: Plan) -> str:
 def percent(share: float) -> str:
     """Write a fraction as per cent: two decimals, more where it is tiny."""
     return f"{100 * share:.2f} %" if share >= 0.0001 or not share else f"{100 * share:.2g} %"
+
+
+def _made(delta: PlannedDelta) -> str:
+    """Say what a delta is: its method with the parameters, or what it is derived from."""
+    if delta.derived is not None:
+        return str(delta.derived)
+    return f"{delta.method} {show_params(delta.params, delta.budget)}".rstrip()
 
 
 def show_params(params: MethodParams, budget: tuple[str, str] | None = None) -> str:
@@ -196,6 +202,7 @@ def _delta_data(delta: PlannedDelta) -> dict[str, Any]:
         "attached": delta.attached,
         "seed": delta.seed,
         "params": delta.params.model_dump(mode="json"),
+        "derived": delta.derived and delta.derived.to_data(),
         "spec": delta.spec,
         "location": delta.location,
         "sites": len(delta.sites),
@@ -221,8 +228,7 @@ def markdown(plan: Plan) -> str:
     """Write the plan for a comment in a pull request."""
     out = [f"### Plan for {_model(plan)}", ""]
     out += ["| delta | method | sites | trainable | of the base |", "|---|---|---:|---:|---:|"]
-    words = [f"{d.method} {show_params(d.params, d.budget)}".strip() for d in plan.deltas]
-    rows = [(d.name, text, len(d.sites), d.trainable) for d, text in zip(plan.deltas, words, strict=True)]
+    rows = [(d.name, _made(d), len(d.sites), d.trainable) for d in plan.deltas]
     if len(rows) > 1:
         rows.append(("**total**", "", len(plan.sites), plan.trainable))
     for name, method, sites, trainable in rows:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from deltaspec.derived import Derivation
     from deltaspec.methods._base import MethodParams, Site, TensorSpec
     from deltaspec.modules import ModuleTable
     from deltaspec.spec import DeltaSpec
@@ -54,6 +55,8 @@ class PlannedDelta:
     notes: tuple[str, ...] = ()
     budget: tuple[str, str] | None = None
     """Name of the parameter that was chosen for a budget, and the budget in words."""
+    derived: Derivation | None = None
+    """What it is built from, for one that is not trained."""
 
     @property
     def trainable(self) -> int:
@@ -136,6 +139,18 @@ class Plan:
             plans.append(Plan(tuple(own), (spec,), self.table))
         return tuple(plans)
 
+    def alone(self, name: str) -> Plan:
+        """Give the plan of one delta alone, or of all deltas of its spec where some are derived from others."""
+        from deltaspec.spec import load
+
+        spec = next(spec for spec in self.specs if any(delta.name == name for delta in spec.deltas))
+        linked = any(delta.sources for delta in spec.deltas)
+        names = [delta.name for delta in spec.deltas if linked or delta.name == name]
+        data = spec.to_data()
+        data.pop("expect", None)
+        data["deltas"] = [delta for delta in data["deltas"] if delta["name"] in names]
+        return Plan(tuple(self[name] for name in names), (load(data),), self.table)
+
     def to_dict(self) -> dict[str, Any]:
         """Give the plan as JSON data, sites folded over layers."""
         from deltaspec.plan_text import plan_data
@@ -197,4 +212,5 @@ def _identity(delta: PlannedDelta) -> list[object]:
             for t in planned.tensors
         ]
         sites.append([site.row.fqn, site.parameter, site.host, params[id(planned.params)], tensors])
-    return [delta.name, delta.method, delta.attached, delta.seed, sites]
+    identity: list[object] = [delta.name, delta.method, delta.attached, delta.seed, sites]
+    return identity if delta.derived is None else [*identity, delta.derived.to_data()]

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from json import dumps
 from typing import Any
 
+from deltaspec.derived import OTHERS, DerivedParams
 from deltaspec.methods._base import Method, MethodParams
 from deltaspec.migrate import CURRENT
 from deltaspec.spec import DeltaSpec
@@ -37,7 +38,9 @@ def schema(methods: Mapping[str, Method], known: Collection[str] | None = None) 
     if known is None:
         summaries = "\n".join(f"- {name}: {method.summary}" for name, method in methods.items())
         entry["properties"]["method"]["description"] += f"\n{summaries}"
-    entry["allOf"] = conditions
+    definitions.update(_params("derived", DerivedParams))
+    entry["required"] = ["name"]
+    entry["allOf"] = [*conditions, _derived(list(entry["properties"]))]
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "DeltaSpec",
@@ -76,6 +79,22 @@ def _condition(name: str, required: bool) -> dict[str, Any]:
     if required:
         then["required"] = ["params"]
     return {"if": {"properties": {"method": {"const": name}}, "required": ["method"]}, "then": then}
+
+
+def _derived(keys: list[str]) -> dict[str, Any]:
+    """Tell derived deltas, which have `from`, and the others apart."""
+    return {
+        "if": {"required": ["from"]},
+        "then": {
+            "required": ["combine"],
+            "propertyNames": {"enum": [key for key in keys if key not in OTHERS]},
+            "properties": {"params": {"$ref": _REF.format(model="derived.params")}},
+        },
+        "else": {
+            "required": ["method"],
+            "propertyNames": {"enum": [key for key in keys if key in OTHERS or key not in ("from", "combine")]},
+        },
+    }
 
 
 def _tidy(node: Any, names: bool = False) -> Any:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PrivateAttr, SerializeAsAny, WithJsonSchema
 
+from deltaspec.derived import METHOD, Combine, DerivedParams, Weight, written
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic, Path, in_order
 from deltaspec.methods import builtin_methods, methods
 from deltaspec.methods._base import Method, MethodParams
@@ -81,6 +82,10 @@ class DeltaEntry(Part):
     """Name of the delta: letters, digits, `-` and `_`, the first one a letter."""
     method: str
     """Delta-tuning method."""
+    sources: dict[str, Weight] = Field(default_factory=dict, alias="from", json_schema_extra={"minProperties": 1})
+    """Derived delta, in place of a method: the deltas of this spec that it is built from, each with its weight."""
+    combine: Combine | None = None
+    """How it is built: `svd` works on the change of the weight, the others on the factors of lora."""
     params: Annotated[SerializeAsAny[MethodParams], WithJsonSchema({"type": "object"})] = Field(
         default_factory=MethodParams
     )
@@ -225,7 +230,7 @@ def _fields(data: Mapping[str, Any], known: Mapping[str, Method]) -> dict[str, A
     fields: dict[str, Any] = {k: v for k, v in data.items() if k not in ("selectors", "deltas", "expect")}
     fields["selectors"] = {n: canonical(s, ("selectors", n)) for n, s in data.get("selectors", {}).items()}
     fields["deltas"] = tuple(
-        _delta_fields(delta, ("deltas", index), known[delta["method"]].Params)
+        _delta_fields(delta, ("deltas", index), DerivedParams if "from" in delta else known[delta["method"]].Params)
         for index, delta in enumerate(data["deltas"])
     )
     if "expect" in data:
@@ -243,7 +248,7 @@ def _document(spec: str | os.PathLike[str] | Mapping[str, Any]) -> Document:
 
 
 def _delta_fields(delta: dict[str, Any], path: Path, params: type[MethodParams]) -> dict[str, Any]:
-    fields = {**delta, "params": read_params(params, delta.get("params", {}))}
+    fields = {"method": METHOD, **delta, "params": read_params(params, delta.get("params", {}))}
     if "target" in delta:
         fields["target"] = canonical(delta["target"], (*path, "target"))
     fields["overrides"] = tuple(
@@ -269,12 +274,12 @@ def _bounds(value: Any) -> Any:
 
 
 def _delta_data(delta: DeltaEntry) -> dict[str, Any]:
-    fields = type(delta.params).model_fields
-    params = delta.params.model_dump(mode="json")
     return _present(
         name=delta.name,
-        method=delta.method,
-        params={k: v for k, v in params.items() if v is not None or fields[k].default is not None},
+        method=None if delta.sources else delta.method,
+        **{"from": dict(delta.sources)},
+        combine=delta.combine,
+        params=written(delta.combine, delta.params),
         target=delta.target and delta.target.to_data(),
         overrides=[{"match": o.match.to_data(), "params": dict(o.params)} for o in delta.overrides],
         expect=delta.expect and delta.expect.model_dump(exclude_none=True),

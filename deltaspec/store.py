@@ -5,7 +5,8 @@ leaves the old set or the new one. Reading accounts for every key before anythin
 
     manifest.json                                  what belongs to the set, and the backbone's fingerprints
     french.3f9a1c2b.safetensors                    its tensors
-    french.3f9a1c2b.deltaspec.json                 a spec with this delta alone, every parameter written out
+    french.3f9a1c2b.deltaspec.json                 a spec with this delta (and those linked to it by derived ones),
+                                                   every parameter written out
     french.3f9a1c2b.deltaspec.lock.json            its lock
 """
 
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 from deltaspec.atomic import write_atomically
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.fingerprint import weights_fingerprint
-from deltaspec.planned import Plan
 
 if TYPE_CHECKING:
     from deltaspec.compiled import CompiledModel
@@ -36,20 +36,21 @@ FORMAT = 1
 def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
     """Write all deltas of a compiled model to a directory, made if need be; what it held of ours before is replaced.
 
-    Raises DeltaSpecError (DS520) where a delta holds NaN or infinite values, OSError where the directory cannot be
-    written.
+    Raises DeltaSpecError where a delta holds NaN or infinite values (DS520) or a derived one is attached and its
+    sources have changed since (DS528), OSError where the directory cannot be written.
     """
     from safetensors.torch import save as to_bytes
 
     from deltaspec.lock import lock
 
     folder = Path(directory)
-    findings, deltas, files = [], [], {}
-    plan = compiled.plan
+    plan, attachments = compiled.plan, compiled._attachments
+    attachments.derive_detached()
+    findings, deltas, files = [_behind(name) for name in attachments.behind()], [], {}
     for planned in plan.deltas:
         tensors = {key: value.detach().contiguous() for key, value in compiled.deltas[planned.name].tensors()}
         findings += [_not_finite(planned.name, key) for key, value in tensors.items() if not _finite(value)]
-        part = _alone(plan, planned.name)
+        part = plan.alone(planned.name)
         payload = to_bytes({k: v.clone() for k, v in tensors.items()}, metadata={"format": "pt", "delta": planned.name})
         digest = hashlib.sha256(payload).hexdigest()
         stem = f"{planned.name}.{digest[:8]}"
@@ -108,6 +109,7 @@ def load(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
     with torch.no_grad():
         for target, value in staged:
             target.copy_(value)
+    compiled._attachments.derive(compiled.deltas)
 
 
 def restore(
@@ -122,7 +124,7 @@ def restore(
     from deltaspec.spec import load as load_spec
 
     saved = SavedSet(directory)
-    specs = [load_spec(saved.path(entry["spec"])) for entry in saved.entries]
+    specs = dict.fromkeys(load_spec(saved.path(entry["spec"])) for entry in saved.entries)  # derived deltas share one
     compiled = compile_specs(model, *specs, capture=capture, example_inputs=example_inputs)
     load(compiled, directory)
     compiled.only(*saved.attached)
@@ -287,12 +289,7 @@ def _file_names(folder: Path) -> set[str]:
     return {entry[field] for entry in entries for field in ("file", "spec", "lock")}
 
 
-def _alone(plan: Plan, name: str) -> Plan:
-    """Give the plan of one delta alone, with a spec that says just that."""
-    from deltaspec.spec import load as load_spec
-
-    spec = next(spec for spec in plan.specs if any(delta.name == name for delta in spec.deltas))
-    data = spec.to_data()
-    data.pop("expect", None)
-    data["deltas"] = [delta for delta in data["deltas"] if delta["name"] == name]
-    return Plan((plan[name],), (load_spec(data),), plan.table)
+def _behind(delta: str) -> Diagnostic:
+    message = f"{delta} is attached, and its sources have changed since it was computed"
+    hint = f"compute it anew first: c.refresh({delta!r})"
+    return Diagnostic("DS528", message, file="<model>", suggestion=hint)

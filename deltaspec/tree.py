@@ -154,6 +154,9 @@ class Tree:
 def targets(spec: DeltaSpec, index: int, table: ModuleTable) -> tuple[tuple[Match, ...], list[Diagnostic]]:
     """Give what a delta's target (or its method's default roles) selects, and what is wrong with it."""
     entry = spec.deltas[index]
+    if entry.sources:  # all of them have the same sites
+        source = next(iter(entry.sources))
+        return targets(spec, next(i for i, other in enumerate(spec.deltas) if other.name == source), table)
     if entry.target is not None:
         return select(entry.target, table, spec.selectors, spec)
     method = methods()[entry.method]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from deltaspec.derived import order
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic, closest, show_path
 from deltaspec.modules import ModuleTable, Row
 from deltaspec.observe import Observations
@@ -47,7 +48,17 @@ def find_row(table: ModuleTable, name: str) -> Row:
 
 def verdicts(spec: DeltaSpec, table: ModuleTable, observations: Observations, row: Row) -> list[Verdict]:
     """Give what each delta of a spec says about a module."""
-    return [_verdict(Placer(spec, index, table, observations, [], []), row) for index in range(len(spec.deltas))]
+    found: dict[str, Verdict] = {}
+    for index in order(spec):
+        entry = spec.deltas[index]
+        if not entry.sources:
+            found[entry.name] = _verdict(Placer(spec, index, table, observations, [], []), row)
+            continue
+        source = found[next(iter(entry.sources))]  # all of them have the same sites
+        outcome = f"as its source {source.delta}: {source.outcome}"
+        place = _place(spec, ("deltas", index))
+        found[entry.name] = replace(source, delta=entry.name, method="derived", outcome=outcome, location=place)
+    return [found[entry.name] for entry in spec.deltas]
 
 
 def _verdict(placer: Placer, row: Row) -> Verdict:
