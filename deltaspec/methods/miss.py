@@ -37,6 +37,7 @@ class Miss(Method):
     Params = MissParams
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
+    matrices = True
 
     def refuse(self, site: Site, params: MissParams) -> Refusal | None:
         """Take linear layers that are at least as wide as a shard."""
