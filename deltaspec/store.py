@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deltaspec.atomic import write_atomically
+from deltaspec.atomic import alone_in, write_atomically
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.fingerprint import weights_fingerprint
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_ENDINGS = {"file": "safetensors", "spec": "deltaspec.json", "lock": "deltaspec.lock.json"}
+_FILE_NAME = re.compile(r"[A-Za-z][\w-]*\.[0-9a-f]{8}\.(safetensors|deltaspec\.json|deltaspec\.lock\.json)", re.ASCII)
 
 
 def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
@@ -51,21 +53,18 @@ def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
         tensors = {key: value.detach().contiguous() for key, value in compiled.deltas[planned.name].tensors()}
         findings += [_not_finite(planned.name, key) for key, value in tensors.items() if not _finite(value)]
         part = plan.alone(planned.name)
-        payload = to_bytes({k: v.clone() for k, v in tensors.items()}, metadata={"format": "pt", "delta": planned.name})
-        digest = hashlib.sha256(payload).hexdigest()
-        stem = f"{planned.name}.{digest[:8]}"
-        files[f"{stem}.safetensors"] = payload
-        files[f"{stem}.deltaspec.json"] = _json(part.specs[0].to_data())
-        files[f"{stem}.deltaspec.lock.json"] = lock(part).encode()
-        deltas.append(
-            {
-                "name": planned.name,
-                "file": f"{stem}.safetensors",
-                "sha256": digest,
-                "spec": f"{stem}.deltaspec.json",
-                "lock": f"{stem}.deltaspec.lock.json",
-            }
-        )
+        content = {
+            "file": to_bytes({k: v.clone() for k, v in tensors.items()}, metadata={"format": "pt"}),
+            "spec": _json(part.specs[0].to_data()),
+            "lock": lock(part).encode(),
+        }
+        stem = f"{planned.name}.{_digest(b''.join(content.values()))[:8]}"
+        entry = {"name": planned.name}
+        for field, ending in _ENDINGS.items():
+            entry[field] = f"{stem}.{ending}"
+            entry[f"{field}_sha256"] = _digest(content[field])
+            files[entry[field]] = content[field]
+        deltas.append(entry)
     if findings:
         raise DeltaSpecError(findings)
     manifest = {
@@ -78,20 +77,26 @@ def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
         "attached": list(compiled.attached),
         "deltas": deltas,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    before = _file_names(folder)
-    for name, content in files.items():
-        write_atomically(folder / name, content)
-    write_atomically(folder / MANIFEST, _json(manifest))
-    for name in before - files.keys():
-        (folder / name).unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        hint = "give a directory"
+        raise DeltaSpecError([Diagnostic("DS521", "is a file", file=str(folder), suggestion=hint)]) from None
+    with alone_in(folder):
+        before = _file_names(folder)
+        for name, content in files.items():
+            write_atomically(folder / name, content)
+        write_atomically(folder / MANIFEST, _json(manifest))
+        for name in before - files.keys():
+            (folder / name).unlink(missing_ok=True)
 
 
 def load(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
     """Read the tensors of all saved deltas into the deltas of the same names. All or nothing.
 
-    Raises DeltaSpecError (DS521-DS527) with all findings, the model unchanged: files missing or damaged, another
-    backbone, a delta that the model lacks, tensors missing, surplus, of another shape or dtype, or not finite.
+    Raises DeltaSpecError (DS521-DS529) with all findings, the model unchanged: files missing or damaged, another
+    backbone, a delta that the model lacks or has with another method or other params, tensors missing, surplus, of
+    another shape, of a dtype that would lose digits, or not finite.
     """
     saved = SavedSet(directory)
     findings = saved.check_backbone(compiled.plan.structure, compiled.backbone, compiled.plan.model_class)
@@ -103,6 +108,7 @@ def load(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
                 saved.finding("DS524", f"the model has no delta {name!r}", f"it has: {known}; compile its spec too")
             )
             continue
+        findings += _other_meaning(saved, name, compiled)
         staged += _match(saved, name, dict(compiled.deltas[name].tensors()), findings)
     if findings:
         raise DeltaSpecError(findings)
@@ -124,6 +130,8 @@ def restore(
     from deltaspec.spec import load as load_spec
 
     saved = SavedSet(directory)
+    if findings := [f for entry in saved.entries for field in _ENDINGS for f in saved.read(entry["name"], field)[1]]:
+        raise DeltaSpecError(findings)
     specs = dict.fromkeys(load_spec(saved.path(entry["spec"])) for entry in saved.entries)  # derived deltas share one
     compiled = compile_specs(model, *specs, capture=capture, example_inputs=example_inputs)
     load(compiled, directory)
@@ -185,23 +193,34 @@ class SavedSet:
         from safetensors import SafetensorError
         from safetensors.torch import load as from_bytes
 
-        entry = next(entry for entry in self.entries if entry["name"] == name)
-        try:
-            payload = self.path(entry["file"]).read_bytes()
-        except OSError as error:
-            findings.append(
-                self.finding("DS521", f"cannot be read: {error.strerror}", "restore the file", entry["file"])
-            )
-            return None
-        if hashlib.sha256(payload).hexdigest() != entry["sha256"]:
-            message = "is damaged: its content is not what was saved (truncated or changed)"
-            findings.append(self.finding("DS522", message, "save the deltas again, or restore the file", entry["file"]))
+        payload, problems = self.read(name, "file")
+        findings += problems
+        if payload is None:
             return None
         try:
             return dict(from_bytes(payload))
         except (SafetensorError, ValueError, KeyError) as error:
-            findings.append(self.finding("DS522", f"is no safetensors file: {error}", "save again", entry["file"]))
+            file = self.entry(name)["file"]
+            findings.append(self.finding("DS522", f"is no safetensors file: {error}", "save again", file))
             return None
+
+    def entry(self, name: str) -> dict[str, str]:
+        """Give a delta's entry in the manifest."""
+        return next(entry for entry in self.entries if entry["name"] == name)
+
+    def read(self, name: str, field: str) -> tuple[bytes | None, list[Diagnostic]]:
+        """Read one of a delta's files (`file`, `spec` or `lock`), its digest checked: (content, findings)."""
+        entry = self.entry(name)
+        try:
+            content = self.path(entry[field]).read_bytes()
+        except OSError as error:
+            message = f"cannot be read: {error.strerror}"
+            return None, [self.finding("DS521", message, "restore the file", entry[field])]
+        if _digest(content) != entry[f"{field}_sha256"]:
+            message = "is damaged: its content is not what was saved (truncated or changed)"
+            hint = "save the deltas again, or restore the file"
+            return None, [self.finding("DS522", message, hint, entry[field])]
+        return content, []
 
 
 def _match(
@@ -211,7 +230,7 @@ def _match(
     values = saved.tensors(name, findings)
     if values is None:
         return []
-    file = next(entry["file"] for entry in saved.entries if entry["name"] == name)
+    file = saved.entry(name)["file"]
 
     def found(code: str, message: str, suggestion: str) -> None:
         findings.append(saved.finding(code, message, suggestion, file))
@@ -229,13 +248,43 @@ def _match(
                 f"{name}: tensor {key} is {list(value.shape)}, the model's is {list(target.shape)}",
                 "compare the params",
             )
-        elif value.is_floating_point() != target.is_floating_point():
-            found("DS526", f"{name}: tensor {key} is {value.dtype}, the model's is {target.dtype}", "compare the specs")
+        elif torch.promote_types(value.dtype, target.dtype) != target.dtype:
+            found("DS526", f"{name}: tensor {key} is {value.dtype}, the model's is {target.dtype}", "convert the model")
         elif not _finite(value):
             findings.append(_not_finite(name, key, str(saved.path(file))))
         else:
             staged.append((target, value))
     return staged
+
+
+def _other_meaning(saved: SavedSet, name: str, compiled: CompiledModel) -> list[Diagnostic]:
+    """Compare a saved delta's spec with the model's: the same tensors mean something else under other params."""
+    content, findings = saved.read(name, "spec")
+    if content is None:
+        return findings
+    try:
+        before = _meaning(json.loads(content), name)
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        return [saved.finding("DS522", f"is no resolved spec: {error}", "save again", saved.entry(name)["spec"])]
+    now = _meaning(compiled.plan.alone(name).specs[0].to_data(), name)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            message = f"{name}: {key} was {before.get(key)} when it was saved, the model's is {now.get(key)}"
+            hint = "compile the saved spec, or deltaspec.restore(model, dir)"
+            findings.append(saved.finding("DS529", message, hint, saved.entry(name)["spec"]))
+    return findings
+
+
+def _meaning(spec: dict[str, Any], name: str) -> dict[str, Any]:
+    """Give what a delta's trained tensors depend on: its method and params, but for those of training and the start."""
+    delta = next(delta for delta in spec["deltas"] if delta["name"] == name)
+    params = {f"params.{key}": json.loads(json.dumps(value)) for key, value in delta.get("params", {}).items()}
+    rest = {key: json.loads(json.dumps(delta[key])) for key in ("method", "overrides", "from") if key in delta}
+    return {key: value for key, value in (params | rest).items() if key not in ("params.dropout", "params.init")}
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _finite(value: Tensor) -> bool:
@@ -257,7 +306,7 @@ def _json(data: Any) -> bytes:
 
 
 def _manifest_problem(data: Any) -> str | None:
-    if not isinstance(data, dict) or data.get("deltaspec") != FORMAT:
+    if not isinstance(data, dict) or isinstance(data.get("deltaspec"), bool) or data.get("deltaspec") != FORMAT:
         return f"its format is not version {FORMAT}"
     backbone, deltas, attached = data.get("backbone"), data.get("deltas"), data.get("attached")
     if not isinstance(backbone, dict) or not {"class", "structure", "weights"} <= backbone.keys():
@@ -273,11 +322,11 @@ def _manifest_problem(data: Any) -> str | None:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Tell whether a manifest's entry is whole and stays inside the directory."""
-    fields = ("name", "file", "sha256", "spec", "lock")
+    """Tell whether a manifest's entry is whole, and names files as `save` does: so they are in the directory."""
+    fields = ("name", *(f"{field}{part}" for field in _ENDINGS for part in ("", "_sha256")))
     if not isinstance(entry, dict) or not all(isinstance(entry.get(field), str) for field in fields):
         return False
-    return all(os.path.basename(entry[field]) == entry[field] for field in ("file", "spec", "lock"))
+    return all(_FILE_NAME.fullmatch(entry[field]) for field in _ENDINGS)
 
 
 def _file_names(folder: Path) -> set[str]:
@@ -286,7 +335,7 @@ def _file_names(folder: Path) -> set[str]:
         entries = SavedSet(folder).entries
     except DeltaSpecError:
         return set()
-    return {entry[field] for entry in entries for field in ("file", "spec", "lock")}
+    return {entry[field] for entry in entries for field in _ENDINGS}
 
 
 def _behind(delta: str) -> Diagnostic:
