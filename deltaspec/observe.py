@@ -5,7 +5,7 @@ reads without calling them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +35,8 @@ class Observation:
     """Own names of the parameters that are read, where there is a host; None: all."""
     attention: AttentionShape | None = None
     """What its attention function was given."""
+    dims: int | None = None
+    """Number of dimensions of the hidden state that left."""
 
 
 class Observations:
@@ -123,13 +125,15 @@ class Recorder:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         fqn = self._names[id(module)]
         self._stack.append(fqn)
-        width = _width(args[0] if args else next(iter(kwargs.values()), None))
+        width = _width(args[0] if args else _first(type(module).forward, kwargs))
         before = self._seen.get(fqn)
         self._seen[fqn] = Observation(True, before.in_width if before else width, before.width if before else None)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         fqn = self._stack.pop()
-        self._seen[fqn] = Observation(True, self._seen[fqn].in_width, _width(output))
+        hidden = _hidden(output)
+        dims = None if hidden is None else hidden.dim()
+        self._seen[fqn] = Observation(True, self._seen[fqn].in_width, _width(output), dims=dims)
 
     def result(self) -> dict[str, Observation]:
         """Give what was seen of every module, by each of its names."""
@@ -141,7 +145,7 @@ class Recorder:
                 # Whoever stands above both the module and all its readers can run with another weight in its place.
                 host = _common([fqn.rpartition(".")[0], *readers])
                 reads = None if found.called else tuple(sorted(self._reads[name]))
-                found = Observation(True, found.in_width, found.width, host, reads)
+                found = Observation(True, found.in_width, found.width, host, reads, dims=found.dims)
             result[fqn] = found
         return result
 
@@ -239,12 +243,23 @@ def _noting(shapes: dict[str, AttentionShape], fqn: str) -> Hook:
     return note
 
 
+def _first(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
+    """Give the argument that a forward takes first, whatever the order of the keywords in a call."""
+    names = list(inspect.signature(forward).parameters)[1:2]
+    return kwargs[names[0]] if names and names[0] in kwargs else next(iter(kwargs.values()), None)
+
+
 def _width(value: Any) -> int | None:
+    hidden = _hidden(value)
+    return None if hidden is None else hidden.shape[-1]
+
+
+def _hidden(value: Any) -> Tensor | None:
     if isinstance(value, Mapping):
         value = next(iter(value.values()), None)
     elif isinstance(value, tuple | list):
         value = value[0] if value else None
-    return value.shape[-1] if isinstance(value, Tensor) and value.dim() >= 2 and value.is_floating_point() else None
+    return value if isinstance(value, Tensor) and value.dim() >= 2 and value.is_floating_point() else None
 
 
 def _to(inputs: Any, device: str) -> Any:

@@ -208,7 +208,9 @@ class Programmer:
             module = self.modules[str(node.target)]
             links = tuple(self._link(visit, module)[0] for visit in visits)
             names = tuple(self._names(visit) for visit in visits)
-            rewrite_site(graph, node, links, names, opaque=visits[0].planned.site.kind == "other")
+            kind = visits[0].planned.site.kind
+            _, hidden = call_form(type(module), kind)
+            rewrite_site(graph, node, links, names, kind == "other", hidden)
         function, code = compile_graph(graph)
         program.regions[""] = Region(None, graph, code, function, ())
         self._write(program, "", MethodType(function, self._backbone))

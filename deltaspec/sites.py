@@ -170,7 +170,7 @@ class Placer:
         else:
             in_width = in_width if seen.in_width is None else seen.in_width
             width = width if seen.width is None else seen.width
-            site = Site(row, parameter, in_width, width, seen.host, seen.reads, seen.attention)
+            site = Site(row, parameter, in_width, width, seen.host, seen.reads, seen.attention, seen.dims)
         return as_matrices(site) if parameter is not None and self.method.matrices else site
 
     def _tied_places(self, sites: list[Candidate]) -> list[Candidate]:

@@ -88,19 +88,24 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def rewrite_site(
-    graph: fx.Graph, node: fx.Node, links: tuple[Link, ...], names: tuple[SiteNames, ...], opaque: bool
+    graph: fx.Graph,
+    node: fx.Node,
+    links: tuple[Link, ...],
+    names: tuple[SiteNames, ...],
+    opaque: bool,
+    hidden: str = "hidden_states",
 ) -> None:
     """Put a chain of deltas around one `call_module` node.
 
-    `names` say, per link, where its tensors are registered. `opaque` hosts may take the hidden state by keyword and
-    return more than it.
+    `names` say, per link, where its tensors are registered. `opaque` hosts may return more than the hidden state.
+    `hidden` is the name of the argument that carries it, where it comes by keyword.
     """
     with graph.inserting_before(node):
         inputs = tuple(
             Inputs({own: graph.get_attr(target) for own, target in site.tensors.items()}, site.dropout)
             for site in names
         )
-        by_keyword = None if node.args else next(iter(node.kwargs))
+        by_keyword = None if node.args else hidden if hidden in node.kwargs else next(iter(node.kwargs))
         x = node.args[0] if by_keyword is None else node.kwargs[by_keyword]
         assert isinstance(x, fx.Node)
         outputs: list[fx.Node] = []
