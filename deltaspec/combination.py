@@ -59,10 +59,10 @@ def why_not(derivation: Derivation, method: str, parts: Sequence[PlannedSite]) -
     site, combine = parts[0].site, derivation.combine
     if site.parameter is not None:
         return "a single parameter has no derived form", "leave it out of the sources' targets"
-    if refusal := methods()[METHOD].refuse(site, lora(1)):
-        return f"a derived delta is a low-rank update, and {refusal.reason}", "leave it out of the sources' targets"
     if site.row.conv_groups > 1:
         return f"a grouped convolution ({site.row.type}) has no derived form", "leave it out of the sources' targets"
+    if refusal := methods()[METHOD].refuse(site, lora(1)):
+        return f"a derived delta is a low-rank update, and {refusal.reason}", "leave it out of the sources' targets"
     if others := {name for part in parts for name in _changes(method, part)} - {"weight"}:
         return f"a source changes the {', '.join(sorted(others))}, too", "combine deltas that change the weight alone"
     if combine == "svd":
@@ -220,7 +220,8 @@ def _update(source: Source, module: nn.Module) -> Tensor:
     values = [getattr(source.own, name) for name in names]
     own = Own(names, [value.double() if value.is_floating_point() else value for value in values])
     folded = methods()[source.method].fold(planned.site, planned.params, own, weights)["weight"]
-    return canonical(planned.site.kind, folded - weights["weight"]).flatten(1).float()
+    update: Tensor = canonical(planned.site.kind, folded - weights["weight"])
+    return update.flatten(1).float()
 
 
 def _require_finite(name: str, fqn: str, *values: Tensor) -> None:

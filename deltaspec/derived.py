@@ -164,7 +164,7 @@ def _check_methods(
 
 def _check_params(document: Document, path: Path, delta: dict[str, Any]) -> Iterator[Diagnostic]:
     combine, params = delta.get("combine"), _params(delta)
-    if combine not in _USED:
+    if not isinstance(combine, str) or combine not in _USED:
         return  # the schema says so
     for key in params:
         if key in DerivedParams.model_fields and key not in _USED[combine]:
