@@ -33,7 +33,8 @@ class Attachments:
         self._programs: dict[tuple[str, ...], Program] = {}
         self._replaced = _replaced(plan)
         self._derived = frozenset(planned.name for planned in plan.deltas if planned.derived is not None)
-        self._proven = plan.proven
+        self._unproven = set() if plan.proven else set(self.order)
+        """Deltas whose sites no forward was seen to reach yet."""
         modules = self._programmer.modules.values()
         self._parameters = list({id(p): p for m in modules for p in m._parameters.values() if p is not None}.values())
         self._thawed: list[nn.Parameter] = []
@@ -43,7 +44,7 @@ class Attachments:
         """Copy together with the backbone; what is plain data is shared, programs are made anew."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        shared = ("plan", "order", "graph", "active", "_replaced", "_proven")
+        shared = ("plan", "order", "graph", "active", "_replaced")
         for name, value in self.__dict__.items():
             twin.__dict__[name] = value if name in shared else {} if name == "_programs" else copy.deepcopy(value, memo)
         return twin
@@ -64,6 +65,7 @@ class Attachments:
             self._freeze()
         else:
             self.program(self.active).remove()
+            self._buffers.restore()
         new.install()
         self.active = wanted
         if not wanted:
@@ -86,7 +88,7 @@ class Attachments:
         """Give the program of an active set, made at its first use."""
         found = self._programs.get(names)
         if found is None:
-            watch = None if self._proven or not names else self._watched
+            watch = None if self._unproven.isdisjoint(names) else self._watched
             found = self._programs[names] = self._programmer.build(names, watch)
         return found
 
@@ -105,25 +107,34 @@ class Attachments:
         thawed = {id(p) for p in self._thawed}
         return {name for name, p in self.backbone.named_parameters() if id(p) in thawed}
 
-    def check_reached(self, seen: dict[str, Observation]) -> None:
-        """Refuse, after the first forward, attached deltas whose modules were read without a call (DS437)."""
+    def prove_reached(self, seen: dict[str, Observation]) -> None:
+        """Refuse, after their first forward, attached deltas whose modules' weights are read around them (DS437)."""
         findings = []
         for name in self.active:
-            for host in self._programmer.hosts[name]:
-                reader = seen[host].host
-                if reader is None or all(v.lowered for v in self._programmer.visits[host] if v.delta == name):
-                    continue
-                reads = f"{reader or 'the model'} reads the weights of {host} without calling it"
-                message = f"delta {name!r} is bypassed: {reads}"
-                hint = "pass example_inputs to compile, so that the plan can put the delta on the weight or refuse it"
-                findings.append(Diagnostic("DS437", message, suggestion=hint))
+            for visit in self._programmer.visits_of(name):
+                fqn, found = visit.planned.site.row.fqn, seen[visit.planned.site.row.fqn]
+                around = found.host is not None and (not found.called or methods()[visit.method].promises.weight)
+                if around and visit.planned.site.host is None:
+                    how = "besides calling it" if found.called else "without calling it"
+                    message = (
+                        f"delta {name!r} is bypassed: {found.host or 'the model'} reads the weights of {fqn} {how}"
+                    )
+                    hint = "pass example_inputs to compile, so that the plan puts the delta on the weight or refuses it"
+                    findings.append(Diagnostic("DS437", message, suggestion=hint))
         if findings:
             raise DeltaSpecError(findings)
-        self._proven = True
+        self._unproven.difference_update(self.active)
         self.rebind()
 
+    def require_proof(self) -> None:
+        """Refuse to be traced (torch.compile, torch.export) before any forward proved the active sites (DS440)."""
+        if not self._unproven.isdisjoint(self.active):
+            message = "no forward has shown yet that the attached deltas are reached, and a trace cannot show it"
+            hint = "pass example_inputs to deltaspec.compile, or call the model once before torch.compile or export"
+            raise DeltaSpecError([Diagnostic("DS440", message, suggestion=hint)])
+
     def _watched(self, forward: Forward) -> Forward:
-        return FirstForward(self, forward)
+        return FirstForward(self, forward).run
 
     def _refuse_rivals(self, wanted: tuple[str, ...]) -> None:
         """Refuse two deltas at once that both put copies in place of the same parameter."""
@@ -156,14 +167,16 @@ class FirstForward:
     def __init__(self, attachments: Attachments, base: Forward) -> None:
         self._attachments, self._base = attachments, base
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, once under observation."""
         if torch.compiler.is_compiling():
-            return self._base(*args, **kwargs)
+            raise RuntimeError(
+                "deltaspec DS440: pass example_inputs to deltaspec.compile, or call the model once first"
+            )
         recorder = Recorder(self._attachments.backbone)
         with recorder.recording():
             output = self._base(*args, **kwargs)
-        self._attachments.check_reached(recorder.result())
+        self._attachments.prove_reached(recorder.result())
         return output
 
 

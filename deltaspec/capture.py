@@ -43,19 +43,23 @@ def root_graph(backbone: nn.Module) -> tuple[fx.Graph, bool]:
         args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
         graph.output(graph.call_module("entry", (args, {}, kwargs)))
         return graph, True
+    # What every caller gives is passed by position, as callers do: hooks on the backbone may count on it.
+    positional: list[fx.Node] = []
     named: dict[str, Any] = {}
     rest: Any = None
     for parameter in parameters:
         if parameter.kind is kinds.VAR_KEYWORD:
             rest = graph.placeholder(f"**{parameter.name}")
+        elif parameter.default is kinds.empty and parameter.kind is kinds.POSITIONAL_OR_KEYWORD:
+            positional.append(graph.placeholder(parameter.name))
         elif parameter.default is kinds.empty:
             named[parameter.name] = graph.placeholder(parameter.name)
         else:
             named[parameter.name] = graph.placeholder(parameter.name, default_value=parameter.default)
     if rest is None:
-        graph.output(graph.call_module("backbone", (), named))
+        graph.output(graph.call_module("backbone", tuple(positional), named))
         return graph, False
-    graph.output(graph.call_module("entry", ((), named, rest)))
+    graph.output(graph.call_module("entry", (tuple(positional), named, rest)))
     return graph, True
 
 

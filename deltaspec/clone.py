@@ -23,8 +23,16 @@ def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any
     where the model holds something that cannot be copied.
     """
     memo: dict[int, Any] = dict(replace or {})
+    # Embeddings with a maximal norm write to their weight in every forward; that must not reach the original.
+    written = {
+        id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None and hasattr(m, "weight")
+    }
     for parameter in model.parameters():
+        if parameter.is_inference():
+            raise _not_copied(model, "its parameters were made under torch.inference_mode")
         memo[id(parameter)] = _share(parameter, device)
+        if id(parameter) in written:
+            memo[id(parameter)].data = memo[id(parameter)].data.clone()
     if device is not None:
         for buffer in model.buffers():
             memo[id(buffer)] = torch.empty_like(buffer, device=device)
@@ -36,15 +44,12 @@ def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any
     try:
         return _copy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
-        raise DeltaSpecError(
-            [
-                Diagnostic(
-                    "DS430",
-                    f"{type(model).__name__} cannot be copied: {error}",
-                    suggestion="remove what holds it (a lock, a stream, a cached result) before compiling",
-                )
-            ]
-        ) from error
+        raise _not_copied(model, str(error)) from error
+
+
+def _not_copied(model: nn.Module, reason: str) -> DeltaSpecError:
+    hint = "build the model anew, or remove what cannot be copied (a lock, a stream, a cached result) before compiling"
+    return DeltaSpecError([Diagnostic("DS430", f"{type(model).__name__} cannot be copied: {reason}", suggestion=hint)])
 
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), type, FunctionType, torch.dtype, torch.device, torch.Size)

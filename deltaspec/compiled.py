@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from os import PathLike
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from deltaspec.attach import Attachments
 from deltaspec.capture import Entry, root_graph
 from deltaspec.clone import clone
-from deltaspec.deltas import RESERVED, Delta, Deltas, build_delta
+from deltaspec.deltas import Delta, Deltas, build_delta, find, place
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic, closest
 from deltaspec.symbolic import trace
 
@@ -109,22 +110,24 @@ class CompiledModel(torch.fx.GraphModule):
         return self
 
     def only(self, *names: str) -> _Restore:
-        """Attach exactly these deltas, at once; used in a `with`, what was attached before comes back, on an error too."""
+        """Attach exactly these deltas, at once; in a `with`, what was attached before comes back, on an error too."""
         before = self.attached
         self._attachments.activate(self._known(names) if names else (), anew=names)
         return _Restore(self._attachments, before)
 
     def detached(self) -> _Restore:
-        """Detach all deltas, at once; used in a `with`, what was attached before comes back, on an error too."""
+        """Detach all deltas, at once; in a `with`, what was attached before comes back, on an error too."""
         return self.only()
 
     def refresh(self, *names: str) -> Self:
-        """Compute derived deltas, by name or all, from their sources as they are now; `attach` and `only` do so, too."""
+        """Compute derived deltas, by name or all, from their sources as they are now, as `attach` and `only` do."""
         self._attachments.derive(self._known(names))
         return self
 
     def _known(self, names: tuple[str, ...]) -> tuple[str, ...]:
         known = self._attachments.order
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise TypeError(f"names of deltas are given one by one, as in attach('a', 'b'), not {wrong[0]!r}")
         if unknown := [name for name in names if name not in known]:
             raise UnknownDeltaError([_unknown_delta(name, tuple(known)) for name in unknown])
         return names or tuple(known)
@@ -185,16 +188,19 @@ class CompiledModel(torch.fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
         backbone = copy.deepcopy(self.backbone, memo)
-        twin = CompiledModel(backbone, backbone.get_submodule(RESERVED).attachments, self.capture, self.capture_reason)
+        found = find(backbone)
+        assert found is not None
+        twin = CompiledModel(backbone, found[1].attachments, self.capture, self.capture_reason)
         memo[id(self)] = twin
         twin._copy_own_state(self, memo)
         return twin
 
     def _copy_own_state(self, other: CompiledModel, memo: dict[int, Any]) -> None:
-        """Carry over what users put on the root itself: hooks and its training flag."""
-        self.training = other.training
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs"):
-            self.__dict__[name] = copy.deepcopy(other.__dict__[name], memo)
+        """Carry over what users put on the root itself: hooks, flags, attributes."""
+        made = ("_modules", "_parameters", "_buffers", "_graph", "_code", "_attachments", "_lineno_map", "meta")
+        for name, value in other.__dict__.items():
+            if name not in made:
+                self.__dict__[name] = copy.deepcopy(value, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the backbone without its installed forwards; they are built anew when it is loaded."""
@@ -216,19 +222,18 @@ class CompiledModel(torch.fx.GraphModule):
 def _rebuild(
     backbone: nn.Module, plan: Plan, attached: tuple[str, ...], capture: str, capture_reason: str, training: bool
 ) -> CompiledModel:
-    deltas = backbone.get_submodule(RESERVED)
-    assert isinstance(deltas, Deltas)
-    compiled = _assemble(backbone, deltas, plan, capture, capture_reason)
+    found = find(backbone)
+    assert found is not None
+    graph = trace(backbone, *_places(plan))[0] if capture == "symbolic" else None
+    compiled = _assemble(backbone, found[1], plan, graph, capture, capture_reason)
     compiled.training = training
     compiled._attachments.activate(attached)
     return compiled
 
 
-def _assemble(backbone: nn.Module, deltas: Deltas, plan: Plan, capture: str, reason: str) -> CompiledModel:
-    graph = None
-    if capture == "symbolic":
-        graph, reason = trace(backbone, _site_modules(plan))
-        assert graph is not None, reason
+def _assemble(
+    backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | None, capture: str, reason: str
+) -> CompiledModel:
     attachments = Attachments(backbone, deltas, plan, graph)
     deltas.attachments = attachments
     return CompiledModel(backbone, attachments, capture, reason)
@@ -257,35 +262,41 @@ def compile(
 def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto") -> CompiledModel:
     """Compile a valid plan onto a clone of the model it was made for."""
     backbone = clone(model)
-    reason = "asked for"
+    graph, reason = None, "asked for"
     if capture != "modules":
-        graph, why = trace(backbone, _site_modules(plan))
+        graph, why = trace(backbone, *_places(plan))
         if graph is None and capture == "symbolic":
             message = f"{type(model).__name__} cannot be captured as symbolic: {why}"
             hint = 'use capture="modules" (or "auto"), which runs the model\'s own code'
             raise DeltaSpecError([Diagnostic("DS432", message, suggestion=hint)])
         if capture == "auto":
             capture, reason = ("modules" if graph is None else "symbolic"), why
+        if graph is not None:
+            plan = replace(plan, proven=True)  # the trace calls every site
     deltas = Deltas()
     for planned in plan.deltas:
         deltas.add(build_delta(planned, planned.seed, backbone))
     deltas.train(model.training)
-    backbone._modules[RESERVED] = deltas
-    compiled = _assemble(backbone, deltas, plan, capture, reason)
+    place(backbone, deltas)
+    compiled = _assemble(backbone, deltas, plan, graph, capture, reason)
     compiled._attachments.activate(planned.name for planned in plan.deltas if planned.attached)
     compiled._attachments.derive_detached()
     return compiled
 
 
-def _site_modules(plan: Plan) -> set[str]:
-    return {site.site.row.fqn for delta in plan.deltas for site in delta.sites}
+def _places(plan: Plan) -> tuple[set[str], set[str]]:
+    """Give the FQNs of all sites, and of the modules whose forwards their deltas need."""
+    sites = [site.site for delta in plan.deltas for site in delta.sites]
+    return {s.row.fqn for s in sites}, {s.row.fqn if s.host is None else s.host for s in sites}
 
 
 def _refuse_unusable(model: nn.Module, capture: str) -> None:
     if capture not in ("auto", "modules", "symbolic"):
         raise ValueError(f"capture is 'auto', 'modules' or 'symbolic', not {capture!r}")
-    if isinstance(model, CompiledModel) or RESERVED in model._modules:
-        message = f"{type(model).__name__} already has a part named {RESERVED!r}: it is compiled already"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, CompiledModel) or find(model) is not None:
+        message = f"{type(model).__name__} is compiled already"
         hint = "compile the original model with all specs at once: compile(model, spec_a, spec_b)"
         raise DeltaSpecError([Diagnostic("DS431", message, suggestion=hint)])
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from deltaspec.clone import clone
 from deltaspec.compiled import compile_plan
-from deltaspec.deltas import RESERVED, storage_key
+from deltaspec.deltas import home, storage_key
 from deltaspec.diagnostics import DeltaSpecError
 from deltaspec.methods import methods
 from deltaspec.snapshot import differences, snapshot
@@ -107,14 +107,14 @@ def _reversibility(case: Case) -> None:
             same(case.run(compiled.backbone), expected[active]),
             f"at {step} in {walk!r}, the backbone is not the model",
         )
-        if not active and (left := differences(fresh, snapshot(compiled.backbone, skip=RESERVED))):
+        if not active and (left := differences(fresh, snapshot(compiled.backbone, skip=home(compiled.backbone)))):
             raise ContractError(f"at {step} in {walk!r}, something is left: " + "; ".join(left[:5]))
     compiled.only("one")
     with seed(3):
         case.loss(compiled.train()).backward()  # type: ignore[no-untyped-call]
     compiled.eval()
     compiled.detach()
-    left = differences(fresh, snapshot(compiled.backbone, skip=RESERVED))
+    left = differences(fresh, snapshot(compiled.backbone, skip=home(compiled.backbone)))
     require(not left, "after a training step, something is left: " + "; ".join(left[:5]))
     require(
         same(case.run(compiled), case.reference), "after a training step, the detached output is not the original's"

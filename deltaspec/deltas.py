@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -90,10 +91,6 @@ class Deltas(nn.Module):
         """Register a delta; any name will do, also one that nn.Module has as a method."""
         self._modules[delta.name] = delta
 
-    def forward(self, value: Any = None, *_: Any) -> Any:
-        """Pass through: a backbone that runs all its children in order (`nn.Sequential`) runs this one, too."""
-        return value
-
     def __getitem__(self, name: str) -> Delta:
         found = self._modules[name]
         assert isinstance(found, Delta)
@@ -107,6 +104,50 @@ class Deltas(nn.Module):
     def _changed(self) -> None:
         if self.attachments is not None:
             self.attachments.rebind()
+
+
+def place(backbone: nn.Module, deltas: Deltas) -> None:
+    """Register the deltas on a backbone: under its root, or, where the root goes through its children, under a leaf.
+
+    An `nn.Sequential` runs its children, has a length and an index; a part of ours among them would show.
+    """
+    home = backbone
+    if isinstance(backbone, _CONTAINERS) or not _ITERATES.isdisjoint(_names_in_forward(type(backbone))):
+        leaves = [m for m in backbone.modules() if not m._modules and not isinstance(m, _CONTAINERS)]
+        home = leaves[-1] if leaves else backbone
+    home._modules[RESERVED] = deltas
+
+
+def find(backbone: nn.Module) -> tuple[str, Deltas] | None:
+    """Find the deltas of a backbone: (their FQN, themselves); None where there are none."""
+    return next(((fqn, m) for fqn, m in backbone.named_modules() if isinstance(m, Deltas)), None)
+
+
+def home(backbone: nn.Module) -> str:
+    """Give the FQN under which a compiled backbone holds its deltas."""
+    found = find(backbone)
+    assert found is not None
+    return found[0]
+
+
+def remove(backbone: nn.Module) -> None:
+    """Take the deltas out of a backbone."""
+    parent, _, name = home(backbone).rpartition(".")
+    del backbone.get_submodule(parent)._modules[name]
+
+
+def is_inside(fqn: str, deltas: str) -> bool:
+    """Tell whether a name of a module or tensor is the deltas' own."""
+    return fqn == deltas or fqn.startswith(deltas + ".")
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_ITERATES = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
+
+
+def _names_in_forward(kind: type[nn.Module]) -> frozenset[str]:
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return frozenset(code.co_names if code else ())
 
 
 def _after_load(deltas: nn.Module, _: Any) -> None:
@@ -191,7 +232,7 @@ def draw(init: Init, shape: tuple[int, ...], generator: torch.Generator) -> Tens
         bound = math.sqrt(6.0 / (shape[-2] + shape[-1]))
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     # He et al. (arXiv:1502.01852) with fan-in: bound = gain * sqrt(3 / fan_in), gain = sqrt(2 / (1 + slope^2)).
-    fan_in = math.prod(shape[1:])
+    fan_in = math.prod(shape[1:]) or 1  # a layer of width zero has nothing to draw
     bound = math.sqrt(6.0 / ((1.0 + init.value**2) * fan_in))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 

@@ -85,6 +85,7 @@ CODES: dict[str, str] = {
     "DS437": "delta that a forward pass bypasses",
     "DS438": "attention function that takes no more keys",
     "DS439": "input that a prompt does not fit",
+    "DS440": "deltas that no forward was seen to reach",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",
@@ -107,6 +108,7 @@ CODES: dict[str, str] = {
     "DS526": "tensor of another shape or type",
     "DS527": "saved tensor that is not finite",
     "DS528": "derived delta behind its sources",
+    "DS529": "saved delta with other parameters",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""
 

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from deltaspec.deltas import RESERVED
+from deltaspec.deltas import find, is_inside
 
 SAMPLE = 256
 """Values read of each tensor."""
@@ -20,8 +20,9 @@ def weights_fingerprint(backbone: nn.Module) -> str | None:
     Fast on any size, and enough to tell two checkpoints apart; it does not prove that they are equal in every value.
     """
     digest = hashlib.sha256()
+    found = find(backbone)
     for name, tensor in backbone.named_parameters(remove_duplicate=False):
-        if name.startswith(RESERVED + "."):
+        if found is not None and is_inside(name, found[0]):
             continue
         if tensor.device.type == "meta":
             return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.clone import clone
-from deltaspec.deltas import RESERVED, storage_key
+from deltaspec.deltas import remove, storage_key
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.methods import methods
 from deltaspec.substitution import Fold, Own, fold_into
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def without_deltas(attachments: Attachments) -> nn.Module:
     """Give a clone of the backbone, on the same storage, with the forwards that it had before it was compiled."""
     plain = clone(attachments.backbone, replace={id(attachments): None})
-    del plain._modules[RESERVED]
+    remove(plain)
     for fqn, module in plain.named_modules(remove_duplicate=False):
         module.__dict__.pop("forward", None)
         original = attachments.original_forward(fqn)
@@ -92,6 +92,10 @@ def _refuse(attachments: Attachments, names: Collection[str]) -> None:
         else:
             for planned in delta.sites:
                 module = attachments.backbone.get_submodule(planned.site.row.fqn)
+                row = planned.site.row
+                if row.kind in ("linear", "conv1d", "embedding", "conv") and not row.has_parameter("weight"):
+                    reason = f"the weight of {planned.fqn} ({row.type}) is computed, not a parameter"
+                    break
                 if any(spec.name == "bias" for spec in planned.tensors) and "bias" not in module._parameters:
                     reason = f"{planned.fqn} ({planned.site.row.type}) has no place for a bias"
                     break

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
@@ -90,6 +90,8 @@ class Row:
     """It looks up its attention function in transformers' AttentionInterface."""
     entrance: Entrance | None = None
     """Where its ids enter the model, if it is the embedding of token ids."""
+    computed: tuple[str, ...] = ()
+    """Names of the tensors that a hook computes before each forward (the older weight and spectral norms)."""
     arguments: tuple[str, ...] = ()
     """Names of the arguments that its forward takes by name."""
     transposed: bool = False
@@ -204,11 +206,16 @@ def _row(
         aliases=tuple(node.aliases),
         attends=is_routable(module),
         entrance=entrance,
+        computed=_computed(module) if module._forward_pre_hooks else (),
         arguments=_arguments(kind_of.forward),
         transposed=getattr(module, "is_transposed", None) is True,
         parts=None if node.map is None or out is None else node.map.parts_of(node.roles, node.config, out),
         vocabulary=vocabulary,
     )
+
+
+def _computed(module: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, value in module.__dict__.items() if isinstance(value, Tensor))
 
 
 @cache

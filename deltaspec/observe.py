@@ -30,7 +30,7 @@ class Observation:
     width: int | None = None
     """Last dimension of the hidden state that left."""
     host: str | None = None
-    """FQN of the module whose forward read this one's parameters without calling it."""
+    """FQN of the module whose forward read this one's parameters, instead of calling it or besides."""
     reads: tuple[str, ...] | None = None
     """Own names of the parameters that are read, where there is a host; None: all."""
     attention: AttentionShape | None = None
@@ -123,7 +123,10 @@ class Recorder:
             self._reads.setdefault(owner, set()).add(name)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        fqn = self._names[id(module)]
+        fqn = self._names.get(id(module))
+        if fqn is None:  # a stand-in for a module: what it reads, it reads for whoever runs it
+            self._stack.append(self._stack[-1] if self._stack else "")
+            return
         self._stack.append(fqn)
         width = _width(args[0] if args else _first(type(module).forward, kwargs))
         before = self._seen.get(fqn)
@@ -131,6 +134,8 @@ class Recorder:
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         fqn = self._stack.pop()
+        if id(module) not in self._names:
+            return
         hidden = _hidden(output)
         dims = None if hidden is None else hidden.dim()
         self._seen[fqn] = Observation(True, self._seen[fqn].in_width, _width(output), dims=dims)
@@ -141,13 +146,18 @@ class Recorder:
         for fqn, module in self._model.named_modules(remove_duplicate=False):
             name = self._names[id(module)]
             found = self._seen.get(name, Observation(False))
-            if readers := self._readers.get(name):
+            # A parametrisation, for one, hands its own parameters to its children.
+            if readers := {r for r in self._readers.get(name, ()) if not _is_below(r, name)}:
                 # Whoever stands above both the module and all its readers can run with another weight in its place.
                 host = _common([fqn.rpartition(".")[0], *readers])
                 reads = None if found.called else tuple(sorted(self._reads[name]))
-                found = Observation(True, found.in_width, found.width, host, reads, dims=found.dims)
+                found = replace(found, host=host, reads=reads)
             result[fqn] = found
         return result
+
+
+def _is_below(fqn: str, module: str) -> bool:
+    return not module or fqn.startswith(module + ".")
 
 
 def _common(names: list[str]) -> str:
@@ -181,14 +191,13 @@ def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Obs
             break
         try:
             seen = _run(model, example_inputs, device)
-        except (
-            Exception
-        ) as error:  # whatever a stranger's forward raises; the plan then says that nothing could be observed
+        except Exception as error:
+            # Whatever a stranger's forward raises: the plan then says that nothing could be observed.
             failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
         else:
             for fqn, observation in known.items():
                 found = seen.get(fqn, Observation(True))
-                seen[fqn] = replace(found, called=True, host=observation.host, reads=None)
+                seen[fqn] = replace(found, called=False, host=observation.host, reads=None)
             return seen, None
     return known, failures[-1]
 
@@ -198,15 +207,15 @@ def _static(model: nn.Module) -> dict[str, Observation]:
     found: dict[str, Observation] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for fqn, module in modules.items():
-        if isinstance(module, nn.TransformerEncoderLayer):
+        if type(module).forward is nn.TransformerEncoderLayer.forward:
             # Its fast path reads every parameter below it in one kernel call.
             inside = [name for name in modules if name.startswith(fqn + "." if fqn else "") and name != fqn]
-            found |= {name: Observation(True, host=fqn) for name in inside}
+            found |= {name: Observation(False, host=fqn) for name in inside}
         elif isinstance(module, nn.MultiheadAttention) and fqn not in found:
             name = f"{fqn}.out_proj" if fqn else "out_proj"
-            found[name] = Observation(True, host=fqn)
+            found[name] = Observation(False, host=fqn)
         elif isinstance(module, nn.ParameterList | nn.ParameterDict):
-            found[fqn] = Observation(True, host=fqn.rpartition(".")[0])
+            found[fqn] = Observation(False, host=fqn.rpartition(".")[0])
     return found
 
 

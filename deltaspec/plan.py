@@ -132,7 +132,10 @@ def _conflicts(specs: Sequence[DeltaSpec], deltas: Sequence[PlannedDelta]) -> li
         clashes: dict[tuple[str, bool], list[str]] = {}
         for site in delta.sites if replaces else ():
             for other, earlier in before.get(site.site.row.fqn, ()):
-                twice = methods()[other.method].promises.weight == "replace"
+                form = methods()[other.method].promises.weight
+                if form is None:
+                    continue  # what works around the call does so around the trained copy, too
+                twice = form == "replace"
                 names = {t.name for t in site.tensors} & {t.name for t in earlier.tensors}
                 # Two trained copies of one head may take turns; both at once would silently drop the first.
                 if not twice or (names and other.attached and delta.attached):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
-from deltaspec.deltas import RESERVED, Delta, Deltas, attribute_name, storage_key
+from deltaspec.deltas import Delta, Deltas, attribute_name, home, is_inside, storage_key
 from deltaspec.frozen import FrozenStatistics, tracks_statistics
 from deltaspec.methods import methods
 from deltaspec.methods._base import Form, Site
@@ -73,10 +73,11 @@ class Programmer:
     def __init__(self, backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | None) -> None:
         self._backbone, self._deltas, self._graph = backbone, deltas, graph
         self._traced = {str(node.target) for node in graph.nodes if node.op == "call_module"} if graph else set()
+        self._home = home(backbone)
         self.modules = {
             name: module
             for name, module in backbone.named_modules(remove_duplicate=False)
-            if name != RESERVED and not name.startswith(RESERVED + ".")
+            if not is_inside(name, self._home)
         }
         self.originals: dict[str, Forward | None] = {n: m.__dict__.get("forward") for n, m in self.modules.items()}
         """Instance-level forwards of other libraries' hooks, by FQN."""
@@ -152,6 +153,10 @@ class Programmer:
                 around = self._so_far(program, follower)
                 self._put_around(program, follower, Following(self.modules[follower], around, sum(lengths)))
 
+    def visits_of(self, delta: str) -> list[Visit]:
+        """Give all visits of one delta."""
+        return [visit for host in self.hosts[delta] for visit in self.visits[host] if visit.delta == delta]
+
     def own_forward(self, fqn: str) -> Forward:
         """Give the forward that a module has without any delta."""
         module = self.modules[fqn]
@@ -226,7 +231,7 @@ class Programmer:
 
     def _names(self, visit: Visit) -> SiteNames:
         """Say where one delta's tensors at a site are registered."""
-        planned, prefix = visit.planned, f"{RESERVED}.{visit.delta}."
+        planned, prefix = visit.planned, f"{self._home}.{visit.delta}."
         tensors = {s.name: prefix + attribute_name(storage_key(planned.site.row.fqn, s)) for s in planned.tensors}
         probability = getattr(planned.params, "dropout", 0)
         return SiteNames(tensors, prefix + Delta.dropout_name(probability) if probability else None)

@@ -89,7 +89,7 @@ class Layers(Part):
     """The first n layers."""
     last: Positive | None = None
     """The last n layers."""
-    only: tuple[Index, ...] = ()
+    only: tuple[Index, ...] = Field((), min_length=1)
     """Exactly these layers. A list in the place of the mapping means the same."""
     every: Positive | None = None
     """Every n-th layer, counted from `from` (or 0)."""

@@ -170,7 +170,10 @@ class Placer:
         else:
             in_width = in_width if seen.in_width is None else seen.in_width
             width = width if seen.width is None else seen.width
-            site = Site(row, parameter, in_width, width, seen.host, seen.reads, seen.attention, seen.dims)
+            # A module that is called and read besides takes a method around its call; a changed weight must reach both.
+            around = seen.called and self.method.promises.weight is None
+            host = None if around else seen.host
+            site = Site(row, parameter, in_width, width, host, seen.reads, seen.attention, seen.dims)
         return as_matrices(site) if parameter is not None and self.method.matrices else site
 
     def _tied_places(self, sites: list[Candidate]) -> list[Candidate]:
@@ -210,6 +213,8 @@ class Placer:
 
     def why_not(self, site: Site, params: MethodParams) -> tuple[str, str, str]:
         """Give code, reason and way out where this site cannot be; empty texts where it can."""
+        if why := _computed_weight(self.method, site, params):
+            return why
         refusal = self.method.refuse(site, params)
         if refusal is not None:
             return "DS402", refusal.reason, refusal.suggestion
@@ -284,3 +289,16 @@ def _static_widths(row: Row) -> tuple[int | None, int | None]:
     if row.kind == "norm" and set(row.bases).isdisjoint(CHANNELS_FIRST_NORMS) and row.has_parameter("weight"):
         return row.shape_of("weight")[-1], row.shape_of("weight")[-1]
     return None, None
+
+
+def _computed_weight(method: Method, site: Site, params: MethodParams) -> tuple[str, str, str] | None:
+    """Refuse to work through the weight of a module where that is computed from other parameters."""
+    row = site.row
+    if row.kind == "conv" and not row.has_parameter("weight"):
+        reason = f"the weight of this {row.type} is computed by a parametrisation"
+    elif row.computed and (site.host is not None or site.parameter or method.lowers(site, params)):
+        names = ", ".join(row.computed)
+        reason = f"a hook computes {names} of this {row.type} before each forward, so a change would be overwritten"
+    else:
+        return None
+    return "DS402", reason, "remove the weight or spectral norm before compiling (torch.nn.utils.remove_weight_norm …)"

@@ -29,7 +29,7 @@ def snapshot(model: nn.Module, *, identity: bool = False, skip: str | None = Non
                 for own, tensor in value.items():
                     seen[f"{place}{name}.{own}"] = _describe(tensor, identity)
             elif name == "_modules":
-                seen[f"{place}{name}"] = [child for child in value if fqn or child != skip]
+                seen[f"{place}{name}"] = [child for child in value if (f"{fqn}.{child}" if fqn else child) != skip]
             else:
                 seen[f"{place}{name}"] = _describe(value, identity)
     return seen

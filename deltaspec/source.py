@@ -58,6 +58,8 @@ def read(path: str | os.PathLike[str]) -> Document:
             raise DeltaSpecError([Diagnostic("DS101", f"cannot read a spec here: this is {kind}", printable(name))])
         with open(name, "rb") as file:
             content = file.read(MAX_BYTES + 1)
+    except DeltaSpecError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         long_text = "\n" in name or len(name) > 1000

@@ -215,8 +215,8 @@ def _known_methods(document: Document) -> tuple[Mapping[str, Method], list[Diagn
     """Give deltaspec's own methods; all installed ones only where the document needs them: that search is slow."""
     own = builtin_methods()
     deltas = document.data.get("deltas")
-    named = {d.get("method") for d in deltas if isinstance(d, dict)} if isinstance(deltas, list) else set()
-    if all(name in own for name in named if isinstance(name, str)):
+    entries = [d for d in deltas if isinstance(d, dict)] if isinstance(deltas, list) else []
+    if all(d["method"] in own for d in entries if isinstance(d.get("method"), str)):
         return own, []
     try:
         return methods(), []
@@ -244,7 +244,11 @@ def read_params(kind: type[MethodParams], data: Mapping[str, Any]) -> MethodPara
 
 
 def _document(spec: str | os.PathLike[str] | Mapping[str, Any]) -> Document:
-    return from_data(spec) if isinstance(spec, Mapping) else read(spec)
+    if isinstance(spec, Mapping):
+        return from_data(spec)
+    if not isinstance(spec, str | os.PathLike):
+        raise TypeError(f"a spec is a path, a dict or a DeltaSpec, not {type(spec).__name__}")
+    return read(spec)
 
 
 def _delta_fields(delta: dict[str, Any], path: Path, params: type[MethodParams]) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
         raise DeltaSpecError([Diagnostic("DS521", "is a file", file=str(folder), suggestion=hint)]) from None
     with alone_in(folder):
         before = _file_names(folder)
-        for name, content in files.items():
-            write_atomically(folder / name, content)
+        for name, payload in files.items():
+            write_atomically(folder / name, payload)
         write_atomically(folder / MANIFEST, _json(manifest))
         for name in before - files.keys():
             (folder / name).unlink(missing_ok=True)

@@ -28,7 +28,7 @@ class _Tracer(fx.Tracer):
         return module_qualified_name in self._sites or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(backbone: nn.Module, sites: Collection[str]) -> tuple[fx.Graph | None, str]:
+def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -> tuple[fx.Graph | None, str]:
     """Trace a detached backbone with its sites as leaves: (graph, why it is good) or (None, why not).
 
     Tracing burns in `self.training`, whether optional arguments were given, and hooks; so the graph is only taken where
@@ -65,8 +65,11 @@ def trace(backbone: nn.Module, sites: Collection[str]) -> tuple[fx.Graph | None,
         return None, f"its trace holds tensors that are no parameters or buffers ({', '.join(constants)})"
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     for fqn, module in backbone.named_modules():
-        if fqn not in called and (module._forward_hooks or module._forward_pre_hooks) and fqn:
-            return None, f"{fqn} has hooks, which a trace would fix"
+        if (fqn not in called or fqn in sites) and (module._forward_hooks or module._forward_pre_hooks) and fqn:
+            return None, f"{fqn} has hooks, which a trace would fix or put in another order"
+    for host in sorted(hosts):
+        if not any(host == name or host.startswith(name + ".") for name in called):
+            return None, f"{host or 'the model'} is not called in its trace, and a delta needs its forward"
     return graph, "it traces, the same in training and evaluation mode"
 
 

@@ -85,7 +85,7 @@ def forge(folder: Path, delta: str, change: Any) -> Path:
     change(tensors)
     save_file(tensors, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    rewrite(folder, lambda data: next(e for e in data["deltas"] if e["name"] == delta).update(sha256=digest))
+    rewrite(folder, lambda data: next(e for e in data["deltas"] if e["name"] == delta).update(file_sha256=digest))
     return path
 
 
@@ -277,7 +277,7 @@ def test_a_truncated_file_whose_digest_was_made_to_fit(saved):
     path = saved / manifest(saved)["deltas"][1]["file"]
     path.write_bytes(path.read_bytes()[:-8])
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    rewrite(saved, lambda data: data["deltas"][1].update(sha256=digest))
+    rewrite(saved, lambda data: data["deltas"][1].update(file_sha256=digest))
     assert refused(saved) == ["DS522"]
 
 
@@ -293,7 +293,7 @@ def test_a_pickle_in_place_of_safetensors(saved):
     path = saved / manifest(saved)["deltas"][1]["file"]
     torch.save({"head.up": torch.zeros(5, 3)}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    rewrite(saved, lambda data: data["deltas"][1].update(sha256=digest))
+    rewrite(saved, lambda data: data["deltas"][1].update(file_sha256=digest))
     assert refused(saved) == ["DS522"]
 
 
@@ -357,7 +357,7 @@ def test_a_manifest_that_is_no_text(saved):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda data: data["deltas"][0].pop("sha256"),
+        lambda data: data["deltas"][0].pop("file_sha256"),
         lambda data: data["deltas"][0].update(file=3),
         lambda data: data["deltas"].append("norms"),
         lambda data: data["deltas"].append(dict(data["deltas"][0])),

@@ -17,6 +17,7 @@ def command(model: str, specs: tuple[str, ...]) -> None:
     have drifted from it. Exit codes: 0 written, 1 findings (nothing is written), 2 usage.
     """
     from deltaspec.lock import lock_path, write_lock
+    from deltaspec.sites import counted
 
     planned = plan_from(model, specs)
     paths = [lock_path(spec) for spec in specs]
@@ -27,4 +28,4 @@ def command(model: str, specs: tuple[str, ...]) -> None:
             write_lock(part, path)
         except OSError as error:
             raise click.UsageError(f"{path} cannot be written: {error.strerror}") from None
-        click.echo(f"{path}: {len(part.sites)} sites, {part.trainable:,} trainable parameters")
+        click.echo(f"{path}: {counted(part.sites)}, {part.trainable:,} trainable parameters")
