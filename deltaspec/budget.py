@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from deltaspec.matrices import site_tensors
-from deltaspec.methods._base import MAX_RANK, Budget, Method, MethodParams, Site
+from deltaspec.methods._base import Method, MethodParams, Site
+from deltaspec.methods._rank import MAX_RANK, Budget
 from deltaspec.planned import PlannedSite, count_trainable
 
 Params = TypeVar("Params", bound=MethodParams)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from deltaspec.diagnostics import Diagnostic, Path, closest, show_value
-from deltaspec.methods._base import MAX_RANK, Init, Method, MethodParams, Site, TensorSpec
+from deltaspec.methods._base import Init, Method, MethodParams, Site, TensorSpec
+from deltaspec.methods._rank import MAX_RANK
 from deltaspec.methods._weights import weight_shape
 from deltaspec.planned import PlannedDelta, PlannedSite
 

@@ -15,7 +15,7 @@ from deltaspec.budget import largest
 from deltaspec.diagnostics import DeltaSpecError
 from deltaspec.lock import check_lock, lock, lock_data
 from deltaspec.methods import methods
-from deltaspec.methods._base import MAX_RANK, Budget
+from deltaspec.methods._rank import MAX_RANK, Budget
 from deltaspec.plan import plan
 from deltaspec.plan_text import markdown
 

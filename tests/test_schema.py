@@ -108,7 +108,9 @@ def test_nothing_stands_beside_a_ref():
 def test_each_method_has_its_condition():
     generated = schema(builtin_methods())
     conditions = generated["definitions"]["DeltaEntry"]["allOf"]
-    assert [c["if"]["properties"]["method"]["const"] for c in conditions] == list(builtin_methods())
+    *of_methods, of_derived = conditions
+    assert [c["if"]["properties"]["method"]["const"] for c in of_methods] == list(builtin_methods())
+    assert of_derived["if"] == {"required": ["from"]} and of_derived["else"]["required"] == ["method"]
     assert "oneOf" not in schema_text()
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from math import prod
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict
+
+from deltaspec.methods._rank import Rank as Rank
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     from deltaspec.attention import AttentionShape
     from deltaspec.modules import Row
     from deltaspec.parts import Parts
-
-MAX_RANK = 65536
-SHARE = r"^(100|[0-9]{1,2}(\.[0-9]{1,9})?) ?%$"
-"""A percentage, as a document writes it."""
 
 InitKind = Literal["zeros", "ones", "normal", "kaiming_uniform", "xavier_uniform", "constant", "copy"]
 
@@ -35,48 +32,6 @@ class MethodParams(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
-
-
-class Budget(MethodParams):
-    """A number of trainable parameters, for the plan to choose the largest rank that it pays for."""
-
-    budget: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=SHARE)]
-    """For the whole delta: a count, or a share of the backbone's parameters such as `0.5%`."""
-
-    def limit(self, parameters: int) -> int:
-        """Give the count, for a backbone of so many parameters; exact, rounded down."""
-        if isinstance(self.budget, int):
-            return self.budget
-        return int(Fraction(self.budget.removesuffix("%").strip()) * parameters / 100)
-
-    def __str__(self) -> str:
-        return f"{self.budget:,}" if isinstance(self.budget, int) else f"{self.budget.removesuffix('%').strip()} %"
-
-
-if TYPE_CHECKING:
-    Rank: TypeAlias = int  # methods see only numbers: the plan puts one in place of a budget before it asks them
-else:
-    Rank = Annotated[
-        Annotated[int, Field(ge=1, le=MAX_RANK)] | Budget,
-        WithJsonSchema(
-            {
-                "type": ["integer", "object"],
-                "minimum": 1,
-                "maximum": MAX_RANK,
-                "properties": {
-                    "budget": {
-                        "type": ["integer", "string"],
-                        "minimum": 1,
-                        "pattern": SHARE,
-                        "description": Budget.model_fields["budget"].description,
-                    }
-                },
-                "required": ["budget"],
-                "additionalProperties": False,
-            }
-        ),
-    ]
-    """A rank, or the budget that it is to keep to. More rank must not cost less."""
 
 
 @dataclass(frozen=True, slots=True)
