@@ -173,6 +173,7 @@ class CompiledModel(torch.fx.GraphModule):
 
     def export(self, *args: Any, **options: Any) -> torch.export.ExportedProgram:
         """Export the model with its attached deltas: `torch.export.export(self.backbone, …)`, same arguments."""
+        self._attachments.require_proof()
         return torch.export.export(self.backbone, *args, **options)
 
     # Being a module

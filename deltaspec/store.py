@@ -248,7 +248,7 @@ def _match(
                 f"{name}: tensor {key} is {list(value.shape)}, the model's is {list(target.shape)}",
                 "compare the params",
             )
-        elif torch.promote_types(value.dtype, target.dtype) != target.dtype:
+        elif not _fits(value.dtype, target.dtype):
             found("DS526", f"{name}: tensor {key} is {value.dtype}, the model's is {target.dtype}", "convert the model")
         elif not _finite(value):
             findings.append(_not_finite(name, key, str(saved.path(file))))
@@ -285,6 +285,11 @@ def _meaning(spec: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _fits(saved: torch.dtype, held: torch.dtype) -> bool:
+    """Tell whether values of one dtype are exact in another of the same sort."""
+    return saved.is_floating_point == held.is_floating_point and torch.promote_types(saved, held) == held
 
 
 def _finite(value: Tensor) -> bool:

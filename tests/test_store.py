@@ -391,7 +391,7 @@ def test_a_manifest_that_points_out_of_its_directory(saved, field, name):
 
 def test_a_saved_spec_that_was_damaged(saved):
     (saved / manifest(saved)["deltas"][1]["spec"]).write_text("{")
-    with pytest.raises(DeltaSpecError, match="DS1"):
+    with pytest.raises(DeltaSpecError, match="DS522"):
         deltaspec.restore(CHOSEN.model(), saved)
     (saved / manifest(saved)["deltas"][1]["spec"]).unlink()
     with pytest.raises(DeltaSpecError):
