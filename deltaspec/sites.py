@@ -12,7 +12,7 @@ from deltaspec.folding import fold
 from deltaspec.matrices import as_matrices, site_tensors
 from deltaspec.methods import methods
 from deltaspec.methods._base import Method, MethodParams, Site
-from deltaspec.methods._shapes import CHANNELS_FIRST_NORMS
+from deltaspec.methods._shapes import static_widths
 from deltaspec.modules import ModuleTable, Row
 from deltaspec.observe import Observations
 from deltaspec.planned import PlannedDelta, PlannedSite
@@ -164,7 +164,7 @@ class Placer:
     def site(self, row: Row, parameter: str | None) -> Site:
         """Describe a place, with what the forward pass showed of it."""
         seen = self.observations.of(row)
-        in_width, width = _static_widths(row)
+        in_width, width = static_widths(row)
         if seen is None:
             site = Site(row, parameter, in_width, width)
         else:
@@ -278,17 +278,6 @@ def shown(names: Iterable[str], most: int = 3) -> str:
     patterns = [pattern or "the model itself" for pattern in fold(names)]
     more = f" and {len(patterns) - most} more" if len(patterns) > most else ""
     return ", ".join(patterns[:most]) + more
-
-
-def _static_widths(row: Row) -> tuple[int | None, int | None]:
-    """Widths of hidden states that the module itself tells, channels last."""
-    if row.kind in ("linear", "conv1d"):
-        return row.in_features, row.out_features
-    if row.kind == "embedding":
-        return None, row.out_features
-    if row.kind == "norm" and set(row.bases).isdisjoint(CHANNELS_FIRST_NORMS) and row.has_parameter("weight"):
-        return row.shape_of("weight")[-1], row.shape_of("weight")[-1]
-    return None, None
 
 
 def _computed_weight(method: Method, site: Site, params: MethodParams) -> tuple[str, str, str] | None:

@@ -28,6 +28,17 @@ def hidden_width(site: Site, position: str) -> int | None:
     return None if site.kind == "embedding" else site.row.in_features
 
 
+def static_widths(row: Row) -> tuple[int | None, int | None]:
+    """Give the widths of the hidden states that enter and leave, as far as the module itself tells, channels last."""
+    if row.kind in ("linear", "conv1d"):
+        return row.in_features, row.out_features
+    if row.kind == "embedding":
+        return None, row.out_features
+    if row.kind == "norm" and set(row.bases).isdisjoint(CHANNELS_FIRST_NORMS) and row.has_parameter("weight"):
+        return row.shape_of("weight")[-1], row.shape_of("weight")[-1]
+    return None, None
+
+
 def along_channels(vector: Any, form: Form) -> Any:
     """Shape a `[channels]` vector so that it broadcasts over the output of a module of this form."""
     if form.channel_dims:
