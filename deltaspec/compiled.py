@@ -17,7 +17,7 @@ from deltaspec.capture import Entry, root_graph
 from deltaspec.clone import clone
 from deltaspec.deltas import Delta, Deltas, build_delta, find, place
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic, closest
-from deltaspec.symbolic import trace
+from deltaspec.symbolic import reads_around_calls, trace
 
 if TYPE_CHECKING:
     from deltaspec.planned import Plan
@@ -272,7 +272,7 @@ def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto") -> Compile
             raise DeltaSpecError([Diagnostic("DS432", message, suggestion=hint)])
         if capture == "auto":
             capture, reason = ("modules" if graph is None else "symbolic"), why
-        if graph is not None:
+        if graph is not None and not reads_around_calls(graph, backbone, _places(plan)[0]):
             plan = replace(plan, proven=True)  # the trace calls every site
     deltas = Deltas()
     for planned in plan.deltas:

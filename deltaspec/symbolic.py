@@ -73,6 +73,14 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
     return graph, "it traces, the same in training and evaluation mode"
 
 
+def reads_around_calls(graph: fx.Graph, backbone: nn.Module, sites: Collection[str]) -> bool:
+    """Tell whether a trace reads parameters of a site besides calling it (a tied head, `F.linear` on a weight)."""
+    named = dict(backbone.named_parameters(remove_duplicate=False))
+    read = {id(named.get(str(node.target))) for node in graph.nodes if node.op == "get_attr"}
+    owned = (p for fqn in sites if fqn for p in backbone.get_submodule(fqn)._parameters.values() if p is not None)
+    return any(id(parameter) in read for parameter in owned)
+
+
 def compile_graph(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
     """Turn a graph over the backbone into a function of (backbone, inputs) and its source."""
     graph.lint()
