@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.deltas import Deltas, seeded, storage_key
-from deltaspec.derived import METHOD, Derivation, lora
+from deltaspec.derived import METHOD, Derivation, in_order, lora
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.methods import methods
 from deltaspec.methods._weights import canonical
@@ -99,7 +99,7 @@ def refresh(backbone: nn.Module, deltas: Deltas, plan: Plan, names: Iterable[str
 
     Raises DeltaSpecError (DS520) where a source has NaN or infinite values.
     """
-    for name, tensors in [(name, derive(backbone, deltas, plan, name)) for name in names]:
+    for name, tensors in derive(backbone, deltas, plan, names).items():
         for key, value in tensors.items():
             deltas[name].tensor(key).copy_(value)
 
@@ -107,27 +107,38 @@ def refresh(backbone: nn.Module, deltas: Deltas, plan: Plan, names: Iterable[str
 def behind(backbone: nn.Module, deltas: Deltas, plan: Plan, names: Iterable[str]) -> list[str]:
     """Give the names of those derived deltas that are not what their sources would give now."""
     found = []
-    for name in names:
+    for name, fresh in derive(backbone, deltas, plan, names).items():
         own = deltas[name]
-        fresh = derive(backbone, deltas, plan, name)
         if not all(torch.equal(own.tensor(key), value.to(own.tensor(key))) for key, value in fresh.items()):
             found.append(name)
     return found
 
 
 @torch.no_grad()
-def derive(backbone: nn.Module, deltas: Deltas, plan: Plan, name: str) -> dict[str, Tensor]:
-    """Give a derived delta's tensors, by storage key, as its sources (and theirs) are now; empty on the meta device."""
+def derive(backbone: nn.Module, deltas: Deltas, plan: Plan, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Give derived deltas' tensors, by name and storage key, as their sources (and those of derived ones) are now."""
+    wanted = list(names)
+    sources = {d.name: [name for name, _ in d.derived.sources] for d in plan.deltas if d.derived is not None}
+    needed, pending = set[str](), list(wanted)
+    while pending:
+        if (name := pending.pop()) not in needed:
+            needed.add(name)
+            pending += sources.get(name, ())
+    held: dict[str, dict[str, Tensor]] = {}
+    for name in in_order({name: sources.get(name, ()) for name in needed}):
+        own = dict(deltas[name].tensors())
+        if name in sources and not any(value.is_meta for value in own.values()):
+            own = _derived(plan, name, held, backbone)
+        held[name] = own
+    return {name: held[name] for name in wanted if not any(value.is_meta for value in held[name].values())}
+
+
+def _derived(plan: Plan, name: str, held: Mapping[str, Mapping[str, Tensor]], backbone: nn.Module) -> dict[str, Tensor]:
+    """Give one derived delta's tensors, by storage key; `held` has those of its sources."""
     planned = plan[name]
     derivation = planned.derived
     assert derivation is not None
-    if any(value.is_meta for _, value in deltas[name].tensors()):
-        return {}
-    held: dict[str, Mapping[str, Tensor]] = {}
-    for source, _ in derivation.sources:
-        computed = plan[source].derived is not None
-        held[source] = derive(backbone, deltas, plan, source) if computed else dict(deltas[source].tensors())
-    places = {source: {site.fqn: site for site in plan[source].sites} for source in held}
+    places = {source: {site.fqn: site for site in plan[source].sites} for source, _ in derivation.sources}
     tensors: dict[str, Tensor] = {}
     for place in planned.sites:
         fqn = place.site.row.fqn

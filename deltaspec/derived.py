@@ -6,8 +6,9 @@ merges and is saved as lora. How its tensors are computed, and when, is in `comb
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from graphlib import CycleError, TopologicalSorter
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -97,6 +98,7 @@ def check(document: Document, methods: Mapping[str, Method]) -> Iterator[Diagnos
     listed = document.data.get("deltas")
     deltas = [d if isinstance(d, dict) else {} for d in listed] if isinstance(listed, list) else []
     by_name = {d["name"]: d for d in reversed(deltas) if isinstance(d.get("name"), str)}
+    yield from _circle(document, by_name)
     for index, delta in enumerate(deltas):
         if "from" not in delta:
             continue
@@ -109,10 +111,7 @@ def check(document: Document, methods: Mapping[str, Method]) -> Iterator[Diagnos
                 yield document.diagnostic(
                     "DS223", f"no delta is named {show_value(name)}", (*path, "from", name), hint, key=True
                 )
-        if circle := _circle(delta.get("name"), by_name):
-            message = f"circular derivation: {' → '.join(circle)}"
-            yield document.diagnostic("DS224", message, (*path, "from"), "break the circle")
-        elif all(name in by_name for name in sources):
+        if all(name in by_name for name in sources):
             yield from _check_methods(document, path, delta, [by_name[name] for name in sources], methods)
         yield from _check_params(document, path, delta)
 
@@ -121,20 +120,21 @@ def _sources(delta: Mapping[str, Any]) -> list[str]:
     return [name for name in delta["from"] if isinstance(name, str)] if isinstance(delta.get("from"), dict) else []
 
 
-def _circle(start: object, by_name: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Give a way from a derived delta through sources back to itself; empty where there is none."""
-    if not isinstance(start, str):
-        return []
-    trails, seen = [[start]], {start}
-    while trails:
-        trail = trails.pop()
-        for name in _sources(by_name.get(trail[-1], {})):
-            if name == start:
-                return [*trail, start]
-            if name not in seen:
-                seen.add(name)
-                trails.append([*trail, name])
-    return []
+def _circle(document: Document, by_name: Mapping[str, dict[str, Any]]) -> Iterator[Diagnostic]:
+    """Report a delta that is derived from itself."""
+    try:
+        in_order({name: _sources(delta) for name, delta in by_name.items()})
+    except CycleError as error:
+        circle = list(reversed(error.args[1]))
+        shown = circle if len(circle) <= 8 else [*circle[:4], "…", *circle[-3:]]
+        index = next(i for i, delta in enumerate(document.data["deltas"]) if delta is by_name[circle[0]])
+        message = f"circular derivation: {' → '.join(shown)}"
+        yield document.diagnostic("DS224", message, ("deltas", index, "from"), "break the circle")
+
+
+def in_order(sources: Mapping[str, Iterable[str]]) -> list[str]:
+    """Sort names so that each comes after its sources. Raises CycleError."""
+    return list(TopologicalSorter(sources).static_order())
 
 
 def _check_methods(
@@ -187,16 +187,7 @@ def _params(delta: dict[str, Any]) -> dict[str, Any]:
 def order(spec: DeltaSpec) -> list[int]:
     """Give the indices of a spec's deltas, each one after its sources."""
     index = {entry.name: number for number, entry in enumerate(spec.deltas)}
-    placed: dict[int, None] = {}
-
-    def put(number: int) -> None:
-        for name in spec.deltas[number].sources:
-            put(index[name])
-        placed[number] = None
-
-    for number in range(len(spec.deltas)):
-        put(number)
-    return list(placed)
+    return [index[name] for name in in_order({entry.name: entry.sources for entry in spec.deltas})]
 
 
 def place(spec: DeltaSpec, index: int, planned: Mapping[str, PlannedDelta]) -> tuple[PlannedDelta, list[Diagnostic]]:

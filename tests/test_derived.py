@@ -237,6 +237,20 @@ def test_sources_may_be_derived_and_come_later():
     assert not torch.equal(compiled(X), backbone(X))
 
 
+def test_long_chains_and_many_ways_cost_no_more_than_their_length():
+    deltas = spec(target="a")["deltas"][:2]
+    names = ("french", "legal")
+    for number in range(600):
+        following = (f"x{number}", f"y{number}")
+        deltas += [{"name": n, "from": dict.fromkeys(names, 0.5), "combine": "linear"} for n in following]
+        names = following
+    made = plan(Net(), {"deltaspec": 1, "deltas": deltas})
+    assert len(made.deltas) == 1202
+    compiled = deltaspec.compile(Net().eval(), {"deltaspec": 1, "deltas": deltas[:120]})
+    compiled.only("x58")
+    assert torch.isfinite(compiled(X)).all()
+
+
 # When
 
 
@@ -524,10 +538,8 @@ def test_wrong_documents(blend, code, where, message, hint):
 def test_circles_and_methods():
     entries = spec()["deltas"]
     entries += [{"name": name, "from": {other: 1}, "combine": "cat"} for name, other in (("x", "y"), ("y", "x"))]
-    assert [f.message for f in deltaspec.validate({"deltaspec": 1, "deltas": entries})] == [
-        "circular derivation: x → y → x",
-        "circular derivation: y → x → y",
-    ]
+    [found] = deltaspec.validate({"deltaspec": 1, "deltas": entries})
+    assert found.message in ("circular derivation: x → y → x", "circular derivation: y → x → y")
     mixed = spec()
     mixed["deltas"][1]["method"] = "loha"
     [found] = deltaspec.validate(mixed)
