@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deltaspec.compiled import CompiledModel as CompiledModel
-    from deltaspec.compiled import compile as compile
+    from deltaspec.compiler import compile as compile
     from deltaspec.diagnostics import DeltaSpecError as DeltaSpecError
     from deltaspec.diagnostics import Diagnostic as Diagnostic
     from deltaspec.plan import plan as plan
@@ -28,7 +28,7 @@ _HOME = {
     "DeltaSpecError": "diagnostics",
     "Diagnostic": "diagnostics",
     "Plan": "planned",
-    "compile": "compiled",
+    "compile": "compiler",
     "load": "spec",
     "plan": "plan",
     "restore": "store",

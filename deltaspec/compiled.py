@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from os import PathLike
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import fx, nn
@@ -15,16 +14,13 @@ from torch import fx, nn
 from deltaspec.attach import Attachments
 from deltaspec.capture import Entry, root_graph
 from deltaspec.clone import clone
-from deltaspec.deltas import Delta, Deltas, build_delta, find, place
+from deltaspec.deltas import Delta, Deltas, find
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic, closest
-from deltaspec.symbolic import reads_around_calls, trace
+from deltaspec.symbolic import trace
 
 if TYPE_CHECKING:
     from deltaspec.planned import Plan
     from deltaspec.regions import Region
-    from deltaspec.spec import DeltaSpec
-
-Spec: TypeAlias = "str | PathLike[str] | Mapping[str, Any] | DeltaSpec"
 
 
 class UnknownDeltaError(DeltaSpecError, KeyError):
@@ -159,6 +155,7 @@ class CompiledModel(torch.fx.GraphModule):
         A prefix then has its keys and values alone, and p_tuning is a soft prompt; both compute what they did. The
         other deltas are copied, the backbone's storage is shared. Raises UnknownDeltaError.
         """
+        from deltaspec.compiler import compile_plan
         from deltaspec.merge import without_deltas
         from deltaspec.simplify import copy_tensors, simplify
 
@@ -225,81 +222,26 @@ def _rebuild(
 ) -> CompiledModel:
     found = find(backbone)
     assert found is not None
-    graph = trace(backbone, *_places(plan))[0] if capture == "symbolic" else None
-    compiled = _assemble(backbone, found[1], plan, graph, capture, capture_reason)
+    graph = trace(backbone, *places(plan))[0] if capture == "symbolic" else None
+    compiled = assemble(backbone, found[1], plan, graph, capture, capture_reason)
     compiled.training = training
     compiled._attachments.activate(attached)
     return compiled
 
 
-def _assemble(
+def assemble(
     backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | None, capture: str, reason: str
 ) -> CompiledModel:
+    """Make a compiled model of a backbone that holds its deltas already; nothing is attached yet."""
     attachments = Attachments(backbone, deltas, plan, graph)
     deltas.attachments = attachments
     return CompiledModel(backbone, attachments, capture, reason)
 
 
-def compile(
-    model: nn.Module, spec: Spec, *more_specs: Spec, capture: str = "auto", example_inputs: Any = None
-) -> CompiledModel:
-    """Compile one or several specs onto a model; the model is not changed.
-
-    A spec is a path, a dict or a DeltaSpec; the names of the deltas of several specs must differ. The result shares the
-    storage of the model's weights. `capture`: `modules` runs the model's own code, with one small graph per site;
-    `symbolic` traces the whole model into one graph; `auto` takes `symbolic` where that is safe (see `.capture`,
-    `.capture_reason`). `example_inputs` are inputs of the model's forward (keywords in a dict, positional arguments in
-    a tuple, or one tensor), for one forward on meta tensors that proves that each site is reached; transformers models
-    need none.
-
-    Raises DeltaSpecError with all findings, before anything is made.
-    """
-    from deltaspec.plan import plan
-
-    _refuse_unusable(model, capture)
-    return compile_plan(model, plan(model, spec, *more_specs, example_inputs=example_inputs), capture)
-
-
-def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto") -> CompiledModel:
-    """Compile a valid plan onto a clone of the model it was made for."""
-    backbone = clone(model)
-    graph, reason = None, "asked for"
-    if capture != "modules":
-        graph, why = trace(backbone, *_places(plan))
-        if graph is None and capture == "symbolic":
-            message = f"{type(model).__name__} cannot be captured as symbolic: {why}"
-            hint = 'use capture="modules" (or "auto"), which runs the model\'s own code'
-            raise DeltaSpecError([Diagnostic("DS432", message, suggestion=hint)])
-        if capture == "auto":
-            capture, reason = ("modules" if graph is None else "symbolic"), why
-        if graph is not None and not reads_around_calls(graph, backbone, _places(plan)[0]):
-            plan = replace(plan, proven=True)  # the trace calls every site
-    deltas = Deltas()
-    for planned in plan.deltas:
-        deltas.add(build_delta(planned, planned.seed, backbone))
-    deltas.train(model.training)
-    place(backbone, deltas)
-    compiled = _assemble(backbone, deltas, plan, graph, capture, reason)
-    compiled._attachments.activate(planned.name for planned in plan.deltas if planned.attached)
-    compiled._attachments.derive_detached()
-    return compiled
-
-
-def _places(plan: Plan) -> tuple[set[str], set[str]]:
+def places(plan: Plan) -> tuple[set[str], set[str]]:
     """Give the FQNs of all sites, and of the modules whose forwards their deltas need."""
     sites = [site.site for delta in plan.deltas for site in delta.sites]
     return {s.row.fqn for s in sites}, {s.row.fqn if s.host is None else s.host for s in sites}
-
-
-def _refuse_unusable(model: nn.Module, capture: str) -> None:
-    if capture not in ("auto", "modules", "symbolic"):
-        raise ValueError(f"capture is 'auto', 'modules' or 'symbolic', not {capture!r}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if isinstance(model, CompiledModel) or find(model) is not None:
-        message = f"{type(model).__name__} is compiled already"
-        hint = "compile the original model with all specs at once: compile(model, spec_a, spec_b)"
-        raise DeltaSpecError([Diagnostic("DS431", message, suggestion=hint)])
 
 
 def _unknown_delta(name: str, known: tuple[str, ...]) -> Diagnostic:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from deltaspec.clone import clone
-from deltaspec.compiled import compile_plan
+from deltaspec.compiler import compile_plan
 from deltaspec.deltas import home, storage_key
 from deltaspec.diagnostics import DeltaSpecError
 from deltaspec.methods import methods

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from deltaspec.compiled import CompiledModel, compile_plan
+from deltaspec.compiled import CompiledModel
+from deltaspec.compiler import compile_plan
 from deltaspec.diagnostics import DeltaSpecError
+from deltaspec.inputs import call_arguments
 from deltaspec.methods import methods
-from deltaspec.observe import call_arguments
 from deltaspec.plan import plan
 from deltaspec.planned import Plan
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import deltaspec
 from deltaspec.clone import clone
-from deltaspec.compiled import CompiledModel, UnknownDeltaError, compile_plan
+from deltaspec.compiled import CompiledModel, UnknownDeltaError
+from deltaspec.compiler import compile_plan
 from deltaspec.deltas import RESERVED
 from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.observe import call_arguments
+from deltaspec.inputs import call_arguments
 from deltaspec.plan import Plan, plan
 from deltaspec.snapshot import differences, snapshot
 from deltaspec.trial import floats, same, seed

@@ -15,7 +15,8 @@ import deltaspec
 from deltaspec.clone import clone
 from deltaspec.compiled import CompiledModel
 from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.observe import Observation, dummy_inputs, observe
+from deltaspec.inputs import dummy_inputs
+from deltaspec.observe import Observation, observe
 from deltaspec.snapshot import differences, snapshot
 
 INPUTS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))

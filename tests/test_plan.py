@@ -55,7 +55,7 @@ class Net(nn.Module):
 
 
 STRUCTURE = "sha256:3fefde8dfdc34e6f95021301046235ce8e97031571190d3d49ca1a73bbdd01cc"
-FINGERPRINT = "sha256:c7ba30af5783db34a9f792a93fd474d4c4e86b3a27db1fc1454da5c1d83f73ca"
+FINGERPRINT = "sha256:11cf1f88f37bc581c1f4bab3a286272e09884bec048fc1c0ccb7c281ed529702"
 GOLDEN = """\
 Plan for Net (1,190 parameters)
 
@@ -78,7 +78,7 @@ Total: 2 deltas, 5 sites, 587 trainable parameters, 49.33 % of the base
   ✓ 587 trainable parameters are 49.33 % of the base's 1,190, expected at most 60 % (714)
   ✓ untouched: blocks.{0..1}.norm
 
-Fingerprint: sha256:75889d3e53aa8474b869616ec64c634868be7da4b8334ec0d90581e2679eb29d"""
+Fingerprint: sha256:9856d4b70367e58475258eadc3c8989030a7ab1a24754b0054182258f28d53ba"""
 
 INPUT = torch.zeros(2, 5, 8)
 

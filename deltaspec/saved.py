@@ -1,0 +1,143 @@
+"""A directory of saved deltas as it lies on disk: its manifest read and checked, its files read with their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+from deltaspec.fingerprint import weights_fingerprint
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+ENDINGS = {"file": "safetensors", "spec": "deltaspec.json", "lock": "deltaspec.lock.json"}
+_FILE_NAME = re.compile(r"[A-Za-z][\w-]*\.[0-9a-f]{8}\.(safetensors|deltaspec\.json|deltaspec\.lock\.json)", re.ASCII)
+"""The files of one delta, by their field in the manifest."""
+
+
+class SavedSet:
+    """A directory written by `save`, its manifest read and checked."""
+
+    def __init__(self, directory: str | PathLike[str]) -> None:
+        self.folder = Path(directory)
+        self.manifest = self._read_manifest()
+        self.entries: list[dict[str, str]] = self.manifest["deltas"]
+        self.names = [entry["name"] for entry in self.entries]
+        self.attached: list[str] = self.manifest["attached"]
+
+    def path(self, name: str) -> Path:
+        """Give the path of one of its files."""
+        return self.folder / name
+
+    def finding(self, code: str, message: str, suggestion: str | None = None, file: str = MANIFEST) -> Diagnostic:
+        """Make a finding about one of its files."""
+        return Diagnostic(code, message, file=str(self.folder / file), suggestion=suggestion)
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        hint = "give the directory that c.save(dir) wrote"
+        try:
+            data = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise DeltaSpecError([self.finding("DS521", "there are no saved deltas here", hint)]) from None
+        except OSError as error:
+            raise DeltaSpecError([self.finding("DS521", f"cannot be read: {error.strerror}", hint)]) from error
+        except (ValueError, RecursionError) as error:
+            raise DeltaSpecError(
+                [self.finding("DS522", f"is not a manifest: {error}", "save the deltas again")]
+            ) from error
+        if problem := _manifest_problem(data):
+            raise DeltaSpecError([self.finding("DS522", f"is not a manifest: {problem}", "save the deltas again")])
+        return dict(data)
+
+    def check_backbone(self, structure: str, backbone: nn.Module, model_class: str) -> list[Diagnostic]:
+        """Compare the saved fingerprints with a backbone's."""
+        saved = self.manifest["backbone"]
+        if saved["structure"] != structure:
+            message = (
+                f"was saved for another backbone: {saved['class']}, whose structure differs from this {model_class}"
+            )
+            return [self.finding("DS523", message, "load the model that the deltas were trained on")]
+        weights = weights_fingerprint(backbone)
+        if saved["weights"] is not None and weights is not None and saved["weights"] != weights:
+            message = "was saved for a backbone of this structure with other weights"
+            return [self.finding("DS523", message, "load the checkpoint (and dtype) that the deltas were trained on")]
+        return []
+
+    def tensors(self, name: str, findings: list[Diagnostic]) -> dict[str, Tensor] | None:
+        """Read a delta's tensors, its digest checked; None, with a finding, where that fails."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load as from_bytes
+
+        payload, problems = self.read(name, "file")
+        findings += problems
+        if payload is None:
+            return None
+        try:
+            return dict(from_bytes(payload))
+        except (SafetensorError, ValueError, KeyError) as error:
+            file = self.entry(name)["file"]
+            findings.append(self.finding("DS522", f"is no safetensors file: {error}", "save again", file))
+            return None
+
+    def entry(self, name: str) -> dict[str, str]:
+        """Give a delta's entry in the manifest."""
+        return next(entry for entry in self.entries if entry["name"] == name)
+
+    def read(self, name: str, field: str) -> tuple[bytes | None, list[Diagnostic]]:
+        """Read one of a delta's files (`file`, `spec` or `lock`), its digest checked: (content, findings)."""
+        entry = self.entry(name)
+        try:
+            content = self.path(entry[field]).read_bytes()
+        except OSError as error:
+            message = f"cannot be read: {error.strerror}"
+            return None, [self.finding("DS521", message, "restore the file", entry[field])]
+        if digest(content) != entry[f"{field}_sha256"]:
+            message = "is damaged: its content is not what was saved (truncated or changed)"
+            hint = "save the deltas again, or restore the file"
+            return None, [self.finding("DS522", message, hint, entry[field])]
+        return content, []
+
+
+def file_names(folder: Path) -> set[str]:
+    """Give the names of the files, the manifest apart, of the set that is in a directory; empty where there is none."""
+    try:
+        entries = SavedSet(folder).entries
+    except DeltaSpecError:
+        return set()
+    return {entry[field] for entry in entries for field in ENDINGS}
+
+
+def digest(content: bytes) -> str:
+    """Give a file's SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _manifest_problem(data: Any) -> str | None:
+    if not isinstance(data, dict) or isinstance(data.get("deltaspec"), bool) or data.get("deltaspec") != FORMAT:
+        return f"its format is not version {FORMAT}"
+    backbone, deltas, attached = data.get("backbone"), data.get("deltas"), data.get("attached")
+    if not isinstance(backbone, dict) or not {"class", "structure", "weights"} <= backbone.keys():
+        return "it names no backbone"
+    if not isinstance(deltas, list) or not all(_is_entry(entry) for entry in deltas):
+        return "its list of deltas is malformed"
+    names = [entry["name"] for entry in deltas]
+    if len(set(names)) < len(names):
+        return "it names a delta twice"
+    if not isinstance(attached, list) or not set(map(str, attached)) <= set(names):
+        return "it says that unknown deltas were attached"
+    return None
+
+
+def _is_entry(entry: Any) -> bool:
+    """Tell whether a manifest's entry is whole, and names files as `save` does: so they are in the directory."""
+    fields = ("name", *(f"{field}{part}" for field in ENDINGS for part in ("", "_sha256")))
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(field), str) for field in fields):
+        return False
+    return all(_FILE_NAME.fullmatch(entry[field]) for field in ENDINGS)
