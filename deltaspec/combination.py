@@ -68,7 +68,8 @@ def why_not(derivation: Derivation, method: str, parts: Sequence[PlannedSite]) -
     if combine == "svd":
         return None
     if not all(_plain(part.params) for part in parts):
-        return f"{combine} takes plain factors, without use_dora and init: orthogonal or pissa", "use combine: svd"
+        reason = f"{combine} takes plain factors, without use_dora, parts and init: orthogonal or pissa"
+        return reason, "use combine: svd"
     ranks = dict.fromkeys(getattr(part.params, "rank", 1) for part in parts)
     if combine != "cat" and len(ranks) > 1:
         return f"{combine} needs sources of one rank, not {', '.join(map(str, ranks))}", "use combine: cat, or svd"
@@ -76,7 +77,7 @@ def why_not(derivation: Derivation, method: str, parts: Sequence[PlannedSite]) -
 
 
 def _plain(params: Any) -> bool:
-    return not (params.use_dora or params.keeps_start)
+    return not (params.use_dora or params.keeps_start or params.parts)
 
 
 def _changes(method: str, planned: PlannedSite) -> Iterable[str]:

@@ -224,6 +224,9 @@ def _run(model: nn.Module, example_inputs: Any, device: str | None) -> dict[str,
     twin = clone(model, device=device)
     for module in twin.modules():
         module.training = False
+    choose_experts: Any = getattr(twin, "set_experts_implementation", None)
+    if device == "meta" and choose_experts is not None:
+        choose_experts("batched_mm")  # the others look at values, or are for half precision only
     recorder = Recorder(twin)
     shapes = _record_attention(twin)
     args, kwargs = call_arguments(example_inputs if device is None else _to(example_inputs, device))

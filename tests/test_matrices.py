@@ -151,6 +151,16 @@ def test_lora_per_expert_is_the_formula_on_each_expert(build):
     assert torch.equal(compiled(IDS).logits, plain)
 
 
+@pytest.mark.parametrize("build", MIXTURES)
+def test_a_plan_on_the_meta_device_proves_that_the_experts_are_reached(build):
+    with torch.device("meta"):
+        model = build()
+    before = model.config._experts_implementation
+    plan = deltaspec.plan(model, spec("**.experts.*_proj", rank=2))
+    assert plan.proven and not plan.notes
+    assert model.config._experts_implementation == before
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_every_implementation_of_the_experts_sees_the_changed_weights(implementation):
     model = made(mixtral)

@@ -237,6 +237,32 @@ def test_layouts():
     assert resolve(chosen, Config(), 64) == Parts(2, (("v", 32),)) and resolve(chosen[:1], Config(), 64) is None
 
 
+def test_deltas_on_parts_combine_by_their_whole_updates():
+    model = made("phi3")
+    given = spec("lora", rank=2, parts=["q", "v"])["deltas"][0]
+    ends = [{**given, "name": "a"}, {**given, "name": "b", "params": {"rank": 2, "parts": ["k"]}}]
+
+    def blended(combine: str) -> dict[str, Any]:
+        return {"deltaspec": 1, "deltas": [*ends, {"name": "c", "from": {"a": 1, "b": 1}, "combine": combine}]}
+
+    with pytest.raises(DeltaSpecError, match="without use_dora, parts and init") as caught:
+        deltaspec.plan(model, blended("linear"))
+    assert caught.value.diagnostics[0].suggestion == "use combine: svd"
+    spec_of_svd = blended("svd")
+    spec_of_svd["deltas"][2]["params"] = {"rank": 6}
+    c = deltaspec.compile(model, spec_of_svd)
+    with torch.no_grad():
+        for name in "ab":
+            for parameter in c.deltas[name].parameters():
+                parameter.normal_(std=0.2)
+    c.refresh()
+    c.only("c")
+    together = logits(c)
+    c.only("a", "b")
+    torch.testing.assert_close(together, logits(c), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(together, logits(model), atol=1e-2)
+
+
 @pytest.mark.parametrize("role", ["attn.q", "attn.v"])
 def test_asking_for_a_part_by_role_says_how_to_get_it(role):
     entry = {"name": "d", "method": "lora", "params": {"rank": 2}, "target": {"role": role}}
