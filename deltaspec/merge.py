@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 def without_deltas(attachments: Attachments) -> nn.Module:
     """Give a clone of the backbone, on the same storage, with the forwards that it had before it was compiled."""
     plain = clone(attachments.backbone, replace={id(attachments): None})
+    twins = {id(old): new for old, new in zip(attachments.backbone.modules(), plain.modules(), strict=True)}
     remove(plain)
     for fqn, module in plain.named_modules(remove_duplicate=False):
         module.__dict__.pop("forward", None)
         original = attachments.original_forward(fqn)
         if original is not None:
-            module.__dict__["forward"] = original
+            # It is bound to the module it was put on: bind it to the copy.
+            module.__dict__["forward"] = copy.deepcopy(original, dict(twins))
     return plain
 
 
@@ -79,6 +81,18 @@ def _mark_untied(plain: nn.Module, fqn: str, name: str) -> None:
     config = getattr(plain, "config", None)
     if len(places) == 1 and config is not None and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
+        _untie(plain)
+
+
+def _untie(plain: nn.Module) -> None:
+    """Give every place of a tied parameter a copy of its own: transformers ties all of a model it loads, or nothing."""
+    seen: set[int] = set()
+    for module in plain.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                copied = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+                module._parameters[name] = copied
+            seen.add(id(parameter))
 
 
 def _refuse(attachments: Attachments, names: Collection[str]) -> None:

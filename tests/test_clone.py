@@ -1,0 +1,126 @@
+"""The structural copy: everything is there, weights are shared, ties are kept, the source is untouched."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from models import ARCHITECTURES
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from deltaspec.clone import clone
+from deltaspec.diagnostics import DeltaSpecError
+from deltaspec.observe import call_arguments
+from deltaspec.snapshot import differences, snapshot
+from deltaspec.trial import floats, same
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_copy_equals_its_source_and_shares_its_weights(architecture, training):
+    chosen = ARCHITECTURES[architecture]
+    model = chosen.model().train(training)
+    before = snapshot(model, identity=True)
+    twin = clone(model)
+    assert differences(snapshot(model), snapshot(twin)) == []
+    args, kwargs = call_arguments(chosen.inputs())
+    with torch.no_grad():
+        assert same(floats(twin.eval()(*args, **kwargs)), floats(clone(model).eval()(*args, **kwargs)))
+    assert differences(before, snapshot(model, identity=True)) == []
+    pairs = list(zip(model.named_parameters(), twin.named_parameters(), strict=True))
+    assert all(a is not b and a.data_ptr() == b.data_ptr() for (_, a), (_, b) in pairs)
+    assert {id(m) for m in model.modules()}.isdisjoint(id(m) for m in twin.modules())
+    for name, buffer in model.named_buffers():
+        assert not buffer.numel() or twin.get_buffer(name).data_ptr() != buffer.data_ptr()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "t5", "bart"])
+def test_ties_are_kept(architecture):
+    model = ARCHITECTURES[architecture].model()
+    twin = clone(model)
+
+    def ties(which: nn.Module) -> list[list[str]]:
+        places: dict[int, list[str]] = {}
+        for name, parameter in which.named_parameters(remove_duplicate=False):
+            places.setdefault(id(parameter), []).append(name)
+        return sorted(names for names in places.values() if len(names) > 1)
+
+    assert ties(twin) == ties(model) != []
+
+
+def test_flags_gradients_and_classes_of_parameters():
+    class Marked(nn.Parameter):
+        pass
+
+    model = nn.Linear(3, 3)
+    model.weight = Marked(torch.ones(3, 3), requires_grad=False)
+    model.weight.note = "kept"
+    model(torch.ones(1, 3)).sum().backward()
+    twin = clone(model)
+    assert type(twin.weight) is Marked and twin.weight.note == "kept" and not twin.weight.requires_grad
+    assert twin.bias.grad is None and twin.bias.requires_grad and model.bias.grad is not None
+
+
+def test_a_module_in_two_places_stays_one():
+    shared = nn.Linear(3, 3)
+    twin = clone(nn.ModuleDict({"a": shared, "b": shared, "c": nn.Sequential(shared)}))
+    assert twin["a"] is twin["b"] is twin["c"][0]
+
+
+def test_meta_copies_have_no_storage():
+    model = ARCHITECTURES["bert"].model()
+    twin = clone(model, device="meta")
+    assert {t.device.type for t in (*twin.parameters(), *twin.buffers())} == {"meta"}
+    assert [(n, p.shape, p.dtype) for n, p in twin.named_parameters()] == [
+        (n, p.shape, p.dtype) for n, p in model.named_parameters()
+    ]
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
+        lambda: parametrizations.spectral_norm(nn.Linear(4, 4)),
+        lambda: parametrizations.orthogonal(nn.Linear(4, 4)),
+        lambda: torch.nn.utils.weight_norm(nn.Linear(4, 4)),
+        lambda: torch.nn.utils.spectral_norm(nn.Linear(4, 4)),
+    ],
+    ids=["weight_norm", "spectral_norm", "orthogonal", "old weight_norm", "old spectral_norm"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_computed_weights(make):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(make()).eval()
+    x = torch.randn(2, 4)
+    model(x)
+    before = snapshot(model, identity=True)
+    twin = clone(model)
+    assert torch.equal(twin(x), model(x))
+    twin.train()(x).sum().backward()
+    after = {k: v for k, v in snapshot(model, identity=True).items() if k != "0:weight"}
+    # The old-style norms compute `weight` in a hook of every forward: that is theirs, not ours.
+    assert differences({k: v for k, v in before.items() if k != "0:weight"}, after) == []
+    if parametrize.is_parametrized(model[0]):
+        assert parametrize.is_parametrized(twin[0])
+
+
+def test_an_embedding_that_writes_to_its_weight_does_not_reach_the_source():
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.1)).eval()
+    kept = model[0].weight.detach().clone()
+    clone(model)(torch.arange(5))
+    assert torch.equal(model[0].weight, kept)
+
+
+def test_what_cannot_be_copied_is_named():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.lock = threading.Lock()
+    with pytest.raises(DeltaSpecError, match="DS430.*Sequential cannot be copied.*lock"):
+        clone(model)
+    with torch.inference_mode():
+        frozen = nn.Linear(2, 2)
+    with pytest.raises(DeltaSpecError, match="DS430.*inference_mode"):
+        clone(frozen)

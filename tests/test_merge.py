@@ -1,0 +1,219 @@
+"""Merging: a plain model that computes what the attached deltas do, and knows nothing of them."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from models import ARCHITECTURES, ids
+from torch import Tensor, nn
+
+import deltaspec
+from deltaspec.compiled import CompiledModel
+from deltaspec.diagnostics import DeltaSpecError
+from deltaspec.observe import call_arguments
+from deltaspec.snapshot import differences, snapshot
+from deltaspec.trial import floats, same, storages
+
+
+def build(architecture: str, *deltas: dict[str, Any], model: nn.Module | None = None) -> CompiledModel:
+    chosen = ARCHITECTURES[architecture]
+    spec = {"deltaspec": 1, "deltas": list(deltas)}
+    compiled = deltaspec.compile(model or chosen.model(), spec, capture=chosen.capture, example_inputs=chosen.inputs())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for delta in compiled.deltas.values():
+            for parameter in delta.parameters():
+                parameter.add_((torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter))
+    return compiled
+
+
+@torch.no_grad()
+def run(model: nn.Module, architecture: str) -> list[Tensor]:
+    args, kwargs = call_arguments(ARCHITECTURES[architecture].inputs())
+    return floats(model(*args, **kwargs))
+
+
+NORMS = {"name": "norms", "method": "full", "target": {"type": "LayerNorm"}}
+LOW = {"name": "low", "method": "lora", "params": {"rank": 2}, "target": {"type": ["Linear", "Conv1D"]}}
+BIAS = {"name": "bias", "method": "bitfit", "target": {"type": ["Linear", "Conv1D"]}}
+WIDE = {"name": "wide", "method": "adapter", "params": {"width": 2}, "target": {"type": ["Linear", "Conv1D"]}}
+
+
+def linears(architecture: str, delta: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the type that the architecture does not have."""
+    if "type" not in delta["target"] or isinstance(delta["target"]["type"], str):
+        return delta
+    return {**delta, "target": {"type": "Conv1D" if architecture == "gpt2" else "Linear"}}
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in ("llama", "t5")])
+def test_merged_is_close_to_attached_and_exact_where_nothing_is_added(architecture):
+    compiled = build(architecture, NORMS, linears(architecture, LOW), linears(architecture, BIAS))
+    for names in (("norms",), ("low",), ("bias",), ("norms", "low"), ("norms", "low", "bias")):
+        compiled.only(*names)
+        # Out of training, as the attached model is: torch picks kernels (a GRU's) by requires_grad.
+        attached, merged = run(compiled, architecture), run(compiled.merge().requires_grad_(False), architecture)
+        if names == ("norms",):
+            assert same(attached, merged)
+        for left, right in zip(attached, merged, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+    compiled.only("low")
+    by_name = run(compiled.detach().merge("low"), architecture)
+    assert same(by_name, run(compiled.attach("low").merge(), architecture))
+
+
+def test_a_merged_model_is_plain_and_owns_its_weights():
+    model = ARCHITECTURES["bert"].model()
+    compiled = build("bert", NORMS, linears("bert", LOW), linears("bert", BIAS), model=model)
+    before = snapshot(compiled, identity=True)
+    state = {key: value.clone() for key, value in compiled.state_dict().items()}
+    merged = compiled.merge()
+    assert type(merged) is type(model)
+    assert differences(before, snapshot(compiled, identity=True)) == []
+    assert all(torch.equal(value, state[key]) for key, value in compiled.state_dict().items())
+    assert not storages(merged) & (storages(compiled) | storages(model))
+    own, original = snapshot(merged), snapshot(model)
+    changed = {line.split(": ")[0] for line in differences(original, own)}
+    assert changed and all("_parameters." in place for place in changed)
+    assert list(merged.state_dict()) == list(model.state_dict())
+    stream = io.BytesIO()
+    torch.save(merged, stream)
+    assert b"deltaspec" not in stream.getvalue()
+
+
+def test_no_delta_merges_to_the_original():
+    model = ARCHITECTURES["bert"].model()
+    compiled = build("bert", linears("bert", LOW), model=model)
+    compiled.detach()
+    merged = compiled.merge()
+    assert differences(snapshot(model), snapshot(merged)) == []
+    assert same(run(merged, "bert"), run(model, "bert"))
+
+
+def test_flags_of_the_merged_model_are_those_of_the_original():
+    model = ARCHITECTURES["bert"].model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "layer.1" in name
+    compiled = build("bert", NORMS, linears("bert", LOW), model=model)
+    merged = compiled.merge()
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {name: p.requires_grad for name, p in merged.named_parameters()} == wanted
+    trained = model.train()
+    assert build("bert", linears("bert", LOW), model=trained).merge().training
+
+
+def test_a_merged_model_saves_and_loads_as_its_class_does(tmp_path):
+    for architecture in ("gpt2", "bert"):
+        merged = build(architecture, linears(architecture, LOW)).merge()
+        merged.save_pretrained(tmp_path / architecture)
+        back = type(merged).from_pretrained(tmp_path / architecture).eval()
+        assert same(run(back, architecture), run(merged, architecture))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "t5", "bart"])
+def test_a_tied_head_that_is_changed_alone_is_untied_and_stays_so(architecture, tmp_path):
+    model = ARCHITECTURES[architecture].model()
+    compiled = build(
+        architecture, {"name": "head", "method": "lora", "params": {"rank": 2}, "target": "lm_head"}, model=model
+    )
+    merged = compiled.merge()
+    assert torch.equal(merged.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert not torch.equal(merged.lm_head.weight, merged.get_input_embeddings().weight)
+    for left, right in zip(run(merged, architecture), run(compiled, architecture), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    back = type(merged).from_pretrained(tmp_path).eval()
+    assert same(run(back, architecture), run(merged, architecture))
+    assert model.config.tie_word_embeddings is not False and compiled.config.tie_word_embeddings is not False
+
+
+def test_a_tied_weight_trained_together_stays_tied():
+    compiled = build("gpt2", {"name": "head", "method": "full", "target": "lm_head", "params": {"tied": "together"}})
+    merged = compiled.merge()
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    assert same(run(merged, "gpt2"), run(compiled, "gpt2"))
+
+
+def test_what_cannot_be_merged_is_named_with_what_can():
+    compiled = build("bert", linears("bert", LOW), linears("bert", WIDE))
+    with pytest.raises(DeltaSpecError, match=r"(?s)DS435.*'wide' cannot be merged.*c\.merge\('low'\)"):
+        compiled.merge()
+    assert isinstance(compiled.merge("low"), type(compiled.backbone))
+    norms = build("llama", {"name": "bias", "method": "bitfit", "target": {"role": "norm"}})
+    with pytest.raises(DeltaSpecError, match=r"DS435.*no place for a bias"):
+        norms.merge()
+
+
+def test_a_missing_bias_is_added_where_the_module_has_a_place():
+    compiled = build("llama", {"name": "bias", "method": "bitfit", "target": {"role": "attn.q"}})
+    merged = compiled.merge()
+    new = [key for key in merged.state_dict() if key not in compiled.backbone.state_dict()]
+    assert new == [f"model.layers.{i}.self_attn.q_proj.bias" for i in (0, 1)]
+    for left, right in zip(run(merged, "llama"), run(compiled, "llama"), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_are_rounded_once(dtype):
+    model = ARCHITECTURES["llama"].model().to(dtype)
+    target = "model.layers.0.self_attn.q_proj"
+    compiled = build("llama", {"name": "low", "method": "lora", "params": {"rank": 3}, "target": target}, model=model)
+    tensors = dict(compiled.deltas["low"].tensors())
+    wide = torch.float32 if dtype is torch.bfloat16 else torch.float64
+    assert {value.dtype for value in tensors.values()} == {wide}
+    with torch.no_grad():
+        update = tensors[f"{target}.up"] @ tensors[f"{target}.down"]
+        exact = model.get_submodule(target).weight.to(wide) + 16 / 3 * update
+    merged = compiled.merge().get_submodule(target).weight
+    assert merged.dtype is dtype and torch.equal(merged, exact.to(dtype))
+
+
+def test_a_chain_merges_in_its_order():
+    target = "bert.encoder.layer.0.attention.self.query"
+    deltas = (
+        {"name": "copy", "method": "full", "target": target},
+        {"name": "one", "method": "lora", "params": {"rank": 2}, "target": target},
+        {"name": "two", "method": "lora", "params": {"rank": 3}, "target": target},
+    )
+    compiled = build("bert", *deltas)
+    tensors = {name: dict(delta.tensors()) for name, delta in compiled.deltas.items()}
+    with torch.no_grad():
+        expected = tensors["copy"][f"{target}.weight"].clone()
+        for name, rank in (("one", 2), ("two", 3)):
+            expected += 16 / rank * tensors[name][f"{target}.up"] @ tensors[name][f"{target}.down"]
+    torch.testing.assert_close(compiled.merge().get_submodule(target).weight, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_merged_model_can_be_compiled_again():
+    merged = build("bert", linears("bert", LOW)).merge()
+    again = build("bert", linears("bert", LOW), model=merged)
+    assert not same(run(again, "bert"), run(merged, "bert"))
+    assert same(run(again.detach(), "bert"), run(merged, "bert"))
+
+
+def test_hooks_of_another_library_run_on_the_merged_weights():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = ARCHITECTURES["bert"].model()
+    place = "bert.encoder.layer.0.intermediate.dense"
+    add_hook_to_module(model.get_submodule(place), ModelHook())
+    compiled = build("bert", {"name": "low", "method": "lora", "params": {"rank": 2}, "target": place}, model=model)
+    with torch.no_grad():
+        for parameter in compiled.deltas["low"].parameters():
+            parameter.mul_(5)
+    attached = run(compiled, "bert")
+    merged = compiled.merge()
+    for left, right in zip(run(merged, "bert"), attached, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(attached[0], run(model, "bert")[0], atol=1e-3)
+
+
+def test_generation_of_merged_and_attached_agrees():
+    compiled = build("gpt2", linears("gpt2", LOW))
+    options = {"input_ids": ids(2, 4), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(compiled.generate(**options), compiled.merge().generate(**options))
+    assert copy.deepcopy(compiled).merge() is not None
