@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from deltaspec.atomic import write_atomically
 from deltaspec.diagnostics import Diagnostic
 from deltaspec.lock_changes import lock_changes
 from deltaspec.plan_text import groups
@@ -52,23 +52,7 @@ def lock_data(plan: Plan) -> dict[str, Any]:
 
 def write_lock(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Write a plan's lock file: the old one or the new one is there at any moment, never half of one."""
-    write_atomically(lock(plan), Path(path))
-
-
-def write_atomically(text: str, path: Path) -> None:
-    """Replace a file's content at once. Raises OSError, and then the old file is untouched."""
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(Path(path), lock(plan).encode())
 
 
 def check_lock(plan: Plan, path: str | os.PathLike[str]) -> list[Diagnostic]:
