@@ -82,7 +82,7 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
     "model": {"model_type": "type", "class": "architecture", "architectures": "architecture"},
     "bounds": {"fraction": "max_fraction", "max_percent": "max_fraction"},
 }
-_DELTA = ("name", "method", "from", "combine", "params", "target", "overrides", "expect", "attached")
+_DELTA = ("name", "method", "from", "combine", "params", "target", "overrides", "expect", "attached", "dtype")
 _ATOMS = ("path", "regex", "type", "role", "layers", "shape", "parameter", "ref", "any", "all", "not", "optional")
 _METHODS: Mapping[str, str] = {
     **dict.fromkeys(("houlsby", "pfeiffer", "bottleneck", "bottleneck_adapter"), "adapter"),

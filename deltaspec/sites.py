@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deltaspec.budget import choose_rank
 from deltaspec.diagnostics import Diagnostic, Path
 from deltaspec.folding import fold
 from deltaspec.matrices import as_matrices, site_tensors
 from deltaspec.methods import methods
-from deltaspec.methods._base import Method, MethodParams, Site
+from deltaspec.methods._base import Method, MethodParams, Site, TensorSpec
 from deltaspec.methods._shapes import static_widths
 from deltaspec.modules import ModuleTable, Row
 from deltaspec.observe import Observations
@@ -61,10 +61,12 @@ class Placer:
         entry = self.entry
         sites = self._refuse([*sites, *self._tied_places(sites)])
         planned = tuple(
-            PlannedSite(site, params, site_tensors(self.method, site, params), override)
+            PlannedSite(site, params, _in_dtype(site_tensors(self.method, site, params), entry.dtype), override)
             for site, params, override in sites
         )
         self._note_ties(planned)
+        if entry.dtype is not None:
+            self.notes.append(f"its tensors are {entry.dtype}")
         if not planned and not self.findings:
             self.notes.append("no module matches its optional selectors: this delta is empty")
         line, _ = self.spec.locate(("deltas", self.index))
@@ -278,6 +280,10 @@ def shown(names: Iterable[str], most: int = 3) -> str:
     patterns = [pattern or "the model itself" for pattern in fold(names)]
     more = f" and {len(patterns) - most} more" if len(patterns) > most else ""
     return ", ".join(patterns[:most]) + more
+
+
+def _in_dtype(tensors: tuple[TensorSpec, ...], dtype: str | None) -> tuple[TensorSpec, ...]:
+    return tensors if dtype is None else tuple(t if t.dtype else replace(t, dtype=dtype) for t in tensors)
 
 
 def _computed_weight(method: Method, site: Site, params: MethodParams) -> tuple[str, str, str] | None:

@@ -98,6 +98,8 @@ class DeltaEntry(Part):
     """What its plan must come to."""
     attached: bool = True
     """Whether it starts attached."""
+    dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
+    """Of its tensors; left out, the backbone's, but float32 where that is of half precision or quantised."""
 
     def params_with(self, override: Override) -> MethodParams:
         """Give the method's parameters with an override's in place of the delta's."""
@@ -288,6 +290,7 @@ def _delta_data(delta: DeltaEntry) -> dict[str, Any]:
         overrides=[{"match": o.match.to_data(), "params": dict(o.params)} for o in delta.overrides],
         expect=delta.expect and delta.expect.model_dump(exclude_none=True),
         attached=delta.attached,
+        dtype=delta.dtype,
     )
 
 
