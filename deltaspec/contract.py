@@ -103,13 +103,10 @@ def _reversibility(case: Case) -> None:
             same(case.run(compiled), expected[active]),
             f"at {step} in {walk!r}, {set(active) or 'nothing'} gives other bits",
         )
-        require(
-            same(case.run(compiled.backbone), expected[active]),
-            f"at {step} in {walk!r}, the backbone is not the model",
-        )
         if not active and (left := differences(fresh, snapshot(compiled.backbone, skip=home(compiled.backbone)))):
             raise ContractError(f"at {step} in {walk!r}, something is left: " + "; ".join(left[:5]))
     compiled.only("one")
+    require(same(case.run(compiled.backbone), expected[frozenset({"one"})]), "the backbone alone gives other bits")
     with seed(3):
         case.loss(compiled.train()).backward()  # type: ignore[no-untyped-call]
     compiled.eval()
@@ -202,9 +199,14 @@ def _learning(case: Case) -> None:
         "Adam": (torch.optim.Adam, 0.002),
     }
     for name, (make, longest) in optimizers.items():
-        losses = [_losses(case, make, longest * factor) for factor in (1.0, 0.1, 0.01)]
-        seen = ", ".join(f"{start:.6g} to {end:.6g}" for start, end in losses)
-        require(any(end < start for start, end in losses), f"six steps of {name} took the loss from {seen}")
+        losses = []
+        for factor in (1.0, 0.1, 0.01):
+            start, end = _losses(case, make, longest * factor)
+            losses.append(f"{start:.6g} to {end:.6g}")
+            if end < start:
+                break
+        else:
+            raise ContractError(f"six steps of {name} took the loss from {', '.join(losses)}")
 
 
 def _losses(case: Case, make: Callable[..., torch.optim.Optimizer], rate: float) -> tuple[float, float]:

@@ -143,7 +143,7 @@ def llama() -> nn.Module:
 def t5() -> nn.Module:
     return T5ForConditionalGeneration(
         T5Config(
-            vocab_size=VOCABULARY, d_model=32, num_layers=2, num_heads=4, d_ff=64, d_kv=8, decoder_start_token_id=0
+            vocab_size=VOCABULARY, d_model=32, num_layers=1, num_heads=4, d_ff=64, d_kv=8, decoder_start_token_id=0
         )
     )
 
@@ -153,8 +153,8 @@ def bart() -> nn.Module:
         BartConfig(
             vocab_size=VOCABULARY,
             d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
+            encoder_layers=1,
+            decoder_layers=1,
             encoder_attention_heads=4,
             decoder_attention_heads=4,
             encoder_ffn_dim=64,
