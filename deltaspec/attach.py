@@ -31,7 +31,7 @@ class Attachments:
         self.active: tuple[str, ...] = ()
         self._programmer = Programmer(backbone, deltas, plan, graph)
         self._programs: dict[tuple[str, ...], Program] = {}
-        self._replaced = _replaced(plan)
+        self._replaced, self._readers, self._changed = _replaced(plan), _readers(plan), _changed(plan)
         self._derived = frozenset(planned.name for planned in plan.deltas if planned.derived is not None)
         self._unproven = set() if plan.proven else set(self.order)
         """Deltas whose sites no forward was seen to reach yet."""
@@ -44,7 +44,7 @@ class Attachments:
         """Copy together with the backbone; what is plain data is shared, programs are made anew."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        shared = ("plan", "order", "graph", "active", "_replaced")
+        shared = ("plan", "order", "graph", "active", "_replaced", "_readers", "_changed")
         for name, value in self.__dict__.items():
             twin.__dict__[name] = value if name in shared else {} if name == "_programs" else copy.deepcopy(value, memo)
         return twin
@@ -55,7 +55,7 @@ class Attachments:
         Derived ones that did not act, and those in `anew`, are computed from their sources as they are now.
         """
         wanted = tuple(sorted(set(names), key=self.order.__getitem__))
-        if len(wanted) > 1 and self._replaced and wanted != self.active:
+        if len(wanted) > 1 and (self._replaced or self._readers) and wanted != self.active:
             self._refuse_rivals(wanted)
         self.derive(name for name in wanted if name not in self.active or name in anew)
         if wanted == self.active:
@@ -137,8 +137,15 @@ class Attachments:
         return FirstForward(self, forward).run
 
     def _refuse_rivals(self, wanted: tuple[str, ...]) -> None:
-        """Refuse two deltas at once that both put copies in place of the same parameter."""
+        """Refuse two deltas at once of which one would not see, or would drop, what the other does to a weight."""
         findings = []
+        for b in (name for name in wanted if name in self._readers):
+            for a in wanted[: wanted.index(b)]:
+                if both := self._readers[b] & self._changed.get(a, frozenset()):
+                    message = (
+                        f"delta {b!r} computes from the weight of {min(both)}, which delta {a!r} before it changes"
+                    )
+                    findings.append(Diagnostic("DS436", message, suggestion=f"attach one of them: c.only({b!r})"))
         for a, b in itertools.combinations([name for name in wanted if name in self._replaced], 2):
             if both := self._replaced[a] & self._replaced[b]:
                 message = f"deltas {a!r} and {b!r} both replace {min(both)}"
@@ -187,3 +194,20 @@ def _replaced(plan: Plan) -> dict[str, frozenset[str]]:
         for delta in plan.deltas
         if methods()[delta.method].promises.weight == "replace"
     }
+
+
+def _readers(plan: Plan) -> dict[str, frozenset[str]]:
+    """Give the modules at which a delta computes from the host's own weight, by delta."""
+    found = {
+        delta.name: frozenset(
+            s.site.row.fqn for s in delta.sites if methods()[delta.method].reads_weight(s.site, s.params)
+        )
+        for delta in plan.deltas
+    }
+    return {name: fqns for name, fqns in found.items() if fqns}
+
+
+def _changed(plan: Plan) -> dict[str, frozenset[str]]:
+    """Give the modules whose weights a delta changes, by delta."""
+    weighty = [delta for delta in plan.deltas if methods()[delta.method].promises.weight is not None]
+    return {delta.name: frozenset(site.site.row.fqn for site in delta.sites) for delta in weighty}

@@ -209,7 +209,7 @@ def _initial(spec: TensorSpec, identity: str, sources: Mapping[str, Tensor], hom
         assert spec.init.source is not None
         source = sources[spec.init.source].detach()
         if spec.init.rows is None:
-            return source.to(source.dtype if spec.dtype is None else _dtype(spec, home), copy=True)
+            return source.to(_dtype(spec, source) if source.is_floating_point() else source.dtype, copy=True)
         return source[list(spec.init.rows)].to(_dtype(spec, home))
     device = torch.device("cpu") if home is None else home.device
     dtype = _dtype(spec, home)

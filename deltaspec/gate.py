@@ -126,7 +126,8 @@ def _type(error: Any, path: Path) -> _Finding:
 def _enum(error: Any, path: Path) -> _Finding:
     known = [value for value in error.validator_value if isinstance(value, str)]
     if not isinstance(error.instance, str):
-        return "DS205", f"{_label(path)} cannot be {show_value(error.instance)}", f"known values: {', '.join(known)}"
+        values = ", ".join(show_value(value) for value in error.validator_value)
+        return "DS205", f"{_label(path)} cannot be {show_value(error.instance)}", f"known values: {values}"
     if path[-1] == "method" and path[:1] == ("deltas",) and len(path) == 3:
         return "DS206", f"unknown method {show_value(error.instance)}", method_hint(error.instance, known)
     near = closest(error.instance, known)

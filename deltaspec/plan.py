@@ -128,7 +128,9 @@ def _conflicts(specs: Sequence[DeltaSpec], deltas: Sequence[PlannedDelta]) -> li
     places = [(spec, index) for spec in specs for index in range(len(spec.deltas))]
     before: dict[str, list[tuple[PlannedDelta, PlannedSite]]] = {}
     for (spec, index), delta in zip(places, deltas, strict=True):
-        replaces = methods()[delta.method].promises.weight == "replace"
+        method = methods()[delta.method]
+        replaces = method.promises.weight == "replace"
+        findings += _unseen(spec, index, delta, before)
         clashes: dict[tuple[str, bool], list[str]] = {}
         for site in delta.sites if replaces else ():
             for other, earlier in before.get(site.site.row.fqn, ()):
@@ -152,6 +154,26 @@ def _conflicts(specs: Sequence[DeltaSpec], deltas: Sequence[PlannedDelta]) -> li
             findings.append(spec.diagnostic("DS406", message, path, hint))
         for site in delta.sites:
             before.setdefault(site.site.row.fqn, []).append((delta, site))
+    return findings
+
+
+def _unseen(
+    spec: DeltaSpec, index: int, delta: PlannedDelta, before: Mapping[str, list[tuple[PlannedDelta, PlannedSite]]]
+) -> list[Diagnostic]:
+    """Find what computes from the backbone's weight behind a delta that changes it: merged, it would be another one."""
+    method = methods()[delta.method]
+    clashes: dict[str, list[str]] = {}
+    for site in delta.sites if delta.attached else ():
+        if method.reads_weight(site.site, site.params):
+            for other, _ in before.get(site.site.row.fqn, ()):
+                if other.attached and methods()[other.method].promises.weight is not None:
+                    clashes.setdefault(other.name, []).append(site.fqn)
+    findings = []
+    for other_name, names in clashes.items():
+        where = f"{counted(names)}: {shown(names)}"
+        message = f"delta {delta.name!r} computes from weights that delta {other_name!r} before it changes ({where})"
+        hint = f"list {delta.name!r} before {other_name!r}, or let them take turns: attached: false on one"
+        findings.append(spec.diagnostic("DS406", message, ("deltas", index, "method"), hint))
     return findings
 
 

@@ -19,7 +19,7 @@ def dtypes(compiled):
 
 
 @pytest.mark.parametrize("backbone", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", ["lora", "adapter", "bitfit"])
+@pytest.mark.parametrize("method", ["lora", "adapter", "bitfit", "full"])
 def test_left_out_it_follows_the_backbone_but_not_to_half_precision(backbone, method):
     model = nn.Sequential(nn.Linear(4, 4)).to(backbone)
     compiled = deltaspec.compile(model, spec(method))

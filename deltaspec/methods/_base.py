@@ -248,6 +248,13 @@ class Method(ABC):
         """Tell whether this site works by `fold` in every forward instead of `apply`, though it is called."""
         return False
 
+    def reads_weight(self, site: Site, params: Any) -> bool:
+        """Tell whether `apply` computes from the host's own weight or bias.
+
+        A delta before it on the site, which changes the weight, would not be seen there, but would be in `fold`.
+        """
+        return False
+
     def fold(self, site: Site, params: Any, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give the host's own parameters with this delta folded in: own name -> new tensor.
 

@@ -67,6 +67,10 @@ class Boft(Method):
         """Turn a convolution's patches in its weight."""
         return site.kind == "conv"
 
+    def reads_weight(self, site: Site, params: BoftParams) -> bool:
+        """Say yes: it scales the output without the bias."""
+        return True
+
     def apply(self, form: Form, params: BoftParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute s ⊙ (base(x R) - b) + b."""
         y = base(t.call(turn, x, t.rotation))

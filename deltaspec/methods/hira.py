@@ -51,6 +51,10 @@ class Hira(Method):
         """Work through the weight: the formula is about its entries."""
         return True
 
+    def reads_weight(self, site: Site, params: HiraParams) -> bool:
+        """Say yes: it scales the entries of the weight."""
+        return True
+
     def apply(self, form: Form, params: HiraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Never run: `lowers` is true everywhere."""
         raise AssertionError("hira works through the weight")

@@ -67,6 +67,10 @@ class Hra(Method):
         """Reflect a convolution's patches in its weight."""
         return site.kind == "conv"
 
+    def reads_weight(self, site: Site, params: HraParams) -> bool:
+        """Say yes for convolutions, whose weight it reflects."""
+        return site.kind == "conv"
+
     def apply(self, form: Form, params: HraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute base(reflected x)."""
         return base(t.call(_reflect, x, t.directions, params.orthogonal, True))

@@ -170,6 +170,10 @@ class Lora(Method):
         """DoRA needs the weight itself, but for linear layers, whose norms follow from their output on A."""
         return params.use_dora and (site.kind in ("conv", "embedding") or params.keeps_start)
 
+    def reads_weight(self, site: Site, params: LoraParams) -> bool:
+        """Say yes for DoRA, which divides by the norm of the weight."""
+        return params.use_dora
+
     def apply(self, form: Form, params: LoraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute base(x) + scale · up(down(drop(x))) (+ bias); with `keeps_start` less the start's update."""
         import torch

@@ -67,6 +67,10 @@ class Miss(Method):
         """Multiply the weight's own blocks, for `bat`."""
         return params.variant == "bat"
 
+    def reads_weight(self, site: Site, params: MissParams) -> bool:
+        """Say yes for `bat`, which multiplies by the weight."""
+        return params.variant == "bat"
+
     def apply(self, form: Form, params: MissParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute base(x) + (sum of the shards of drop(x)) · shard."""
         y = base(x)

@@ -54,6 +54,10 @@ class Oft(Method):
         """Turn a convolution's patches in its weight."""
         return site.kind == "conv"
 
+    def reads_weight(self, site: Site, params: OftParams) -> bool:
+        """Say yes for convolutions, whose weight it turns."""
+        return site.kind == "conv"
+
     def apply(self, form: Form, params: OftParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute base(x R); an embedding's output is turned instead."""
         if form.kind == "embedding":
