@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import threading
 from typing import Any
@@ -29,7 +30,7 @@ def spec(architecture: str = "traceable-modules") -> dict[str, Any]:
     return {
         "deltaspec": 1,
         "deltas": [
-            {"name": "norms", "method": "full", "target": {"type": [".*Norm", "LayerNorm"][1], "optional": True}},
+            {"name": "norms", "method": "full", "target": {"type": "LayerNorm", "optional": True}},
             {"name": "low", "method": "lora", "params": {"rank": 2, "dropout": 0.1}, "target": linear},
             {"name": "wide", "method": "adapter", "params": {"width": 3}, "target": linear},
             {"name": "bias", "method": "bitfit", "target": linear, "attached": False},
@@ -177,8 +178,6 @@ def test_both_roots_take_the_arguments_of_the_backbone(architecture):
     compiled = build(architecture)
     compiled.graph.lint()
     args, kwargs = call_arguments(ARCHITECTURES[architecture].inputs())
-    import inspect
-
     wanted = list(inspect.signature(type(compiled.backbone).forward).parameters)[1:]
     names = list(inspect.signature(compiled.forward).parameters)
     assert names == wanted
@@ -216,12 +215,13 @@ def test_the_region_of_a_lora_reads_as_its_formula():
     region.graph.lint()
     body = [line.split(";")[0].strip() for line in region.code.splitlines() if " = " in line or "return" in line]
     assert body == [
-        "base_1 = base(input)",
-        "linear = torch._C._nn.linear(input, down)",
+        "input_1 = input",
+        "base_1 = base(input_1)",
+        "linear = torch._C._nn.linear(input_1, down)",
         "linear_1 = torch._C._nn.linear(linear, up)",
         "add = torch.add(base_1, linear_1, alpha = 2.0)",
         "return add",
-    ] or "alpha = 2.0" in region.code and region.code.count("linear(") == 2, region.code  # fmt: skip
+    ], region.code
     compiled.detach()
     assert dict(compiled.regions) == {}
 
@@ -290,7 +290,7 @@ def test_only_the_parameters_of_attached_deltas_are_trainable():
         assert found == {id(p) for name in names for p in compiled.deltas[name].parameters()}
 
 
-def test_the_model_trains_in_data_parallel_replicas_of_threads():
+def test_several_threads_may_call_one_model():
     compiled = build("branching").eval()
     inputs = ARCHITECTURES["branching"].inputs()
     expected = run(compiled, "branching")
