@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,8 @@ class Attachments:
         self.active: tuple[str, ...] = ()
         self._programmer = Programmer(backbone, deltas, plan, graph)
         self._programs: dict[tuple[str, ...], Program] = {}
-        self._replaced, self._readers, self._changed = _replaced(plan), _readers(plan), _changed(plan)
+        self._replaced, self._weights = _replaced(plan), _weights(plan)
+        self._reading = any(weights.reads for weights in self._weights.values())
         self._derived = frozenset(planned.name for planned in plan.deltas if planned.derived is not None)
         self._unproven = set() if plan.proven else set(self.order)
         """Deltas whose sites no forward was seen to reach yet."""
@@ -44,7 +46,7 @@ class Attachments:
         """Copy together with the backbone; what is plain data is shared, programs are made anew."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        shared = ("plan", "order", "graph", "active", "_replaced", "_readers", "_changed")
+        shared = ("plan", "order", "graph", "active", "_replaced", "_weights", "_reading")
         for name, value in self.__dict__.items():
             twin.__dict__[name] = value if name in shared else {} if name == "_programs" else copy.deepcopy(value, memo)
         return twin
@@ -55,7 +57,7 @@ class Attachments:
         Derived ones that did not act, and those in `anew`, are computed from their sources as they are now.
         """
         wanted = tuple(sorted(set(names), key=self.order.__getitem__))
-        if len(wanted) > 1 and (self._replaced or self._readers) and wanted != self.active:
+        if len(wanted) > 1 and (self._replaced or self._reading) and wanted != self.active:
             self._refuse_rivals(wanted)
         self.derive(name for name in wanted if name not in self.active or name in anew)
         if wanted == self.active:
@@ -139,13 +141,11 @@ class Attachments:
     def _refuse_rivals(self, wanted: tuple[str, ...]) -> None:
         """Refuse two deltas at once of which one would not see, or would drop, what the other does to a weight."""
         findings = []
-        for b in (name for name in wanted if name in self._readers):
-            for a in wanted[: wanted.index(b)]:
-                if both := self._readers[b] & self._changed.get(a, frozenset()):
-                    message = (
-                        f"delta {b!r} computes from the weight of {min(both)}, which delta {a!r} before it changes"
-                    )
-                    findings.append(Diagnostic("DS436", message, suggestion=f"attach one of them: c.only({b!r})"))
+        weighty = [name for name in wanted if name in self._weights]
+        for a, b in itertools.combinations(weighty, 2) if self._reading else ():
+            if both := self._weights[b].misses(self._weights[a]):
+                message = f"delta {b!r} computes from the weight of {min(both)}, which delta {a!r} before it changes"
+                findings.append(Diagnostic("DS436", message, suggestion=f"attach one of them: c.only({b!r})"))
         for a, b in itertools.combinations([name for name in wanted if name in self._replaced], 2):
             if both := self._replaced[a] & self._replaced[b]:
                 message = f"deltas {a!r} and {b!r} both replace {min(both)}"
@@ -196,18 +196,29 @@ def _replaced(plan: Plan) -> dict[str, frozenset[str]]:
     }
 
 
-def _readers(plan: Plan) -> dict[str, frozenset[str]]:
-    """Give the modules at which a delta computes from the host's own weight, by delta."""
-    found = {
-        delta.name: frozenset(
-            s.site.row.fqn for s in delta.sites if methods()[delta.method].reads_weight(s.site, s.params)
-        )
-        for delta in plan.deltas
-    }
-    return {name: fqns for name, fqns in found.items() if fqns}
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """What one weight-expressible delta does with the weights of its sites, as FQNs of modules."""
+
+    called: frozenset[str]
+    """Changed around the module's call."""
+    folded: frozenset[str]
+    """Changed by folding into the weight."""
+    reads: frozenset[str]
+    """Computed from."""
+
+    def misses(self, before: _Weights) -> frozenset[str]:
+        """Give the sites at which it would not see what a delta before it does to the weight; both fold, it does."""
+        return self.reads & (before.called | (before.folded - self.folded))
 
 
-def _changed(plan: Plan) -> dict[str, frozenset[str]]:
-    """Give the modules whose weights a delta changes, by delta."""
-    weighty = [delta for delta in plan.deltas if methods()[delta.method].promises.weight is not None]
-    return {delta.name: frozenset(site.site.row.fqn for site in delta.sites) for delta in weighty}
+def _weights(plan: Plan) -> dict[str, _Weights]:
+    found = {}
+    for delta in plan.deltas:
+        method = methods()[delta.method]
+        if method.promises.weight is not None:
+            folded = {s.site.row.fqn for s in delta.sites if method.folds(s.site, s.params)}
+            reads = {s.site.row.fqn for s in delta.sites if method.reads_weight(s.site, s.params)}
+            called = {s.site.row.fqn for s in delta.sites} - folded
+            found[delta.name] = _Weights(frozenset(called), frozenset(folded), frozenset(reads))
+    return found

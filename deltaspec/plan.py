@@ -165,8 +165,11 @@ def _unseen(
     clashes: dict[str, list[str]] = {}
     for site in delta.sites if delta.attached else ():
         if method.reads_weight(site.site, site.params):
-            for other, _ in before.get(site.site.row.fqn, ()):
-                if other.attached and methods()[other.method].promises.weight is not None:
+            for other, earlier in before.get(site.site.row.fqn, ()):
+                first = methods()[other.method]
+                # Where both fold, the second does see the weight that the first one made.
+                seen = method.folds(site.site, site.params) and first.folds(earlier.site, earlier.params)
+                if other.attached and first.promises.weight is not None and not seen:
                     clashes.setdefault(other.name, []).append(site.fqn)
     findings = []
     for other_name, names in clashes.items():

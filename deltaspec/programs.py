@@ -92,7 +92,7 @@ class Programmer:
             method = methods()[planned.method]
             hosts: dict[str, None] = {}
             for site in planned.sites:
-                lowered = site.site.host is not None or method.lowers(site.site, site.params)
+                lowered = method.folds(site.site, site.params)
                 host = site.site.row.fqn if site.site.host is None else site.site.host
                 self.visits.setdefault(host, []).append(Visit(planned.name, planned.method, site, lowered))
                 hosts[host] = None

@@ -77,7 +77,7 @@ class Case:
         return compiled
 
     def active_sets(self, compiled: CompiledModel) -> Iterator[tuple[str, ...]]:
-        """Give the sets that can be active at once; only methods that replace weights may exclude others (DS436)."""
+        """Give the sets that can be active at once; only methods that replace or read weights exclude others."""
         yield from ((), ("one",), ("two",))
         try:
             with compiled.only("one", "two"):
@@ -85,8 +85,10 @@ class Case:
             yield ("two", "one")
         except DeltaSpecError as error:
             codes = {finding.code for finding in error.diagnostics}
-            replaces = methods()[self.method].promises.weight == "replace"
-            require(replaces and codes == {"DS436"}, f"two deltas of one method cannot be attached together: {error}")
+            method = methods()[self.method]
+            sites = [site for delta in self.pair.deltas for site in delta.sites]
+            exclusive = method.promises.weight == "replace" or any(method.reads_weight(s.site, s.params) for s in sites)
+            require(exclusive and codes == {"DS436"}, f"two deltas of one method cannot be attached together: {error}")
 
     def run(self, compiled: nn.Module) -> Outputs:
         """Run a model on the example inputs, without gradients."""

@@ -179,7 +179,7 @@ OF_ONE_DELTA = [
     ("name: d, method: adapter, params: {reduction_factor: 8}", 's:2:46: error[DS201] unknown key "reduction_factor"', 'did you mean "width"? That is the width of the bottleneck, not the factor by which it is smaller'),
     ("name: d, method: lora, params: {rnk: 8}", 's:2:43: error[DS201] unknown key "rnk"', 'did you mean "rank"?'),
     ("name: d, method: lora, params: {alhpa: 8}", 's:2:43: error[DS201] unknown key "alhpa"', 'did you mean "alpha"?'),
-    ("name: d, method: bitfit, params: {zzz: 8}", 's:2:45: error[DS201] unknown key "zzz"', "known keys: add_missing"),
+    ("name: d, method: bitfit, params: {zzz: 8}", 's:2:45: error[DS201] unknown key "zzz"', "known keys: add_missing, parts"),
     ("name: d, method: lora, params: {target: x}", 's:2:43: error[DS201] unknown key "target"', "target belongs to the delta: write it beside params, not inside"),
     ("name: d, method: lora, rank: 8", 's:2:34: error[DS201] unknown key "rank"', "parameters go under params: params: {rank: …}"),
     ("name: d, method: lora, r: 8", 's:2:34: error[DS201] unknown key "r"', "parameters go under params: params: {rank: …}"),

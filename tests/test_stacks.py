@@ -25,6 +25,7 @@ PARAMS = {
     "road": ("road", {"group_size": 8}),
 }
 READERS = {"dora", "bat", "boft", "hira"}
+FOLDING = {"bat", "hira"}  # these always fold: behind each other, they do see the weight
 
 
 class Bypassed(nn.Module):
@@ -53,7 +54,7 @@ def stack(model, inputs, first, second, target):
 def test_attached_is_merged(first, second):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 8)).double(), torch.randn(3, 8).double()
-    if second in READERS:
+    if second in READERS and not {first, second} <= FOLDING:
         with pytest.raises(DeltaSpecError, match="DS406.* computes from weights that delta 'd0' before it changes"):
             stack(model, x, first, second, "0")
         return
