@@ -256,7 +256,7 @@ class Method(ABC):
         return False
 
     def folds(self, site: Site, params: Any) -> bool:
-        """Tell whether the delta works by `fold` at this site, because the method says so or nothing calls the module."""
+        """Tell whether the delta works by `fold` here: the method says so, or nothing calls the module."""
         return site.host is not None or self.lowers(site, params)
 
     def fold(self, site: Site, params: Any, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
