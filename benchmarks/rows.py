@@ -24,57 +24,44 @@ warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
 def switching() -> Iterator[Row]:
     """Switch the active delta, and leave and enter the detached state."""
     base = gpt2()
-    single: list[float] = []
-    for loaded, target in ((1, 500.0), (100, 20_000.0), (1000, None)):
+    for loaded, target in ((1, 500), (100, 20_000)):
         names = [f"d{i}" for i in range(loaded)]
-        ours = deltaspec.compile(base, spec(names, GPT2_LINEAR))
-        turns = itertools.cycle([names[0], names[-1]] if loaded > 1 else [names[0]])
-        if loaded == 1:
-
-            def switch(c: deltaspec.CompiledModel = ours) -> None:
-                c.detach()
-                c.attach("d0")
-
-        else:
-
-            def switch(c: deltaspec.CompiledModel = ours, turns: Iterator[str] = turns) -> None:
-                c.only(next(turns))
-
-        repeats = 200
-        if loaded <= 100:
-            peer = peft(base, names, GPT2_LINEAR)
-            other = itertools.cycle([names[0], names[-1]])
-            set_adapter = _set(peer, other)
-            times = interleave({"ours": many(switch, repeats), "peer": set_adapter}, pairs=20)
-            median, text = ratio(times["peer"], times["ours"], repeats)
-            yield Row(
-                f"switch the active delta, {loaded} loaded (12 × 256 GPT-2, 48 sites)",
-                seconds(times["ours"], 1 / repeats),
-                seconds(times["peer"]),
-                f"{text} × faster",
-                f"≥ {target:,.0f} ×",
-                "yes" if target is not None and median >= target else "no",
-                "with one delta loaded, ours detaches and attaches it" if loaded == 1 else "",
-            )
-            if loaded == 100:
-                yield _detached(ours, peer)
-                single = times["ours"]
-        else:
-            times = interleave({"ours": many(switch, repeats)}, pairs=20)
-            low = sorted(times["ours"])[10] / sorted(single)[10]
-            yield Row(
-                "the same, 1,000 loaded, over 100 loaded",
-                seconds(times["ours"], 1 / repeats),
-                "-",
-                f"{low:.3g} × the time",
-                "≤ 1.2 ×",
-                "yes" if low <= 1.2 else "no",
-            )
+        ours, peer = deltaspec.compile(base, spec(names, GPT2_LINEAR)), peft(base, names, GPT2_LINEAR)
+        times = interleave({"ours": many(_switch(ours, names), 200), "peer": _set(peer, names)}, pairs=20)
+        median, text = ratio(times["peer"], times["ours"], 200)
+        yield Row(
+            f"switch the active delta, {loaded} loaded (12 × 256 GPT-2, 48 sites)",
+            seconds(times["ours"], 1 / 200),
+            seconds(times["peer"]),
+            f"{text} × faster",
+            f"≥ {target:,} ×",
+            "yes" if median >= target else "no",
+            "with one delta loaded, ours detaches everything and attaches it again, which is more than PEFT's does"
+            if loaded == 1
+            else "",
+        )
+        if loaded > 1:
+            yield _detached(ours, peer)
 
 
-def _set(peer: PeftModel, names: Iterator[str]) -> Callable[[], None]:
+def _switch(ours: deltaspec.CompiledModel, names: list[str]) -> Callable[[], None]:
+    turns = itertools.cycle([names[0], names[-1]])
+
+    def other() -> None:
+        ours.only(next(turns))
+
+    def again() -> None:
+        ours.detach()
+        ours.attach()
+
+    return other if len(names) > 1 else again
+
+
+def _set(peer: PeftModel, names: list[str]) -> Callable[[], None]:
+    turns = itertools.cycle([names[0], names[-1]])
+
     def run() -> None:
-        peer.set_adapter(next(names))
+        peer.set_adapter(next(turns))
 
     return run
 
