@@ -39,6 +39,11 @@ class ParallelAdapter(Method):
         """Take whatever takes and gives a hidden state with its width in the last dimension."""
         if site.kind == "embedding":
             return Refusal("an embedding takes ids, so nothing can stand beside it", "use method adapter")
+        if site.kind == "other" and None not in (site.in_width, site.width) and site.in_width != site.width:
+            return Refusal(
+                f"this {site.row.type} turns a width of {site.in_width} into {site.width}",
+                "select the blocks or linear layers inside it",
+            )
         return refuse_serial(self.name, site, "before") or refuse_serial(self.name, site, "after")
 
     def tensors(self, site: Site, params: ParallelAdapterParams) -> tuple[TensorSpec, ...]:
