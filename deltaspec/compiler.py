@@ -38,12 +38,12 @@ def compile(
     """
     from deltaspec.plan import plan
 
-    _refuse_unusable(model, capture)
+    refuse_unusable(model, capture)
     return compile_plan(model, plan(model, spec, *more_specs, example_inputs=example_inputs), capture)
 
 
-def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto") -> CompiledModel:
-    """Compile a valid plan onto a clone of the model it was made for."""
+def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: bool = True) -> CompiledModel:
+    """Compile a valid plan onto a clone of the model it was made for; `drawn` as for `build_delta`."""
     backbone = clone(model)
     graph, reason = None, "asked for"
     if capture != "modules":
@@ -58,7 +58,7 @@ def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto") -> Compile
             plan = replace(plan, proven=True)  # the trace calls every site
     deltas = Deltas()
     for planned in plan.deltas:
-        deltas.add(build_delta(planned, planned.seed, backbone))
+        deltas.add(build_delta(planned, planned.seed, backbone, drawn=drawn))
     deltas.train(model.training)
     place(backbone, deltas)
     compiled = assemble(backbone, deltas, plan, graph, capture, reason)
@@ -67,7 +67,8 @@ def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto") -> Compile
     return compiled
 
 
-def _refuse_unusable(model: nn.Module, capture: str) -> None:
+def refuse_unusable(model: nn.Module, capture: str) -> None:
+    """Refuse a capture that there is not, and what is no model or a compiled one."""
     if capture not in ("auto", "modules", "symbolic"):
         raise ValueError(f"capture is 'auto', 'modules' or 'symbolic', not {capture!r}")
     if not isinstance(model, nn.Module):

@@ -155,11 +155,12 @@ def _after_load(deltas: nn.Module, _: Any) -> None:
     deltas._changed()
 
 
-def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module) -> Delta:
+def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module, *, drawn: bool = True) -> Delta:
     """Make a delta's tensors at their initial values, on the device of the sites' own weights.
 
     The values are a function of (seed, delta name, site, tensor) alone: neither the order of the deltas, nor the
-    device, nor the global random state matters, and none is advanced.
+    device, nor the global random state matters, and none is advanced. `drawn=False` leaves out what depends on weights
+    or a text, for a delta that gets its values from a file.
     """
     delta = Delta(planned.name)
     sources: dict[str, Tensor] = dict(backbone.named_parameters(remove_duplicate=False))
@@ -170,7 +171,8 @@ def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module) -> Delta:
         site, params = planned_site.site, planned_site.params
         own = {p.name: sources[p.fqn] for p in site.row.parameters}
         home = next(iter(own.values()), fallback)
-        given = _from_weights(method, site, params, own, f"{seed}\0{planned.name}\0{site.fqn}")
+        identity = f"{seed}\0{planned.name}\0{site.fqn}"
+        given = _from_weights(method, site, params, own, identity) if drawn else {}
         for spec in planned_site.tensors:
             key = storage_key(site.row.fqn, spec)
             name = attribute_name(key)

@@ -75,6 +75,7 @@ CODES: dict[str, str] = {
     "DS407": "delta name taken by another spec",
     "DS408": "budget that is too small",
     "DS409": "sources that cannot be combined",
+    "DS410": "text that cannot be made into tokens",
     "DS430": "model that cannot be copied",
     "DS431": "model that is compiled already",
     "DS432": "model that cannot be captured as symbolic",

@@ -68,7 +68,7 @@ def _from_config_file(reference: str, file: str) -> nn.Module:
 
 
 def _from_hub(reference: str) -> nn.Module:
-    if not _cached(reference) and not _reachable():
+    if not _cached(reference) and not reachable():
         message = "no such file or directory here, and the hub cannot be reached"
         _fail("DS321", message, reference, f"check the name and the network, or {_WAYS}")
     return _build(reference, reference, local=False)
@@ -84,7 +84,7 @@ def _cached(reference: str) -> bool:
         return False
 
 
-def _reachable() -> bool:
+def reachable() -> bool:
     """Look up the hub's name, since its client retries for half a minute; behind a proxy, leave it to the client."""
     if getproxies():
         return True

@@ -13,6 +13,7 @@ from deltaspec import derived
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic, in_order
 from deltaspec.expectations import delta_checks, spec_checks
 from deltaspec.methods import methods
+from deltaspec.methods._base import Refusal
 from deltaspec.modules import ModuleTable, tabulate
 from deltaspec.observe import Observations
 from deltaspec.planned import Plan, PlannedDelta, PlannedSite, structure_fingerprint
@@ -70,8 +71,11 @@ def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observ
                 if own_findings:  # sources that are wrong make wrong sums
                     found = []
             else:
+                spec, unsettled = _settled(spec, index)
                 placer = Placer(spec, index, table, observations, [], [])
                 delta, found, spec = placer.place(), placer.findings, placer.spec
+                if unsettled:  # sites are refused for params that are not the delta's
+                    found = [*unsettled, *(finding for finding in found if finding.code != "DS402")]
             if not found:  # counts of a delta that is wrong anyway would only be noise
                 met, found = delta_checks(spec, index, delta)
                 delta = replace(delta, checks=met)
@@ -89,6 +93,16 @@ def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observ
     return Plan(
         tuple(deltas), tuple(resolved), table, tuple(checks), _unproven(observations), observations.failure is None
     )
+
+
+def _settled(spec: DeltaSpec, index: int) -> tuple[DeltaSpec, list[Diagnostic]]:
+    """Put what a delta's method looks up outside the spec into the plan's copy of it."""
+    entry = spec.deltas[index]
+    settled = methods()[entry.method].settle(entry.params)
+    if isinstance(settled, Refusal):
+        message = f"delta {entry.name!r}: {settled.reason}"
+        return spec, [spec.diagnostic("DS410", message, ("deltas", index, "params"), settled.suggestion)]
+    return (spec if settled is entry.params else spec.with_params(index, settled)), []
 
 
 def _contract(spec: DeltaSpec, table: ModuleTable) -> list[Diagnostic]:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from deltaspec.atomic import alone_in, write_atomically
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.fingerprint import weights_fingerprint
+from deltaspec.methods import methods
+from deltaspec.methods._base import Method
 from deltaspec.saved import ENDINGS, FORMAT, MANIFEST, SavedSet, digest, file_names
 
 if TYPE_CHECKING:
@@ -120,14 +122,18 @@ def restore(
 
     Raises DeltaSpecError with all findings; `model` is never changed.
     """
-    from deltaspec.compiler import compile as compile_specs
+    from deltaspec.compiler import compile_plan, refuse_unusable
+    from deltaspec.plan import plan
     from deltaspec.spec import load as load_spec
+
+    refuse_unusable(model, capture)
 
     saved = SavedSet(directory)
     if findings := [f for entry in saved.entries for field in ENDINGS for f in saved.read(entry["name"], field)[1]]:
         raise DeltaSpecError(findings)
     specs = dict.fromkeys(load_spec(saved.path(entry["spec"])) for entry in saved.entries)  # derived deltas share one
-    compiled = compile_specs(model, *specs, capture=capture, example_inputs=example_inputs)
+    # Every value comes from the files: no decomposition of a weight, no tokenizer of a text is needed.
+    compiled = compile_plan(model, plan(model, *specs, example_inputs=example_inputs), capture, drawn=False)
     load(compiled, directory)
     compiled.only(*saved.attached)
     return compiled
@@ -190,7 +196,8 @@ def _meaning(spec: dict[str, Any], name: str) -> dict[str, Any]:
     delta = next(delta for delta in spec["deltas"] if delta["name"] == name)
     params = {f"params.{key}": json.loads(json.dumps(value)) for key, value in delta.get("params", {}).items()}
     rest = {key: json.loads(json.dumps(delta[key])) for key in ("method", "overrides", "from") if key in delta}
-    return {key: value for key, value in (params | rest).items() if key not in ("params.dropout", "params.init")}
+    start = methods()[delta["method"]].start if delta.get("method") in methods() else Method.start
+    return {k: v for k, v in (params | rest).items() if k not in {f"params.{key}" for key in ("dropout", *start)}}
 
 
 def _fits(saved: torch.dtype, held: torch.dtype) -> bool:

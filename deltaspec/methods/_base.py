@@ -29,9 +29,8 @@ InitKind = Literal["zeros", "ones", "normal", "kaiming_uniform", "xavier_uniform
 class MethodParams(BaseModel):
     """Base of every method's `params`: closed, strict, immutable, finite."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    # Built when first used: a process may need one method's of all those it imports.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +160,8 @@ class Method(ABC):
     promises: ClassVar[Promises]
     example: ClassVar[Mapping[str, Any]] = {}
     """Parameters of an example, as in a spec; needed where some have no default."""
+    start: ClassVar[frozenset[str]] = frozenset({"init"})
+    """Names of params on which nothing but the initial values depends."""
     default_roles: ClassVar[tuple[str, ...]]
     """Roles that `target` stands for when a delta leaves it out; empty: `target` is required."""
     descends: ClassVar[bool] = False
@@ -189,6 +190,13 @@ class Method(ABC):
     def is_default(self, row: Row, params: Any) -> bool:
         """Tell whether a module is one of those that a left-out `target` stands for."""
         return not set(self.roles(params)).isdisjoint(row.roles)
+
+    def settle(self, params: Any) -> Any:
+        """Put into a delta's params what the plan has to look up outside the spec; or say, as a Refusal, why it cannot.
+
+        The plan and all that is made from it, files included, have the result.
+        """
+        return params
 
     def refuse(self, site: Site, params: Any) -> Refusal | None:
         """Say why this site cannot be taken with these params; None where it can."""

@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from deltaspec.methods._base import Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods._prompts import PromptMethod
+from deltaspec.methods._text import TextError, ids_of
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 
+TOKENS = 100
+"""Number of learned embeddings where none is given."""
+
+
 class SoftPromptParams(MethodParams):
     """Parameters of soft_prompt."""
 
-    tokens: Annotated[int, Field(ge=1, le=65536)] = 100
-    """Number of learned embeddings; they take as many positions of the model's context."""
+    tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """Number of learned embeddings; they take as many positions of the model's context. Left out: 100, or as many as
+    the text has, for which the plan needs the tokenizer."""
     init: Literal["vocabulary", "text", "uniform"] = "vocabulary"
-    """Start as rows of the embedding drawn at random, as the rows of `token_ids`, or uniform in [-0.5, 0.5]."""
+    """Start as rows of the embedding drawn at random, as those of a text (`text` and `tokenizer`, or `token_ids`), or
+    uniform in [-0.5, 0.5]."""
+    text: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
+    """With `init: text`: the text to start from; its tokens, special ones included, are repeated or cut to `tokens`."""
+    tokenizer: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """Of the text: a directory (relative to the current one) or an id on the hub, for transformers' AutoTokenizer. Read
+    when the delta is made, not when it is restored."""
     token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """With `init: text`: ids of the tokens to start from, repeated or cut to the number of tokens."""
+    """With `init: text`, in place of text and tokenizer: the ids of the tokens to start from."""
 
     @model_validator(mode="after")
-    def _text_and_ids(self) -> SoftPromptParams:
-        if (self.init == "text") != bool(self.token_ids):
-            raise ValueError("init: text and token_ids go together (the tokenizer gives the ids of a text)")
+    def _one_text(self) -> SoftPromptParams:
+        if self.text is not None and self.token_ids:
+            raise ValueError("text and token_ids say the same twice: give one of them")
+        given = self.text is not None or bool(self.token_ids)
+        if self.init != "text" and (given or self.tokenizer is not None):
+            raise ValueError(f"text, tokenizer and token_ids are for init: text, and init is {self.init}")
+        if self.init == "text" and not given:
+            raise ValueError("init: text needs a text and its tokenizer, or token_ids")
+        if (self.text is None) != (self.tokenizer is None):
+            raise ValueError("text and tokenizer go together: the tokenizer makes tokens of the text")
         return self
 
 
@@ -39,7 +58,23 @@ class SoftPrompt(PromptMethod):
     paper = "The Power of Scale for Parameter-Efficient Prompt Tuning (arXiv:2104.08691)"
     Params = SoftPromptParams
     promises = Promises(identity_at_start=False, weight=None, per_row=False)
+    start = frozenset({"init", "text", "tokenizer", "token_ids"})
     default_roles = ("embed",)
+
+    def virtual_tokens(self, params: SoftPromptParams) -> int:
+        """Give the number of rows; a plan's params always have one."""
+        return params.tokens or TOKENS
+
+    def settle(self, params: SoftPromptParams) -> SoftPromptParams | Refusal:
+        """Put the number of tokens in, where it is left out."""
+        if params.tokens is not None:
+            return params
+        if params.init != "text":
+            return params.model_copy(update={"tokens": TOKENS})
+        try:
+            return params.model_copy(update={"tokens": len(_text_ids(params))})
+        except TextError as error:
+            return Refusal(error.reason, f"{error.suggestion}; with tokens: the plan needs no tokenizer")
 
     def refuse(self, site: Site, params: SoftPromptParams) -> Refusal | None:
         """Also refuse ids that the vocabulary does not have."""
@@ -53,24 +88,48 @@ class SoftPrompt(PromptMethod):
     def tensors(self, site: Site, params: SoftPromptParams) -> tuple[TensorSpec, ...]:
         """Declare the prompt, `[tokens, width]`."""
         assert site.row.out_features is not None
-        return (TensorSpec("prompt", (params.tokens, site.row.out_features), Init("normal", 1.0)),)
+        return (TensorSpec("prompt", (self.virtual_tokens(params), site.row.out_features), Init("normal", 1.0)),)
 
     def initialise(
         self, site: Site, params: SoftPromptParams, weights: Mapping[str, Tensor], generator: Generator
     ) -> Mapping[str, Tensor]:
-        """Start from rows of the vocabulary, as the embedding gives them (some scale their rows), or uniform."""
+        """Start from rows of the vocabulary, as the embedding gives them (some scale their rows), or uniform.
+
+        Raises DeltaSpecError (DS410) where the tokenizer cannot be used, or is another model's.
+        """
         import torch
 
-        table = weights["weight"]
+        table, tokens = weights["weight"], self.virtual_tokens(params)
         if params.init == "uniform":
-            return {"prompt": torch.rand(params.tokens, table.shape[1], generator=generator) - 0.5}
+            return {"prompt": torch.rand(tokens, table.shape[1], generator=generator) - 0.5}
         if params.init == "text":
-            ids = torch.tensor([params.token_ids[i % len(params.token_ids)] for i in range(params.tokens)])
+            text = _vocabulary_ids(params, table.shape[0])
+            ids = torch.tensor([text[i % len(text)] for i in range(tokens)])
         else:
-            ids = torch.randint(0, table.shape[0], (params.tokens,), generator=generator)
+            ids = torch.randint(0, table.shape[0], (tokens,), generator=generator)
         assert site.row.entrance is not None
         return {"prompt": table[ids] * site.row.entrance.scale}
 
     def rows(self, params: SoftPromptParams, t: Any) -> Any:
         """Give the prompt."""
         return t.prompt
+
+
+def _text_ids(params: SoftPromptParams) -> Sequence[int]:
+    if params.text is None or params.tokenizer is None:
+        return params.token_ids
+    return ids_of(params.text, params.tokenizer)
+
+
+def _vocabulary_ids(params: SoftPromptParams, rows: int) -> Sequence[int]:
+    """Give the ids of the text, all of them in a vocabulary of this size. Raises DeltaSpecError."""
+    from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+
+    try:
+        ids = _text_ids(params)
+        if max(ids) >= rows:
+            reason = f"the tokenizer {params.tokenizer!r} gives the id {max(ids)}, and the embedding has {rows:,} rows"
+            raise TextError(reason, "name the tokenizer of this very model")
+    except TextError as error:
+        raise DeltaSpecError([Diagnostic("DS410", error.reason, suggestion=error.suggestion)]) from error
+    return ids
