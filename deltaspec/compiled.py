@@ -16,6 +16,7 @@ from deltaspec.capture import Entry, root_graph
 from deltaspec.clone import clone
 from deltaspec.deltas import Delta, Deltas, find
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic, closest
+from deltaspec.generation import generating
 from deltaspec.symbolic import trace
 
 if TYPE_CHECKING:
@@ -182,6 +183,8 @@ class CompiledModel(torch.fx.GraphModule):
             modules = self.__dict__.get("_modules", {})
             if "backbone" not in modules:
                 raise
+            if name == "generate" and hasattr(modules["backbone"], name):
+                return generating(self.plan, self.attached, modules["backbone"])
             return getattr(modules["backbone"], name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:

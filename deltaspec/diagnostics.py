@@ -87,6 +87,7 @@ CODES: dict[str, str] = {
     "DS438": "attention function that takes no more keys",
     "DS439": "input that a prompt does not fit",
     "DS440": "deltas that no forward was seen to reach",
+    "DS450": "prompt whose end cannot be told",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",

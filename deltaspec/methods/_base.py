@@ -244,6 +244,10 @@ class Method(ABC):
         """
         return 0
 
+    def ends_matter(self, params: Any) -> bool:
+        """Tell whether the formula must know where a prompt ends while text is generated."""
+        return False
+
     def substitutes(self, site: Site, params: Any) -> bool:
         """Tell whether `apply` runs the host with other parameters (`base(x, weight=…)`) at this site."""
         return False

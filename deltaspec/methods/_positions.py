@@ -27,15 +27,20 @@ class Tokens:
     """`[batch, columns]`: whether a column of the sequence so far is a token and no padding; None: all are."""
     before: int
     """Number of columns before those of this forward."""
+    prompt: int | None = None
+    """Number of columns of the prompt, where this forward repeats it and brings more; None: it brings no more."""
 
 
-def real_tokens(hidden: Tensor, mask: Any, *caches: Any) -> Tokens:
+def real_tokens(hidden: Tensor, ends: bool, mask: Any, *caches: Any) -> Tokens:
     """Tell tokens from padding by what a block was called with.
 
-    `hidden` is `[batch, positions, width]`, what the block gives. `mask` is `[batch, columns]` or `[batch, …, queries,
-    columns]`, boolean, 0/1 or additive; None hides nothing. Raises TypeError for a mask of another kind.
+    `hidden` is `[batch, positions, width]`, what the block gives. `ends`: whether the prompt's end matters. `mask` is
+    `[batch, columns]` or `[batch, …, queries, columns]`, boolean, 0/1 or additive; None hides nothing. Raises TypeError
+    for a mask of another kind.
     """
     from torch import Tensor
+
+    from deltaspec.generation import prompt_length
 
     if hidden.dim() != 3:
         raise TypeError(f"chosen positions need hidden states [batch, positions, width], not {tuple(hidden.shape)}")
@@ -43,8 +48,9 @@ def real_tokens(hidden: Tensor, mask: Any, *caches: Any) -> Tokens:
     length = hidden.shape[1]
     # At the end of a block the cache holds this forward's tokens, too. Without a cache this forward is all there is.
     before = max(0, int(cache.get_seq_length()) - length) if cache is not None else 0
+    prompt = prompt_length(length) if ends and cache is None else None
     if mask is None:
-        return Tokens(None, before)
+        return Tokens(None, before, prompt)
     if not isinstance(mask, Tensor) or mask.dim() < 2:
         raise TypeError(f"padding cannot be told from an attention mask of type {type(mask).__name__}")
     if mask.is_floating_point() and mask.dim() > 2:
@@ -56,17 +62,19 @@ def real_tokens(hidden: Tensor, mask: Any, *caches: Any) -> Tokens:
     if columns < length:
         raise TypeError(f"the attention mask has {columns} columns, and the hidden state {length} positions")
     # A sliding window's cache has dropped its first columns; a static one has columns that are not written yet.
-    return Tokens(seen, min(before, columns - length))
+    return Tokens(seen, min(before, columns - length), prompt)
 
 
 def edges(tokens: Tokens, hidden: Tensor, first: int | None, last: int | None) -> tuple[Tensor, Tensor]:
     """Choose positions: two 0/1 tensors `[batch, positions, 1]`, for the first and for the last tokens.
 
-    `last` counts from the end of a forward that starts a sequence, and chooses nothing in one that continues it by a
-    token. A position that is both is a first one. Raises ValueError where several tokens continue a sequence: whether
-    they end the prompt is not known.
+    `last` counts from the end of the prompt: that of a forward that starts a sequence, or what is known of it. Nothing
+    is chosen in a forward that continues a sequence by a token. A position that is both is a first one. Raises
+    DeltaSpecError (DS450) where several tokens continue a sequence: whether they end the prompt is not known.
     """
     import torch
+
+    from deltaspec.generation import pieces
 
     batch, length, _ = hidden.shape
     if tokens.real is None:
@@ -79,12 +87,11 @@ def edges(tokens: Tokens, hidden: Tensor, first: int | None, last: int | None) -
     at_first = nothing if first is None else (real & (count <= first))[:, here]
     at_last = nothing
     if last is not None and tokens.before == 0:
-        total = count[:, length - 1 : length]
+        end = length if tokens.prompt is None else min(tokens.prompt, length)
+        total = count[:, end - 1 : end]
         at_last = real[:, here] & (count[:, here] > total - last) & ~at_first
+        at_last[:, end:] = False
     elif last is not None and length > 1:
-        raise ValueError(
-            f"the last tokens of a prompt are to be edited, and this forward continues one of {tokens.before} tokens "
-            f"by {length}: give the whole prompt in one forward"
-        )
+        raise pieces(tokens.before, length)
     shape = (batch, length, 1)
     return tuple(chosen[:, :, None].expand(shape).to(hidden.dtype) for chosen in (at_first, at_last))  # type: ignore[return-value]

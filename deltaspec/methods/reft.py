@@ -31,7 +31,7 @@ class ReftParams(MethodParams):
     """Edit this many positions from the first token on that is no padding."""
     last: Count | None = None
     """Edit this many positions up to the last token that is no padding. In generation these are the prompt's, as in the
-    paper, which needs the key-value cache: without it, each step takes all that is there for the prompt."""
+    paper. Without a key-value cache, generate by the compiled model's own `generate`."""
     tied: bool = True
     """One edit for the first and the last positions; false: one for each of the two ends."""
     padding: Literal["mask", "none"] = "mask"
@@ -91,6 +91,10 @@ class Reft(Method):
     def _chooses(params: ReftParams) -> bool:
         return params.first is not None or params.last is not None
 
+    def ends_matter(self, params: ReftParams) -> bool:
+        """Count the last tokens from the prompt's end."""
+        return params.last is not None
+
     def arguments(self, site: Site, params: ReftParams) -> tuple[str, ...]:
         """Ask for the mask, and for the cache, which tells how many tokens came before."""
         return (MASK, *CACHES) if self._chooses(params) and site.kind == "other" else ()
@@ -131,7 +135,8 @@ class Reft(Method):
             return h + _edit(t, "", h, params)
         # Asked after the call: by then the cache holds what this forward brings.
         told = params.padding == "mask"
-        real = t.call(real_tokens, h, t.argument(MASK) if told else None, *(t.argument(name) for name in CACHES))
+        mask, caches = t.argument(MASK) if told else None, [t.argument(name) for name in CACHES]
+        real = t.call(real_tokens, h, params.last is not None, mask, *caches)
         chosen = t.call(edges, real, h, params.first, params.last)
         if params.tied:
             return h + (chosen[0] + chosen[1]) * _edit(t, "", h, params)

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from bottlenecks import keeps_promises
@@ -7,6 +9,7 @@ from transformers import (
     BartForConditionalGeneration,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -17,6 +20,7 @@ from transformers import (
 from weight_methods import bert, check_training, compiled, gpt2, llama, refusal, run, stir
 
 import deltaspec
+from deltaspec.diagnostics import DeltaSpecError
 from deltaspec.methods._positions import real_tokens
 
 CASES = [{"first": 2}, {"last": 2}, {"first": 2, "last": 1}, {"first": 1, "last": 2, "tied": False}]
@@ -178,11 +182,49 @@ def test_generation_edits_the_prompt_only(name, params):
         ids = IDS[row : row + 1, int((REAL[row] == 0).sum()) :]
         alone = c.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
         assert torch.equal(alone[0, ids.shape[1] :], batch[row, IDS.shape[1] :])
-    if "last" not in params:
-        assert torch.equal(c.generate(input_ids=IDS, attention_mask=REAL, use_cache=False, **options), batch)
-        beams = {**options, "num_beams": 3}
-        one = c.generate(input_ids=IDS, attention_mask=REAL, **beams)
-        assert torch.equal(c.generate(input_ids=IDS, attention_mask=REAL, use_cache=False, **beams), one)
+    assert torch.equal(c.generate(input_ids=IDS, attention_mask=REAL, use_cache=False, **options), batch)
+    beams = {**options, "num_beams": 3}
+    one = c.generate(input_ids=IDS, attention_mask=REAL, **beams)
+    assert torch.equal(c.generate(input_ids=IDS, attention_mask=REAL, use_cache=False, **beams), one)
+
+
+def test_generation_without_a_cache_behind_a_soft_prompt_and_in_threads():
+    deltas = [
+        {"name": "d", "method": "reft", "params": {"rank": 3, "last": 2}},
+        {"name": "p", "method": "soft_prompt", "params": {"tokens": 4}},
+    ]
+    c = deltaspec.compile(llama()[0], {"deltaspec": 1, "deltas": deltas})
+    stir(c, std=0.5)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prompts = [IDS[:1, :3], IDS[1:, 2:], IDS]
+    expected = [c.generate(input_ids=ids, **options) for ids in prompts]
+    with ThreadPoolExecutor(3) as pool:  # each remembers its own prompt
+        together = [pool.submit(c.generate, input_ids=ids, use_cache=False, **options) for ids in prompts * 2]
+    for ids, future in zip(expected * 2, together, strict=True):
+        assert torch.equal(future.result(), ids)
+
+
+def test_generation_that_hides_the_end_of_the_prompt_is_refused_at_once():
+    c, ends = made(llama()[0], last=1), {"input_ids": IDS, "max_new_tokens": 3, "pad_token_id": 0}
+    refusals = {
+        "prefill_chunk_size": {"prefill_chunk_size": 3},
+        "assisted generation": {"prompt_lookup_num_tokens": 2},
+        "in pieces": {"generation_config": GenerationConfig(prefill_chunk_size=2)},
+    }
+    for says, options in refusals.items():
+        with pytest.raises(DeltaSpecError, match=f"DS450.*{says}"):
+            c.generate(**ends, **options)
+    with pytest.raises(DeltaSpecError, match=r"DS450[\s\S]*c.generate"):  # where nothing remembers the prompt
+        c.backbone.generate(**ends, use_cache=False)
+    with pytest.raises(DeltaSpecError, match="DS450.*continues one of 3 tokens by 3"):
+        c.backbone.generate(**ends, prefill_chunk_size=3)
+    assert torch.equal(c.backbone.generate(**ends), c.generate(**ends))
+    both = made(seq2seq("t5"), last=1)
+    with pytest.raises(DeltaSpecError, match="DS450.*only a plain decoder"):
+        both.generate(**ends, use_cache=False)
+    assert both.generate(**ends).shape == both.backbone.generate(**ends).shape
+    c.detach()
+    assert c.generate(**ends, use_cache=False).shape == c.generate(**ends, prefill_chunk_size=3).shape
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -202,7 +244,7 @@ def test_a_prompt_in_two_pieces_is_refused_where_its_end_matters():
     c = made(model, last=1)
     with torch.no_grad():
         past = c(input_ids=IDS[:, :3], use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="the whole prompt in one forward"):
+        with pytest.raises(DeltaSpecError, match=r"DS450[\s\S]*the whole prompt in one forward"):
             c(input_ids=IDS[:, 3:], past_key_values=past)
     c = made(llama()[0], first=5)
     with torch.no_grad():
@@ -283,15 +325,15 @@ def test_masks_of_every_form_tell_the_same_tokens():
     seen = torch.ones(3, 3).tril().bool() & told[:, None]
     additive = torch.zeros(1, 1, 3, 3).masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
     for mask in (told, told.long(), told.float(), seen, seen[:, None], told[:, None, None], additive):
-        assert torch.equal(real_tokens(h, mask).real, told)
-    assert real_tokens(h, None).real is None
+        assert torch.equal(real_tokens(h, True, mask).real, told)
+    assert real_tokens(h, True, None).real is None
 
 
 def test_masks_that_tell_nothing_are_refused_at_run_time():
     h = torch.zeros(2, 3, 8)
     with pytest.raises(TypeError, match="attention mask of type dict"):
-        real_tokens(h, {})
+        real_tokens(h, True, {})
     with pytest.raises(TypeError, match="2 columns, and the hidden state 3 positions"):
-        real_tokens(h, torch.ones(2, 2))
+        real_tokens(h, True, torch.ones(2, 2))
     with pytest.raises(TypeError, match="batch, positions, width"):
-        real_tokens(h[0], None)
+        real_tokens(h[0], True, None)
