@@ -124,32 +124,47 @@ class Plan:
 
     def __getitem__(self, name: str) -> PlannedDelta:
         """Give a delta by name. Raises KeyError, naming the known ones."""
-        for delta in self.deltas:
-            if delta.name == name:
-                return delta
-        raise KeyError(f"no delta {name!r}; there are: {', '.join(delta.name for delta in self.deltas)}")
+        if name in self._by_name:
+            return self._by_name[name]
+        raise KeyError(f"no delta {name!r}; there are: {', '.join(self._by_name)}")
+
+    @cached_property
+    def _by_name(self) -> dict[str, PlannedDelta]:
+        return {delta.name: delta for delta in self.deltas}
+
+    @cached_property
+    def _spec_of(self) -> dict[str, tuple[DeltaSpec, slice]]:
+        """Where each delta stands: its spec, and the part of it that makes sense alone."""
+        found = {}
+        for spec in self.specs:
+            linked = any(delta.sources for delta in spec.deltas)
+            for index, delta in enumerate(spec.deltas):
+                found[delta.name] = spec, slice(None) if linked else slice(index, index + 1)
+        return found
 
     def parts(self) -> tuple[Plan, ...]:
         """Give one plan a spec, as if each had been planned alone."""
         if len(self.specs) == 1:
             return (self,)
-        rest, plans = list(self.deltas), []
-        for spec in self.specs:
-            own, rest = rest[: len(spec.deltas)], rest[len(spec.deltas) :]
-            plans.append(Plan(tuple(own), (spec,), self.table))
-        return tuple(plans)
+        return tuple(self._part(tuple(self._by_name[delta.name] for delta in spec.deltas), spec) for spec in self.specs)
 
     def alone(self, name: str) -> Plan:
         """Give the plan of one delta alone, or of all deltas of its spec where some are derived from others."""
         from deltaspec.spec import load
 
-        spec = next(spec for spec in self.specs if any(delta.name == name for delta in spec.deltas))
-        linked = any(delta.sources for delta in spec.deltas)
-        names = [delta.name for delta in spec.deltas if linked or delta.name == name]
-        data = spec.to_data()
-        data.pop("expect", None)
-        data["deltas"] = [delta for delta in data["deltas"] if delta["name"] in names]
-        return Plan(tuple(self[name] for name in names), (load(data),), self.table)
+        data = self.document(name)
+        return self._part(tuple(self[delta["name"]] for delta in data["deltas"]), load(data))
+
+    def document(self, name: str) -> dict[str, Any]:
+        """Give the resolved spec of that plan."""
+        spec, part = self._spec_of[name]
+        return spec.model_copy(update={"deltas": spec.deltas[part], "expect": None}).to_data()
+
+    def _part(self, deltas: tuple[PlannedDelta, ...], spec: DeltaSpec) -> Plan:
+        """Give a plan for the same model."""
+        part = Plan(deltas, (spec,), self.table)
+        part.__dict__["structure"] = self.structure
+        return part
 
     def to_dict(self) -> dict[str, Any]:
         """Give the plan as JSON data, sites folded over layers."""

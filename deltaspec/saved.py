@@ -28,7 +28,8 @@ class SavedSet:
         self.folder = Path(directory)
         self.manifest = self._read_manifest()
         self.entries: list[dict[str, str]] = self.manifest["deltas"]
-        self.names = [entry["name"] for entry in self.entries]
+        self._by_name: dict[str, dict[str, str]] = {entry["name"]: entry for entry in self.entries}
+        self.names = list(self._by_name)
         self.attached: list[str] = self.manifest["attached"]
 
     def path(self, name: str) -> Path:
@@ -88,7 +89,7 @@ class SavedSet:
 
     def entry(self, name: str) -> dict[str, str]:
         """Give a delta's entry in the manifest."""
-        return next(entry for entry in self.entries if entry["name"] == name)
+        return self._by_name[name]
 
     def read(self, name: str, field: str) -> tuple[bytes | None, list[Diagnostic]]:
         """Read one of a delta's files (`file`, `spec` or `lock`), its digest checked: (content, findings)."""

@@ -44,46 +44,45 @@ def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
     folder = Path(directory)
     plan, attachments = compiled.plan, compiled._attachments
     attachments.derive_detached()
-    findings, deltas, files = [_behind(name) for name in attachments.behind()], [], {}
+    findings = [_behind(name) for name in attachments.behind()]
     for planned in plan.deltas:
-        tensors = {key: value.detach().contiguous() for key, value in compiled.deltas[planned.name].tensors()}
-        findings += [_not_finite(planned.name, key) for key, value in tensors.items() if not _finite(value)]
-        part = plan.alone(planned.name)
-        content = {
-            "file": to_bytes({k: v.clone() for k, v in tensors.items()}, metadata={"format": "pt"}),
-            "spec": _json(part.specs[0].to_data()),
-            "lock": lock(part).encode(),
-        }
-        stem = f"{planned.name}.{digest(b''.join(content.values()))[:8]}"
-        entry = {"name": planned.name}
-        for field, ending in ENDINGS.items():
-            entry[field] = f"{stem}.{ending}"
-            entry[f"{field}_sha256"] = digest(content[field])
-            files[entry[field]] = content[field]
-        deltas.append(entry)
+        for key, value in compiled.deltas[planned.name].tensors():
+            if not _finite(value.detach()):
+                findings.append(_not_finite(planned.name, key))
     if findings:
         raise DeltaSpecError(findings)
-    manifest = {
-        "deltaspec": FORMAT,
-        "backbone": {
-            "class": plan.model_class,
-            "structure": plan.structure,
-            "weights": weights_fingerprint(compiled.backbone),
-        },
-        "attached": list(compiled.attached),
-        "deltas": deltas,
-    }
+    weights = weights_fingerprint(compiled.backbone)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         hint = "give a directory"
         raise DeltaSpecError([Diagnostic("DS521", "is a file", file=str(folder), suggestion=hint)]) from None
     with alone_in(folder):
-        before = file_names(folder)
-        for name, payload in files.items():
-            write_atomically(folder / name, payload)
+        before, entries, written = file_names(folder), [], set[str]()
+        for planned in plan.deltas:  # one delta's bytes in memory at a time
+            part = plan.alone(planned.name)
+            tensors = {key: value.detach().clone() for key, value in compiled.deltas[planned.name].tensors()}
+            content = {
+                "file": to_bytes({key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"}),
+                "spec": _json(part.specs[0].to_data()),
+                "lock": lock(part).encode(),
+            }
+            stem = f"{planned.name}.{digest(b''.join(content.values()))[:8]}"
+            entry = {"name": planned.name}
+            for field, ending in ENDINGS.items():
+                entry[field] = f"{stem}.{ending}"
+                entry[f"{field}_sha256"] = digest(content[field])
+                write_atomically(folder / entry[field], content[field])
+                written.add(entry[field])
+            entries.append(entry)
+        manifest = {
+            "deltaspec": FORMAT,
+            "backbone": {"class": plan.model_class, "structure": plan.structure, "weights": weights},
+            "attached": list(compiled.attached),
+            "deltas": entries,
+        }
         write_atomically(folder / MANIFEST, _json(manifest))
-        for name in before - files.keys():
+        for name in before - written:
             (folder / name).unlink(missing_ok=True)
 
 
@@ -182,7 +181,7 @@ def _other_meaning(saved: SavedSet, name: str, compiled: CompiledModel) -> list[
         before = _meaning(json.loads(content), name)
     except (ValueError, KeyError, TypeError, StopIteration) as error:
         return [saved.finding("DS522", f"is no resolved spec: {error}", "save again", saved.entry(name)["spec"])]
-    now = _meaning(compiled.plan.alone(name).specs[0].to_data(), name)
+    now = _meaning(compiled.plan.document(name), name)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             message = f"{name}: {key} was {before.get(key)} when it was saved, the model's is {now.get(key)}"
