@@ -14,10 +14,11 @@ from torch import fx, nn
 from deltaspec.combination import behind, refresh
 from deltaspec.deltas import Deltas
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
-from deltaspec.frozen import BufferGuard
+from deltaspec.frozen import BufferGuard, Flags
 from deltaspec.methods import methods
 from deltaspec.observe import Observation, Recorder
-from deltaspec.programs import Forward, Program, Programmer
+from deltaspec.programs import Programmer
+from deltaspec.switching import Forward, Places, Program
 
 if TYPE_CHECKING:
     from deltaspec.planned import Plan
@@ -32,46 +33,73 @@ class Attachments:
         self.active: tuple[str, ...] = ()
         self._programmer = Programmer(backbone, deltas, plan, graph)
         self._programs: dict[tuple[str, ...], Program] = {}
+        """By the active set, in the order of the spec."""
+        self._ready: dict[tuple[str, ...], Program] = {}
+        """By names as they were given, checked; those of active sets that need nothing but their program."""
+        self._places: dict[frozenset[int], Places] = {}
         self._replaced, self._weights = _replaced(plan), _weights(plan)
         self._reading = any(weights.reads for weights in self._weights.values())
         self._derived = frozenset(planned.name for planned in plan.deltas if planned.derived is not None)
         self._unproven = set() if plan.proven else set(self.order)
         """Deltas whose sites no forward was seen to reach yet."""
         modules = self._programmer.modules.values()
-        self._parameters = list({id(p): p for m in modules for p in m._parameters.values() if p is not None}.values())
-        self._thawed: list[nn.Parameter] = []
-        self._buffers = BufferGuard(modules)
+        self._flags, self._buffers = Flags(modules), BufferGuard(modules)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachments:
         """Copy together with the backbone; what is plain data is shared, programs are made anew."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         shared = ("plan", "order", "graph", "active", "_replaced", "_weights", "_reading")
+        made = ("_programs", "_ready", "_places")
         for name, value in self.__dict__.items():
-            twin.__dict__[name] = value if name in shared else {} if name == "_programs" else copy.deepcopy(value, memo)
+            twin.__dict__[name] = value if name in shared else {} if name in made else copy.deepcopy(value, memo)
+        twin._flags.moved = twin._buffers.moved = True
         return twin
+
+    def switch(self, names: tuple[str, ...]) -> bool:
+        """Make exactly these deltas act, in whatever order they are given, if they did before; tell whether.
+
+        The cost is a dictionary entry a host; it does not depend on how many deltas there are.
+        """
+        try:
+            new = self._ready.get(names)
+        except TypeError:  # What has no hash is no name.
+            return False
+        if new is None:
+            return False
+        if new.names != self.active:
+            self._exchange(new)
+        return True
 
     def activate(self, names: Iterable[str], anew: Collection[str] = ()) -> None:
         """Make exactly these deltas act. `names` are known and may come in any order.
 
-        Derived ones that did not act, and those in `anew`, are computed from their sources as they are now.
+        Derived ones that did not act, and those in `anew`, are computed from their sources as they are now. Whatever
+        raises leaves the deltas that acted acting.
         """
-        wanted = tuple(sorted(set(names), key=self.order.__getitem__))
-        if len(wanted) > 1 and (self._replaced or self._reading) and wanted != self.active:
-            self._refuse_rivals(wanted)
-        self.derive(name for name in wanted if name not in self.active or name in anew)
-        if wanted == self.active:
+        names = tuple(names)
+        if self.switch(names):
             return
+        wanted = tuple(sorted(set(names), key=self.order.__getitem__))
         new = self.program(wanted)
-        if not self.active:
-            self._freeze()
-        else:
-            self.program(self.active).remove()
+        self.derive(name for name in wanted if name not in self.active or name in anew)
+        if wanted != self.active:
+            self._exchange(new)
+        if self._derived.isdisjoint(wanted):
+            self._ready[names] = self._ready[wanted] = new
+
+    def _exchange(self, new: Program) -> None:
+        """Put one program in the place of another, and the backbone's state with it."""
+        old = self.program(self.active)
+        if old.names:
             self._buffers.restore()
-        new.install()
-        self.active = wanted
-        if not wanted:
-            self._thaw()
+        else:
+            self._buffers.watch()
+            self._flags.freeze()
+        new.install(old)
+        self.active = new.names
+        if not new.names:
+            self._flags.thaw()
 
     def derive(self, names: Iterable[str]) -> None:
         """Compute those of these deltas that are derived anew, from their sources as they are now."""
@@ -87,18 +115,24 @@ class Attachments:
         return behind(self.backbone, self.deltas, self.plan, [name for name in self.active if name in self._derived])
 
     def program(self, names: tuple[str, ...]) -> Program:
-        """Give the program of an active set, made at its first use."""
+        """Give the program of an active set, made and checked at its first use."""
         found = self._programs.get(names)
         if found is None:
+            if len(names) > 1 and (self._replaced or self._reading):
+                self._refuse_rivals(names)
             watch = None if self._unproven.isdisjoint(names) else self._watched
-            found = self._programs[names] = self._programmer.build(names, watch)
+            found = self._programmer.build(names, watch)
+            found.settle(names, self._places)
+            self._programs[names] = found
         return found
 
     def rebind(self) -> None:
         """Bind tensors anew after they were moved, cast or replaced."""
-        self.program(self.active).remove()
+        old = self.program(self.active)
         self._programs.clear()
-        self.program(self.active).install()
+        self._ready.clear()
+        self._flags.moved = self._buffers.moved = True
+        self.program(self.active).install(old)
 
     def original_forward(self, fqn: str) -> Forward | None:
         """Give the instance-level forward that a module of the backbone had before any delta (None: it had none)."""
@@ -106,7 +140,7 @@ class Attachments:
 
     def trained_in_backbone(self) -> set[str]:
         """Give the names of the backbone parameters that are in training whenever nothing is attached."""
-        thawed = {id(p) for p in self._thawed}
+        thawed = {id(p) for p in self._flags.thawed()}
         return {name for name, p in self.backbone.named_parameters() if id(p) in thawed}
 
     def prove_reached(self, seen: dict[str, Observation]) -> None:
@@ -153,19 +187,6 @@ class Attachments:
                 findings.append(Diagnostic("DS436", message, suggestion=hint))
         if findings:
             raise DeltaSpecError(findings)
-
-    def _freeze(self) -> None:
-        """Take the backbone's own parameters out of training; remember which were in."""
-        self._buffers.watch()
-        self._thawed = [p for p in self._parameters if p.requires_grad]
-        for parameter in self._thawed:
-            parameter.requires_grad = False
-
-    def _thaw(self) -> None:
-        for parameter in self._thawed:
-            parameter.requires_grad = True
-        self._thawed = []
-        self._buffers.restore()
 
 
 class FirstForward:

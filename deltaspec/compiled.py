@@ -31,6 +31,8 @@ class UnknownDeltaError(DeltaSpecError, KeyError):
 class _Restore:
     """What `only` and `detached` give: nothing to do with, or a context that puts the active set back at its end."""
 
+    __slots__ = ("_attachments", "_before")
+
     def __init__(self, attachments: Attachments, before: tuple[str, ...]) -> None:
         self._attachments, self._before = attachments, before
 
@@ -97,20 +99,23 @@ class CompiledModel(torch.fx.GraphModule):
 
     def attach(self, *names: str) -> Self:
         """Attach deltas by name, or all; attached ones stay. Raises UnknownDeltaError."""
-        self._attachments.activate((*self.attached, *self._known(names)), anew=self._known(names))
+        if not self._attachments.switch((*self.attached, *(names or self._known(names)))):
+            self._attachments.activate((*self.attached, *self._known(names)), anew=self._known(names))
         return self
 
     def detach(self, *names: str) -> Self:
         """Detach deltas by name, or all; detached ones stay so. Raises UnknownDeltaError."""
-        gone = set(self._known(names))
-        self._attachments.activate(name for name in self.attached if name not in gone)
+        gone = set(self._known(names)) if names else self.attached
+        self._attachments.activate(tuple(name for name in self.attached if name not in gone))
         return self
 
     def only(self, *names: str) -> _Restore:
         """Attach exactly these deltas, at once; in a `with`, what was attached before comes back, on an error too."""
-        before = self.attached
-        self._attachments.activate(self._known(names) if names else (), anew=names)
-        return _Restore(self._attachments, before)
+        attachments = self._attachments
+        restore = _Restore(attachments, attachments.active)
+        if not attachments.switch(names):
+            attachments.activate(self._known(names) if names else (), anew=names)
+        return restore
 
     def detached(self) -> _Restore:
         """Detach all deltas, at once; in a `with`, what was attached before comes back, on an error too."""

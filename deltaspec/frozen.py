@@ -33,37 +33,117 @@ class FrozenStatistics:
         return shadow.forward(*args, **kwargs)
 
 
+class Flags:
+    """Takes the backbone's own parameters out of training, and puts back those that were in.
+
+    Users may change flags while nothing is attached, so each time all are read: that is the floor of the cost.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._parameters: dict[tuple[int, str], nn.Parameter] = {}
+        self._distinct: list[nn.Parameter] = []
+        self._thawed: list[nn.Parameter] = []
+        self.moved = True
+        """Whether parameters may have been replaced (cast, loaded, copied) since they were found."""
+
+    def freeze(self) -> None:
+        """Take all out of training; remember which were in."""
+        if self.moved:
+            self._find()
+        self._thawed = [parameter for parameter in self._distinct if parameter.requires_grad]
+        for parameter in self._thawed:
+            parameter.requires_grad = False
+
+    def thaw(self) -> None:
+        """Put those back that were in."""
+        for parameter in self.thawed():
+            parameter.requires_grad = True
+        self._thawed = []
+
+    def thawed(self) -> list[nn.Parameter]:
+        """Give the parameters that were in training before all were taken out."""
+        if self.moved:
+            self._find()
+        return self._thawed
+
+    def _find(self) -> None:
+        """Find all parameters; one that replaced another takes on whether that was in training."""
+        homes = enumerate(module._parameters for module in self._modules)
+        found = {(i, name): p for i, home in homes for name, p in home.items() if p is not None}
+        thawed = {id(parameter) for parameter in self._thawed}
+        now = {id(found[place]) for place, p in self._parameters.items() if id(p) in thawed and place in found}
+        self._parameters, self.moved = found, False
+        self._distinct = list({id(parameter): parameter for parameter in found.values()}.values())
+        self._thawed = [parameter for parameter in self._distinct if id(parameter) in now]
+
+
 class BufferGuard:
     """Puts back buffers that a forward wrote while deltas were attached (spectral norm, moving averages)."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(modules)
-        self._kept: list[tuple[dict[str, Any], str, Tensor, Tensor, int]] = []
+        self._homes = [module._buffers for module in self._modules]
+        self._kept: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
+        """(module's buffers, name, the buffer, a copy of it)."""
+        self._counted: list[Tensor] = []
+        """The buffers that count their writes."""
+        self._versions: list[int] = []
+        """Their counts when their copies were made."""
+        self.moved = False
+        """Whether buffers may have been moved, cast or copied since they were watched."""
 
     def watch(self) -> None:
         """Remember all buffers; copies are made anew only of those written since the last time."""
-        known = {(id(home), name): entry for entry in self._kept for home, name in [entry[:2]]}
+        if self.moved:
+            self._homes, self._counted, self._versions = [module._buffers for module in self._modules], [], []
+        homes = list(filter(None, self._homes))
+        versions = dict(zip(map(id, self._counted), self._versions, strict=True))
+        copies = {id(buffer): copy for _, _, buffer, copy in self._kept}
         kept = []
-        for module in self._modules:
-            for name, buffer in module._buffers.items():
+        for home in homes:
+            for name, buffer in home.items():
                 if buffer is None:
                     continue
-                entry = known.get((id(module._buffers), name))
-                if entry is None or entry[2] is not buffer or entry[4] != _version(buffer):
-                    entry = (module._buffers, name, buffer, buffer.detach().clone(), _version(buffer))
-                kept.append(entry)
-        self._kept = kept
+                current = not buffer.is_inference() and versions.get(id(buffer)) == buffer._version
+                copy = copies[id(buffer)] if current else buffer.detach().clone()
+                kept.append((home, name, buffer, copy))
+        self._keep(kept)
 
     def restore(self) -> None:
-        """Make every buffer what it was, object and bits."""
-        for index, (home, name, buffer, copy, version) in enumerate(self._kept):
+        """Make every buffer what it was, object and bits; what was moved or cast meanwhile stays so."""
+        if self.moved:
+            self._follow()
+        for home, name, buffer, _ in self._kept:
             home[name] = buffer
-            if _version(buffer) != version:
-                with torch.no_grad():
-                    buffer.copy_(copy)
-                self._kept[index] = (home, name, buffer, copy, _version(buffer))
+        if [buffer._version for buffer in self._counted] != self._versions or len(self._counted) < len(self._kept):
+            versions = dict(zip(map(id, self._counted), self._versions, strict=True))
+            for _, _, buffer, copy in self._kept:
+                # Tensors made under inference_mode keep no count of writes, and are written there only.
+                if buffer.is_inference():
+                    with torch.inference_mode():
+                        buffer.copy_(copy)
+                elif buffer._version != versions[id(buffer)]:
+                    with torch.no_grad():
+                        buffer.copy_(copy)
+            self._versions = [buffer._version for buffer in self._counted]
 
+    def _keep(self, kept: list[tuple[dict[str, Any], str, Tensor, Tensor]]) -> None:
+        self._kept = kept
+        self._counted = [buffer for _, _, buffer, _ in kept if not buffer.is_inference()]
+        self._versions = [buffer._version for buffer in self._counted]
+        self.moved = False
 
-def _version(tensor: Tensor) -> int:
-    # Tensors made under inference_mode keep no count of writes.
-    return -1 if tensor.is_inference() else tensor._version
+    def _follow(self) -> None:
+        """Take the buffers that came of a move or a cast for those that are kept, with what was kept in them."""
+        indices = {id(home): index for index, home in enumerate(self._homes)}
+        self._homes = [module._buffers for module in self._modules]
+        kept = []
+        for old_home, name, buffer, copy in self._kept:
+            home = self._homes[indices[id(old_home)]]
+            now = home.get(name)
+            if now is not None and (now.dtype != buffer.dtype or now.device != buffer.device):
+                buffer, copy = now, copy.to(now)
+            kept.append((home, name, buffer, copy))
+        self._keep(kept)
+        self._versions = [-1] * len(self._counted)  # Which of them were written is unknown.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,13 @@ from deltaspec.prompting import Following, Prompted
 from deltaspec.regions import Region, RegionKey, region
 from deltaspec.rewrite import Link
 from deltaspec.substitution import Attend, Fold, Lowered, Swapped
+from deltaspec.switching import Forward as Forward
+from deltaspec.switching import Program
 from deltaspec.symbolic import SiteNames, compile_graph, copy_graph, rewrite_site
 
 if TYPE_CHECKING:
     from deltaspec.entrances import Entrance
     from deltaspec.planned import Plan, PlannedSite
-
-Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,31 +40,6 @@ class Visit:
     planned: PlannedSite
     lowered: bool
     """Works through the host's parameters instead of around its call."""
-
-
-@dataclass(slots=True)
-class Program:
-    """The forwards of one active set."""
-
-    writes: list[tuple[dict[str, Any], Forward]] = field(default_factory=list)
-    """(module's `__dict__`, its forward while this set is active)."""
-    undo: list[tuple[dict[str, Any], Forward | None]] = field(default_factory=list)
-    """(module's `__dict__`, the instance-level forward it had; None: it had none)."""
-    regions: dict[str, Region] = field(default_factory=dict)
-    """By the FQN of the module."""
-
-    def install(self) -> None:
-        """Make the deltas act."""
-        for attributes, forward in self.writes:
-            attributes["forward"] = forward
-
-    def remove(self) -> None:
-        """Put back what was there before."""
-        for attributes, original in self.undo:
-            if original is None:
-                del attributes["forward"]
-            else:
-                attributes["forward"] = original
 
 
 class Programmer:
