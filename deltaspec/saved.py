@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Callable
+from mmap import ACCESS_COPY, mmap
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,6 +22,7 @@ FORMAT = 1
 ENDINGS = {"file": "safetensors", "spec": "deltaspec.json", "lock": "deltaspec.lock.json"}
 _FILE_NAME = re.compile(r"[A-Za-z][\w-]*\.[0-9a-f]{8}\.(safetensors|deltaspec\.json|deltaspec\.lock\.json)", re.ASCII)
 """The files of one delta, by their field in the manifest."""
+_Content = TypeVar("_Content", bytes, mmap)
 
 
 class SavedSet:
@@ -59,13 +63,19 @@ class SavedSet:
 
     def check_backbone(self, structure: str, backbone: nn.Module, model_class: str) -> list[Diagnostic]:
         """Compare the saved fingerprints with a backbone's."""
+        return self.check_fingerprints(structure, lambda: weights_fingerprint(backbone), model_class)
+
+    def check_fingerprints(
+        self, structure: str, weights_of: Callable[[], str | None], model_class: str
+    ) -> list[Diagnostic]:
+        """Compare the saved fingerprints with these; that of the weights is asked for only where it counts."""
         saved = self.manifest["backbone"]
         if saved["structure"] != structure:
             message = (
                 f"was saved for another backbone: {saved['class']}, whose structure differs from this {model_class}"
             )
             return [self.finding("DS523", message, "load the model that the deltas were trained on")]
-        weights = weights_fingerprint(backbone)
+        weights = weights_of()
         if saved["weights"] is not None and weights is not None and saved["weights"] != weights:
             message = "was saved for a backbone of this structure with other weights"
             return [self.finding("DS523", message, "load the checkpoint (and dtype) that the deltas were trained on")]
@@ -93,17 +103,43 @@ class SavedSet:
 
     def read(self, name: str, field: str) -> tuple[bytes | None, list[Diagnostic]]:
         """Read one of a delta's files (`file`, `spec` or `lock`), its digest checked: (content, findings)."""
+        return self._checked(name, field, Path.read_bytes)
+
+    def map(self, name: str) -> tuple[mmap | None, list[Diagnostic]]:
+        """Map a delta's tensors' file into memory, its digest checked: (content, findings).
+
+        Writing to the content does not reach the file. `save` never writes into a file that is there, so the content
+        stays what was checked, also when the deltas are saved again.
+        """
+        return self._checked(name, "file", _map)
+
+    def _checked(
+        self, name: str, field: str, read: Callable[[Path], _Content]
+    ) -> tuple[_Content | None, list[Diagnostic]]:
         entry = self.entry(name)
         try:
-            content = self.path(entry[field]).read_bytes()
+            content = read(self.path(entry[field]))
         except OSError as error:
             message = f"cannot be read: {error.strerror}"
             return None, [self.finding("DS521", message, "restore the file", entry[field])]
-        if digest(content) != entry[f"{field}_sha256"]:
+        except _Empty:
+            content = None
+        if content is None or digest(content) != entry[f"{field}_sha256"]:
             message = "is damaged: its content is not what was saved (truncated or changed)"
             hint = "save the deltas again, or restore the file"
             return None, [self.finding("DS522", message, hint, entry[field])]
         return content, []
+
+
+class _Empty(Exception):
+    """A file without content, which cannot be mapped."""
+
+
+def _map(path: Path) -> mmap:
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise _Empty
+        return mmap(file.fileno(), 0, access=ACCESS_COPY)
 
 
 def file_names(folder: Path) -> set[str]:
@@ -115,7 +151,7 @@ def file_names(folder: Path) -> set[str]:
     return {entry[field] for entry in entries for field in ENDINGS}
 
 
-def digest(content: bytes) -> str:
+def digest(content: bytes | mmap) -> str:
     """Give a file's SHA-256 in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
