@@ -5,10 +5,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import RobertaConfig, RobertaModel
 from weight_methods import agree, bert, check, check_bypassed, check_training, compiled, gpt2, llama, net, refusal
 
-import deltaspec
 from deltaspec.methods.c3a import _convolve
 
 QV = ["**.query", "**.value"]
@@ -70,13 +68,3 @@ def test_refusals() -> None:
     text = refusal(*net(), "c3a", {}, "fc")
     assert "does not divide the widths 16 (in) and 24 (out)" in text and "use block_size: 8" in text
     assert "Conv2d" in refusal(*net(), "c3a", {}, "conv")
-
-
-def test_published_counts() -> None:
-    with torch.device("meta"):
-        model = RobertaModel(RobertaConfig())
-    counts = []
-    for size in (768, 128):
-        entry = {"name": "d", "method": "c3a", "params": {"block_size": size}, "target": QV}
-        counts.append(deltaspec.plan(model, {"deltaspec": 1, "deltas": [entry]}).trainable)
-    assert counts == [18_432, 110_592]  # 0.018M and 0.11M of arXiv:2407.19342, table 2

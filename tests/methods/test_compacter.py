@@ -1,7 +1,6 @@
 import pytest
 import torch
 from bottlenecks import follows, keeps_promises
-from published import SUBLAYERS, planned, t5_base
 from torch.nn import functional as F
 from weight_methods import bert, check_training, compiled, gpt2, llama, net, refusal
 
@@ -50,16 +49,6 @@ def test_sites_with_other_divisions_have_a_rule_of_their_own():
     c = deltaspec.compile(bert()[0], {"deltaspec": 1, "deltas": [delta]})
     rules = {key: tuple(t.shape) for key, t in c.deltas["d"].tensors() if "rule" in key}
     assert rules == {"rule_4": (4, 4, 4), "rule_2": (2, 2, 2)}
-
-
-def test_published_counts():
-    # Table 1, T5-base: Compacter 0.073 %, Compacter++ (after the feed-forward only) 0.047 %, trained norms included.
-    compacter = {"method": "compacter", "params": {"reduction": 32}}
-    plan = planned(t5_base(), compacter | {"target": SUBLAYERS}, {"method": "norm"})
-    assert plan.trainable == 64 + 48 * (768 + 24 + 24 + 24 + 768 + 768) + 62 * 768
-    assert round(100 * plan.fraction, 3) == 0.073
-    plan = planned(t5_base(), compacter | {"target": {"role": "mlp.down"}}, {"method": "norm"})
-    assert round(100 * plan.fraction, 3) == 0.047
 
 
 def test_refusals():

@@ -5,10 +5,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import RobertaConfig, RobertaModel
 from weight_methods import agree, bert, check, check_bypassed, check_training, compiled, gpt2, llama, net, refusal
-
-import deltaspec
 
 QV = ["**.query", "**.value"]
 
@@ -51,10 +48,3 @@ def test_sites_of_one_shape_share_frequencies_until_a_seed_differs() -> None:
 def test_refusals() -> None:
     assert "384 or less" in refusal(*net(), "fourierft", {}, "fc")
     assert "Linear or Conv1D" in refusal(*net(), "fourierft", {}, "emb")
-
-
-def test_published_counts() -> None:
-    with torch.device("meta"):
-        model = RobertaModel(RobertaConfig())
-    spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": "fourierft", "target": QV}]}
-    assert deltaspec.plan(model, spec).trainable == 24_000  # 0.024M of arXiv:2405.03003, table 2

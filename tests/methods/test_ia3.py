@@ -1,7 +1,7 @@
 import peft
 import pytest
 import torch
-from published import planned, t5_xl
+from published import planned
 from torch import nn
 from weight_methods import agree, bert, check, check_bypassed, check_training, gpt2, llama, net, refusal
 
@@ -59,11 +59,6 @@ def test_inputs_are_scaled_where_the_role_says_so():
         "attention.self.value": ("scale_out", (32,)),
         "output.dense": ("scale_in", (48,)),
     }
-
-
-def test_the_published_count():
-    # T-Few on T0-3B, section 3.3: 0.54M parameters.
-    assert planned(t5_xl(), {"method": "ia3"}).trainable == 540_672
 
 
 def test_refusals():

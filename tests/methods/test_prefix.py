@@ -17,8 +17,6 @@ from transformers import (
     DistilBertConfig,
     DistilBertModel,
     DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
     Qwen3Config,
     Qwen3ForCausalLM,
     ViTConfig,
@@ -368,13 +366,3 @@ def test_an_attention_function_chosen_later_is_refused() -> None:
     c.config._attn_implementation = "flex_attention"
     with pytest.raises(DeltaSpecError, match="DS438"):
         c(input_ids=ids)
-
-
-def test_published_count() -> None:
-    """GPT-2 medium: 250K parameters, which is 0.1 % (arXiv:2101.00190, section 5.1)."""
-    with torch.device("meta"):
-        medium = GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
-    delta = {"name": "p", "method": "prefix", "params": {"tokens": 5}}
-    plan = deltaspec.plan(medium, {"deltaspec": 1, "deltas": [delta]})
-    assert plan.trainable == 5 * 24 * 2 * 1024 == 245_760
-    assert round(plan.fraction, 3) == 0.001

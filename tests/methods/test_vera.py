@@ -5,10 +5,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import RobertaConfig, RobertaModel
 from weight_methods import agree, bert, check, check_bypassed, check_training, compiled, gpt2, llama, net, refusal
-
-import deltaspec
 
 QV = ["**.query", "**.value"]
 
@@ -73,11 +70,3 @@ def test_matrices_are_kept_and_saved(tmp_path: Any) -> None:
 
 def test_refusals() -> None:
     assert "Linear or Conv1D" in refusal(*net(), "vera", {}, "conv")
-
-
-@pytest.mark.parametrize(("rank", "count"), [(1024, 43_008)])
-def test_published_counts(rank: int, count: int) -> None:
-    with torch.device("meta"):
-        model = RobertaModel(RobertaConfig())
-    spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": "vera", "params": {"rank": rank}, "target": QV}]}
-    assert deltaspec.plan(model, spec).trainable == count  # 0.043M of arXiv:2310.11454, table 2
