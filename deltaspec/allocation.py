@@ -10,6 +10,7 @@ With transformers: `Trainer(model=c.backbone, callbacks=[allocator.callback()])`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,8 @@ NAMES = ("down", "singular", "up")
 class RankAllocator:
     """Drops the least important ranks of one `adalora` delta until its sites have `rank` on average.
 
-    A dropped rank is a zero in the site's `singular`: shapes stay as they are. The budget stays at `initial_rank` for
+    Each matrix of a stacked parameter counts as a site of its own: ranks move between experts, too. A dropped rank is a
+    zero in the site's `singular`: shapes stay as they are. The budget stays at `initial_rank` for
     `warmup_steps`, falls by a cubic schedule, and is reached `final_steps` before the end, where the choice is fixed.
     Importance is |value · gradient|, smoothed by `sensitivity_decay`, times its deviation, by `uncertainty_decay`.
     """
@@ -54,8 +56,10 @@ class RankAllocator:
         self._delta, self._sites = model.deltas[delta], planned.sites
         self.warmup_steps, self.final_steps, self.interval = warmup_steps, final_steps, interval
         self._decays = sensitivity_decay, uncertainty_decay
-        self.initial_budget: int = sum(site.params.initial_rank for site in planned.sites)  # type: ignore[attr-defined]
-        self.target_budget: int = sum(site.params.rank for site in planned.sites)  # type: ignore[attr-defined]
+        matrices = [prod(site.site.stack or ()) for site in planned.sites]
+        ranks: list[tuple[int, int]] = [(s.params.initial_rank, s.params.rank) for s in planned.sites]  # type: ignore[attr-defined]
+        self.initial_budget = sum(n * first for n, (first, _) in zip(matrices, ranks, strict=True))
+        self.target_budget = sum(n * last for n, (_, last) in zip(matrices, ranks, strict=True))
         self.steps = 0
         """Steps taken so far."""
         self._sensitivity: dict[str, Tensor] = {}
@@ -76,17 +80,23 @@ class RankAllocator:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Ranks that each site has now."""
-        return {site.fqn: int(self._tensor(site.fqn, "singular").count_nonzero()) for site in self._sites}
+        """Ranks that each site has now; those of a stacked parameter's matrices as `name[0]` and so on."""
+        found: dict[str, int] = {}
+        for site in self._sites:
+            counts = self._tensor(site.fqn, "singular").count_nonzero(-1)
+            names = [f"{site.fqn}[{i}]" for i in range(len(counts))] if counts.dim() else [site.fqn]
+            found.update(zip(names, counts.reshape(-1).tolist(), strict=True))
+        return found
 
     def orthogonality(self) -> Tensor:
         """Give the mean of ‖AAᵀ - I‖ and ‖BᵀB - I‖ over all sites, to be added to the loss (times 0.5 or so)."""
         terms = []
         for site in self._sites:
-            for rows in (self._tensor(site.fqn, "down").flatten(1), self._tensor(site.fqn, "up").t()):
-                identity = torch.eye(rows.shape[0], device=rows.device, dtype=rows.dtype)
-                terms.append(torch.linalg.matrix_norm(rows @ rows.t() - identity))
-        return torch.stack(terms).mean()
+            ranks = self._tensor(site.fqn, "singular").dim()
+            for rows in (self._tensor(site.fqn, "down").flatten(ranks), self._tensor(site.fqn, "up").mT):
+                identity = torch.eye(rows.shape[-2], device=rows.device, dtype=rows.dtype)
+                terms.append(torch.linalg.matrix_norm(rows @ rows.mT - identity).reshape(-1))
+        return torch.cat(terms).mean()
 
     def budget(self, step: int) -> int:
         """Give the number of ranks, of all sites together, that a step (the first is 1) leaves."""
@@ -186,15 +196,16 @@ class RankAllocator:
                 return torch.zeros_like(self._delta.tensor(key))
             return self._sensitivity[key] * self._uncertainty[key]
 
-        return of("singular") + of("down").flatten(1).mean(1) + of("up").mean(0)
+        singular = of("singular")
+        return singular + of("down").flatten(singular.dim()).mean(-1) + of("up").mean(-2)
 
     def _drop(self, budget: int) -> None:
         """Keep this many ranks of all sites together; of equal ones the first are dropped first."""
         scores = [self._score(site.fqn) for site in self._sites]
-        order = torch.cat([score.to(scores[0].device) for score in scores]).argsort(stable=True)
+        order = torch.cat([score.reshape(-1).to(scores[0].device) for score in scores]).argsort(stable=True)
         kept = torch.ones(len(order), dtype=torch.bool, device=order.device)
         kept[order[: self.initial_budget - budget]] = False
-        for site, mask in zip(self._sites, torch.split(kept, [len(score) for score in scores]), strict=True):
+        for site, mask in zip(self._sites, torch.split(kept, [score.numel() for score in scores]), strict=True):
             singular = self._tensor(site.fqn, "singular")
-            self._kept[site.fqn] = mask.to(singular.device)
+            self._kept[site.fqn] = mask.reshape(singular.shape).to(singular.device)
             singular.mul_(self._kept[site.fqn])

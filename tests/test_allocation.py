@@ -158,3 +158,47 @@ def test_mistakes_are_told() -> None:
         RankAllocator(c, "d").step()
     with pytest.raises(ValueError, match="after backward"):
         RankAllocator(c, "d", total_steps=5).step()
+
+
+def test_ranks_move_between_experts() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    moe = {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 1, "num_key_value_heads": 2}
+    target = [{"parameter": "**.experts.*_proj"}, "**.q_proj"]
+    entry = {"name": "d", "method": "adalora", "params": PARAMS, "target": target}
+    c = deltaspec.compile(MixtralForCausalLM(MixtralConfig(**sizes, **moe)), {"deltaspec": 1, "deltas": [entry]})
+    allocator = RankAllocator(c, "d", **SCHEDULE)
+    assert (allocator.initial_budget, allocator.target_budget) == (9 * 4, 9 * 2)
+    optimizer = torch.optim.Adam(c.trainable_parameters(), 1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        ids = torch.randint(8, (4, 6), generator=generator)
+        (c(input_ids=ids, labels=ids).loss + 0.5 * allocator.orthogonality()).backward()
+        optimizer.step()
+        allocator.step()
+        optimizer.zero_grad()
+    experts = [f"model.layers.0.mlp.experts.{p}_proj[{i}]" for p in ("down", "gate_up") for i in range(4)]
+    assert sorted(allocator.ranks) == sorted([*experts, "model.layers.0.self_attn.q_proj"])
+    assert sum(allocator.ranks.values()) == 18 and len(set(allocator.ranks.values())) > 1
+    singular = c.deltas["d"].tensor("model.layers.0.mlp.experts.down_proj.singular")
+    assert singular.shape == (4, 4)
+    assert singular.count_nonzero(1).tolist() == [allocator.ranks[name] for name in experts[:4]]
+
+
+def test_orthogonality_is_the_mean_over_the_matrices_of_a_stack() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 8, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bi,eoi->beo", x, self.weight)
+
+    entry = {"name": "d", "method": "adalora", "params": PARAMS, "target": {"parameter": "weight"}}
+    c = deltaspec.compile(Experts(), {"deltaspec": 1, "deltas": [entry]}, example_inputs=torch.ones(2, 6))
+    down, up = (c.deltas["d"].tensor(f"weight.{name}") for name in ("down", "up"))
+    identity = torch.eye(4)
+    expected = [(m @ m.t() - identity).norm() for a, b in zip(down, up, strict=True) for m in (a, b.t())]
+    torch.testing.assert_close(RankAllocator(c, "d").orthogonality(), torch.stack(expected).mean())

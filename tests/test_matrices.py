@@ -213,6 +213,18 @@ def test_a_stack_is_folded_as_its_matrices_are_one_by_one(method):
         torch.testing.assert_close(alone.merge("d")[0].weight, folded[expert], atol=1e-5, rtol=1e-5)
 
 
+STARTS_AS_IDENTITY = [m for m in MATRIX if methods()[m].promises.identity_at_start]
+
+
+@pytest.mark.parametrize("build", MIXTURES)
+@pytest.mark.parametrize("method", STARTS_AS_IDENTITY)
+def test_a_fresh_delta_on_experts_changes_no_bit(method, build):
+    model = made(build)
+    params = SMALL.get(method, {"rank": 2})
+    compiled = deltaspec.compile(model, spec("**.experts.*_proj", method, **params))
+    assert torch.equal(compiled(IDS).logits, model(IDS).logits)
+
+
 def test_the_fused_projection_of_multihead_attention():
     model, x = made(Attention), torch.randn(2, 5, 16)
     plan = check_method("lora", model, x, target={"parameter": "attn.in_proj_weight"}, params={"rank": 2})

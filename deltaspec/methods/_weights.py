@@ -54,7 +54,7 @@ def refuse_parameter(site: Site, method: str) -> Refusal:
     """Say why a single parameter cannot be taken."""
     assert site.parameter is not None
     shape = site.row.shape_of(site.parameter)
-    if site.kind in ("conv", "norm") or len(shape) == 2:
+    if site.kind in ("conv", "norm") or len(shape) in (2, 3):
         return Refusal(
             f"{method} does not change the single parameter {site.parameter!r} of this {site.row.type}",
             "select the module (path:, role: or type:), or use method full for the parameter",
@@ -77,6 +77,12 @@ def weight_shape(site: Site) -> tuple[int, ...]:
 def canonical(kind: str, weight: Any) -> Any:
     """Turn a weight of a module of this kind from its own layout to the canonical one, or back."""
     return weight.t() if kind in ("conv1d", "embedding") else weight
+
+
+def own_layout(kind: str, weight: Tensor) -> Tensor:
+    """Turn a canonical weight to the layout of a module of this kind, in memory too: kernels round by that."""
+    turned: Tensor = canonical(kind, weight)
+    return turned.contiguous()
 
 
 def add_update(form: Form, y: Any, x: Any, update: Any, base: Callable[..., Any]) -> Any:

@@ -21,7 +21,7 @@ class AdaloraParams(MethodParams):
     """Parameters of adalora."""
 
     rank: Annotated[int, Field(ge=1, le=65536)] = 8
-    """Rank a site has on average once ranks are allocated."""
+    """Rank a site (an expert of a stack) has on average once ranks are allocated."""
     initial_rank: Rank = 12
     """Rank each site starts with, and the most it can have in the end; half as much again as `rank` in the paper."""
     alpha: Annotated[float, Field(gt=0, le=1e6)] = 8.0
@@ -43,6 +43,7 @@ class Adalora(Method):
     paper = "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning (arXiv:2303.10512)"
     Params = AdaloraParams
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
+    matrices = True
     default_roles = (
         "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "mlp.up", "mlp.gate", "mlp.gate_up", "mlp.down",
     )  # fmt: skip

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods._rotations import cayley, filter_width, refuse_blocks, rotate
-from deltaspec.methods._weights import canonical, host_bias, refuse_weight, weight_shape
+from deltaspec.methods._weights import canonical, host_bias, own_layout, refuse_weight, weight_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,7 @@ class Boft(Method):
         """Turn the weight and scale its rows."""
         rows = canonical(site.kind, weights["weight"].to(t.rotation.dtype))
         turned = turn(rows.flatten(1), t.rotation, inverse=True) * t.output_scale[:, None]
-        return {"weight": canonical(site.kind, turned.reshape(rows.shape))}
+        return {"weight": own_layout(site.kind, turned.reshape(rows.shape))}
 
 
 def turn(x: Tensor, rotation: Tensor, inverse: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltaspec.methods._base import Form, Method, MethodParams, Promises, Rank, Refusal, Site, TensorSpec
 from deltaspec.methods._rotations import filter_width
-from deltaspec.methods._weights import canonical, refuse_weight
+from deltaspec.methods._weights import canonical, own_layout, refuse_weight
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -79,7 +79,7 @@ class Hra(Method):
         """Reflect the weight."""
         rows = canonical(site.kind, weights["weight"].to(t.directions.dtype))
         reflected = _reflect(rows.flatten(1), t.directions, params.orthogonal, False)
-        return {"weight": canonical(site.kind, reflected.reshape(rows.shape))}
+        return {"weight": own_layout(site.kind, reflected.reshape(rows.shape))}
 
 
 def _reflect(x: Tensor, directions: Tensor, orthogonal: bool, last_first: bool) -> Tensor:

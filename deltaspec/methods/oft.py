@@ -9,7 +9,7 @@ from pydantic import Field
 
 from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods._rotations import cayley, cayley_neumann, filter_width, refuse_blocks, rotate, skew
-from deltaspec.methods._weights import canonical, refuse_weight
+from deltaspec.methods._weights import canonical, own_layout, refuse_weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ class Oft(Method):
             return {"weight": rotate(weight, blocks)}
         rows = canonical(site.kind, weight)
         turned = rotate(rows.flatten(1), blocks.transpose(-2, -1)).reshape(rows.shape)
-        return {"weight": canonical(site.kind, turned)}
+        return {"weight": own_layout(site.kind, turned)}
 
 
 def _blocks(entries: Tensor, size: int, transform: str, terms: int) -> Tensor:
