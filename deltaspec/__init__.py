@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from deltaspec.planned import Plan as Plan
     from deltaspec.spec import DeltaSpec as DeltaSpec
     from deltaspec.spec import load as load
-    from deltaspec.spec import validate as validate
     from deltaspec.store import restore as restore
+    from deltaspec.validation import validate as validate
 
 _HOME = {
     "CompiledModel": "compiled",
@@ -32,7 +32,7 @@ _HOME = {
     "load": "spec",
     "plan": "plan",
     "restore": "store",
-    "validate": "spec",
+    "validate": "validation",
 }
 __all__ = sorted(_HOME)
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
+from json import dumps
 from time import process_time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from deltaspec import derived
 from deltaspec.diagnostics import Diagnostic, Path, closest, show_value
-from deltaspec.methods._base import Method
 from deltaspec.patterns import BacktrackingError, PatternError, compile_glob, compile_regex
 from deltaspec.reading import MAX_FINDINGS
 from deltaspec.source import Document
-from deltaspec.spec import read_params
+
+if TYPE_CHECKING:
+    from deltaspec.methods._base import Method, MethodParams
 
 MAX_EXPANSION = 10_000
 """Selectors that one named selector may come to once every `ref` is written out."""
@@ -28,8 +27,13 @@ _POSITIVE = ("path", "regex", "type", "role", "layers", "shape", "parameter", "r
 _PATTERN_ATOMS = ("path", "regex")
 
 
-def check(document: Document, methods: Mapping[str, Method], refused: list[Diagnostic]) -> list[Diagnostic]:
-    """Give the findings about a document, beside those of the schema, which are `refused`."""
+def check(
+    document: Document, methods: Mapping[str, Method], refused: list[Diagnostic], coded: Callable[[Any], bool]
+) -> list[Diagnostic]:
+    """Give the findings about a document, beside those of the schema, which are `refused`.
+
+    `coded` tells whether a delta's parameters have to be read by the method's own class.
+    """
     data = document.data
     selectors = list(_selectors(data))
     named = _mapping(data.get("selectors"))
@@ -38,10 +42,15 @@ def check(document: Document, methods: Mapping[str, Method], refused: list[Diagn
         _atoms(document, selectors, named),
         _references(document, named),
         _ranges(document, selectors),
-        _parameters(document, methods, {d.where for d in refused}),
-        derived.check(document, methods),
+        _parameters(document, methods, {d.where for d in refused}, coded),
+        _derived(document, methods),
     )
     return [finding for part in parts for finding in islice(part, MAX_FINDINGS)]
+
+
+def read_params(kind: type[MethodParams], data: Mapping[str, Any]) -> MethodParams:
+    """Read a method's parameters from a document's data, where a tuple is a list. Raises pydantic's ValidationError."""
+    return kind.model_validate_json(dumps(data))
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -210,9 +219,13 @@ def _ranges(document: Document, selectors: list[tuple[Path, Any]]) -> Iterator[D
             yield document.diagnostic("DS215", message, (*path, low), f"swap {low} and {high}?")
 
 
-def _parameters(document: Document, methods: Mapping[str, Method], refused: set[str]) -> Iterator[Diagnostic]:
+def _parameters(
+    document: Document, methods: Mapping[str, Method], refused: set[str], coded: Callable[[Any], bool]
+) -> Iterator[Diagnostic]:
     """Parameters as the method's own class reads them, overrides merged in, where the schema had no objection."""
     for index, delta in _items(document.data.get("deltas")):
+        if not coded(delta):
+            continue
         method = methods.get(delta["method"]) if isinstance(delta.get("method"), str) else None
         params, path = delta.get("params", {}), ("deltas", index, "params")
         if "from" in delta or method is None or not isinstance(params, dict):
@@ -233,11 +246,21 @@ def _parameters(document: Document, methods: Mapping[str, Method], refused: set[
                 yield document.diagnostic("DS210", f"{key}: {message}", (*where, key), hint)
 
 
+def _derived(document: Document, methods: Mapping[str, Method]) -> Iterator[Diagnostic]:
+    """Check derived deltas; most documents have none, and then nothing about them is imported."""
+    if any("from" in delta for _, delta in _items(document.data.get("deltas"))):
+        from deltaspec.derived import check
+
+        yield from check(document, methods)
+
+
 def _touches(refused: set[str], place: str) -> bool:
     return any(where == place or where.startswith((f"{place}.", f"{place}[")) for where in refused)
 
 
 def _read(method: Method, params: dict[str, Any], document: Document, path: Path) -> Iterator[Diagnostic]:
+    from pydantic import ValidationError
+
     try:
         read_params(method.Params, params)
     except ValidationError as error:

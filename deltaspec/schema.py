@@ -6,17 +6,24 @@ with `oneOf`, a wrong parameter would be reported as a wrong method.
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 from json import dumps
+from textwrap import dedent
 from typing import Any
 
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema
+
+from deltaspec.accept import CODED
+from deltaspec.accept import COMMITTED as COMMITTED
+from deltaspec.coded import coded
 from deltaspec.derived import OTHERS, DerivedParams
 from deltaspec.methods._base import Method, MethodParams
-from deltaspec.migrate import CURRENT
 from deltaspec.spec import DeltaSpec
 
-COMMITTED = f"schemas/deltaspec-v{CURRENT}.schema.json"
-"""Path of the schema file in the repository."""
 _REF = "#/definitions/{model}"
 _ANNOTATIONS = ("title",)
 
@@ -26,19 +33,19 @@ def schema(methods: Mapping[str, Method], known: Collection[str] | None = None) 
 
     Where `known` is given, these are the names that a document may use, and `methods` the ones that it does use.
     """
-    root = _tidy(DeltaSpec.model_json_schema(by_alias=True, ref_template=_REF))
+    root = _tidy(DeltaSpec.model_json_schema(by_alias=True, ref_template=_REF, schema_generator=_Described))
     definitions = root.pop("$defs")
     definitions["Selector"]["items"] = {"$ref": _REF.format(model="Selector")}
     conditions = []
     for name, method in methods.items():
-        definitions.update(_params(name, method.Params))
+        definitions.update(_params(name, method.Params, method.example))
         conditions.append(_condition(name, required=bool(definitions[f"{name}.params"].get("required"))))
     entry = definitions["DeltaEntry"]
     entry["properties"]["method"]["enum"] = list(methods if known is None else known)
     if known is None:
         summaries = "\n".join(f"- {name}: {method.summary}" for name, method in methods.items())
         entry["properties"]["method"]["description"] += f"\n{summaries}"
-    definitions.update(_params("derived", DerivedParams))
+    definitions.update(_params("derived", DerivedParams, {}))
     entry["required"] = ["name"]
     entry["allOf"] = [*conditions, _derived(list(entry["properties"]))]
     return {
@@ -56,9 +63,46 @@ def schema_text(with_plugins: bool = False) -> str:
     return dumps(schema(methods() if with_plugins else builtin_methods()), indent=2, ensure_ascii=False) + "\n"
 
 
-def _params(name: str, params: type[MethodParams]) -> dict[str, Any]:
+class _Described(GenerateJsonSchema):
+    """Takes descriptions from the docstrings below the fields.
+
+    pydantic would (`use_attribute_docstrings`), but while each class is made, in every process: that reads its source.
+    """
+
+    def model_schema(self, schema: Any) -> dict[str, Any]:
+        """Generate the schema of a model."""
+        found = super().model_schema(schema)
+        texts = _docstrings(schema["cls"])
+        for name, field in schema["cls"].model_fields.items():
+            described = found.get("properties", {}).get(field.alias or name)
+            if described is not None and field.description is None and name in texts:
+                described["description"] = texts[name]
+        return found
+
+
+def _docstrings(model: type) -> dict[str, str]:
+    """Give the texts below the fields of a class and of its bases, by name; none where its source is not at hand."""
+    found: dict[str, str] = {}
+    for kind in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
+        try:
+            [definition] = ast.parse(dedent(inspect.getsource(kind))).body
+        except (OSError, TypeError, SyntaxError):
+            continue
+        assert isinstance(definition, ast.ClassDef)
+        for field, text in pairwise(definition.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                found.pop(field.target.id, None)
+                if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                    found[field.target.id] = inspect.cleandoc(str(text.value.value))
+    return found
+
+
+def _params(name: str, params: type[MethodParams], example: Mapping[str, Any]) -> dict[str, Any]:
     """Generate the definitions of a method's parameters: whole, and for overrides, where none is required."""
-    whole = _tidy(params.model_json_schema(by_alias=True, ref_template=f"#/definitions/{name}.{{model}}"))
+    ref = f"#/definitions/{name}.{{model}}"
+    whole = _tidy(params.model_json_schema(by_alias=True, ref_template=ref, schema_generator=_Described))
+    if names := coded(params, example):
+        whole = {"$comment": CODED + ", ".join(names), **whole}
     definitions = {f"{name}.{key}": value for key, value in whole.pop("$defs", {}).items()}
     for key, value in whole.get("properties", {}).items():
         value.setdefault("description", f"Parameter `{key}` of {name}.")

@@ -10,13 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PrivateAttr, SerializeAsAny, WithJsonSchema
 
+from deltaspec.checks import read_params
 from deltaspec.derived import METHOD, Combine, DerivedParams, Weight, written
-from deltaspec.diagnostics import DeltaSpecError, Diagnostic, Path, in_order
-from deltaspec.methods import builtin_methods, methods
+from deltaspec.diagnostics import Diagnostic, Path
 from deltaspec.methods._base import Method, MethodParams
-from deltaspec.reading import MAX_FINDINGS
+from deltaspec.migrate import migrate
 from deltaspec.selectors import NAME, Part, Selector, canonical
-from deltaspec.source import Document, from_data, read
+from deltaspec.source import Document
+from deltaspec.validation import check_document, open_document
+from deltaspec.validation import validate as validate
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -178,53 +180,15 @@ def load(spec: str | os.PathLike[str] | Mapping[str, Any] | DeltaSpec) -> DeltaS
     >>> load({"deltaspec": 1, "deltas": [{"name": "d", "method": "lora", "target": "**.q"}]}).deltas[0].params.rank
     8
     """
-    return spec if isinstance(spec, DeltaSpec) else parse(_document(spec))
-
-
-def validate(spec: str | os.PathLike[str] | Mapping[str, Any] | DeltaSpec) -> list[Diagnostic]:
-    """Give all findings about a spec: a file's path, or its content as a dict. Empty where it is valid."""
-    try:
-        load(spec)
-    except DeltaSpecError as error:
-        return list(error.diagnostics)
-    return []
+    return spec if isinstance(spec, DeltaSpec) else parse(open_document(spec))
 
 
 def parse(document: Document) -> DeltaSpec:
     """Validate a document. Raises DeltaSpecError with all findings."""
-    # Imported here: these modules are built on this one.
-    from deltaspec.checks import check
-    from deltaspec.gate import gate
-    from deltaspec.migrate import check_version, migrate
-
-    findings = check_version(document)
-    if any(d.code == "DS207" for d in findings):
-        raise DeltaSpecError(findings)
-    known, problems = _known_methods(document)
-    refused = gate(document, known)
-    findings = in_order([*findings, *problems, *refused, *check(document, known, refused)])
-    if len(findings) > MAX_FINDINGS:
-        more = f"{len(findings) - MAX_FINDINGS} more findings are not shown"
-        findings = [*findings[:MAX_FINDINGS], document.diagnostic("DS220", more)]
-    if findings:
-        raise DeltaSpecError(findings)
+    known = check_document(document)
     spec = DeltaSpec.model_validate(_fields(migrate(document.data), known))
     spec._document = document
     return spec
-
-
-def _known_methods(document: Document) -> tuple[Mapping[str, Method], list[Diagnostic]]:
-    """Give deltaspec's own methods; all installed ones only where the document needs them: that search is slow."""
-    own = builtin_methods()
-    deltas = document.data.get("deltas")
-    entries = [d for d in deltas if isinstance(d, dict)] if isinstance(deltas, list) else []
-    if all(d["method"] in own for d in entries if isinstance(d.get("method"), str)):
-        return own, []
-    try:
-        return methods(), []
-    except Exception as error:  # a plug-in's import can raise anything
-        message = f"a method plug-in cannot be loaded: {type(error).__name__}: {error}"
-        return own, [document.diagnostic("DS219", message, (), "repair or uninstall that package")]
 
 
 def _fields(data: Mapping[str, Any], known: Mapping[str, Method]) -> dict[str, Any]:
@@ -238,19 +202,6 @@ def _fields(data: Mapping[str, Any], known: Mapping[str, Method]) -> dict[str, A
     if "expect" in data:
         fields["expect"] = _expect_fields(data["expect"])
     return fields
-
-
-def read_params(kind: type[MethodParams], data: Mapping[str, Any]) -> MethodParams:
-    """Read a method's parameters from a document's data, where a tuple is a list. Raises pydantic's ValidationError."""
-    return kind.model_validate_json(dumps(data))
-
-
-def _document(spec: str | os.PathLike[str] | Mapping[str, Any]) -> Document:
-    if isinstance(spec, Mapping):
-        return from_data(spec)
-    if not isinstance(spec, str | os.PathLike):
-        raise TypeError(f"a spec is a path, a dict or a DeltaSpec, not {type(spec).__name__}")
-    return read(spec)
 
 
 def _delta_fields(delta: dict[str, Any], path: Path, params: type[MethodParams]) -> dict[str, Any]:

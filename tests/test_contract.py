@@ -167,7 +167,7 @@ def register(monkeypatch):
 
     def add(kind):
         entry = SimpleNamespace(name=kind.name, load=lambda: kind)
-        monkeypatch.setattr("deltaspec.methods.entry_points", lambda group: [entry])
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry])
         methods.cache_clear()
 
     yield add

@@ -51,7 +51,7 @@ class Plugin(Method):
 def plugin(monkeypatch):
     found = {**builtin_methods(), "zz_plugin": Plugin()}
     monkeypatch.setattr(deltaspec.methods, "methods", lambda: found)
-    monkeypatch.setattr("deltaspec.spec.methods", lambda: found)
+    monkeypatch.setattr("deltaspec.validation.methods", lambda: found)
     return found
 
 
@@ -141,7 +141,7 @@ def test_a_plugin_that_cannot_be_loaded_is_a_finding(monkeypatch):
     def broken():
         raise ImportError("no such thing")
 
-    monkeypatch.setattr("deltaspec.spec.methods", broken)
+    monkeypatch.setattr("deltaspec.validation.methods", broken)
     found = validate({"deltaspec": 1, "deltas": [{"name": "d", "method": "theirs"}]})
     assert [d.code for d in found] == ["DS219", "DS206"]
     assert "ImportError: no such thing" in found[0].message

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import pkgutil
 import sys
-import traceback
 from importlib import import_module
 from typing import Any
 
@@ -54,6 +53,8 @@ class _Verbs(click.Group):
         except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
             raise
         except Exception:  # whatever it is, exit 1 is for findings
+            import traceback
+
             traceback.print_exc()
             click.echo("deltaspec: internal error: please report it with the lines above", err=True)
             ctx.exit(2)

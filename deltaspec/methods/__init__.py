@@ -9,14 +9,15 @@ import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
-from deltaspec.methods._base import Method
+if TYPE_CHECKING:
+    from deltaspec.methods._base import Method
 
 GROUP = "deltaspec.methods"
 
 
-class _Own(Mapping[str, Method]):
+class _Own(Mapping[str, "Method"]):
     """deltaspec's own methods, each imported when it is first asked for: a spec uses few of them."""
 
     def __init__(self) -> None:
@@ -27,6 +28,8 @@ class _Own(Mapping[str, Method]):
         if name not in self._found:
             if name not in self._names:
                 raise KeyError(name)
+            from deltaspec.methods._base import Method  # with pydantic, which names alone do not need
+
             module = importlib.import_module(f"{__name__}.{name}")
             kinds = [
                 kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__
@@ -35,6 +38,9 @@ class _Own(Mapping[str, Method]):
             assert kind.name == name, f"methods/{name}.py defines the method {kind.name!r}; name the file after it"
             self._found[name] = kind()
         return self._found[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -55,6 +61,10 @@ def methods() -> Mapping[str, Method]:
 
     Raises ValueError where a plug-in takes a name that is taken or registers something else than a Method.
     """
+    from importlib.metadata import entry_points  # slow to import, and a spec of deltaspec's own methods needs none
+
+    from deltaspec.methods._base import Method
+
     own, others = builtin_methods(), {}
     for entry in entry_points(group=GROUP):
         kind = entry.load()

@@ -15,10 +15,11 @@ SHARE = r"^(100|[0-9]{1,2}(\.[0-9]{1,9})?) ?%$"
 class Budget(BaseModel):
     """A number of trainable parameters, for the plan to choose the largest rank that it pays for."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
-    budget: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=SHARE)]
-    """For the whole delta: a count, or a share of the backbone's parameters such as `0.5%`."""
+    budget: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=SHARE)] = Field(
+        description="For the whole delta: a count, or a share of the backbone's parameters such as `0.5%`."
+    )
 
     def limit(self, parameters: int) -> int:
         """Give the count, for a backbone of so many parameters; exact, rounded down."""
