@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+if TYPE_CHECKING:
+    from deltaspec.attach import Attachments
+
 _PLAIN = (int, float, bool, str, type(None))
+
+
+DELTAS = "deltas"
+"""Name of the argument of the root that takes a delta a row."""
 
 
 class Entry(nn.Module):
@@ -18,20 +25,29 @@ class Entry(nn.Module):
     root registers it already.
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, attachments: Attachments) -> None:
         super().__init__()
-        self.__dict__["backbone"] = backbone
+        self.__dict__["backbone"], self.__dict__["attachments"] = backbone, attachments
+        self.__dict__["takes_deltas"] = DELTAS not in inspect.signature(type(backbone).forward).parameters
 
-    def forward(self, args: tuple[Any, ...], named: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-        """Call the backbone."""
-        return self.__dict__["backbone"](*args, **named, **kwargs)
+    def forward(
+        self, args: tuple[Any, ...], named: dict[str, Any], kwargs: dict[str, Any], deltas: Any = None
+    ) -> Any:
+        """Call the backbone, under a delta a row if `deltas` says so."""
+        backbone, mine = self.__dict__["backbone"], self.__dict__["takes_deltas"]
+        if mine and DELTAS in kwargs:
+            kwargs = dict(kwargs)
+            deltas = kwargs.pop(DELTAS)
+        if deltas is None:
+            return backbone(*args, **named, **kwargs)
+        return self.__dict__["attachments"].mixer.call(deltas, backbone, *args, **named, **kwargs)
 
 
-def root_graph(backbone: nn.Module) -> tuple[fx.Graph, bool]:
-    """Build the root's graph; the flag tells whether it goes through an `Entry` named `entry`.
+def root_graph(backbone: nn.Module) -> fx.Graph:
+    """Build the root's graph: one call of an `Entry` named `entry`.
 
-    The placeholders have the names, order and defaults of the backbone's forward. Where a default is no plain value,
-    everything is passed through as `*args, **kwargs`.
+    The placeholders have the names, order and defaults of the backbone's forward, and `deltas` after them. Where a
+    default is no plain value, everything is passed through as `*args, **kwargs`.
     """
     parameters = list(inspect.signature(type(backbone).forward).parameters.values())[1:]
     kinds = inspect.Parameter
@@ -42,25 +58,27 @@ def root_graph(backbone: nn.Module) -> tuple[fx.Graph, bool]:
     if not mirrored:
         args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
         graph.output(graph.call_module("entry", (args, {}, kwargs)))
-        return graph, True
+        return graph
     # What every caller gives is passed by position, as callers do: hooks on the backbone may count on it.
     positional: list[fx.Node] = []
     named: dict[str, Any] = {}
-    rest: Any = None
-    for parameter in parameters:
-        if parameter.kind is kinds.VAR_KEYWORD:
-            rest = graph.placeholder(f"**{parameter.name}")
-        elif parameter.default is kinds.empty and parameter.kind is kinds.POSITIONAL_OR_KEYWORD:
+    rest: Any = {}
+    deltas: fx.Node | None = None
+    own = any(parameter.name == DELTAS for parameter in parameters)
+    keywords = next((p for p in parameters if p.kind is kinds.VAR_KEYWORD), None)
+    for parameter in (p for p in parameters if p is not keywords):
+        if parameter.default is kinds.empty and parameter.kind is kinds.POSITIONAL_OR_KEYWORD:
             positional.append(graph.placeholder(parameter.name))
         elif parameter.default is kinds.empty:
             named[parameter.name] = graph.placeholder(parameter.name)
         else:
             named[parameter.name] = graph.placeholder(parameter.name, default_value=parameter.default)
-    if rest is None:
-        graph.output(graph.call_module("backbone", tuple(positional), named))
-        return graph, False
-    graph.output(graph.call_module("entry", (tuple(positional), named, rest)))
-    return graph, True
+    if not own:
+        deltas = graph.placeholder(DELTAS, default_value=None)
+    if keywords is not None:
+        rest = graph.placeholder(f"**{keywords.name}")
+    graph.output(graph.call_module("entry", (tuple(positional), named, rest, deltas)))
+    return graph
 
 
 def _writable(value: Any) -> bool:

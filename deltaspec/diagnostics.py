@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Path = tuple[str | int, ...]
@@ -87,6 +87,12 @@ CODES: dict[str, str] = {
     "DS438": "attention function that takes no more keys",
     "DS439": "input that a prompt does not fit",
     "DS440": "deltas that no forward was seen to reach",
+    "DS441": "a delta that cannot be under single rows of a batch",
+    "DS442": "a hidden state that does not tell the rows of the batch apart",
+    "DS443": "another number of rows than the batch has",
+    "DS444": "rows that are not prepared under torch.compile",
+    "DS445": "a forward with rows inside another one",
+    "DS446": "a strength for a delta that acts wholly or not at all",
     "DS450": "prompt whose end cannot be told",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
@@ -182,3 +188,24 @@ def show_value(value: object) -> str:
 def in_order(diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:
     """Sort findings by place, once each; those of one place keep the order in which they were found."""
     return sorted(dict.fromkeys(diagnostics), key=lambda d: (d.file, d.line, d.column))
+
+
+class UnknownDeltaError(DeltaSpecError, KeyError):
+    """A name that is not the name of a delta of this model."""
+
+    # KeyError's own would quote the text.
+    __str__ = Exception.__str__
+
+
+def require_known(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise UnknownDeltaError, with all findings, for names that no delta has."""
+    among = known if isinstance(known, Mapping) else tuple(known)
+    if unknown := [name for name in names if name not in among]:
+        raise UnknownDeltaError([_unknown_delta(name, tuple(among)) for name in unknown])
+
+
+def _unknown_delta(name: str, known: tuple[str, ...]) -> Diagnostic:
+    near = closest(name, known)
+    hint = f"did you mean {near!r}? " if near else ""
+    some = ", ".join(known[:20]) + (f" … ({len(known):,} in all)" if len(known) > 20 else "")
+    return Diagnostic("DS434", f"no delta is named {name!r}", suggestion=f"{hint}known: {some or 'none'}")

@@ -7,19 +7,15 @@ torch.export: graphs belong to shapes, tensors to deltas. A site binds the funct
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from torch import Tensor, fx
-from torch.fx.graph import CodeGen
 
+from deltaspec.lifted import new_graph, to_function
 from deltaspec.rewrite import Inputs, Link, emit_chain
-
-_LIFTED = re.compile(r"self\.(base|swapped|dropout)(_\w+)?\(")
-_SPLAT = re.compile(r"_splat_args = (\w+), _splat_kwargs = (\w+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +43,7 @@ class Region:
     code: str
     function: Callable[..., Any]
     bound: tuple[str, ...]
-    """Names of the inputs that a site binds, in order: `base`, tensors, dropouts, `swapped`."""
-
-
-class _LiftedCodeGen(CodeGen):
-    """Generates a plain function: the host and dropout are arguments, not attributes of a `self`."""
-
-    def gen_fn_def(self, free_vars: list[str], *args: Any, **kwargs: Any) -> str:
-        return super().gen_fn_def(free_vars, *args, **kwargs).replace("(self, ", "(", 1)
-
-
-def _lift(lines: list[str]) -> list[str]:
-    return [_SPLAT.sub(r"*\1, **\2", _LIFTED.sub(r"\1\2(", line)) for line in lines]
+    """Names of the inputs that a site binds, in order: `base`, each link's tensors, dropout and strength, `swapped`."""
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
@@ -105,8 +90,7 @@ def with_hidden_out(output: Any, hidden: Tensor) -> Any:
 @cache
 def region(key: RegionKey) -> Region:
     """Build the region of a form of site; made once per process."""
-    graph = fx.Graph()
-    graph.set_codegen(_LiftedCodeGen())
+    graph = new_graph()
     bound = ["base"]
     graph.placeholder("base")
 
@@ -114,6 +98,13 @@ def region(key: RegionKey) -> Region:
         node = graph.placeholder(name)
         bound.append(name)
         return node
+
+    def swapped() -> fx.Node:
+        if "swapped" not in bound:
+            with graph.inserting_before(entering):
+                bind("swapped")
+        found: fx.Node = next(node for node in graph.find_nodes(op="placeholder") if node.target == "swapped")
+        return found
 
     lowered = tuple(bind(f"lowered_{i}") for i in range(key.lowered))
     inputs = []
@@ -124,35 +115,27 @@ def region(key: RegionKey) -> Region:
         if getattr(link.params, "dropout", 0):
             dropout = f"dropout{suffix}"
             bind(dropout)
-        inputs.append(Inputs(tensors, dropout))
+        strength = bind(f"strength{suffix}") if link.scaled or link.per_row else None
+        inputs.append(Inputs(tensors, dropout, strength=strength, swapped=swapped))
 
     leading = (lowered,) if key.lowered else ()
     if key.argument is not None:
-        x = graph.placeholder(key.argument)
+        entering = graph.placeholder(key.argument)
 
         def call(value: fx.Node, replaced: dict[str, Any]) -> fx.Node:
             if replaced:
-                if "swapped" not in bound:
-                    with graph.inserting_before(x):
-                        bind("swapped")
+                swapped()
                 return graph.call_module("swapped", (replaced, value))
             return graph.call_module("base", (*leading, value))
 
-        result = emit_chain(graph, x, key.links, tuple(inputs), call)
+        result = emit_chain(graph, entering, key.links, tuple(inputs), call)
     else:
-        args = graph.placeholder("*args")
+        entering = args = graph.placeholder("*args")
         kwargs = graph.placeholder("**kwargs")
         result = _open_call(graph, key, args, kwargs, leading, tuple(inputs))
     graph.output(result)
-    for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users:
-            graph.erase_node(node)
-    graph.on_generate_code(lambda _: _lift)
-    graph.lint()
-    source = graph.python_code("self")
-    namespace = dict(source.globals)
-    exec(compile(source.src, f"<deltaspec region {_title(key)}>", "exec"), namespace)
-    return Region(key, graph, source.src.strip() + "\n", namespace["forward"], tuple(bound))
+    function, code = to_function(graph, f"region {_title(key)}")
+    return Region(key, graph, code, function, tuple(bound))
 
 
 def _open_call(

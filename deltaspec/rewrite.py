@@ -16,6 +16,8 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from deltaspec.methods import methods
 from deltaspec.methods._base import Form, MethodParams
+from deltaspec.per_row import emit_per_row
+from deltaspec.slots import toward
 
 Call = Callable[..., fx.Node]
 """Emits one call of the host: (input node, replaced parameters by own name) -> node of what leaves."""
@@ -30,6 +32,10 @@ class Link:
     form: Form
     compute: str | None = None
     """dtype to compute in where it is not the host's own (`float32`), without the torch prefix."""
+    scaled: bool = False
+    """What it adds is scaled by a strength, which is data."""
+    per_row: bool = False
+    """Each row of the batch has its own tensors and its own strength."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,10 @@ class Inputs:
     dropout: str | None
     argument: Callable[[str], fx.Node] | None = None
     """Emits the lookup of one of the host's arguments by name; None where the host takes the hidden state alone."""
+    strength: fx.Node | None = None
+    """Its strength, where it is scaled; the `Slot` that holds the rows' strengths, where it is per row."""
+    swapped: Callable[[], fx.Node] | None = None
+    """Gives the input that runs the host on other parameters, for formulas per row."""
 
 
 class _Tensors:
@@ -77,25 +87,33 @@ def emit_chain(graph: fx.Graph, x: fx.Node, links: tuple[Link, ...], inputs: tup
         if depth < 0 or replaced:
             nodes = {name: getattr(tensor, "node", tensor) for name, tensor in replaced.items()}
             return fx.Proxy(call(value.node, nodes), tracer)
-        link = links[depth]
+        link, given = links[depth], inputs[depth]
+        if link.per_row:
+            return fx.Proxy(emit_per_row(tracer, link, given, value, lambda inner: run(depth - 1, inner, {})), tracer)
+        compute = None if link.compute is None else getattr(torch, link.compute)
+        # Ids have no dtype to compute in, and nothing between two of them.
+        cast = value if compute is None or link.form.kind == "embedding" else value.to(compute)
+        strength = fx.Proxy(given.strength, tracer) if given.strength is not None else None
+        leaving: list[fx.Proxy] = []
+        without: list[fx.Proxy] = []
 
         def base(inner: fx.Proxy, **parameters: Any) -> fx.Proxy:
-            if link.compute is None or link.form.kind == "embedding":
-                given = inner
-            else:
-                given = value if inner is cast else inner.to(value.dtype)
+            if link.scaled and inner is not cast and not parameters and link.form.kind != "embedding":
+                inner = tracer.create_proxy("call_function", toward, (cast, inner, strength), {})
+            if compute is not None and link.form.kind != "embedding":
+                inner = value if inner is cast else inner.to(value.dtype)
                 parameters = {n: p if p is None else p.to(value.dtype) for n, p in parameters.items()}
-            out = run(depth - 1, given, parameters)
+            out = run(depth - 1, inner, parameters)
             leaving.append(out)
-            return out if link.compute is None else out.to(getattr(torch, link.compute))
+            out = out if compute is None else out.to(compute)
+            if not parameters:
+                without.append(out)
+            return out
 
-        leaving: list[fx.Proxy] = []
-        cast = (
-            value if link.compute is None or link.form.kind == "embedding" else value.to(getattr(torch, link.compute))
-        )
-        result: fx.Proxy = methods()[link.method].apply(
-            link.form, link.params, _Tensors(tracer, inputs[depth]), cast, base
-        )
-        return result if link.compute is None else result.to(leaving[0].dtype)
+        result: fx.Proxy = methods()[link.method].apply(link.form, link.params, _Tensors(tracer, given), cast, base)
+        if link.scaled:
+            plain = without[0] if without else base(cast)
+            result = tracer.create_proxy("call_function", toward, (plain, result, strength), {})
+        return result if compute is None else result.to(leaving[0].dtype)
 
     return run(len(links) - 1, fx.Proxy(x, tracer), {}).node

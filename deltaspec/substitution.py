@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deltaspec.attention import Attention, Hook, Router, register
 from deltaspec.matrices import site_tensors
 from deltaspec.methods._base import Form, Method, MethodParams, Site
+from deltaspec.slots import Slot, Source, rows_in, rows_out, take, toward
 
 
 def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
@@ -59,6 +60,8 @@ class Fold:
     site: Site
     names: tuple[str, ...]
     """The delta's tensors, in the order they come in the call."""
+    scaled: bool = False
+    """Its strength comes after its tensors."""
     stacked: frozenset[str] = field(init=False)
     """Those that hold one tensor a matrix, where the site is a stacked parameter."""
 
@@ -74,14 +77,26 @@ class Attend:
     method: Method
     params: MethodParams
     form: Form
+    scaled: bool = False
+    """Its strength comes after its tensors."""
 
-    def bind(self, own: Any) -> Hook:
+    def bind(self, own: Any, strength: Tensor | None) -> Hook:
         """Give the hook that computes attention with these tensors."""
 
         def hook(query: Tensor, key: Tensor, value: Tensor, base: Attention) -> Any:
             return self.method.attend(self.form, self.params, own, query, key, value, base)
 
-        return hook
+        if strength is None:
+            return hook
+
+        def by_strength(query: Tensor, key: Tensor, value: Tensor, base: Attention) -> Any:
+            without, seen = base(query, key, value)
+            output, weights = hook(query, key, value, base)
+            if weights is not None:  # of the model's own positions
+                weights = toward(seen, weights[..., -seen.shape[-1] :], strength)
+            return toward(without, output, strength), weights
+
+        return by_strength
 
 
 class Own:
@@ -121,24 +136,53 @@ class Lowered:
         for fold in self.folds:
             own = Own(fold.names, tensors[start:])
             start += len(fold.names)
-            folded[fold.path] = {
-                **folded.get(fold.path, {}),
-                **fold_into(_at(self.host, fold.path), fold, own, folded.get(fold.path, {})),
-            }
+            strength = tensors[start] if fold.scaled else None
+            start += fold.scaled
+            changed = folded.setdefault(fold.path, {})
+            changed |= fold_into(_at(self.host, fold.path), fold, own, dict(changed), strength)
         shadow = _graft(self.host, (), folded)
         if self.frozen:
             shadow.training = False
         hooks: list[Hook] = []
         for attend in self.attends:
-            hooks.append(attend.bind(Own(attend.form.tensors, tensors[start:])))
-            start += len(attend.form.tensors)
+            own, start = Own(attend.form.tensors, tensors[start:]), start + len(attend.form.tensors)
+            hooks.append(attend.bind(own, tensors[start] if attend.scaled else None))
+            start += attend.scaled
         if hooks:
             self.router.route(shadow, hooks)
         return self.code(shadow, *args, **kwargs)
 
 
-def fold_into(module: nn.Module, fold: Fold, own: Any, folded: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Compute the new own parameters of a module under one delta, rounded once to the module's dtype."""
+class FoldedRows:
+    """The own forward of a module of one argument, each row with parameters of its own, computed at each call."""
+
+    def __init__(self, module: nn.Module, folds: tuple[tuple[Fold, tuple[Source, ...], Slot], ...]) -> None:
+        self.module, self.folds = module, folds
+        self.code = type(module).forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the module."""
+        entering = rows_in(self.folds[0][2], x)
+        tensors = [tuple(take(slot, source, entering, False) for source in sources) for _, sources, slot in self.folds]
+        strengths = [slot.grown("strength", entering.shape[0]) for _, _, slot in self.folds]
+        leaving: Tensor = torch.vmap(self._one, randomness="different")(entering, tensors, strengths)
+        return rows_out(x, leaving)
+
+    def _one(self, x: Tensor, tensors: list[tuple[Tensor, ...]], strengths: list[Tensor]) -> Tensor:
+        folded: dict[str, Tensor] = {}
+        for (fold, _, _), own, strength in zip(self.folds, tensors, strengths, strict=True):
+            folded |= fold_into(self.module, fold, Own(fold.names, own), folded, strength)
+        leaving: Tensor = self.code(stand_in(self.module, folded), x.unsqueeze(0)).squeeze(0)
+        return leaving
+
+
+def fold_into(
+    module: nn.Module, fold: Fold, own: Any, folded: dict[str, Tensor], strength: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Compute the new own parameters of a module under one delta, by its strength, rounded once to the module's dtype.
+
+    `folded` are those that deltas before it changed.
+    """
     weights = {name: value for name, value in module._parameters.items() if value is not None} | folded
     if fold.site.stack is None:
         new = fold.method.fold(fold.site, fold.params, own, weights)
@@ -146,11 +190,21 @@ def fold_into(module: nn.Module, fold: Fold, own: Any, folded: dict[str, Tensor]
         parameter = fold.site.parameter
         assert parameter is not None
         new = {parameter: fold_matrices(fold, own, weights[parameter])}
+    if strength is not None:
+        new = {name: _scaled(weights.get(name), value, strength) for name, value in new.items()}
     dtype = next((w.dtype for w in weights.values()), None)
     return {
         name: value if dtype is None or not value.is_floating_point() or value.dtype == dtype else value.to(dtype)
         for name, value in new.items()
     }
+
+
+def _scaled(without: Tensor | None, with_it: Tensor, strength: Tensor) -> Tensor:
+    """Go from a parameter (a missing one counts as zero) to what a delta makes of it; whole numbers are not scaled."""
+    if not with_it.is_floating_point():
+        return with_it
+    start = torch.zeros_like(with_it) if without is None else without.to(with_it.dtype)
+    return toward(start, with_it, strength)
 
 
 def fold_matrices(fold: Fold, own: Any, weight: Tensor) -> Tensor:

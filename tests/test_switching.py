@@ -219,7 +219,7 @@ def test_a_switch_that_fails_changes_nothing(before, monkeypatch):
         raise Broken
 
     with monkeypatch.context() as patch:
-        patch.setattr(compiled._attachments._programmer, "build", refuse)
+        patch.setattr(compiled._attachments.programmer, "build", refuse)
         for act in (lambda: compiled.only("b"), lambda: compiled.attach("b")):
             with pytest.raises(Broken):
                 act()

@@ -1,0 +1,265 @@
+"""Mixed batches: the forwards under which every row of a batch has deltas of its own.
+
+While rows are armed, each host has a dispatcher for its forward: what is attached, until rows are given for a call, and
+then the region of the rows' kinds. So one installation serves every assignment, in a compiled graph, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from deltaspec.assignment import Rows, chain, parse_rows, places, to_tensors
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+from deltaspec.frozen import FrozenStatistics
+from deltaspec.observe import Recorder
+from deltaspec.programs import Forward
+from deltaspec.rowwise import bind_rows, refusals
+from deltaspec.slots import Batch, Slot
+
+if TYPE_CHECKING:
+    from deltaspec.attach import Attachments
+    from deltaspec.stacks import Kind
+
+Kinds = tuple[str, ...]
+"""The kind in each slot, by the model's own keys."""
+
+
+class Dispatch:
+    """The forward of a host while rows are armed."""
+
+    def __init__(self, mixer: Mixer, plain: Forward, own: Forward, mixed: Mapping[Kinds, Forward]) -> None:
+        self._mixer, self._plain, self._own, self._mixed = mixer, plain, own, mixed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the host: by rows if this forward has some, else as it is attached."""
+        kinds = self._mixer.running
+        if kinds is None:
+            return self._plain(*args, **kwargs)
+        return self._mixed.get(kinds, self._own)(*args, **kwargs)
+
+
+class Entering:
+    """The forward of the whole model under rows: takes the size of the batch, and proves that sites are reached."""
+
+    def __init__(self, mixer: Mixer, forward: Forward) -> None:
+        self._mixer, self._forward = mixer, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        self._mixer.measure(args, kwargs)
+        return self._mixer.proving(self._forward, *args, **kwargs)
+
+
+class Mixer:
+    """Runs one backbone clone on rows under different deltas."""
+
+    def __init__(self, attachments: Attachments) -> None:
+        self._attachments = attachments
+        self.batch = Batch()
+        self.running: Kinds | None = None
+        """Of the forward that runs now; None: it has no rows."""
+        self._names: tuple[str, ...] = ()
+        self._slots: list[Slot] = []
+        self._numbers: dict[int, tuple[Kind, int]] = {}
+        """By id: kinds in the order in which they were first used."""
+        self._mixed: dict[str, dict[Kinds, Forward]] = {}
+        """By host."""
+        self._made: set[Kinds] = set()
+        self._installed: list[tuple[dict[str, Any], Forward | None]] = []
+        """(module's `__dict__`, the instance-level forward it had before); empty while nothing is armed."""
+
+    @property
+    def armed(self) -> bool:
+        """Whether dispatchers are installed."""
+        return bool(self._installed)
+
+    def rows(self, deltas: Sequence[Any], among: Sequence[str] = ()) -> Rows:
+        """Turn an assignment into tensors, all of it checked, and build what it needs, and what `among` would need.
+
+        Raises DeltaSpecError with all findings: unknown names (DS434), deltas that cannot be mixed (DS441).
+        """
+        attachments = self._attachments
+        rows = parse_rows(deltas, attachments.order)
+        names = tuple(dict.fromkeys([*(name for row in rows for name in row), *among]))
+        attachments.require_known(names)
+        if findings := [finding for name in names for finding in refusals(attachments, name)]:
+            raise DeltaSpecError(list(dict.fromkeys(findings)))
+        for stack in {tuple(row) for row in rows if len(row) > 1}:
+            attachments.refuse_rivals(stack)
+        attachments.derive(name for name in names if name not in attachments.active)
+        stacks = attachments.stacks
+        stacks.ensure(names)
+        kinds = {name: stacks.kind(name) for name in names}
+        stacked = [tuple(kinds[name] for name in row) for row in (*rows, *([name] for name in among))]
+        slots = chain(stacked, self._number)
+        keys = tuple(f"{kind.method} {self._number(kind)}" for kind in slots)
+        if keys not in self._made:
+            # All of their kinds at once: a stack that grows later is another shape to a compiled graph.
+            stacks.ensure([name for name in attachments.planned if stacks.kind(name) in slots])
+            self._make(keys, [next(name for name in names if kinds[name] is kind) for kind in slots])
+        table: list[list[tuple[str, int, float] | None]] = [[None] * len(rows) for _ in slots]
+        for number, row in enumerate(rows):
+            for name, slot in zip(row, places([kinds[name] for name in row], slots), strict=True):
+                table[slot][number] = (name, stacks.of(name).names[name], row[name])
+        tensors = to_tensors(table, len(rows), attachments.device)
+        return Rows(keys, *tensors, deltas=tuple(rows), places={n: stacks.of(n).names[n] for n in names})
+
+    def _number(self, kind: Kind) -> int:
+        return self._numbers.setdefault(id(kind), (kind, len(self._numbers) + 1))[1]
+
+    def _make(self, kinds: Kinds, names: Sequence[str]) -> None:
+        """Build the forwards of all hosts for kinds, each given by the name of a delta of it."""
+        programmer = self._attachments.programmer
+        self._slots += [Slot(number, self.batch) for number in range(len(self._slots), len(kinds))]
+        hosts: dict[str, list[tuple[Slot, str]]] = {}
+        for slot, name in zip(self._slots, names, strict=False):
+            for host in programmer.hosts[name]:
+                hosts.setdefault(host, []).append((slot, name))
+        made = {host: bind_rows(self._attachments, host, given) for host, given in hosts.items()}
+        for fqn in programmer.statistics:
+            made.setdefault(fqn, FrozenStatistics(programmer.modules[fqn]))
+        made[""] = Entering(self, made.get("") or programmer.own_forward(""))
+        for host, forward in made.items():
+            self._mixed.setdefault(host, {})[kinds] = forward
+        self._made.add(kinds)
+        if self.armed:
+            self.disarm()
+            self.arm()
+
+    def forget(self) -> None:
+        """Forget all that holds tensors, after they moved; nothing is armed."""
+        self._mixed.clear()
+        self._made.clear()
+
+    def arm(self) -> None:
+        """Install the dispatchers, over what is attached."""
+        if self.armed:
+            return
+        programmer = self._attachments.programmer
+        for host in self._mixed.keys() | {""}:
+            attributes = programmer.modules[host].__dict__
+            before = attributes.get("forward")
+            own = programmer.own_forward(host)
+            self._installed.append((attributes, before))
+            attributes["forward"] = Dispatch(self, before or own, own, self._mixed.setdefault(host, {}))
+
+    def disarm(self) -> bool:
+        """Take the dispatchers out; tell whether there were some."""
+        armed = self.armed
+        for attributes, before in self._installed:
+            if before is None:
+                del attributes["forward"]
+            else:
+                attributes["forward"] = before
+        self._installed.clear()
+        return armed
+
+    @contextmanager
+    def using(self, deltas: Sequence[Any] | Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Run what is called inside with these rows; `args` and `kwargs` are those of the call.
+
+        Raises DeltaSpecError: see `rows`; DS443 for a batch of another size, DS445 for a call inside another one.
+        """
+        rows = deltas if isinstance(deltas, Rows) else self.rows(deltas)
+        if rows.kinds not in self._made or not self._is_current(rows):
+            rows = self.rows(rows.deltas)
+        self._start(rows, args, kwargs)
+        armed = self.armed
+        if not armed:
+            self._attachments.arm()
+        try:
+            yield
+        finally:
+            self._stop()
+            if not armed:
+                self._attachments.disarm()
+
+    def call(self, deltas: Sequence[Any] | Rows, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with a delta a row."""
+        if torch.compiler.is_compiling():
+            return self._traced_call(deltas, forward, args, kwargs)
+        with self.using(deltas, args, kwargs):
+            return forward(*args, **kwargs)
+
+    def _traced_call(self, rows: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model with rows inside a trace, which can install nothing."""
+        if not isinstance(rows, Rows):
+            raise RuntimeError("deltaspec DS444: under torch.compile pass deltas=c.rows([...]), made outside of it")
+        if not self.armed or rows.kinds not in self._made:
+            raise RuntimeError("deltaspec DS444: the model was detached or moved since: make c.rows([...]) again")
+        self._start(rows, args, kwargs)
+        output = forward(*args, **kwargs)
+        self._stop()
+        return output
+
+    def _is_current(self, rows: Rows) -> bool:
+        """Tell whether the deltas are still where they were when the rows were made."""
+        stacks = self._attachments.stacks
+        stacks.ensure(rows.places)
+        return all(stacks.of(name).names[name] == place for name, place in rows.places.items())
+
+    def _start(self, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self.running is not None:
+            raise DeltaSpecError([_nested()])
+        self.batch.rows = self.batch.size = len(rows)
+        self.measure(args, kwargs)
+        for slot in self._slots[: len(rows.kinds)]:
+            slot.fill(rows)
+        self.running = rows.kinds
+
+    def _stop(self) -> None:
+        for slot in self._slots:
+            slot.clear()
+        self.running = None
+        self.batch.rows = 0
+
+    def measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take the size of the batch from the arguments of the model. Raises DeltaSpecError (DS443) for another one."""
+        tensors = list(_tensors((*args, *kwargs.values())))
+        if not tensors:
+            return
+        size, batch = tensors[0].shape[0], self.batch
+        if size % batch.rows:
+            raise DeltaSpecError([_other_size(size, batch.rows)])
+        batch.size = size
+        batch.totals = frozenset(t.shape[0] * t.shape[1] for t in tensors if t.dim() > 1 and t.shape[0] == size)
+        batch.images = any(t.dim() == 4 for t in tensors)
+
+    def proving(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the model, watched if nothing has shown yet that the rows' deltas are reached."""
+        attachments = self._attachments
+        if torch.compiler.is_compiling() or not attachments.unproven:
+            return forward(*args, **kwargs)
+        names = [name for slot in self._slots for name in slot.names]
+        if attachments.unproven.isdisjoint(names):
+            return forward(*args, **kwargs)
+        recorder = Recorder(attachments.backbone)
+        with recorder.recording():
+            output = forward(*args, **kwargs)
+        attachments.prove_reached(recorder.result(), names)
+        return output
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors that have rows among a call's arguments, those in outputs of an encoder included."""
+    for value in values:
+        if isinstance(value, Tensor) and value.dim():
+            yield value
+        elif isinstance(value, Mapping):
+            yield from (inner for inner in value.values() if isinstance(inner, Tensor) and inner.dim())
+
+
+def _nested() -> Diagnostic:
+    message = "a forward with rows runs already in this model"
+    hint = "give each thread a view of its own: view = c.view()"
+    return Diagnostic("DS445", message, suggestion=hint)
+
+
+def _other_size(size: int, rows: int) -> Diagnostic:
+    message = f"deltas names {rows} row{'' if rows == 1 else 's'}, and the batch has {size}"
+    return Diagnostic("DS443", message, suggestion="give one entry a row; None is the bare backbone")
