@@ -9,9 +9,9 @@ from itertools import islice
 from typing import Any
 
 from deltaspec.derived import OTHERS
-from deltaspec.diagnostics import Diagnostic, Path, closest, show_path, show_value
+from deltaspec.diagnostics import Diagnostic, Path, show_path, show_value
 from deltaspec.methods._base import Method
-from deltaspec.mistakes import method_hint, unknown_key_hint, value_hint
+from deltaspec.mistakes import choice_hint, method_hint, unknown_key_hint, value_hint
 from deltaspec.reading import MAX_FINDINGS
 from deltaspec.schema import schema
 from deltaspec.selectors import NAME
@@ -130,10 +130,8 @@ def _enum(error: Any, path: Path) -> _Finding:
         return "DS205", f"{_label(path)} cannot be {show_value(error.instance)}", f"known values: {values}"
     if path[-1] == "method" and path[:1] == ("deltas",) and len(path) == 3:
         return "DS206", f"unknown method {show_value(error.instance)}", method_hint(error.instance, known)
-    near = closest(error.instance, known)
     key = next(part for part in reversed(path) if isinstance(part, str))
-    hint = f'did you mean "{near}"?' if near else f"known values: {', '.join(known)}"
-    return "DS205", f"{key} knows no value {show_value(error.instance)}", hint
+    return "DS205", f"{key} knows no value {show_value(error.instance)}", choice_hint(key, error.instance, known)
 
 
 def _bound(error: Any, path: Path) -> _Finding:

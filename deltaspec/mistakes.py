@@ -1,4 +1,4 @@
-"""Ways out of common mistakes: misspelt keys, and the names that other libraries use."""
+"""Ways out of common mistakes: misspelt and misplaced keys, and values of the wrong type or form."""
 
 from __future__ import annotations
 
@@ -7,65 +7,8 @@ from math import isfinite
 from typing import Any
 
 from deltaspec.diagnostics import Path, closest
+from deltaspec.foreign import RENAMES, VALUES, parameter_hint, place_hint
 
-# Names in PEFT's and OpenDelta's configurations -> ours. The first one that the method has is meant.
-_PARAMS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("r", "lora_r", "lora_rank", "rnk"), ("rank",)),
-    "lora_alpha": ("alpha",),
-    "lora_dropout": ("dropout",),
-    "dropout_rate": ("dropout",),
-    "p": ("dropout",),
-    "use_rslora": ("scaling",),
-    "rslora": ("scaling",),
-    "init_lora_weights": ("init",),
-    "init_weights": ("init",),
-    "lora_bias": ("bias",),
-    "target_r": ("rank",),
-    "init_r": ("initial_rank",),
-    "low_rank_dimension": ("rank",),
-    "block_share": ("shared_blocks",),
-    "decompose_factor": ("factor",),
-    "boft_n_butterfly_factor": ("factors",),
-    "boft_block_size": ("block_size",),
-    "apply_GS": ("orthogonal",),
-    "prefix_projection": ("reparametrisation",),
-    "encoder_hidden_size": ("width",),
-    "encoder_reparameterization_type": ("encoder",),
-    "prompt_tuning_init_text": ("text",),
-    "tokenizer_name_or_path": ("tokenizer",),
-    "prompt_tuning_init": ("init",),
-    "mini_r": ("width",),
-    "phm_dim": ("divisions",),
-    "feedforward_modules": ("position",),
-    "svd_rank": ("rank",),
-    "majority_sign_method": ("majority_sign",),
-    **dict.fromkeys(("bottleneck_dim", "bottleneck_size", "bottleneck", "adapter_dim"), ("width",)),
-    **dict.fromkeys(("non_linearity", "nonlinearity", "act", "act_fn", "activation_fn"), ("activation",)),
-    **dict.fromkeys(("reduction", "reduction_factor"), ("reduction", "width")),
-    "scaling_factor": ("scale", "alpha"),
-    **dict.fromkeys(
-        ("num_virtual_tokens", "prefix_token_num", "soft_token_num", "prefix_length"), ("tokens", "length")
-    ),
-}
-_ELSEWHERE: Mapping[str, str] = {
-    **dict.fromkeys(
-        ("target_modules", "modified_modules", "modules", "targets"),
-        'say where with target, beside params: target: "**.q_proj"',
-    ),
-    **dict.fromkeys(("exclude_modules", "exclude"), "exclude with not, inside target: target: {role: attn.q, not: …}"),
-    **dict.fromkeys(
-        ("layers_to_transform", "layers_pattern"), "choose layers inside target: target: {role: attn.q, layers: [0, 1]}"
-    ),
-    **dict.fromkeys(
-        ("modules_to_save", "unfrozen_modules", "trainable_modules"),
-        "train modules in a delta of its own: method: full",
-    ),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), "use overrides: [{match: …, params: …}]"),
-    **dict.fromkeys(
-        ("task_type", "inference_mode", "fan_in_fan_out", "base_model_name_or_path", "backbone_model"),
-        "deltaspec needs no such key: delete it",
-    ),
-}
 _KEYS: Mapping[str, Mapping[str, str]] = {
     "spec": {
         "version": "deltaspec",
@@ -139,20 +82,23 @@ def unknown_key_hint(key: str, path: Path, known: Sequence[str], siblings: Mappi
     """Say what was meant by an unknown key of the mapping at `path`, which knows the keys `known`."""
     kind = place(path)
     plain = key.lower()
-    if kind in ("params", "delta") and plain in _ELSEWHERE:
-        return _ELSEWHERE[plain]
+    value = siblings.get(key)
     if kind == "params":
-        if ours := next((name for name in _PARAMS.get(plain, ()) if name in known), None):
-            return _did_you_mean(ours, plain)
+        if hint := parameter_hint(key, value, known):
+            return hint
         if key in _DELTA and key not in known:
             return f"{key} belongs to the delta: write it beside params, not inside"
     if kind == "delta":
+        if hint := _combination_hint(plain, value, siblings):
+            return hint
         if key in _ATOMS and key != "type":
             return f"selectors go under target: target: {{{key}: …}}"
         own = _param_names(siblings.get("method"))
-        ours = key if key in own else next((name for name in _PARAMS.get(plain, ()) if name in own), None)
+        ours = key if key in own else next((name for name in RENAMES.get(plain, ()) if name in own), None)
         if ours is not None:
             return f"parameters go under params: params: {{{ours}: …}}"
+    if kind in ("params", "delta") and (hint := place_hint(key, value)):
+        return hint
     if kind == "spec" and key in _DELTA:
         return f"{key} belongs to one delta: write it in an entry of deltas"
     ours = _KEYS.get(kind, {}).get(plain) or closest(key, known)
@@ -161,11 +107,14 @@ def unknown_key_hint(key: str, path: Path, known: Sequence[str], siblings: Mappi
     return f"known keys: {', '.join(known)}" if known else "this method has no parameters"
 
 
-def _did_you_mean(ours: str, foreign: str) -> str:
-    special = {"use_rslora": "scaling: rslora", "rslora": "scaling: rslora"}
-    if foreign.startswith("reduction"):
-        return 'did you mean "width"? That is the width of the bottleneck, not the factor by which it is smaller'
-    return f'did you mean "{special.get(foreign, ours)}"?'
+def _combination_hint(key: str, value: object, siblings: Mapping[str, Any]) -> str | None:
+    """Say how other libraries' names of sources and of a way to combine them are written, all of it where need be."""
+    ours = _KEYS["delta"].get(key)
+    if ours not in ("from", "combine"):
+        return None
+    if "method" not in siblings and (ours == "combine" or isinstance(value, dict)):
+        return f'did you mean "{ours}"?'
+    return "a derived delta is written without a method: {name: blend, from: {a: 0.5, b: 0.5}, combine: linear}"
 
 
 def _param_names(method: object) -> tuple[str, ...]:
@@ -184,6 +133,13 @@ def method_hint(method: str, known: Sequence[str]) -> str:
     return f"installed methods: {', '.join(known)}; others come with packages that provide them"
 
 
+def choice_hint(key: str, value: str, known: Sequence[str]) -> str:
+    """Say what was meant by an unknown value of a key that knows the values `known`."""
+    alias = VALUES.get((key, value.lower()))
+    near = alias if alias in known else closest(value, known)
+    return f'did you mean "{near}"?' if near else f"known values: {', '.join(known)}"
+
+
 def value_hint(value: object, kinds: Iterable[str], path: Path) -> str | None:
     """Say what was meant by a value of the wrong type."""
     kinds = tuple(kinds)
@@ -192,6 +148,8 @@ def value_hint(value: object, kinds: Iterable[str], path: Path) -> str | None:
     if isinstance(value, str):
         if "boolean" in kinds and value.lower() in (*_YES, *_NO):
             return f"write {'true' if value.lower() in _YES else 'false'}"
+        if path[-1:] == ("bias",) and value in ("none", "all", "lora_only"):
+            return f"write {'false' if value == 'none' else 'true'}"
         if path[-1:] == ("rank",) and value.rstrip().endswith("%"):
             return f'write {{budget: "{value}"}}'
         if "integer" in kinds or "number" in kinds:
