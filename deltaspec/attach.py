@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,15 +11,22 @@ from torch import fx, nn
 
 from deltaspec.combination import behind, refresh
 from deltaspec.deltas import Deltas
-from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic, require_known
 from deltaspec.frozen import BufferGuard, Flags
+from deltaspec.library import Libraries
 from deltaspec.methods import methods
+from deltaspec.mixing import Mixer
 from deltaspec.observe import Observation, Recorder
 from deltaspec.programs import Programmer
+from deltaspec.rivals import Rivals
+from deltaspec.stacks import Stacks
 from deltaspec.switching import Forward, Places, Program
 
 if TYPE_CHECKING:
-    from deltaspec.planned import Plan
+    from deltaspec.planned import Plan, PlannedDelta
+
+_PROGRAMS = 1024
+"""Programs that are kept at least."""
 
 
 class Attachments:
@@ -29,35 +34,44 @@ class Attachments:
 
     def __init__(self, backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | None = None) -> None:
         self.backbone, self.deltas, self.plan, self.graph = backbone, deltas, plan, graph
-        self.order = {planned.name: index for index, planned in enumerate(plan.deltas)}
+        self.planned = {planned.name: planned for planned in plan.deltas}
+        """Those that are in memory: the plan's, and what was loaded from libraries."""
+        self.order = {name: index for index, name in enumerate(self.planned)}
+        """Of application, of all known names."""
+        self.stacks = Stacks(deltas, self.planned)
+        self.libraries = Libraries(self)
         self.active: tuple[str, ...] = ()
-        self._programmer = Programmer(backbone, deltas, plan, graph)
-        self._programs: dict[tuple[str, ...], Program] = {}
-        """By the active set, in the order of the spec."""
+        self.programmer = Programmer(backbone, deltas, self.planned, graph)
+        self.strengths = self.programmer.strengths
+        self._programs: dict[tuple[tuple[str, ...], tuple[str, ...]], Program] = {}
+        """By the active set, in the order of the spec, and those of it that are not at their full strength."""
         self._ready: dict[tuple[str, ...], Program] = {}
         """By names as they were given, checked; those of active sets that need nothing but their program."""
         self._places: dict[frozenset[int], Places] = {}
-        self._replaced, self._weights = _replaced(plan), _weights(plan)
-        self._reading = any(weights.reads for weights in self._weights.values())
+        self._rivals = Rivals(plan.deltas)
         self._derived = frozenset(planned.name for planned in plan.deltas if planned.derived is not None)
-        self._unproven = set() if plan.proven else set(self.order)
+        self.unproven = set() if plan.proven else set(self.order)
         """Deltas whose sites no forward was seen to reach yet."""
-        modules = self._programmer.modules.values()
+        modules = self.programmer.modules.values()
         self._flags, self._buffers = Flags(modules), BufferGuard(modules)
+        self.mixer = Mixer(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachments:
         """Copy together with the backbone; what is plain data is shared, programs are made anew."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        shared = ("plan", "order", "graph", "active", "_replaced", "_weights", "_reading")
+        memo[id(self.planned)], memo[id(self.order)] = dict(self.planned), dict(self.order)
+        shared = ("plan", "graph", "active")
         made = ("_programs", "_ready", "_places")
         for name, value in self.__dict__.items():
-            twin.__dict__[name] = value if name in shared else {} if name in made else copy.deepcopy(value, memo)
+            if name != "mixer":
+                twin.__dict__[name] = value if name in shared else {} if name in made else copy.deepcopy(value, memo)
+        twin.mixer = Mixer(twin)
         twin._flags.moved = twin._buffers.moved = True
         return twin
 
     def switch(self, names: tuple[str, ...]) -> bool:
-        """Make exactly these deltas act, in whatever order they are given, if they did before; tell whether.
+        """Make exactly these deltas act at full strength, in whatever order, if they did before; tell whether.
 
         The cost is a dictionary entry a host; it does not depend on how many deltas there are.
         """
@@ -65,41 +79,115 @@ class Attachments:
             new = self._ready.get(names)
         except TypeError:  # What has no hash is no name.
             return False
-        if new is None:
+        if new is None or self.strengths:
             return False
         if new.names != self.active:
             self._exchange(new)
+        elif not names:
+            self.disarm()
         return True
 
-    def activate(self, names: Iterable[str], anew: Collection[str] = ()) -> None:
-        """Make exactly these deltas act. `names` are known and may come in any order.
+    def activate(
+        self, names: Iterable[str], anew: Collection[str] = (), strengths: Mapping[str, float] | None = None
+    ) -> None:
+        """Make exactly these deltas act, at these strengths (1 where none is given). `names` come in any order.
 
         Derived ones that did not act, and those in `anew`, are computed from their sources as they are now. Whatever
         raises leaves the deltas that acted acting.
         """
-        names = tuple(names)
-        if self.switch(names):
+        names, values = tuple(names), strengths or {}
+        if not values and self.switch(names):
             return
+        self.libraries.require(names)
         wanted = tuple(sorted(set(names), key=self.order.__getitem__))
-        new = self.program(wanted)
+        scaled = tuple(name for name in wanted if values.get(name, 1.0) != 1.0)
+        self.refuse_strengths(scaled)
+        new = self.program(wanted, scaled)
         self.derive(name for name in wanted if name not in self.active or name in anew)
-        if wanted != self.active:
-            self._exchange(new)
-        if self._derived.isdisjoint(wanted):
+        old = self._current()
+        self.strengths.set({name: values[name] for name in scaled})
+        if new is not old:
+            self._exchange(new, old)
+        elif not wanted:
+            self.disarm()
+        if self._derived.isdisjoint(wanted) and not scaled:
             self._ready[names] = self._ready[wanted] = new
+            self._bound(self._ready)
 
-    def _exchange(self, new: Program) -> None:
+    def _bound(self, programs: dict[Any, Program]) -> None:
+        """Forget the programs made first, where there are many more than deltas: each holds what it binds."""
+        limit = max(_PROGRAMS, 2 * len(self.planned))
+        while len(programs) > limit:
+            del programs[next(names for names, program in programs.items() if program.names != self.active)]
+
+    def add(self, planned: PlannedDelta, *, proven: bool) -> None:
+        """Take in a delta that is no module of the backbone."""
+        self.planned[planned.name] = planned
+        self._rivals.add(planned)
+        if not proven:
+            self.unproven.add(planned.name)
+
+    def discard(self, name: str) -> None:
+        """Forget such a delta, which is not attached; its name stays known."""
+        _forget(self._programs, name)
+        _forget(self._ready, name)
+        del self.planned[name]
+        self.programmer.discard(name)
+        self._rivals.discard(name)
+        self.unproven.discard(name)
+
+    def _current(self) -> Program:
+        return self.program(self.active, self.strengths.scaled(self.active))
+
+    def _exchange(self, new: Program, old: Program | None = None) -> None:
         """Put one program in the place of another, and the backbone's state with it."""
-        old = self.program(self.active)
-        if old.names:
+        old = self._current() if old is None else old
+        armed = self.mixer.disarm()
+        if old.names or armed:
             self._buffers.restore()
         else:
             self._buffers.watch()
             self._flags.freeze()
         new.install(old)
         self.active = new.names
+        self.libraries.touch(new.names)
         if not new.names:
             self._flags.thaw()
+        elif armed:
+            self.mixer.arm()
+
+    def arm(self) -> None:
+        """Make the backbone ready for rows under different deltas."""
+        if not self.active and not self.mixer.armed:
+            self._buffers.watch()
+            self._flags.freeze()
+        self.mixer.arm()
+
+    def disarm(self) -> None:
+        """Undo `arm`."""
+        if self.mixer.disarm():
+            self._buffers.restore()
+            if not self.active:
+                self._flags.thaw()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the deltas are."""
+        return next((tensor.device for tensor in self.deltas.parameters()), torch.device("cpu"))
+
+    def require_known(self, names: Iterable[str]) -> None:
+        """Raise UnknownDeltaError, with all findings, for names that no delta has."""
+        require_known(names, self.order)
+
+    def refuse_strengths(self, names: Iterable[str]) -> None:
+        """Raise DeltaSpecError (DS446) for those of these deltas that cannot act in part."""
+        planned = [self.planned[name] for name in names]
+        if findings := [_no_strength(p) for p in planned if methods()[p.method].virtual_tokens(p.params)]:
+            raise DeltaSpecError(findings)
+
+    def refuse_rivals(self, names: Sequence[str]) -> None:
+        """Refuse deltas that cannot act at once (DS436); names are in order of application."""
+        self._rivals.refuse(names)
 
     def derive(self, names: Iterable[str]) -> None:
         """Compute those of these deltas that are derived anew, from their sources as they are now."""
@@ -114,40 +202,44 @@ class Attachments:
         """Give the names of the attached derived deltas whose sources have changed since they were computed."""
         return behind(self.backbone, self.deltas, self.plan, [name for name in self.active if name in self._derived])
 
-    def program(self, names: tuple[str, ...]) -> Program:
+    def program(self, names: tuple[str, ...], scaled: tuple[str, ...] = ()) -> Program:
         """Give the program of an active set, made and checked at its first use."""
-        found = self._programs.get(names)
+        found = self._programs.get((names, scaled))
         if found is None:
-            if len(names) > 1 and (self._replaced or self._reading):
-                self._refuse_rivals(names)
-            watch = None if self._unproven.isdisjoint(names) else self._watched
-            found = self._programmer.build(names, watch)
+            self.refuse_rivals(names)
+            watch = None if self.unproven.isdisjoint(names) else self._watched
+            found = self.programmer.build(names, watch, scaled)
             found.settle(names, self._places)
-            self._programs[names] = found
+            self._programs[names, scaled] = found
+            self._bound(self._programs)
         return found
 
     def rebind(self) -> None:
         """Bind tensors anew after they were moved, cast or replaced."""
-        old = self.program(self.active)
+        armed = self.mixer.disarm()
+        old = self._current()
         self._programs.clear()
         self._ready.clear()
+        self.mixer.forget()
         self._flags.moved = self._buffers.moved = True
-        self.program(self.active).install(old)
+        self._current().install(old)
+        if armed:
+            self.mixer.arm()
 
     def original_forward(self, fqn: str) -> Forward | None:
         """Give the instance-level forward that a module of the backbone had before any delta (None: it had none)."""
-        return self._programmer.originals.get(fqn)
+        return self.programmer.originals.get(fqn)
 
     def trained_in_backbone(self) -> set[str]:
         """Give the names of the backbone parameters that are in training whenever nothing is attached."""
         thawed = {id(p) for p in self._flags.thawed()}
         return {name for name, p in self.backbone.named_parameters() if id(p) in thawed}
 
-    def prove_reached(self, seen: dict[str, Observation]) -> None:
-        """Refuse, after their first forward, attached deltas whose modules' weights are read around them (DS437)."""
-        findings = []
-        for name in self.active:
-            for visit in self._programmer.visits_of(name):
+    def prove_reached(self, seen: dict[str, Observation], names: Iterable[str]) -> None:
+        """Refuse, after their first forward, deltas whose modules' weights are read around them (DS437)."""
+        names, findings = tuple(names), []
+        for name in names:
+            for visit in self.programmer.visits_of(name):
                 fqn, found = visit.planned.site.row.fqn, seen[visit.planned.site.row.fqn]
                 around = found.host is not None and (not found.called or methods()[visit.method].promises.weight)
                 if around and visit.planned.site.host is None:
@@ -159,34 +251,17 @@ class Attachments:
                     findings.append(Diagnostic("DS437", message, suggestion=hint))
         if findings:
             raise DeltaSpecError(findings)
-        self._unproven.difference_update(self.active)
-        self.rebind()
+        self.unproven.difference_update(names)
 
     def require_proof(self) -> None:
         """Refuse to be traced (torch.compile, torch.export) before any forward proved the active sites (DS440)."""
-        if not self._unproven.isdisjoint(self.active):
+        if not self.unproven.isdisjoint(self.active):
             message = "no forward has shown yet that the attached deltas are reached, and a trace cannot show it"
             hint = "pass example_inputs to deltaspec.compile, or call the model once before torch.compile or export"
             raise DeltaSpecError([Diagnostic("DS440", message, suggestion=hint)])
 
     def _watched(self, forward: Forward) -> Forward:
         return FirstForward(self, forward).run
-
-    def _refuse_rivals(self, wanted: tuple[str, ...]) -> None:
-        """Refuse two deltas at once of which one would not see, or would drop, what the other does to a weight."""
-        findings = []
-        weighty = [name for name in wanted if name in self._weights]
-        for a, b in itertools.combinations(weighty, 2) if self._reading else ():
-            if both := self._weights[b].misses(self._weights[a]):
-                message = f"delta {b!r} computes from the weight of {min(both)}, which delta {a!r} before it changes"
-                findings.append(Diagnostic("DS436", message, suggestion=f"attach one of them: c.only({b!r})"))
-        for a, b in itertools.combinations([name for name in wanted if name in self._replaced], 2):
-            if both := self._replaced[a] & self._replaced[b]:
-                message = f"deltas {a!r} and {b!r} both replace {min(both)}"
-                hint = f"attach one of them: c.only({a!r})"
-                findings.append(Diagnostic("DS436", message, suggestion=hint))
-        if findings:
-            raise DeltaSpecError(findings)
 
 
 class FirstForward:
@@ -204,42 +279,16 @@ class FirstForward:
         recorder = Recorder(self._attachments.backbone)
         with recorder.recording():
             output = self._base(*args, **kwargs)
-        self._attachments.prove_reached(recorder.result())
+        self._attachments.prove_reached(recorder.result(), self._attachments.active)
+        self._attachments.rebind()
         return output
 
 
-def _replaced(plan: Plan) -> dict[str, frozenset[str]]:
-    """Give the FQNs of the parameters that each replacing delta replaces."""
-    return {
-        delta.name: frozenset(f"{site.site.row.fqn}.{spec.name}" for site in delta.sites for spec in site.tensors)
-        for delta in plan.deltas
-        if methods()[delta.method].promises.weight == "replace"
-    }
+def _no_strength(planned: PlannedDelta) -> Diagnostic:
+    message = f"delta {planned.name!r} has no strength between none and all: {planned.method} adds tokens to the input"
+    return Diagnostic("DS446", message, suggestion="attach it at strength 1, or leave it out")
 
 
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """What one weight-expressible delta does with the weights of its sites, as FQNs of modules."""
-
-    called: frozenset[str]
-    """Changed around the module's call."""
-    folded: frozenset[str]
-    """Changed by folding into the weight."""
-    reads: frozenset[str]
-    """Computed from."""
-
-    def misses(self, before: _Weights) -> frozenset[str]:
-        """Give the sites at which it would not see what a delta before it does to the weight; both fold, it does."""
-        return self.reads & (before.called | (before.folded - self.folded))
-
-
-def _weights(plan: Plan) -> dict[str, _Weights]:
-    found = {}
-    for delta in plan.deltas:
-        method = methods()[delta.method]
-        if method.promises.weight is not None:
-            folded = {s.site.row.fqn for s in delta.sites if method.folds(s.site, s.params)}
-            reads = {s.site.row.fqn for s in delta.sites if method.reads_weight(s.site, s.params)}
-            called = {s.site.row.fqn for s in delta.sites} - folded
-            found[delta.name] = _Weights(frozenset(called), frozenset(folded), frozenset(reads))
-    return found
+def _forget(programs: dict[Any, Program], name: str) -> None:
+    for key in [key for key, program in programs.items() if name in program.names]:
+        del programs[key]

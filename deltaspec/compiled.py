@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import fx, nn
 
+from deltaspec.assignment import Rows, checked_strength
 from deltaspec.attach import Attachments
 from deltaspec.capture import Entry, root_graph
 from deltaspec.clone import clone
 from deltaspec.deltas import Delta, Deltas, find
-from deltaspec.diagnostics import DeltaSpecError, Diagnostic, closest
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic, require_known
+from deltaspec.diagnostics import UnknownDeltaError as UnknownDeltaError
 from deltaspec.generation import generating
+from deltaspec.handles import DeltasView, Restore
 from deltaspec.symbolic import trace
 
 if TYPE_CHECKING:
+    from deltaspec.library_view import LibraryView
     from deltaspec.planned import Plan
     from deltaspec.regions import Region
-
-
-class UnknownDeltaError(DeltaSpecError, KeyError):
-    """A name that is not the name of a delta of this model."""
-
-
-class _Restore:
-    """What `only` and `detached` give: nothing to do with, or a context that puts the active set back at its end."""
-
-    __slots__ = ("_attachments", "_before")
-
-    def __init__(self, attachments: Attachments, before: tuple[str, ...]) -> None:
-        self._attachments, self._before = attachments, before
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self._attachments.activate(self._before)
 
 
 class CompiledModel(torch.fx.GraphModule):
@@ -53,14 +36,9 @@ class CompiledModel(torch.fx.GraphModule):
     """
 
     def __init__(self, backbone: nn.Module, attachments: Attachments, capture: str, capture_reason: str) -> None:
-        graph, through_entry = root_graph(backbone)
-        root: dict[str, Any] = {"backbone": backbone}
-        if through_entry:
-            root["entry"] = Entry(backbone)
-        super().__init__(root, graph, class_name="CompiledModel")
-        if through_entry:
-            # The graph calls `entry` only, so GraphModule took only that; the keys are to be the backbone's.
-            self.add_module("backbone", backbone)
+        super().__init__({"entry": Entry(backbone, attachments)}, root_graph(backbone), class_name="CompiledModel")
+        # The graph calls `entry` only, so GraphModule took only that; the keys are to be the backbone's.
+        self.add_module("backbone", backbone)
         self.training = backbone.training
         self.__dict__["_attachments"] = attachments
         self.__dict__["capture"] = capture
@@ -81,9 +59,14 @@ class CompiledModel(torch.fx.GraphModule):
         return active
 
     @property
+    def strengths(self) -> Mapping[str, float]:
+        """How strong each attached delta is; 1 is what was trained."""
+        return {name: self._attachments.strengths[name] for name in self.attached}
+
+    @property
     def deltas(self) -> Mapping[str, Delta]:
-        """All deltas by name, attached or not."""
-        return MappingProxyType(self._attachments.deltas._modules)
+        """All deltas by name, attached or not: the compiled ones, and those of libraries that are in memory."""
+        return DeltasView(self._attachments)
 
     @property
     def regions(self) -> Mapping[str, Region]:
@@ -97,27 +80,44 @@ class CompiledModel(torch.fx.GraphModule):
 
     # Attach and detach
 
-    def attach(self, *names: str) -> Self:
-        """Attach deltas by name, or all; attached ones stay. Raises UnknownDeltaError."""
-        if not self._attachments.switch((*self.attached, *(names or self._known(names)))):
-            self._attachments.activate((*self.attached, *self._known(names)), anew=self._known(names))
+    def attach(self, *names: str, strength: float | None = None) -> Self:
+        """Attach deltas by name, or all; attached ones stay. Raises UnknownDeltaError.
+
+        `strength` scales what these add: 0 is as if they were not there, 1, the default, what was trained; other finite
+        numbers lie between or beyond. It is data: changing it rebuilds and recompiles nothing. Raises DeltaSpecError
+        (DS446) where a method has none.
+        """
+        attachments = self._attachments
+        if strength is None and attachments.switch((*self.attached, *(names or self._known(names)))):
+            return self
+        known, strengths = self._known(names), attachments.strengths.as_dict()
+        if strength is not None:
+            strengths |= {name: checked_strength(name, strength) for name in known}
+        attachments.activate((*self.attached, *known), anew=known, strengths=strengths)
         return self
 
     def detach(self, *names: str) -> Self:
         """Detach deltas by name, or all; detached ones stay so. Raises UnknownDeltaError."""
         gone = set(self._known(names)) if names else self.attached
-        self._attachments.activate(tuple(name for name in self.attached if name not in gone))
+        left = tuple(name for name in self.attached if name not in gone)
+        self._attachments.activate(left, strengths=self._attachments.strengths.as_dict(left))
         return self
 
-    def only(self, *names: str) -> _Restore:
-        """Attach exactly these deltas, at once; in a `with`, what was attached before comes back, on an error too."""
+    def only(self, *names: str | Mapping[str, float]) -> Restore:
+        """Attach exactly these deltas, at once; in a `with`, what was attached before comes back, on an error too.
+
+        Names, or one dict of names and strengths: `c.only({"french": 0.7, "legal": 0.3})`; see `attach`.
+        """
         attachments = self._attachments
-        restore = _Restore(attachments, attachments.active)
+        restore = Restore(attachments)
         if not attachments.switch(names):
-            attachments.activate(self._known(names) if names else (), anew=names)
+            given = names[0] if len(names) == 1 and isinstance(names[0], Mapping) else None
+            strengths = {} if given is None else {n: checked_strength(n, value) for n, value in given.items()}
+            wanted: tuple[Any, ...] = names if given is None else tuple(given)
+            attachments.activate(self._known(wanted) if wanted else (), anew=wanted, strengths=strengths)
         return restore
 
-    def detached(self) -> _Restore:
+    def detached(self) -> Restore:
         """Detach all deltas, at once; in a `with`, what was attached before comes back, on an error too."""
         return self.only()
 
@@ -127,14 +127,58 @@ class CompiledModel(torch.fx.GraphModule):
         return self
 
     def _known(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        known = self._attachments.order
         if wrong := [name for name in names if not isinstance(name, str)]:
             raise TypeError(f"names of deltas are given one by one, as in attach('a', 'b'), not {wrong[0]!r}")
-        if unknown := [name for name in names if name not in known]:
-            raise UnknownDeltaError([_unknown_delta(name, tuple(known)) for name in unknown])
-        return names or tuple(known)
+        self._attachments.require_known(names)
+        return names or tuple(delta.name for delta in self.plan.deltas)
+
+    # A delta for each row of a batch
+
+    def rows(self, deltas: Sequence[Any], *, among: Sequence[str] = ()) -> Rows:
+        """Turn an assignment of deltas to rows into tensors, to be passed as `deltas=`.
+
+        One entry a row: None (the bare backbone), a name, a tuple of names, or a dict of names and strengths; deltas of
+        one row apply in the order of the spec. `c(**batch, deltas=[...])` and `c.generate(..., deltas=[...])` take the
+        list itself; under torch.compile they take what this makes of it, outside of the compiled code, since the
+        assignment is then data: one graph serves all that use the same kinds of deltas (method, sites and shapes), and
+        those that `among` names are counted as used. Until the next `detach()` the model stays prepared for rows.
+
+        Raises UnknownDeltaError, DeltaSpecError (DS441) for deltas that cannot be mixed, TypeError, ValueError.
+        """
+        rows: Rows = self._attachments.mixer.rows(deltas, among)
+        self._attachments.arm()
+        return rows
+
+    def _generate(self, *args: Any, deltas: Sequence[Any] | Rows | None = None, **kwargs: Any) -> Any:
+        """Generate as the backbone does, each row under its own deltas if `deltas` says so; see `rows`."""
+        if deltas is None:
+            return generating(self.plan, self.attached, self.backbone)(*args, **kwargs)
+        mixer = self._attachments.mixer
+        rows = deltas if isinstance(deltas, Rows) else mixer.rows(deltas)
+        with mixer.using(rows, args, kwargs):
+            return generating(self.plan, tuple(rows.places), self.backbone)(*args, **kwargs)
 
     # Files and other forms
+
+    def library(
+        self,
+        directory: str | PathLike[str],
+        *,
+        limit: int | str | None = None,
+        preload: bool = False,
+        by: str = "delta",
+        example_inputs: Any = None,
+    ) -> LibraryView:
+        """Make the names of saved deltas known, to be loaded when they are attached; see `deltaspec.library`.
+
+        `directory` is what `save` wrote, or holds such directories. `limit` is how many of them may be in memory, or
+        the size of their tensors (`"2GiB"`); those that were not used for longest, and are not attached, make way.
+        `preload` loads all at once. `by="folder"` names deltas by their directories. They apply after the compiled
+        deltas, in the order of the directory; their parameters are frozen. `.plan`, `save` and `state_dict` are those
+        of the compiled deltas alone. `example_inputs` as for `compile`. Raises DeltaSpecError with all findings.
+        """
+        view: LibraryView = self._attachments.libraries.view(directory, limit, preload, by, example_inputs)
+        return view
 
     def save(self, directory: str | PathLike[str]) -> None:
         """Write every delta (safetensors, resolved spec, lock) to a directory; see `deltaspec.store`."""
@@ -165,6 +209,8 @@ class CompiledModel(torch.fx.GraphModule):
         from deltaspec.merge import without_deltas
         from deltaspec.simplify import copy_tensors, simplify
 
+        require_known(names, [delta.name for delta in self.plan.deltas])
+        self._attachments.libraries.refuse_attached("simplified")
         plan = simplify(self.plan, self._known(names))
         plain = without_deltas(self._attachments)
         for name in self._attachments.trained_in_backbone():
@@ -188,9 +234,8 @@ class CompiledModel(torch.fx.GraphModule):
             modules = self.__dict__.get("_modules", {})
             if "backbone" not in modules:
                 raise
-            if name == "generate" and hasattr(modules["backbone"], name):
-                return generating(self.plan, self.attached, modules["backbone"])
-            return getattr(modules["backbone"], name)
+            found = getattr(modules["backbone"], name)
+            return self._generate if name == "generate" else found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
         backbone = copy.deepcopy(self.backbone, memo)
@@ -209,8 +254,9 @@ class CompiledModel(torch.fx.GraphModule):
                 self.__dict__[name] = copy.deepcopy(value, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the backbone without its installed forwards; they are built anew when it is loaded."""
+        """Pickle the backbone without its installed forwards, built anew when it is loaded, and without libraries."""
         attachments = self._attachments
+        attachments.libraries.refuse_attached("pickled")
         twin = clone(self.backbone, replace={id(attachments): None})
         for fqn, module in twin.named_modules():
             module.__dict__.pop("forward", None)
@@ -250,9 +296,3 @@ def places(plan: Plan) -> tuple[set[str], set[str]]:
     """Give the FQNs of all sites, and of the modules whose forwards their deltas need."""
     sites = [site.site for delta in plan.deltas for site in delta.sites]
     return {s.row.fqn for s in sites}, {s.row.fqn if s.host is None else s.host for s in sites}
-
-
-def _unknown_delta(name: str, known: tuple[str, ...]) -> Diagnostic:
-    near = closest(name, known)
-    hint = f"did you mean {near!r}? " if near else ""
-    return Diagnostic("DS434", f"no delta is named {name!r}", suggestion=f"{hint}known: {', '.join(known) or 'none'}")

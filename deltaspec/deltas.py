@@ -92,12 +92,33 @@ class Deltas(nn.Module):
         self._modules[delta.name] = delta
 
     def __getitem__(self, name: str) -> Delta:
-        found = self._modules[name]
+        found = self._modules.get(name)
+        if found is None and self.attachments is not None:
+            found = self.attachments.libraries.delta(name)
+        if found is None:
+            raise KeyError(name)
         assert isinstance(found, Delta)
         return found
 
+    def __getattr__(self, name: str) -> Any:
+        # A traced graph reads a delta's tensors by path; one of a library is no submodule.
+        attachments = self.__dict__.get("attachments")
+        if attachments is not None and name not in self._modules and name in attachments.libraries:
+            return self[name]
+        return super().__getattr__(name)
+
+    def train(self, mode: bool = True) -> Deltas:
+        """Put all deltas into training mode, or out of it."""
+        super().train(mode)
+        if self.attachments is not None:
+            self.attachments.stacks.train(mode)
+        return self
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.attachments is not None:
+            self.attachments.libraries.moved()
+            self.attachments.stacks.apply(fn)
         self._changed()
         return self
 

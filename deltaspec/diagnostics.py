@@ -117,6 +117,10 @@ CODES: dict[str, str] = {
     "DS527": "saved tensor that is not finite",
     "DS528": "derived delta behind its sources",
     "DS529": "saved delta with other parameters",
+    "DS530": "saved delta of a name that is taken",
+    "DS531": "library's limit that is too small",
+    "DS532": "delta of a library that is in use",
+    "DS533": "delta of a library that cannot be taken along",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""
 

@@ -40,14 +40,14 @@ def merge(attachments: Attachments, names: Collection[str]) -> nn.Module:
     Weights are folded in float32 where the delta is float32, and rounded once. Tied parameters that a delta changes at
     one end only are untied in the result. Raises DeltaSpecError (DS435) where a delta cannot be expressed in weights.
     """
-    plan = attachments.plan
+    attachments.libraries.require(names)
     _refuse(attachments, names)
     attachments.derive(name for name in names if name not in attachments.active)
     training = attachments.trained_in_backbone()
     plain = copy.deepcopy(without_deltas(attachments))
     copies: dict[int, nn.Parameter] = {}
-    for delta in plan.deltas:
-        for planned in delta.sites if delta.name in names else ():
+    for delta in sorted((attachments.planned[name] for name in names), key=lambda d: attachments.order[d.name]):
+        for planned in delta.sites:
             held, row = attachments.deltas[delta.name], planned.site.row
             tensor_names = tuple(spec.name for spec in planned.tensors)
             own = Own(tensor_names, [held.tensor(storage_key(row.fqn, spec)) for spec in planned.tensors])
@@ -97,9 +97,7 @@ def _untie(plain: nn.Module) -> None:
 
 def _refuse(attachments: Attachments, names: Collection[str]) -> None:
     findings = []
-    for delta in attachments.plan.deltas:
-        if delta.name not in names:
-            continue
+    for delta in (attachments.planned[name] for name in names):
         reason = None
         if methods()[delta.method].promises.weight is None:
             reason = f"{delta.method} is not expressible in weights"

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +16,21 @@ from torch import Tensor, fx, nn
 
 from deltaspec.deltas import Delta, Deltas, attribute_name, home, is_inside, storage_key
 from deltaspec.frozen import FrozenStatistics, tracks_statistics
+from deltaspec.hosts import gives_new_tensor, own_forward
 from deltaspec.methods import methods
 from deltaspec.methods._base import Form, Site
+from deltaspec.passes import run_passes
 from deltaspec.prompting import Following, Prompted
 from deltaspec.regions import Region, RegionKey, region
 from deltaspec.rewrite import Link
+from deltaspec.strengths import Strengths
 from deltaspec.substitution import Attend, Fold, Lowered, Swapped
 from deltaspec.switching import Forward as Forward
 from deltaspec.switching import Program
 from deltaspec.symbolic import SiteNames, compile_graph, copy_graph, rewrite_site
 
 if TYPE_CHECKING:
-    from deltaspec.entrances import Entrance
-    from deltaspec.planned import Plan, PlannedSite
+    from deltaspec.planned import PlannedDelta, PlannedSite
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,32 @@ class Visit:
     """Works through the host's parameters instead of around its call."""
 
 
+class Visits(dict[str, dict[str, list[Visit]]]):
+    """Visits of deltas, by host; worked out when they are first asked for."""
+
+    def __init__(self, planned: Mapping[str, PlannedDelta] | None = None) -> None:
+        super().__init__()
+        self.planned = planned or {}
+
+    def __missing__(self, name: str) -> dict[str, list[Visit]]:
+        planned = self.planned[name]
+        method = methods()[planned.method]
+        found: dict[str, list[Visit]] = {}
+        for site in planned.sites:
+            visit = Visit(name, planned.method, site, method.folds(site.site, site.params))
+            found.setdefault(host_of(site.site), []).append(visit)
+        self[name] = found
+        return found
+
+
 class Programmer:
     """Builds programs for one backbone clone."""
 
-    def __init__(self, backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | None) -> None:
+    def __init__(
+        self, backbone: nn.Module, deltas: Deltas, planned: Mapping[str, PlannedDelta], graph: fx.Graph | None
+    ) -> None:
         self._backbone, self._deltas, self._graph = backbone, deltas, graph
+        self.strengths = Strengths()
         self._traced = {str(node.target) for node in graph.nodes if node.op == "call_module"} if graph else set()
         self._home = home(backbone)
         self.modules = {
@@ -56,50 +79,45 @@ class Programmer:
         }
         self.originals: dict[str, Forward | None] = {n: m.__dict__.get("forward") for n, m in self.modules.items()}
         """Instance-level forwards of other libraries' hooks, by FQN."""
-        self._statistics = [fqn for fqn, module in self.modules.items() if tracks_statistics(module)]
-        self.visits: dict[str, list[Visit]] = {}
-        """By the FQN of the host."""
-        self.hosts: dict[str, list[str]] = {}
-        """FQNs of the hosts of each delta."""
-        self._entrances: dict[str, Entrance] = {}
-        """Where the ids of an embedding enter, by its FQN, if a delta puts virtual tokens there."""
-        for planned in plan.deltas:
-            method = methods()[planned.method]
-            hosts: dict[str, None] = {}
-            for site in planned.sites:
-                lowered = method.folds(site.site, site.params)
-                host = site.site.row.fqn if site.site.host is None else site.site.host
-                self.visits.setdefault(host, []).append(Visit(planned.name, planned.method, site, lowered))
-                hosts[host] = None
-                if site.site.row.entrance is not None and method.virtual_tokens(site.params):
-                    self._entrances[host] = site.site.row.entrance
-            self.hosts[planned.name] = list(hosts)
+        self.statistics = [fqn for fqn, module in self.modules.items() if tracks_statistics(module)]
+        self.hosts = Visits(planned)
+        """Where each delta works: its visits by the FQN of the host."""
 
-    def build(self, names: tuple[str, ...], wrap_root: Callable[[Forward], Forward] | None = None) -> Program:
-        """Build the program of a set of deltas, given in order; `wrap_root` goes around the whole model's forward."""
+    def build(
+        self,
+        names: tuple[str, ...],
+        wrap_root: Callable[[Forward], Forward] | None = None,
+        scaled: Collection[str] = (),
+    ) -> Program:
+        """Build the program of a set of deltas, given in order.
+
+        `wrap_root` goes around the whole model's forward; those in `scaled` act by their strengths.
+        """
         program = Program()
         if not names:
             return program
-        chosen = set(names)
         hosts = dict.fromkeys(host for name in names for host in self.hosts[name])
         inline: dict[str, list[Visit]] = {}
         for host in hosts:
-            visits = [visit for visit in self.visits[host] if visit.delta in chosen]
-            if host in self._traced and not any(map(_needs_own_region, visits)):
+            visits = self._at(host, names)
+            if host in self._traced and not any(_needs_own_region(v) or v.delta in scaled for v in visits):
                 inline[host] = visits
                 continue
-            forward, built = self._bind(host, visits)
+            forward, built = self._bind(host, visits, scaled)
             program.regions[host] = built
             self._write(program, host, forward)
         if inline:
             self._bind_root(program, inline)
-        for fqn in self._statistics:
+        for fqn in self.statistics:
             if fqn not in hosts or fqn in inline:
                 self._write(program, fqn, FrozenStatistics(self.modules[fqn]))
-        self._put_prompts_in_front(program, chosen)
+        self._put_prompts_in_front(program, names)
         if wrap_root is not None:
             self._put_around(program, "", wrap_root(self._so_far(program, "")))
         return program
+
+    def _at(self, host: str, names: Iterable[str]) -> list[Visit]:
+        return [visit for name in names for visit in self.hosts[name].get(host, ())]
 
     def _so_far(self, program: Program, fqn: str) -> Forward:
         """Give the forward that a module has under a program that is being built."""
@@ -113,12 +131,14 @@ class Programmer:
             program.undo.append((attributes, self.originals[fqn]))
         program.writes.append((attributes, forward))
 
-    def _put_prompts_in_front(self, program: Program, chosen: set[str]) -> None:
+    def _put_prompts_in_front(self, program: Program, names: tuple[str, ...]) -> None:
         """Put virtual tokens in front of the inputs whose embeddings have some."""
-        for host, entrance in self._entrances.items():
-            visits = [visit for visit in self.visits[host] if visit.delta in chosen]
-            lengths = tuple(n for visit in visits if (n := _virtual_tokens(visit)))
-            if not lengths:
+        names = tuple(name for name in names if any(_virtual_tokens(v) for vs in self.hosts[name].values() for v in vs))
+        for host in dict.fromkeys(host for name in names for host in self.hosts[name]):
+            entering = [(v, v.planned.site.row.entrance) for v in self._at(host, names) if _virtual_tokens(v)]
+            lengths = tuple(_virtual_tokens(visit) for visit, _ in entering)
+            entrance = next((entrance for _, entrance in entering if entrance is not None), None)
+            if entrance is None:
                 continue
             fqn, follower = entrance.fqn, entrance.follower
             around, embedding = self._so_far(program, fqn), self.modules[host]
@@ -130,19 +150,23 @@ class Programmer:
 
     def visits_of(self, delta: str) -> list[Visit]:
         """Give all visits of one delta."""
-        return [visit for host in self.hosts[delta] for visit in self.visits[host] if visit.delta == delta]
+        return [visit for visits in self.hosts[delta].values() for visit in visits]
+
+    def discard(self, delta: str) -> None:
+        """Forget a delta."""
+        self.hosts.pop(delta, None)
 
     def own_forward(self, fqn: str) -> Forward:
         """Give the forward that a module has without any delta."""
         module = self.modules[fqn]
-        return self.originals[fqn] or MethodType(type(module).forward, module)
+        return self.originals[fqn] or own_forward(module)
 
     def _write(self, program: Program, fqn: str, forward: Forward) -> None:
         attributes = self.modules[fqn].__dict__
         program.writes.append((attributes, forward))
         program.undo.append((attributes, self.originals[fqn]))
 
-    def _bind(self, host: str, visits: list[Visit]) -> tuple[Forward, Region]:
+    def _bind(self, host: str, visits: list[Visit], scaled: Collection[str]) -> tuple[Forward, Region]:
         """Build the forward of one host under the given deltas: its region's function, bound to base and tensors."""
         module = self.modules[host]
         folds: list[Fold] = []
@@ -152,25 +176,25 @@ class Programmer:
         inside: list[Any] = []
         bound: list[Any] = []
         for visit in _virtual_outermost(visits):
-            link, tensors, dropout = self._link(visit, module)
+            link, tensors, dropout = self.link(visit, module)
+            is_scaled = visit.delta in scaled
+            strength = [self.strengths.tensor(visit.delta, tensors[0])] if is_scaled else []
             if visit.lowered:
                 path = visit.planned.site.row.fqn.removeprefix(host).removeprefix(".")
                 segments = tuple(path.split(".")) if path else ()
                 method = methods()[visit.method]
-                folds.append(Fold(segments, method, link.params, visit.planned.site, link.form.tensors))
-                leading += tensors
+                folds.append(Fold(segments, method, link.params, visit.planned.site, link.form.tensors, is_scaled))
+                leading += [*tensors, *strength]
             elif methods()[visit.method].attends:
-                attends.append(Attend(methods()[visit.method], link.params, link.form))
-                inside += tensors
+                attends.append(Attend(methods()[visit.method], link.params, link.form, is_scaled))
+                inside += [*tensors, *strength]
             else:
-                links.append(link)
-                bound += [*tensors, *dropout]
+                links.append(replace(link, scaled=is_scaled))
+                bound += [*tensors, *dropout, *strength]
         leading += inside
-        argument, hidden = call_form(type(module), visits[0].planned.site.kind)
-        asked = any(_arguments_asked(visit) for visit in visits)
-        named = _arguments(type(module).forward) if asked else ()
-        built = region(RegionKey(tuple(links), argument, hidden, len(leading), named))
-        frozen = host in self._statistics and not _owns_statistics(visits)
+        frozen = host in self.statistics and not _owns_statistics(visits)
+        plain = not (folds or attends or frozen) and self.originals[host] is None
+        built = self.region_of(host, visits, tuple(links), len(leading), plain and gives_new_tensor(type(module)))
         if folds or attends:
             base: Any = Lowered(module, tuple(folds), frozen, tuple(attends))
         else:
@@ -179,6 +203,15 @@ class Programmer:
             bound.append(Swapped(module))
         return functools.partial(built.function, base, *leading, *bound), built
 
+    def region_of(
+        self, host: str, visits: list[Visit], links: tuple[Link, ...], lowered: int = 0, owned: bool = False
+    ) -> Region:
+        """Give the region of a host: what is called, and the links around it."""
+        kind = type(self.modules[host])
+        argument, hidden = call_form(kind, visits[0].planned.site.kind)
+        named = _arguments(kind.forward) if any(_arguments_asked(visit) for visit in visits) else ()
+        return region(RegionKey(links, argument, hidden, lowered, named, owned))
+
     def _bind_root(self, program: Program, inline: dict[str, list[Visit]]) -> None:
         """Rewrite the whole model's graph at these sites and make it the backbone's forward."""
         assert self._graph is not None
@@ -186,16 +219,17 @@ class Programmer:
         for node in [n for n in graph.nodes if n.op == "call_module" and n.target in inline]:
             visits = inline[str(node.target)]
             module = self.modules[str(node.target)]
-            links = tuple(self._link(visit, module)[0] for visit in visits)
+            links = tuple(self.link(visit, module)[0] for visit in visits)
             names = tuple(self._names(visit) for visit in visits)
             kind = visits[0].planned.site.kind
             _, hidden = call_form(type(module), kind)
             rewrite_site(graph, node, links, names, kind == "other", hidden)
+        run_passes(graph, home=self._home)
         function, code = compile_graph(graph)
         program.regions[""] = Region(None, graph, code, function, ())
         self._write(program, "", MethodType(function, self._backbone))
 
-    def _link(self, visit: Visit, module: nn.Module) -> tuple[Link, list[Tensor], list[nn.Dropout]]:
+    def link(self, visit: Visit, module: nn.Module) -> tuple[Link, list[Tensor], list[nn.Dropout]]:
         """Give one delta's link at a host: (link, its tensors, its dropout if it has any)."""
         planned, delta = visit.planned, self._deltas[visit.delta]
         names = tuple(spec.name for spec in planned.tensors)
@@ -210,6 +244,11 @@ class Programmer:
         tensors = {s.name: prefix + attribute_name(storage_key(planned.site.row.fqn, s)) for s in planned.tensors}
         probability = getattr(planned.params, "dropout", 0)
         return SiteNames(tensors, prefix + Delta.dropout_name(probability) if probability else None)
+
+
+def host_of(site: Site) -> str:
+    """Give the FQN of the module whose forward changes for a site."""
+    return site.row.fqn if site.host is None else site.host
 
 
 def form_of(site: Site, tensors: tuple[str, ...]) -> Form:

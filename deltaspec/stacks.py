@@ -8,16 +8,19 @@ hold them) and become views of its row, so nothing is held twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
+from torch import Tensor, nn
 
+from deltaspec.deltas import Delta, attribute_name
 from deltaspec.stacks_rows import Layout, Stack
 
 if TYPE_CHECKING:
-    from deltaspec.deltas import Delta, Deltas
+    from deltaspec.deltas import Deltas
     from deltaspec.planned import PlannedDelta, PlannedSite
 
 
@@ -59,17 +62,36 @@ def kind_of(planned: PlannedDelta) -> Kind:
 
 
 class Stacks:
-    """The stacks of one backbone's deltas. A delta is stacked when something asks for it (`ensure`), not before."""
+    """The stacks of one backbone's deltas.
+
+    Its own deltas, which are modules, are stacked when something asks for it (`ensure`). Others are *held*: they are a
+    row and nothing else, until something wants tensors of them (`show`).
+    """
 
     def __init__(self, deltas: Deltas, planned: Mapping[str, PlannedDelta]) -> None:
         self._deltas, self._planned = deltas, planned
         self._kinds: dict[int, tuple[tuple[PlannedSite, ...], Kind]] = {}
         self._stacks: dict[Kind, list[Stack]] = {}
         self._of: dict[str, Stack] = {}
+        self._held: dict[str, Delta | None] = {}
+        """Held deltas, and the modules that show them."""
         self._pointers: dict[str, tuple[int, ...]] = {}
-        """Where the tensors of a stacked delta lay when they became views of its row."""
+        """Where the tensors of a delta lay when they became views of its row."""
         self.generation = 0
         """Counts how often rows of any stack were moved: `Stack.tensors` are then new ones."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stacks:
+        """Copy with what is held; deltas that are modules are copied as such, and stacked anew when asked for."""
+        twin = type(self)(copy.deepcopy(self._deltas, memo), copy.deepcopy(self._planned, memo))
+        memo[id(self)] = twin
+        for name in self._held:
+            self.ensure([name])
+            stack = self._of[name]
+            layout = Layout.of({key: stack.tensors[key][0] for key in stack.layout.slots})
+            copied, row = twin.hold(name, layout)
+            for key in layout.slots:
+                copied.tensors[key][row].copy_(stack.tensors[key][stack.names[name]])
+        return twin
 
     def kind(self, name: str) -> Kind:
         """Give a delta's kind; of deltas that share one tuple of sites, one is looked at."""
@@ -95,29 +117,88 @@ class Stacks:
         self.sweep()
         stacks: dict[Stack, list[str]] = {}
         for name in dict.fromkeys(missing):
-            stacks.setdefault(self._fitting(name), []).append(name)
+            stacks.setdefault(self._fitting(name, Layout.of(dict(self._module(name).tensors()))), []).append(name)
         for stack, added in stacks.items():
             self._make_room(stack, len(added))
             for name in added:
                 self._adopt(name, stack)
 
-    def sweep(self) -> None:
-        """Forget the rows of deltas whose tensors are elsewhere by now; stacks without deltas go."""
-        for name in [name for name in self._of if not self._is_current(name)]:
-            stack = self._of.pop(name)
+    # Held deltas
+
+    def hold(self, name: str, layout: Layout, more: int = 1, limit: int | None = None) -> tuple[Stack, int]:
+        """Give a delta a row, to be filled; room is made for `more` at once, `limit` as for `Stack.make_room`."""
+        stack = self._fitting(name, layout)
+        self._make_room(stack, more, limit)
+        self._of[name], self._held[name] = stack, None
+        return stack, stack.take(name)
+
+    def show(self, name: str, buffers: Container[str]) -> Delta:
+        """Give a held delta as a module, whose tensors (frozen parameters, and `buffers`) are views of its row."""
+        delta = self._held[name]
+        if delta is None:
+            stack = self._of[name]
+            delta = self._held[name] = Delta(name)
+            delta.train(self._deltas.training)
+            for key in stack.layout.slots:
+                value, attribute = stack.view(key, stack.names[name]), attribute_name(key)
+                if key in buffers:
+                    delta._buffers[attribute] = value
+                else:
+                    delta._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+            self._pointers[name] = _pointers(delta)
+        return delta
+
+    def drop(self, name: str, *, again: bool) -> None:
+        """Let go of a held delta; `again` as for `Stack.release`. A backward through it that is pending will raise."""
+        delta, stack = self._held.pop(name), self._of.pop(name, None)
+        if delta is not None:
             del self._pointers[name]
-            stack.release(name, again=False)
-        for kind, stacks in list(self._stacks.items()):
-            self._stacks[kind] = [stack for stack in stacks if stack.names]
-            if not self._stacks[kind]:
-                del self._stacks[kind]
+            if again:
+                torch.autograd.graph.increment_version([tensor for _, tensor in delta.tensors()])
+        if stack is not None:
+            self._release(stack, name, again=again)
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move or cast held deltas, as `nn.Module._apply` does with those that are modules."""
+        self.sweep()
+        for stack in {self._of[name] for name in self._held if name in self._of}:
+            stack.move(fn)
+            self._rebind(stack)
+        for name, delta in self._held.items():
+            if name not in self._of and delta is not None:  # a user gave it tensors of its own
+                delta._apply(fn)  # type: ignore[no-untyped-call]
+
+    def train(self, mode: bool) -> None:
+        """Put the modules that show held deltas into training mode, or out of it."""
+        for delta in self._held.values():
+            if delta is not None:
+                delta.train(mode)
+
+    # Rows
+
+    def sweep(self) -> None:
+        """Forget the rows of deltas whose tensors are elsewhere by now."""
+        for name in [name for name in self._of if not self._is_current(name)]:
+            del self._pointers[name]
+            self._release(self._of.pop(name), name, again=False)
+
+    def _release(self, stack: Stack, name: str, *, again: bool) -> None:
+        stack.release(name, again=again)
+        if not stack.names:  # it stays, without memory: whoever reads it finds what it holds next
+            stack.empty()
+            self.generation += 1
+
+    def _module(self, name: str) -> Delta:
+        delta = self._held.get(name)
+        return self._deltas[name] if delta is None else delta
 
     def _is_current(self, name: str) -> bool:
-        return self._pointers.get(name) == _pointers(self._deltas[name])
+        if name in self._held and self._held[name] is None:
+            return True
+        return self._pointers.get(name) == _pointers(self._module(name))
 
-    def _fitting(self, name: str) -> Stack:
+    def _fitting(self, name: str, layout: Layout) -> Stack:
         """Give the stack for a delta's tensors, made if there is none."""
-        layout = Layout.of(dict(self._deltas[name].tensors()))
         stacks = self._stacks.setdefault(self.kind(name), [])
         found = next((stack for stack in stacks if stack.signature == layout.signature), None)
         if found is None:
@@ -125,23 +206,27 @@ class Stacks:
             stacks.append(found)
         return found
 
-    def _make_room(self, stack: Stack, more: int) -> None:
-        if stack.make_room(more):
-            self.generation += 1
-            for name in stack.names:
+    def _make_room(self, stack: Stack, more: int, limit: int | None = None) -> None:
+        if stack.make_room(more, limit):
+            self._rebind(stack)
+
+    def _rebind(self, stack: Stack) -> None:
+        self.generation += 1
+        for name in stack.names:
+            if name in self._pointers:
                 self._bind(name, stack)
 
     @torch.no_grad()
     def _adopt(self, name: str, stack: Stack) -> None:
         row = stack.take(name)
-        for key, tensor in self._deltas[name].tensors():
+        for key, tensor in self._module(name).tensors():
             stack.tensors[key][row].copy_(tensor)
         self._of[name] = stack
         self._bind(name, stack)
 
     def _bind(self, name: str, stack: Stack) -> None:
         """Make a delta's tensors views of its row; the objects stay."""
-        delta, row = self._deltas[name], stack.names[name]
+        delta, row = self._module(name), stack.names[name]
         for key, tensor in delta.tensors():
             tensor.data = stack.view(key, row)
         self._pointers[name] = _pointers(delta)

@@ -91,13 +91,13 @@ class Stack:
     def make_room(self, more: int, limit: int | None = None) -> bool:
         """Make room for so many more deltas; tell whether the rows moved.
 
-        The capacity doubles, or is `limit` if that is less and enough. Rows that are not written take no memory on the
-        CPU.
+        The capacity grows by half at least, but not above `limit` if that is enough. Rows that are not written take no
+        memory on the CPU.
         """
         if more <= len(self._free):
             return False
         needed = len(self.names) + more
-        capacity = max(needed, self.capacity if needed <= self.capacity else 2 * self.capacity)
+        capacity = max(needed, self.capacity if needed <= self.capacity else self.capacity + self.capacity // 2)
         capacity = capacity if limit is None else max(needed, min(capacity, limit))
         for group, old in enumerate(self.flats):
             fresh = old.new_empty(capacity + 1, old.shape[1])
@@ -110,6 +110,13 @@ class Stack:
         self._free = [row for row in range(capacity, 0, -1) if row not in taken]
         self._cut()
         return True
+
+    def empty(self) -> None:
+        """Give back all memory, when no delta is left."""
+        assert not self.names
+        self.flats = [flat[:1].clone() for flat in self.flats]
+        self.capacity, self._free = 0, []
+        self._cut()
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move or cast the rows, as `nn.Module._apply` does with parameters."""

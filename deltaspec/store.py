@@ -104,7 +104,7 @@ def load(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
             )
             continue
         findings += _other_meaning(saved, name, compiled)
-        staged += _match(saved, name, dict(compiled.deltas[name].tensors()), findings)
+        staged += match(saved, name, dict(compiled.deltas[name].tensors()), findings)
     if findings:
         raise DeltaSpecError(findings)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def restore(
     return compiled
 
 
-def _match(
+def match(
     saved: SavedSet, name: str, targets: dict[str, Tensor], findings: list[Diagnostic]
 ) -> list[tuple[Tensor, Tensor]]:
     """Account for every key of one delta: (target, value) pairs, and a finding for each that does not fit."""

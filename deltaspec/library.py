@@ -1,0 +1,284 @@
+"""Libraries: directories of saved deltas whose names a model knows, and whose tensors it loads when they are needed.
+
+`c.library(dir)` reads manifests alone. What `attach`, `only` and the like name is then loaded: planned once for all
+saved deltas that are alike, checked like `c.load` checks, and put into a row of its kind's stack. Those that were not
+used for longest, and are not attached, are dropped again when there are more than `limit`.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deltaspec.deltas import Delta
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+from deltaspec.library_entries import Contents, Entry, Reader, Template, entries_in
+from deltaspec.library_view import LibraryView
+
+if TYPE_CHECKING:
+    from mmap import mmap
+
+    from deltaspec.attach import Attachments
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]i?)?B")
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+@dataclass(slots=True, eq=False)
+class Opened:
+    """One directory, and what of it is in memory."""
+
+    directory: str
+    entries: dict[str, Entry]
+    reader: Reader
+    count: int | None = None
+    """The most deltas in memory."""
+    size: int | None = None
+    """The most bytes of their tensors."""
+    loaded: OrderedDict[str, Template] = field(default_factory=OrderedDict)
+    """Those in memory, the one not used for longest first."""
+
+    def exceeds(self, templates: Iterable[Template]) -> bool:
+        """Tell whether so many deltas are more than may be in memory."""
+        sizes = [template.size for template in templates]
+        return (self.count is not None and len(sizes) > self.count) or (
+            self.size is not None and sum(sizes) > self.size
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """A delta that was read and checked, and is not in memory yet."""
+
+    name: str
+    template: Template
+    file: mmap
+    contents: Contents
+
+
+class Libraries:
+    """All libraries of one model."""
+
+    def __init__(self, attachments: Attachments) -> None:
+        self._attachments = attachments
+        self._opened: list[Opened] = []
+        self._of: dict[str, Opened] = {}
+        """The directory of each known name."""
+        self._exposed: set[str] = set()
+        """Names whose tensors a user was given."""
+        self._lock = threading.RLock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Libraries:
+        """Copy with what is loaded; directories are shared."""
+        twin = type(self)(memo[id(self._attachments)])
+        memo[id(self)] = twin
+        for opened in self._opened:
+            reader = Reader(twin._attachments, opened.reader.inputs)
+            copied = replace(opened, reader=reader, loaded=OrderedDict(opened.loaded))
+            twin._opened.append(copied)
+            twin._of.update(dict.fromkeys(copied.entries, copied))
+        return twin
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._of
+
+    @property
+    def loaded(self) -> list[str]:
+        """Names in memory, in the order of application."""
+        return [name for opened in self._opened for name in opened.entries if name in opened.loaded]
+
+    def open(self, directory: str | PathLike[str], limit: int | str | None, by: str, example_inputs: Any) -> Opened:
+        """Make the names of a directory known. Raises DeltaSpecError with all findings, and then none is."""
+        if by not in ("delta", "folder"):
+            raise ValueError(f"by is 'delta' or 'folder', not {by!r}")
+        count, size = _limits(limit)
+        with self._lock:
+            attachments = self._attachments
+            entries = entries_in(directory, attachments, by)
+            findings = []
+            for name, entry in entries.items():
+                other = self._of.get(name)
+                if other is not None or name in attachments.order:
+                    where = "was compiled into this model" if other is None else f"is in the library {other.directory}"
+                    message = f"the delta {name!r} of {entry.place} has the name of one that {where}"
+                    hint = 'name them by their directories: c.library(dir, by="folder")'
+                    if other is not None:
+                        hint += "; or close the other library first"
+                    findings.append(entry.saved.finding("DS530", message, hint))
+            if findings:
+                raise DeltaSpecError(findings)
+            opened = Opened(str(directory), entries, Reader(attachments, example_inputs), count, size)
+            self._opened.append(opened)
+            self._of.update(dict.fromkeys(entries, opened))
+            first = max(attachments.order.values(), default=-1) + 1
+            attachments.order.update({name: first + index for index, name in enumerate(entries)})
+            return opened
+
+    def view(
+        self, directory: str | PathLike[str], limit: int | str | None, preload: bool, by: str, example_inputs: Any
+    ) -> LibraryView:
+        """Open a directory for a user; where preloading fails, it is not opened."""
+        with self._lock:
+            view = LibraryView(self, self.open(directory, limit, by, example_inputs))
+            if preload:
+                try:
+                    view.load()
+                except BaseException:
+                    view.close()
+                    raise
+            return view
+
+    def refuse_attached(self, what: str) -> None:
+        """Raise DeltaSpecError (DS533) where a delta of a library is attached: the result would lack it."""
+        found = [name for name in self._attachments.active if name in self._of]
+        if found:
+            names = ", ".join(map(repr, found))
+            message = f"the model cannot be {what} with {names} attached, which a library holds"
+            raise DeltaSpecError([Diagnostic("DS533", message, suggestion=f"c.detach({names}) first")])
+
+    def close(self, opened: Opened) -> None:
+        """Forget a directory. Raises DeltaSpecError (DS532) where deltas of it are in use."""
+        with self._lock:
+            self.drop(opened, tuple(opened.loaded))
+            self._opened.remove(opened)
+            for name in opened.entries:
+                del self._of[name], self._attachments.order[name]
+
+    def require(self, names: Iterable[str]) -> None:
+        """Load those of these deltas that are in libraries and not in memory; all or none.
+
+        Raises DeltaSpecError with the findings of all: files missing, damaged or malformed, specs that do not fit this
+        backbone, tensors missing, surplus, of another shape or dtype, or not finite; a limit that is too small (DS531).
+        """
+        with self._lock:
+            asked: dict[Opened, dict[str, None]] = {}
+            for name in names:
+                if (opened := self._of.get(name)) is not None:
+                    asked.setdefault(opened, {})[name] = None
+            staged: dict[Opened, list[_Staged]] = {}
+            findings: list[Diagnostic] = []
+            for opened, wanted in asked.items():
+                staged[opened] = self._staged(opened, wanted, findings)
+            if findings:
+                raise DeltaSpecError(findings)
+            for opened, new in staged.items():
+                kept = asked[opened].keys() | {name for name in self._attachments.active if name in opened.loaded}
+                self._make_way(opened, kept, new)
+                self._take_in(opened, new)
+                self.touch(asked[opened])
+
+    def _staged(self, opened: Opened, wanted: Iterable[str], findings: list[Diagnostic]) -> list[_Staged]:
+        """Read and check what is not in memory."""
+        staged, before = [], len(findings)
+        for name in [name for name in wanted if name not in opened.loaded]:
+            entry = opened.entries[name]
+            template = opened.reader.template(entry, findings)
+            found = None if template is None else opened.reader.read(entry, template, findings)
+            if template is not None and found is not None:
+                staged.append(_Staged(name, template, *found))
+        if len(findings) == before:
+            kept = {*wanted, *self._attachments.active, *self._trained(opened)}
+            templates = [opened.loaded[name] for name in opened.loaded if name in kept]
+            if opened.exceeds([*templates, *(new.template for new in staged)]):
+                message = f"{len(templates) + len(staged)} deltas at once are more than the limit of {opened.directory}"
+                hint = "raise the limit, or detach some first"
+                findings.append(Diagnostic("DS531", message, file=opened.directory, suggestion=hint))
+        return staged
+
+    def _make_way(self, opened: Opened, kept: Iterable[str], new: list[_Staged]) -> None:
+        """Drop those that were not used for longest, until there is room."""
+        kept = {*kept, *self._trained(opened)}
+        coming = [staged.template for staged in new]
+        for name in [name for name in opened.loaded if name not in kept] if new else ():
+            if not opened.exceeds([*opened.loaded.values(), *coming]):
+                break
+            self._forget(opened, name)
+
+    @torch.no_grad()
+    def _take_in(self, opened: Opened, new: list[_Staged]) -> None:
+        attachments = self._attachments
+        left = Counter(staged.template for staged in new)
+        for staged in new:
+            template = staged.template
+            planned = replace(template.planned, name=staged.name)
+            attachments.add(planned, proven=opened.reader.proven)
+            stack, row = attachments.stacks.hold(staged.name, template.layout, left[template], opened.count)
+            left[template] -= 1
+            for piece, group, offset in staged.contents.moves(template.layout):
+                stack.flats[group][row, offset : offset + piece.count].copy_(piece.of(staged.file))
+            opened.loaded[staged.name] = template
+
+    def drop(self, opened: Opened, names: tuple[str, ...]) -> None:
+        """Take deltas out of memory. Raises DeltaSpecError (DS532) for those in use, and then drops none."""
+        with self._lock:
+            findings = []
+            for name in names:
+                reason = "is attached" if name in self._attachments.active else None
+                if reason is None and name in self._trained(opened):
+                    reason = "has parameters that require a gradient, and what they learned would be lost"
+                if reason is not None:
+                    hint = f"c.detach({name!r}) first" if "attached" in reason else "p.requires_grad_(False) first"
+                    message = f"the delta {name!r} {reason}"
+                    findings.append(Diagnostic("DS532", message, file=opened.directory, suggestion=hint))
+            if findings:
+                raise DeltaSpecError(findings)
+            for name in names:
+                if name in opened.loaded:
+                    self._forget(opened, name)
+
+    def _forget(self, opened: Opened, name: str) -> None:
+        del opened.loaded[name]
+        self._attachments.discard(name)
+        self._attachments.stacks.drop(name, again=name not in self._exposed)
+        self._exposed.discard(name)
+
+    def _trained(self, opened: Opened) -> list[str]:
+        """Give the names of loaded deltas that a user has put into training."""
+        return [
+            name
+            for name in self._exposed
+            if name in opened.loaded and any(p.requires_grad for p in self.delta(name).parameters())
+        ]
+
+    def touch(self, names: Iterable[str]) -> None:
+        """Note that deltas are used now."""
+        for name in names:
+            if (opened := self._of.get(name)) is not None:
+                opened.loaded.move_to_end(name)
+
+    def delta(self, name: str) -> Delta:
+        """Give a loaded delta as a module; KeyError where it is not loaded."""
+        opened = self._of.get(name)
+        template = None if opened is None else opened.loaded.get(name)
+        if template is None:
+            raise KeyError(name)
+        return self._attachments.stacks.show(name, template.buffers)
+
+    def expose(self, name: str) -> Delta:
+        """Give a loaded delta to a user, who may keep its tensors: their memory is not written again."""
+        delta = self.delta(name)
+        self._exposed.add(name)
+        return delta
+
+    def moved(self) -> None:
+        """Follow the backbone to another device or dtype."""
+        for opened in self._opened:
+            opened.reader.moved()
+
+
+def _limits(limit: int | str | None) -> tuple[int | None, int | None]:
+    """Read a limit: (number of deltas, bytes)."""
+    if limit is None:
+        return None, None
+    if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
+        return limit, None
+    if isinstance(limit, str) and (found := _SIZE.fullmatch(limit.strip())):
+        return None, int(float(found[1]) * _UNITS[found[2] or ""])
+    raise ValueError(f'limit is a number of deltas or a size such as "2GiB", not {limit!r}')
