@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from deltaspec.contract import CLAUSES
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.planned import Plan
 from deltaspec.snapshot import differences, snapshot
 from deltaspec.trial import Case, ContractError
@@ -24,14 +26,15 @@ def check_method(
     target: Any = None,
     params: Mapping[str, Any] | None = None,
     capture: str = "modules",
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
 ) -> Plan:
     """Check a method, by its name, against every clause of the contract; give the plan it was checked with.
 
     `model` is any model in evaluation mode whose forward gives the same bits twice, and `example_inputs` what it takes
     (a dict of keywords, a tuple, or one tensor); without them, a small net of linear layers. `target` is a selector
     as in a spec (None: the method's default roles; on the built-in net its linear layers), `params` are the method's
-    parameters. `tolerance` is how far a merged model may be from the attached one, relative and absolute.
+    parameters. `tolerance` is how far a merged model may be from the attached one, relative and absolute; None: what
+    the coarsest dtype of the model and its outputs allows (1e-4 in float32, 5e-2 in bfloat16).
 
     After each clause the original model must be what it was: weights, buffers, flags, hooks, write counts. Raises
     ContractError with the clause that does not hold and what was seen, DeltaSpecError where the plan refuses the
@@ -40,10 +43,16 @@ def check_method(
     >>> from deltaspec.testing import check_method
     >>> plan = check_method("lora", params={"rank": 4})
     """
+    own = model is None
     if model is None:
         model, example_inputs = _net(), torch.linspace(-1, 1, 24).reshape(3, 8)
         target = {"type": "Linear"} if target is None else target
-    case = Case.of(method, model, example_inputs, target, dict(params or {}), capture, tolerance)
+    try:
+        case = Case.of(method, model, example_inputs, target, dict(params or {}), capture, tolerance)
+    except DeltaSpecError as error:
+        raise DeltaSpecError(
+            [_at_home(finding) for finding in error.diagnostics] if own else error.diagnostics
+        ) from None
     before = snapshot(model, identity=True)
     for name, clause in CLAUSES.items():
         try:
@@ -54,6 +63,15 @@ def check_method(
             place = f"{method} on {type(model).__name__} ({capture})"
             raise ContractError(f"{place}, {name}: {error}\n  clause: {clause.__doc__}") from None
     return case.single
+
+
+def _at_home(finding: Diagnostic) -> Diagnostic:
+    """Say of a finding on the built-in net that another model can be given."""
+    way = (
+        "check_method's own net has Linear layers of widths 8, 16 and 4 and a LayerNorm: pass params= and target= that "
+        "fit them, or model= and example_inputs="
+    )
+    return replace(finding, suggestion=f"{finding.suggestion}; {way}" if finding.suggestion else way)
 
 
 def _net() -> nn.Module:

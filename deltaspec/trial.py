@@ -23,6 +23,10 @@ from deltaspec.planned import Plan
 Outputs = list[Tensor]
 
 
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How far a merged model may be from the attached one, by the dtype that rounds most."""
+
+
 class ContractError(AssertionError):
     """A clause of the contract does not hold."""
 
@@ -50,7 +54,7 @@ class Case:
         target: Any,
         params: dict[str, Any],
         capture: str,
-        tolerance: float,
+        tolerance: float | None,
     ) -> Case:
         """Plan one method on one model; the arguments are those of `check_method`."""
 
@@ -66,6 +70,8 @@ class Case:
         reference = run(model, inputs)
         if not same(reference, run(model, inputs)):
             raise ValueError(f"{type(model).__name__} gives other bits on a second run; nothing can be told from it")
+        if tolerance is None:
+            tolerance = max(TOLERANCES.get(t.dtype, 1e-4) for t in (*floats(reference), *model.parameters()))
         pair = planned(delta("two", attached=False), delta("one"))
         return cls(method, model, inputs, capture, tolerance, planned(delta("one")), pair, reference)
 
