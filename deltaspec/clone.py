@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+from deltaspec.walk import every
 
 
 def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any] | None = None) -> nn.Module:
@@ -23,24 +24,25 @@ def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any
     where the model holds something that cannot be copied.
     """
     memo: dict[int, Any] = dict(replace or {})
-    # Embeddings with a maximal norm write to their weight in every forward; that must not reach the original.
-    written = {
-        id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None and hasattr(m, "weight")
-    }
-    for parameter in model.parameters():
-        if parameter.is_inference():
-            raise _not_copied(model, "its parameters were made under torch.inference_mode")
-        memo[id(parameter)] = _share(parameter, device)
-        if id(parameter) in written:
-            memo[id(parameter)].data = memo[id(parameter)].data.clone()
-    if device is not None:
-        for buffer in model.buffers():
-            memo[id(buffer)] = torch.empty_like(buffer, device=device)
-    for module in model.modules():
+    modules = every(model)
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in memo:
+                if parameter.is_inference():
+                    raise _not_copied(model, "its parameters were made under torch.inference_mode")
+                memo[id(parameter)] = _share(parameter, device)
+        if device is not None:
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    memo[id(buffer)] = torch.empty_like(buffer, device=device)
         for value in module.__dict__.values():
             # weight_norm and the like keep a computed tensor as a plain attribute, which deepcopy refuses.
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
+            if type(value) not in _PLAIN and isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+    for module in modules:
+        # Embeddings with a maximal norm write to their weight in every forward; that must not reach the original.
+        if _norm_limited(module) and isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            memo[id(weight)].data = memo[id(weight)].data.clone()
     try:
         return _copy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
@@ -52,8 +54,15 @@ def _not_copied(model: nn.Module, reason: str) -> DeltaSpecError:
     return DeltaSpecError([Diagnostic("DS430", f"{type(model).__name__} cannot be copied: {reason}", suggestion=hint)])
 
 
+def _norm_limited(module: nn.Module) -> bool:
+    own = module.__dict__
+    return (own["max_norm"] if "max_norm" in own else getattr(type(module), "max_norm", None)) is not None
+
+
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), type, FunctionType, torch.dtype, torch.device, torch.Size)
-_EMPTY = (dict, OrderedDict, list, set)
+_KNOWN_ATOMS = frozenset(_ATOMS)
+_EMPTY = frozenset((dict, OrderedDict, list, set))
+_PLAIN = _KNOWN_ATOMS | _EMPTY
 _HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__")
 
 
@@ -70,14 +79,19 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo[id(module)] = twin
     attributes = twin.__dict__
     for name, value in module.__dict__.items():
-        if isinstance(value, _ATOMS):
+        form = type(value)
+        if form in _KNOWN_ATOMS:
             attributes[name] = value
-        elif type(value) in _EMPTY and not value:
-            attributes[name] = type(value)()
+        elif form in _EMPTY and not value:
+            attributes[name] = form()
         elif name == "_modules":
-            attributes[name] = type(value)(
-                (key, None if child is None else _copy(child, memo)) for key, child in value.items()
-            )
+            attributes[name] = form((key, None if child is None else _copy(child, memo)) for key, child in value.items())
+        elif name == "_parameters" and form is dict:
+            attributes[name] = {key: None if one is None else memo[id(one)] for key, one in value.items()}
+        elif (found := memo.get(id(value))) is not None:
+            attributes[name] = found
+        elif isinstance(value, _ATOMS):
+            attributes[name] = value
         else:
             attributes[name] = copy.deepcopy(value, memo)
     return twin
@@ -92,11 +106,11 @@ def _is_plain(kind: Any) -> bool:
 
 def _share(parameter: nn.Parameter, device: str | None) -> torch.Tensor:
     """Give a new parameter on the same storage (or an empty one on `device`), of the same class and attributes."""
-    data = parameter.detach() if device is None else torch.empty_like(parameter, device=device)
-    if type(parameter) is nn.Parameter:
-        twin: torch.Tensor = nn.Parameter(data, requires_grad=parameter.requires_grad)
-    else:
-        twin = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
+    if device is not None:
+        data = torch.empty_like(parameter, device=device)
+    else:  # `_make_subclass` detaches by itself
+        data = parameter if type(parameter) is nn.Parameter else parameter.detach()
+    twin: torch.Tensor = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
     if parameter.__dict__:
         twin.__dict__.update(parameter.__dict__)
     return twin

@@ -103,6 +103,19 @@ def _alike(module: nn.Module) -> bool:
     )
 
 
+def every(model: nn.Module) -> list[nn.Module]:
+    """Give what `model.modules()` does, without a generator a level."""
+    found: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            if module._modules:
+                waiting += [child for child in list(module._modules.values())[::-1] if child is not None]
+    return list(found.values())
+
+
 def own(members: Any) -> Iterator[tuple[str, Any]]:
     """Give the entries of a module's own registry (`_modules`, `_parameters`, `_buffers`) that are set."""
     return ((name, member) for name, member in members.items() if member is not None)
