@@ -179,6 +179,11 @@ class Attachments:
         """Raise UnknownDeltaError, with all findings, for names that no delta has."""
         require_known(names, self.order)
 
+    def require(self, names: Collection[str]) -> None:
+        """Have these deltas in memory, loaded if need be. Raises UnknownDeltaError, DeltaSpecError."""
+        self.require_known(names)
+        self.libraries.require(names)
+
     def refuse_strengths(self, names: Iterable[str]) -> None:
         """Raise DeltaSpecError (DS446) for those of these deltas that cannot act in part."""
         planned = [self.planned[name] for name in names]

@@ -152,11 +152,11 @@ class CompiledModel(torch.fx.GraphModule):
     def _generate(self, *args: Any, deltas: Sequence[Any] | Rows | None = None, **kwargs: Any) -> Any:
         """Generate as the backbone does, each row under its own deltas if `deltas` says so; see `rows`."""
         if deltas is None:
-            return generating(self.plan, self.attached, self.backbone)(*args, **kwargs)
+            return generating(self._attachments.planned, self.attached, self.backbone)(*args, **kwargs)
         mixer = self._attachments.mixer
         rows = deltas if isinstance(deltas, Rows) else mixer.rows(deltas)
         with mixer.using(rows, args, kwargs):
-            return generating(self.plan, tuple(rows.places), self.backbone)(*args, **kwargs)
+            return generating(self._attachments.planned, rows.places, self.backbone)(*args, **kwargs)
 
     # Files and other forms
 

@@ -7,7 +7,7 @@ prompt's length is remembered for the duration of one `generate`, by its own con
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from deltaspec.methods import methods
 if TYPE_CHECKING:
     from torch import nn
 
-    from deltaspec.planned import Plan
+    from deltaspec.planned import PlannedDelta
 
 _PROMPT: ContextVar[list[int] | None] = ContextVar("_PROMPT", default=None)
 """Inside `generate`, a list: of the prompt's length, once its forward has run."""
@@ -28,10 +28,10 @@ _UTILS = "transformers.generation.utils"
 _HOW = "generate with use_cache=True, in one piece (no prefill_chunk_size) and without an assistant"
 
 
-def generating(plan: Plan, active: tuple[str, ...], backbone: nn.Module) -> Callable[..., Any]:
+def generating(planned: Mapping[str, PlannedDelta], active: Iterable[str], backbone: nn.Module) -> Callable[..., Any]:
     """Give the `generate` of a backbone under these deltas. Raises DeltaSpecError (DS450), before it generates."""
     generate: Callable[..., Any] = backbone.generate  # type: ignore[assignment]
-    names = [d.name for d in plan.deltas if d.name in active and _ends_matter(plan, d.name)]
+    names = [name for name in active if _ends_matter(planned[name])]
     if not names:
         return generate
 
@@ -79,8 +79,7 @@ def pieces(before: int, length: int) -> DeltaSpecError:
     return _error(message, f"give the whole prompt in one forward; {_HOW}")
 
 
-def _ends_matter(plan: Plan, name: str) -> bool:
-    planned = plan[name]
+def _ends_matter(planned: PlannedDelta) -> bool:
     return any(methods()[planned.method].ends_matter(site.params) for site in planned.sites)
 
 

@@ -7,11 +7,11 @@ used for longest, and are not attached, are dropped again when there are more th
 
 from __future__ import annotations
 
-import re
 import threading
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -19,38 +19,14 @@ import torch
 
 from deltaspec.deltas import Delta
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
-from deltaspec.library_entries import Contents, Entry, Reader, Template, entries_in
+from deltaspec.library_entries import Contents, Reader, Template, entries_in
+from deltaspec.library_opened import Opened, limits
 from deltaspec.library_view import LibraryView
 
 if TYPE_CHECKING:
     from mmap import mmap
 
     from deltaspec.attach import Attachments
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]i?)?B")
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-
-
-@dataclass(slots=True, eq=False)
-class Opened:
-    """One directory, and what of it is in memory."""
-
-    directory: str
-    entries: dict[str, Entry]
-    reader: Reader
-    count: int | None = None
-    """The most deltas in memory."""
-    size: int | None = None
-    """The most bytes of their tensors."""
-    loaded: OrderedDict[str, Template] = field(default_factory=OrderedDict)
-    """Those in memory, the one not used for longest first."""
-
-    def exceeds(self, templates: Iterable[Template]) -> bool:
-        """Tell whether so many deltas are more than may be in memory."""
-        sizes = [template.size for template in templates]
-        return (self.count is not None and len(sizes) > self.count) or (
-            self.size is not None and sum(sizes) > self.size
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +49,8 @@ class Libraries:
         """The directory of each known name."""
         self._exposed: set[str] = set()
         """Names whose tensors a user was given."""
+        self._pinned: Counter[str] = Counter()
+        """How many prepared assignments to rows name each delta."""
         self._lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Libraries:
@@ -98,7 +76,7 @@ class Libraries:
         """Make the names of a directory known. Raises DeltaSpecError with all findings, and then none is."""
         if by not in ("delta", "folder"):
             raise ValueError(f"by is 'delta' or 'folder', not {by!r}")
-        count, size = _limits(limit)
+        count, size = limits(limit)
         with self._lock:
             attachments = self._attachments
             entries = entries_in(directory, attachments, by)
@@ -157,6 +135,8 @@ class Libraries:
         Raises DeltaSpecError with the findings of all: files missing, damaged or malformed, specs that do not fit this
         backbone, tensors missing, surplus, of another shape or dtype, or not finite; a limit that is too small (DS531).
         """
+        if not self._opened:
+            return
         with self._lock:
             asked: dict[Opened, dict[str, None]] = {}
             for name in names:
@@ -169,8 +149,7 @@ class Libraries:
             if findings:
                 raise DeltaSpecError(findings)
             for opened, new in staged.items():
-                kept = asked[opened].keys() | {name for name in self._attachments.active if name in opened.loaded}
-                self._make_way(opened, kept, new)
+                self._make_way(opened, {*asked[opened], *self._kept(opened)}, new)
                 self._take_in(opened, new)
                 self.touch(asked[opened])
 
@@ -184,7 +163,7 @@ class Libraries:
             if template is not None and found is not None:
                 staged.append(_Staged(name, template, *found))
         if len(findings) == before:
-            kept = {*wanted, *self._attachments.active, *self._trained(opened)}
+            kept = {*wanted, *self._kept(opened)}
             templates = [opened.loaded[name] for name in opened.loaded if name in kept]
             if opened.exceeds([*templates, *(new.template for new in staged)]):
                 message = f"{len(templates) + len(staged)} deltas at once are more than the limit of {opened.directory}"
@@ -192,9 +171,8 @@ class Libraries:
                 findings.append(Diagnostic("DS531", message, file=opened.directory, suggestion=hint))
         return staged
 
-    def _make_way(self, opened: Opened, kept: Iterable[str], new: list[_Staged]) -> None:
+    def _make_way(self, opened: Opened, kept: set[str], new: list[_Staged]) -> None:
         """Drop those that were not used for longest, until there is room."""
-        kept = {*kept, *self._trained(opened)}
         coming = [staged.template for staged in new]
         for name in [name for name in opened.loaded if name not in kept] if new else ():
             if not opened.exceeds([*opened.loaded.values(), *coming]):
@@ -218,15 +196,19 @@ class Libraries:
     def drop(self, opened: Opened, names: tuple[str, ...]) -> None:
         """Take deltas out of memory. Raises DeltaSpecError (DS532) for those in use, and then drops none."""
         with self._lock:
-            findings = []
+            findings: list[Diagnostic] = []
+            kept, trained = self._kept(opened), self._trained(opened)
             for name in names:
-                reason = "is attached" if name in self._attachments.active else None
-                if reason is None and name in self._trained(opened):
+                if name not in kept:
+                    continue
+                reason, hint = "is attached", f"c.detach({name!r}) first"
+                if name in trained:
                     reason = "has parameters that require a gradient, and what they learned would be lost"
-                if reason is not None:
-                    hint = f"c.detach({name!r}) first" if "attached" in reason else "p.requires_grad_(False) first"
-                    message = f"the delta {name!r} {reason}"
-                    findings.append(Diagnostic("DS532", message, file=opened.directory, suggestion=hint))
+                    hint = "p.requires_grad_(False) first"
+                elif self._pinned[name]:
+                    reason, hint = "is in rows that were prepared", "let go of what c.rows(...) gave first"
+                message = f"the delta {name!r} {reason}"
+                findings.append(Diagnostic("DS532", message, file=opened.directory, suggestion=hint))
             if findings:
                 raise DeltaSpecError(findings)
             for name in names:
@@ -247,9 +229,20 @@ class Libraries:
             if name in opened.loaded and any(p.requires_grad for p in self.delta(name).parameters())
         ]
 
+    def pin(self, holder: object, names: Iterable[str]) -> None:
+        """Keep deltas in memory for as long as an object lives that knows where they lie."""
+        names = tuple(name for name in names if name in self._of)
+        if names:
+            self._pinned.update(names)
+            weakref.finalize(holder, self._pinned.subtract, names)
+
+    def _kept(self, opened: Opened) -> set[str]:
+        """Give the names of loaded deltas that must not be dropped."""
+        return {*self._attachments.active, *(+self._pinned), *self._trained(opened)} & opened.loaded.keys()
+
     def touch(self, names: Iterable[str]) -> None:
         """Note that deltas are used now."""
-        for name in names:
+        for name in names if self._opened else ():
             if (opened := self._of.get(name)) is not None:
                 opened.loaded.move_to_end(name)
 
@@ -271,14 +264,3 @@ class Libraries:
         """Follow the backbone to another device or dtype."""
         for opened in self._opened:
             opened.reader.moved()
-
-
-def _limits(limit: int | str | None) -> tuple[int | None, int | None]:
-    """Read a limit: (number of deltas, bytes)."""
-    if limit is None:
-        return None, None
-    if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
-        return limit, None
-    if isinstance(limit, str) and (found := _SIZE.fullmatch(limit.strip())):
-        return None, int(float(found[1]) * _UNITS[found[2] or ""])
-    raise ValueError(f'limit is a number of deltas or a size such as "2GiB", not {limit!r}')

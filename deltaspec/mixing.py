@@ -86,7 +86,7 @@ class Mixer:
         attachments = self._attachments
         rows = parse_rows(deltas, attachments.order)
         names = tuple(dict.fromkeys([*(name for row in rows for name in row), *among]))
-        attachments.require_known(names)
+        attachments.require(names)
         if findings := [finding for name in names for finding in refusals(attachments, name)]:
             raise DeltaSpecError(list(dict.fromkeys(findings)))
         for stack in {tuple(row) for row in rows if len(row) > 1}:
@@ -107,7 +107,9 @@ class Mixer:
             for name, slot in zip(row, places([kinds[name] for name in row], slots), strict=True):
                 table[slot][number] = (name, stacks.of(name).names[name], row[name])
         tensors = to_tensors(table, len(rows), attachments.device)
-        return Rows(keys, *tensors, deltas=tuple(rows), places={n: stacks.of(n).names[n] for n in names})
+        made = Rows(keys, *tensors, deltas=tuple(rows), places={n: stacks.of(n).names[n] for n in names})
+        attachments.libraries.pin(made, names)
+        return made
 
     def _number(self, kind: Kind) -> int:
         return self._numbers.setdefault(id(kind), (kind, len(self._numbers) + 1))[1]
@@ -200,6 +202,7 @@ class Mixer:
     def _is_current(self, rows: Rows) -> bool:
         """Tell whether the deltas are still where they were when the rows were made."""
         stacks = self._attachments.stacks
+        self._attachments.require(rows.places)
         stacks.ensure(rows.places)
         return all(stacks.of(name).names[name] == place for name, place in rows.places.items())
 
