@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from deltaspec.diagnostics import require_known
 
 if TYPE_CHECKING:
-    from deltaspec.library import Libraries, Opened
+    from deltaspec.library import Libraries
+    from deltaspec.library_opened import Opened
 
 
 class LibraryView:
