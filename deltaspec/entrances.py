@@ -39,12 +39,15 @@ class Entrance:
     """Why no tokens can be put in front here."""
 
 
-def entrances(model: nn.Module) -> dict[int, Entrance]:
-    """Find a model's entrances, by `id` of the embedding module. Empty for models that are not transformers'."""
+def entrances(modules: list[tuple[str, nn.Module]]) -> dict[int, Entrance]:
+    """Find the entrances among a model's named modules, by `id` of the embedding module.
+
+    Empty for models that are not transformers'.
+    """
     kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if kind is None:
         return {}
-    named = [(fqn, module) for fqn, module in model.named_modules() if isinstance(module, kind)]
+    named = [(fqn, module) for fqn, module in modules if isinstance(module, kind)]
     taking = [(fqn, module) for fqn, module in named if {"input_ids", "attention_mask"} <= set(_optional(module))]
     found: dict[int, Entrance] = {}
     for fqn, module in taking:
@@ -57,7 +60,7 @@ def entrances(model: nn.Module) -> dict[int, Entrance]:
         unknown = [n for n, empty in _optional(module).items() if empty and n not in _KNOWN]
         if unknown:
             problem = f"{type(module).__name__} also takes {', '.join(unknown)}, of which virtual tokens have nothing"
-        place = next((name for name, other in model.named_modules() if other is follower), None)
+        place = None if follower is None else next((name for name, other in modules if other is follower), None)
         places = getattr(getattr(module, "config", None), "max_position_embeddings", None)
         places = places if isinstance(places, int) and places > 0 else None
         found[id(embedding)] = Entrance(fqn, place, _scale(embedding), places, problem)

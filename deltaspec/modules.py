@@ -145,11 +145,10 @@ def tabulate(model: nn.Module) -> ModuleTable:
     for node in nodes:
         for name, parameter in own(node.module._parameters):
             holders.setdefault(id(parameter), []).append(_join(node.fqn, name))
-    sizes: dict[int, dict[int, int]] = {}
-    _sizes(model, sizes)
+    sizes = _sizes(nodes, holders)
     classes: dict[type, tuple[tuple[str, ...], str]] = {}
     vocabulary = _vocabulary(model)
-    doors = entrances(model)
+    doors = entrances([(node.fqn, node.module) for node in nodes])
     rows = tuple(
         _row(node, holders, sizes, classes, node.module is vocabulary, doors.get(id(node.module))) for node in nodes
     )
@@ -162,7 +161,7 @@ def tabulate(model: nn.Module) -> ModuleTable:
 def _row(
     node: Node,
     holders: dict[int, list[str]],
-    sizes: dict[int, dict[int, int]],
+    sizes: dict[int, int],
     classes: dict[type, tuple[tuple[str, ...], str]],
     vocabulary: bool,
     entrance: Entrance | None,
@@ -171,9 +170,12 @@ def _row(
     if kind_of not in classes:
         classes[kind_of] = _bases(kind_of), _kind(kind_of)
     bases, kind = classes[kind_of]
-    parameters = tuple(_info(name, node.fqn, p, holders[id(p)]) for name, p in own(module._parameters))
-    transient = module._non_persistent_buffers_set
-    buffers = tuple(_info(name, node.fqn, b, []) for name, b in own(module._buffers) if name not in transient)
+    parameters, buffers = (), ()
+    if module._parameters:
+        parameters = tuple([_info(name, node.fqn, p, holders[id(p)]) for name, p in own(module._parameters)])
+    if module._buffers:
+        transient = module._non_persistent_buffers_set
+        buffers = tuple([_info(name, node.fqn, b, []) for name, b in own(module._buffers) if name not in transient])
     if kind == "norm?":
         one = any(p.name == "weight" and len(p.shape) == 1 for p in (*parameters, *buffers))
         kind = "norm" if one else "other"
@@ -198,7 +200,7 @@ def _row(
         layer=node.layer,
         parameters=parameters,
         buffers=buffers,
-        subtree_parameters=sum(sizes[id(module)].values()),
+        subtree_parameters=sizes[id(module)],
         children=len(module._modules),
         in_features=into,
         out_features=out,
@@ -208,7 +210,7 @@ def _row(
         entrance=entrance,
         computed=_computed(module) if module._forward_pre_hooks else (),
         arguments=_arguments(kind_of.forward),
-        transposed=getattr(module, "is_transposed", None) is True,
+        transposed=(module.__dict__.get("is_transposed") or getattr(kind_of, "is_transposed", None)) is True,
         parts=None if node.map is None or out is None else node.map.parts_of(node.roles, node.config, out),
         vocabulary=vocabulary,
     )
@@ -256,16 +258,49 @@ def _info(name: str, fqn: str, tensor: torch.Tensor, holders: list[str]) -> Para
         message = f"{place} is lazy: it has no shape before the first forward"
         raise DeltaSpecError([Diagnostic("DS310", message, "<model>", suggestion="run the model once on real inputs")])
     tied = tuple(other for other in holders if other != place) if len(holders) > 1 else ()
-    return ParameterInfo(name, place, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tied)
+    return ParameterInfo(name, place, tuple(tensor.shape), _dtype_name(tensor.dtype), tied)
 
 
-def _sizes(module: nn.Module, sizes: dict[int, dict[int, int]]) -> dict[int, int]:
-    """Fill in, for each module, the sizes of all parameters at and below it by identity."""
-    if id(module) not in sizes:
-        found = sizes[id(module)] = {id(p): 0 if is_lazy(p) else prod(p.shape) for _, p in own(module._parameters)}
+@cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sizes(nodes: list[Node], holders: dict[int, list[str]]) -> dict[int, int]:
+    """Give, by the identity of a module, the number of values in all parameters at and below it, tied ones once."""
+    if sum(len(own(node.module._modules)) for node in nodes) >= len(nodes):  # a module stands in two places
+        parts: dict[int, dict[int, int]] = {}
+        _parts(nodes[0].module, parts)
+        return {module: sum(found.values()) for module, found in parts.items()}
+    sizes: dict[int, int] = {}
+    tied: dict[int, dict[int, int]] = {}
+    for node in reversed(nodes):  # children before their parents
+        module, size, shared = node.module, 0, dict[int, int]()
+        for _, parameter in own(module._parameters):
+            if len(holders[id(parameter)]) > 1:
+                shared[id(parameter)] = _count(parameter)
+            else:
+                size += _count(parameter)
         for _, child in own(module._modules):
-            found.update(_sizes(child, sizes))
-    return sizes[id(module)]
+            size += sizes[id(child)] - sum(tied.get(id(child), {}).values())
+            shared |= tied.get(id(child), {})
+        sizes[id(module)] = size + sum(shared.values())
+        if shared:
+            tied[id(module)] = shared
+    return sizes
+
+
+def _parts(module: nn.Module, parts: dict[int, dict[int, int]]) -> dict[int, int]:
+    """Fill in, for each module, the sizes of all parameters at and below it by identity."""
+    if id(module) not in parts:
+        found = parts[id(module)] = {id(p): _count(p) for _, p in own(module._parameters)}
+        for _, child in own(module._modules):
+            found.update(_parts(child, parts))
+    return parts[id(module)]
+
+
+def _count(parameter: Tensor) -> int:
+    return 0 if is_lazy(parameter) else parameter.numel()
 
 
 def _join(fqn: str, name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from deltaspec.roles import RoleMap, role_map
 
 # A module shared at n levels has exponentially many names; nobody asks for the rest.
 _MOST_NAMES = 1024
+_LISTS = (nn.ModuleList, nn.Sequential)
 
 
 @dataclass(slots=True)
@@ -81,7 +81,7 @@ def walk(model: nn.Module) -> tuple[list[Node], list[str], set[str]]:
 
 def _is_stack(module: nn.Module, prefix: str, roles: RoleMap | None) -> bool:
     """Tell whether a module holds the repeated layers: those with role `block`, else any list of like modules."""
-    if not isinstance(module, nn.ModuleList | nn.Sequential) or not len(module):
+    if not isinstance(module, _LISTS) or not len(module):
         return False
     if roles is not None and "block" in roles.patterns:
         return any("block" in roles.roles_of(f"{prefix}{name}") for name in module._modules)
@@ -91,7 +91,7 @@ def _is_stack(module: nn.Module, prefix: str, roles: RoleMap | None) -> bool:
 
 
 def _alike(module: nn.Module) -> bool:
-    if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
+    if not isinstance(module, _LISTS) or len(module) < 2:
         return False
     first, *others = (type(child) for child in module)
     if all(kind is first for kind in others):
@@ -116,9 +116,9 @@ def every(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def own(members: Any) -> Iterator[tuple[str, Any]]:
+def own(members: Any) -> list[tuple[str, Any]]:
     """Give the entries of a module's own registry (`_modules`, `_parameters`, `_buffers`) that are set."""
-    return ((name, member) for name, member in members.items() if member is not None)
+    return [entry for entry in members.items() if entry[1] is not None] if members else []
 
 
 def model_type_of(config: object) -> str | None:
