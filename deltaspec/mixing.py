@@ -6,6 +6,7 @@ then the region of the rows' kinds. So one installation serves every assignment,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ class Dispatch:
 
     def __init__(self, mixer: Mixer, plain: Forward, own: Forward, mixed: Mapping[Kinds, Forward]) -> None:
         self._mixer, self._plain, self._own, self._mixed = mixer, plain, own, mixed
+        self.__signature__ = inspect.signature(own)  # generate passes what a forward takes by name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the host: by rows if this forward has some, else as it is attached."""
