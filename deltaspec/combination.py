@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deltaspec.deltas import Deltas, seeded, storage_key
+from deltaspec.deltas import Deltas, storage_key
 from deltaspec.derived import METHOD, Derivation, in_order, lora
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+from deltaspec.initial import seeded
 from deltaspec.methods import methods
 from deltaspec.methods._weights import canonical
 from deltaspec.substitution import Own

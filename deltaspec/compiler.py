@@ -11,9 +11,11 @@ from torch import nn
 
 from deltaspec.clone import clone
 from deltaspec.compiled import CompiledModel, assemble, places
-from deltaspec.deltas import Deltas, build_delta, find, place
+from deltaspec.deltas import Deltas, place
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+from deltaspec.initial import build_delta
 from deltaspec.symbolic import reads_around_calls, trace
+from deltaspec.walk import every
 
 if TYPE_CHECKING:
     from deltaspec.planned import Plan
@@ -73,7 +75,7 @@ def refuse_unusable(model: nn.Module, capture: str) -> None:
         raise ValueError(f"capture is 'auto', 'modules' or 'symbolic', not {capture!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if isinstance(model, CompiledModel) or find(model) is not None:
+    if isinstance(model, CompiledModel) or any(isinstance(module, Deltas) for module in every(model)):
         message = f"{type(model).__name__} is compiled already"
         hint = "compile the original model with all specs at once: compile(model, spec_a, spec_b)"
         raise DeltaSpecError([Diagnostic("DS431", message, suggestion=hint)])

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deltaspec.deltas import build_delta
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.fingerprint import weights_fingerprint
+from deltaspec.initial import build_delta
 from deltaspec.saved import MANIFEST, SavedSet
 from deltaspec.stacks_rows import Layout
 from deltaspec.store import match

@@ -170,7 +170,8 @@ def _row(
     if kind_of not in classes:
         classes[kind_of] = _bases(kind_of), _kind(kind_of)
     bases, kind = classes[kind_of]
-    parameters, buffers = (), ()
+    parameters: tuple[ParameterInfo, ...] = ()
+    buffers: tuple[ParameterInfo, ...] = ()
     if module._parameters:
         parameters = tuple([_info(name, node.fqn, p, holders[id(p)]) for name, p in own(module._parameters)])
     if module._buffers:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import deltaspec
-from deltaspec.deltas import seeded
+from deltaspec.initial import seeded
 from deltaspec.diagnostics import DeltaSpecError
 from deltaspec.lock import check_lock, lock, lock_data
 from deltaspec.methods import methods

@@ -23,8 +23,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from deltaspec.deltas import build_delta
 from deltaspec.diagnostics import CODES, DeltaSpecError, Diagnostic
+from deltaspec.initial import build_delta
 from deltaspec.plan import Plan, plan
 
 QV = ["**.query", "**.value"]
