@@ -98,21 +98,21 @@ class Attachments:
         names, values = tuple(names), strengths or {}
         if not values and self.switch(names):
             return
-        self.libraries.require(names)
-        wanted = tuple(sorted(set(names), key=self.order.__getitem__))
-        scaled = tuple(name for name in wanted if values.get(name, 1.0) != 1.0)
-        self.refuse_strengths(scaled)
-        new = self.program(wanted, scaled)
-        self.derive(name for name in wanted if name not in self.active or name in anew)
-        old = self._current()
-        self.strengths.set({name: values[name] for name in scaled})
-        if new is not old:
-            self._exchange(new, old)
-        elif not wanted:
-            self.disarm()
-        if self._derived.isdisjoint(wanted) and not scaled:
-            self._ready[names] = self._ready[wanted] = new
-            self._bound(self._ready)
+        with self.libraries.in_memory(names):
+            wanted = tuple(sorted(set(names), key=self.order.__getitem__))
+            scaled = tuple(name for name in wanted if values.get(name, 1.0) != 1.0)
+            self.refuse_strengths(scaled)
+            new = self.program(wanted, scaled)
+            self.derive(name for name in wanted if name not in self.active or name in anew)
+            old = self._current()
+            self.strengths.set({name: values[name] for name in scaled})
+            if new is not old:
+                self._exchange(new, old)
+            elif not wanted:
+                self.disarm()
+            if self._derived.isdisjoint(wanted) and not scaled:
+                self._ready[names] = self._ready[wanted] = new
+                self._bound(self._ready)
 
     def _bound(self, programs: dict[Any, Program]) -> None:
         """Forget the programs made first, where there are many more than deltas: each holds what it binds."""

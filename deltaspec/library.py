@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -129,8 +130,10 @@ class Libraries:
             for name in opened.entries:
                 del self._of[name], self._attachments.order[name]
 
-    def require(self, names: Iterable[str]) -> None:
+    def require(self, names: Iterable[str], *, leaving: bool = False) -> None:
         """Load those of these deltas that are in libraries and not in memory; all or none.
+
+        `leaving`: what is attached will not be in a moment, unless it is among these.
 
         Raises DeltaSpecError with the findings of all: files missing, damaged or malformed, specs that do not fit this
         backbone, tensors missing, surplus, of another shape or dtype, or not finite; a limit that is too small (DS531).
@@ -145,15 +148,31 @@ class Libraries:
             staged: dict[Opened, list[_Staged]] = {}
             findings: list[Diagnostic] = []
             for opened, wanted in asked.items():
-                staged[opened] = self._staged(opened, wanted, findings)
+                staged[opened] = self._staged(opened, wanted, findings, leaving)
             if findings:
                 raise DeltaSpecError(findings)
             for opened, new in staged.items():
-                self._make_way(opened, {*asked[opened], *self._kept(opened)}, new)
-                self._take_in(opened, new)
+                if new:
+                    kept = {*asked[opened], *self._kept(opened, self._attachments.active)}
+                    self._make_way(opened, kept, [one.template for one in new])
+                    self._take_in(opened, new)
                 self.touch(asked[opened])
 
-    def _staged(self, opened: Opened, wanted: Iterable[str], findings: list[Diagnostic]) -> list[_Staged]:
+    @contextmanager
+    def in_memory(self, names: Iterable[str]) -> Iterator[None]:
+        """Have these deltas in memory for what makes them the attached ones; those that leave go afterwards."""
+        if not self._opened:
+            yield
+            return
+        self.require(names, leaving=True)
+        try:
+            yield
+        finally:
+            self._trim()
+
+    def _staged(
+        self, opened: Opened, wanted: Iterable[str], findings: list[Diagnostic], leaving: bool
+    ) -> list[_Staged]:
         """Read and check what is not in memory."""
         staged, before = [], len(findings)
         for name in [name for name in wanted if name not in opened.loaded]:
@@ -163,7 +182,7 @@ class Libraries:
             if template is not None and found is not None:
                 staged.append(_Staged(name, template, *found))
         if len(findings) == before:
-            kept = {*wanted, *self._kept(opened)}
+            kept = {*wanted, *self._kept(opened, () if leaving else self._attachments.active)}
             templates = [opened.loaded[name] for name in opened.loaded if name in kept]
             if opened.exceeds([*templates, *(new.template for new in staged)]):
                 message = f"{len(templates) + len(staged)} deltas at once are more than the limit of {opened.directory}"
@@ -171,13 +190,19 @@ class Libraries:
                 findings.append(Diagnostic("DS531", message, file=opened.directory, suggestion=hint))
         return staged
 
-    def _make_way(self, opened: Opened, kept: set[str], new: list[_Staged]) -> None:
+    def _make_way(self, opened: Opened, kept: set[str], coming: list[Template]) -> None:
         """Drop those that were not used for longest, until there is room."""
-        coming = [staged.template for staged in new]
-        for name in [name for name in opened.loaded if name not in kept] if new else ():
+        for name in [name for name in opened.loaded if name not in kept]:
             if not opened.exceeds([*opened.loaded.values(), *coming]):
                 break
             self._forget(opened, name)
+
+    def _trim(self) -> None:
+        """Drop what is beyond the limits, now that it may be."""
+        with self._lock:
+            for opened in self._opened:
+                if opened.exceeds(opened.loaded.values()):
+                    self._make_way(opened, self._kept(opened, self._attachments.active), [])
 
     @torch.no_grad()
     def _take_in(self, opened: Opened, new: list[_Staged]) -> None:
@@ -197,7 +222,7 @@ class Libraries:
         """Take deltas out of memory. Raises DeltaSpecError (DS532) for those in use, and then drops none."""
         with self._lock:
             findings: list[Diagnostic] = []
-            kept, trained = self._kept(opened), self._trained(opened)
+            kept, trained = self._kept(opened, self._attachments.active), self._trained(opened)
             for name in names:
                 if name not in kept:
                     continue
@@ -236,9 +261,9 @@ class Libraries:
             self._pinned.update(names)
             weakref.finalize(holder, self._pinned.subtract, names)
 
-    def _kept(self, opened: Opened) -> set[str]:
+    def _kept(self, opened: Opened, active: Iterable[str]) -> set[str]:
         """Give the names of loaded deltas that must not be dropped."""
-        return {*self._attachments.active, *(+self._pinned), *self._trained(opened)} & opened.loaded.keys()
+        return {*active, *(+self._pinned), *self._trained(opened)} & opened.loaded.keys()
 
     def touch(self, names: Iterable[str]) -> None:
         """Note that deltas are used now."""

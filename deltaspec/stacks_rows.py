@@ -145,6 +145,6 @@ class Stack:
 
     def _cut(self) -> None:
         self.tensors = {
-            key: self.flats[slot.group][:, slot.offset : slot.offset + slot.count].view(-1, *slot.shape)
+            key: self.flats[slot.group][:, slot.offset : slot.offset + slot.count].view(self.capacity + 1, *slot.shape)
             for key, slot in self.layout.slots.items()
         }

@@ -78,7 +78,7 @@ def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
         manifest = {
             "deltaspec": FORMAT,
             "backbone": {"class": plan.model_class, "structure": plan.structure, "weights": weights},
-            "attached": list(compiled.attached),
+            "attached": [name for name in compiled.attached if name not in attachments.libraries],
             "deltas": entries,
         }
         write_atomically(folder / MANIFEST, _json(manifest))
