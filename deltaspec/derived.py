@@ -113,6 +113,10 @@ def check(document: Document, methods: Mapping[str, Method]) -> Iterator[Diagnos
                 )
         if all(name in by_name for name in sources):
             yield from _check_methods(document, path, delta, [by_name[name] for name in sources], methods)
+        weights = [weight for weight in sources.values() if isinstance(weight, int | float)]
+        if weights and len(weights) == len(sources) and not any(weights):
+            message, hint = "all weights are 0, so this delta would change nothing", "give a source a weight"
+            yield document.diagnostic("DS204", message, (*path, "from"), hint)
         yield from _check_params(document, path, delta)
 
 

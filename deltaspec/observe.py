@@ -38,6 +38,8 @@ class Observation:
     """What its attention function was given."""
     dims: int | None = None
     """Number of dimensions of the hidden state that left."""
+    moves: bool = False
+    """What left has other positions (all dimensions but the last) than what entered."""
 
 
 class Observations:
@@ -90,6 +92,8 @@ class Recorder:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._stack: list[str] = []
+        self._entered: list[Any] = []
+        """What entered the modules on the stack."""
         self._seen: dict[str, Observation] = {}
         self._readers: dict[str, set[str]] = {}
         self._reads: dict[str, set[str]] = {}
@@ -129,7 +133,9 @@ class Recorder:
             self._stack.append(self._stack[-1] if self._stack else "")
             return
         self._stack.append(fqn)
-        width = _width(args[0] if args else _first(type(module).forward, kwargs))
+        entering = args[0] if args else _first(type(module).forward, kwargs)
+        self._entered.append(_positions(entering))
+        width = _width(entering)
         before = self._seen.get(fqn)
         self._seen[fqn] = Observation(True, before.in_width if before else width, before.width if before else None)
 
@@ -137,9 +143,10 @@ class Recorder:
         fqn = self._stack.pop()
         if id(module) not in self._names:
             return
-        hidden = _hidden(output)
+        hidden, entered = _hidden(output), self._entered.pop()
         dims = None if hidden is None else hidden.dim()
-        self._seen[fqn] = Observation(True, self._seen[fqn].in_width, _width(output), dims=dims)
+        moves = entered is not None and hidden is not None and entered != _positions(output)
+        self._seen[fqn] = Observation(True, self._seen[fqn].in_width, _width(output), dims=dims, moves=moves)
 
     def result(self) -> dict[str, Observation]:
         """Give what was seen of every module, by each of its names."""
@@ -265,6 +272,11 @@ def _first(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
 def _width(value: Any) -> int | None:
     hidden = _hidden(value)
     return None if hidden is None else hidden.shape[-1]
+
+
+def _positions(value: Any) -> tuple[int, ...] | None:
+    hidden = _hidden(value)
+    return None if hidden is None else tuple(hidden.shape[:-1])
 
 
 def _hidden(value: Any) -> Tensor | None:

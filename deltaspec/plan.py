@@ -76,6 +76,7 @@ def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observ
                 delta, found, spec = placer.place(), placer.findings, placer.spec
                 if unsettled:  # sites are refused for params that are not the delta's
                     found = [*unsettled, *(finding for finding in found if finding.code != "DS402")]
+                delta = replace(delta, notes=(*delta.notes, *_remarks(delta)))
             if not found:  # counts of a delta that is wrong anyway would only be noise
                 met, found = delta_checks(spec, index, delta)
                 delta = replace(delta, checks=met)
@@ -103,6 +104,15 @@ def _settled(spec: DeltaSpec, index: int) -> tuple[DeltaSpec, list[Diagnostic]]:
         message = f"delta {entry.name!r}: {settled.reason}"
         return spec, [spec.diagnostic("DS410", message, ("deltas", index, "params"), settled.suggestion)]
     return (spec if settled is entry.params else spec.with_params(index, settled)), []
+
+
+def _remarks(delta: PlannedDelta) -> list[str]:
+    """Give what the method remarks on its sites, each remark once."""
+    said: dict[str, list[str]] = {}
+    for site in delta.sites:
+        if remark := methods()[delta.method].remark(site.site, site.params):
+            said.setdefault(remark, []).append(site.fqn)
+    return [f"{remark} ({counted(names)}: {shown(names)})" for remark, names in said.items()]
 
 
 def _contract(spec: DeltaSpec, table: ModuleTable) -> list[Diagnostic]:
@@ -153,8 +163,8 @@ def _conflicts(specs: Sequence[DeltaSpec], deltas: Sequence[PlannedDelta]) -> li
                     continue  # what works around the call does so around the trained copy, too
                 twice = form == "replace"
                 names = {t.name for t in site.tensors} & {t.name for t in earlier.tensors}
-                # Two trained copies of one head may take turns; both at once would silently drop the first.
-                if not twice or (names and other.attached and delta.attached):
+                # They may take turns; both at once would silently drop the first. Attaching refuses that, too (DS436).
+                if (names or not twice) and other.attached and delta.attached:
                     clashes.setdefault((other.name, twice), []).append(site.fqn)
         for (other_name, twice), names_ in clashes.items():
             path = ("deltas", index, "target") if spec.deltas[index].target else ("deltas", index, "method")
@@ -164,7 +174,7 @@ def _conflicts(specs: Sequence[DeltaSpec], deltas: Sequence[PlannedDelta]) -> li
                 hint = "take the part out of one of them, or let them take turns: attached: false on one"
             else:
                 message = f"delta {delta.name!r} replaces weights that delta {other_name!r} before it changes ({where})"
-                hint = f"list {delta.name!r} before {other_name!r}"
+                hint = f"list {delta.name!r} before {other_name!r}, or let them take turns: attached: false on one"
             findings.append(spec.diagnostic("DS406", message, path, hint))
         for site in delta.sites:
             before.setdefault(site.site.row.fqn, []).append((delta, site))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import islice, takewhile
 
 from deltaspec.budget import choose_rank
 from deltaspec.diagnostics import Diagnostic, Path
@@ -97,15 +98,17 @@ class Placer:
         return self._select(self.entry.target)
 
     def _default_rows(self) -> list[Row]:
-        wanted = self.method.roles(self.entry.params)
         rows = [row for row in self.table.rows if self.method.is_default(row, self.entry.params)]
         if not rows:
             name = self.table.model_type or self.table.model_class
             if not any(row.roles for row in self.table.rows):
+                if self.method.attends and (found := [row for row in self.table.rows if row.attends]):
+                    return found
                 message, hint = f"the roles of {name} are not known", "name the modules: target: {path: …}"
             else:
+                roles = self.method.roles(self.entry.params)
+                message = f"{name} has none of the default roles of {self.entry.method} ({', '.join(roles)})"
                 known = sorted({role for row in self.table.rows for role in row.roles})
-                message = f"{name} has none of the default roles of {self.entry.method} ({', '.join(wanted)})"
                 hint = f"give a target; roles here: {', '.join(known)}"
             self._find("DS350", f"no target is given, and {message}", hint, ("method",))
         return rows
@@ -118,19 +121,23 @@ class Placer:
     def _expanded(self, places: Iterable[Place]) -> list[Place]:
         """Put modules with parameters for whole subtrees where the method descends; each place once."""
         found: dict[tuple[str, str | None], Place] = {}
+        order = {row.fqn: number for number, row in enumerate(self.table.rows)}
+        aliased = [row for row in self.table.rows if row.aliases]
         for row, parameter in places:
-            for below in self._below(row) if parameter is None and self.method.descends else (row,):
+            descends = parameter is None and self.method.descends
+            for below in self._below(row, order[row.fqn], aliased) if descends else (row,):
                 found[below.fqn, parameter] = (below, parameter)
         if self.method.descends:  # a parameter of a module that is taken whole
             found = {key: place for key, place in found.items() if key[1] is None or (key[0], None) not in found}
-        order = {row.fqn: number for number, row in enumerate(self.table.rows)}
         return sorted(found.values(), key=lambda place: (order[place[0].fqn], place[1] or ""))
 
-    def _below(self, row: Row) -> Iterable[Row]:
+    def _below(self, row: Row, number: int, aliased: list[Row]) -> Iterable[Row]:
         if not row.children:
             return (row,)
-        # Every name counts: a module shared with another part of the model may have its first name there.
-        below = [r for r in self.table.rows if any(is_inside(n, row.fqn) for n in (r.fqn, *r.aliases))]
+        # The table is in the order of a walk, so what a module holds comes right after it. Every name counts: one
+        # shared with another part of the model may have its first name there.
+        below = list(takewhile(lambda r: is_inside(r.fqn, row.fqn), islice(self.table.rows, number, None)))
+        below += [r for r in aliased if any(is_inside(alias, row.fqn) for alias in r.aliases)]
         return [r for r in below if self.method.descends_to(r)] or (row,)
 
     def _overrides(self, places: list[Place]) -> dict[tuple[str, str | None], int]:
@@ -175,7 +182,7 @@ class Placer:
             # A module that is called and read besides takes a method around its call; a changed weight must reach both.
             around = seen.called and self.method.promises.weight is None
             host = None if around else seen.host
-            site = Site(row, parameter, in_width, width, host, seen.reads, seen.attention, seen.dims)
+            site = Site(row, parameter, in_width, width, host, seen.reads, seen.attention, seen.dims, moves=seen.moves)
         return as_matrices(site) if parameter is not None and self.method.matrices else site
 
     def _tied_places(self, sites: list[Candidate]) -> list[Candidate]:
@@ -184,7 +191,7 @@ class Placer:
         taken = {(site.row.fqn, site.parameter) for site, _, _ in sites}
         added = []
         for site, params, override in sites:
-            if not owners or self.method.refuse(site, params) is not None:
+            if not any(p.tied for p in site.row.parameters) or self.method.refuse(site, params) is not None:
                 continue
             shared = [t.init.source for t in self.method.tensors(site, params) if t.key is not None]
             partners = [fqn for p in site.row.parameters if p.fqn in shared for fqn in p.tied]
@@ -217,8 +224,7 @@ class Placer:
         """Give code, reason and way out where this site cannot be; empty texts where it can."""
         if why := _computed_weight(self.method, site, params):
             return why
-        refusal = self.method.refuse(site, params)
-        if refusal is not None:
+        if refusal := self.method.refuse(site, params):
             return "DS402", refusal.reason, refusal.suggestion
         if not self._reached(site.row):
             called = self._tied_and_reached(site)

@@ -204,3 +204,9 @@ def test_search_agrees_with_trying_every_rank(slope, start, step, most, limit):
         assert largest(total, limit) == accepted[0]
     else:
         assert largest(total, limit) == next(pair for pair in accepted if pair[1] == fitting[-1][1])
+
+
+def test_a_fraction_for_a_budget_is_one_finding():
+    for params in ({"rank": {"budget": 0.5}}, {"rank": 0.5}):
+        [finding] = deltaspec.validate({"deltaspec": 1, "deltas": [{"name": "d", "method": "lora", "params": params}]})
+        assert finding.code == "DS203"

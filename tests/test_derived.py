@@ -11,8 +11,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import deltaspec
-from deltaspec.initial import seeded
 from deltaspec.diagnostics import DeltaSpecError
+from deltaspec.initial import seeded
 from deltaspec.lock import check_lock, lock, lock_data
 from deltaspec.methods import methods
 from deltaspec.plan import plan
@@ -566,3 +566,11 @@ def test_the_published_schema_tells_derived_deltas_apart():
         both = spec()
         both["deltas"][2]["method"] = "lora"
         assert not validator.is_valid(both)
+
+
+def test_weights_that_are_all_zero_are_refused() -> None:
+    deltas = [{"name": "a", "method": "lora"}, {"name": "b", "method": "lora"}]
+    for weights, found in (({"a": 0, "b": 0.0}, 1), ({"a": 0, "b": 0.5}, 0)):
+        blend = {"name": "blend", "from": weights, "combine": "linear"}
+        findings = deltaspec.validate({"deltaspec": 1, "deltas": [*deltas, blend]})
+        assert [f.code for f in findings] == ["DS204"] * found

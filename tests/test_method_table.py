@@ -29,7 +29,7 @@ rm RMSNorm, bn BatchNorm, gn GroupNorm; mo out_proj of nn.MultiheadAttention, mi
 at an attention block, la a decoder layer; ma a bare matrix, st a bare stack of matrices, ve a bare vector."""
 
 TABLE = """
-adalora          +  +  +  +  +  +  +  +  -  +  +  +  -  -  -  -  +  -  -  -  -  -  -  -
+adalora          +  +  +  +  +  +  +  +  -  +  +  +  -  -  -  -  +  +  -  -  -  +  +  -
 adapter          +  +  +  -  -  -  -  -  -  +  +  +  +  +  -  -  -  -  +  +  +  -  -  -
 bitfit           +  +  +  +  +  +  +  +  +  -  -  +  +  +  +  +  +  -  +  -  -  -  -  -
 boft             +  +  +  +  +  +  +  +  -  -  -  +  -  -  -  -  +  +  -  -  -  +  +  -
@@ -48,7 +48,7 @@ miss             +  +  +  -  -  -  -  -  -  -  -  +  -  -  -  -  +  +  -  -  -  
 norm             -  -  -  -  -  -  -  -  -  -  -  -  +  +  +  +  -  -  -  -  -  -  -  -
 oft              +  +  +  +  +  +  +  +  -  +  +  +  -  -  -  -  +  +  -  -  -  +  +  -
 p_tuning         -  -  -  -  -  -  -  -  -  -  +  -  -  -  -  -  -  -  -  -  -  -  -  -
-parallel_adapter +  +  +  -  -  -  -  -  -  -  -  +  +  +  -  -  -  -  -  +  +  -  -  -
+parallel_adapter +  +  +  -  -  -  -  -  -  -  -  +  +  +  -  -  -  -  +  +  +  -  -  -
 prefix           -  -  -  -  -  -  -  -  -  -  -  -  -  -  -  -  -  -  -  +  +  -  -  -
 reft             +  +  +  -  -  -  -  -  -  +  +  +  +  +  -  -  -  -  +  +  +  -  -  -
 road             +  +  +  -  -  -  -  -  -  -  -  +  -  -  -  -  +  -  -  -  -  -  -  -

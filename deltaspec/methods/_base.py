@@ -110,6 +110,8 @@ class Site:
     stack: tuple[int, ...] | None = None
     """Leading dimensions of a parameter that is seen as the weight of linear layers: `()` one matrix, `(experts,)` a
     stack of them; None where the site is no such parameter. See `Method.matrices`."""
+    moves: bool = False
+    """What leaves has other positions (all dimensions but the last) than what enters, observed."""
 
     @property
     def fqn(self) -> str:
@@ -197,6 +199,10 @@ class Method(ABC):
         The plan and all that is made from it, files included, have the result.
         """
         return params
+
+    def remark(self, site: Site, params: Any) -> str | None:
+        """Say in the plan what works at this site, but is hardly meant; None where there is nothing to say."""
+        return None
 
     def refuse(self, site: Site, params: Any) -> Refusal | None:
         """Say why this site cannot be taken with these params; None where it can."""

@@ -7,6 +7,7 @@ whose canonical form is `[width, rows]`. A convolution's canonical layout is its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.methods._base import Form, Refusal, Site
@@ -72,6 +73,16 @@ def weight_shape(site: Site) -> tuple[int, ...]:
         return site.row.shape_of("weight")
     assert site.row.in_features is not None and site.row.out_features is not None
     return site.row.out_features, site.row.in_features
+
+
+def wasted_rank(site: Site, rank: int, groups: int = 1) -> str | None:
+    """Tell of a rank above that of the weight: it costs parameters, and no update has more than the weight's.
+
+    `groups`: an update falls into that many, whose ranks add up.
+    """
+    rows, *inner = weight_shape(site)
+    most = groups * min(rows // groups, prod(inner))
+    return f"rank {rank} is more than the {most} that this {site.row.type} can use" if rank > most else None
 
 
 def canonical(kind: str, weight: Any) -> Any:

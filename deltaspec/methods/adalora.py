@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Rank, Refusal, Site, TensorSpec
-from deltaspec.methods._weights import add_update, fold_update, refuse_weight, substitutes_update, weight_shape
+from deltaspec.methods._weights import (
+    add_update,
+    fold_update,
+    refuse_weight,
+    substitutes_update,
+    wasted_rank,
+    weight_shape,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +63,10 @@ class Adalora(Method):
                 f"set initial_rank: {params.rank + (params.rank + 1) // 2}",
             )
         return refuse_weight(site, "adalora", dropout=params.dropout)
+
+    def remark(self, site: Site, params: AdaloraParams) -> str | None:
+        """Tell of ranks that no update of this weight can have."""
+        return wasted_rank(site, params.initial_rank)
 
     def tensors(self, site: Site, params: AdaloraParams) -> tuple[TensorSpec, ...]:
         """Declare A `[rank, in, *kernel]` as `down`, e `[rank]` as `singular`, B `[out, rank]` as `up`."""

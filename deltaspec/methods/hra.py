@@ -43,8 +43,9 @@ class Hra(Method):
         if refusal := refuse_weight(site, "hra", ("linear", "conv1d", "conv")):
             return refusal
         width = filter_width(site)
-        if params.orthogonal and params.rank > width:
-            return Refusal(f"a width of {width} has no {params.rank} orthogonal directions", f"use rank: {width}")
+        if params.rank > width:
+            reason = f"{params.rank} directions are more than the width {width}, of which {width} turn it every way"
+            return Refusal(reason, f"use rank: {width} or less")
         return None
 
     def tensors(self, site: Site, params: HraParams) -> tuple[TensorSpec, ...]:

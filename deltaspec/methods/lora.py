@@ -13,7 +13,7 @@ from deltaspec.methods._dora import decompose, decomposed_output, squared_norms
 from deltaspec.methods._parts import PartNames, add_to_parts, fused_roles_of, refuse_parts, spread
 from deltaspec.methods._shapes import along_channels
 from deltaspec.methods._starts import orthogonal, principal
-from deltaspec.methods._weights import canonical, refuse_weight, weight_shape
+from deltaspec.methods._weights import canonical, refuse_weight, wasted_rank, weight_shape
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -92,6 +92,8 @@ class Lora(Method):
             return Refusal(
                 f"{site.host or 'the model'} reads no bias here", "set bias: false for this site in overrides"
             )
+        if params.bias and site.kind == "embedding":
+            return Refusal(f"{row.type} adds no bias, so a learned one could not be merged", "set bias: false")
         if params.use_dora and params.dropout and site.kind != "embedding" and self.lowers(site, params):
             return Refusal(
                 f"use_dora works through the weight of this {row.type}, so dropout on its input has no place",
@@ -109,6 +111,10 @@ class Lora(Method):
             widest = min(weight_shape(site))
             return Refusal(f"init: pissa: this weight has {widest} singular values, not {rank}", f"use rank: {widest}")
         return None
+
+    def remark(self, site: Site, params: LoraParams) -> str | None:
+        """Tell of ranks that no update of this weight can have."""
+        return wasted_rank(site, params.rank, site.row.conv_groups) if params.parts is None else None
 
     def tensors(self, site: Site, params: LoraParams) -> tuple[TensorSpec, ...]:
         """Declare A `[rank, in]` as `down`, B `[out, rank]` as `up`; see `apply` for convolutions and embeddings.

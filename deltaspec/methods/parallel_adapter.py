@@ -39,12 +39,14 @@ class ParallelAdapter(Method):
         """Take whatever takes and gives a hidden state with its width in the last dimension."""
         if site.kind == "embedding":
             return Refusal("an embedding takes ids, so nothing can stand beside it", "use method adapter")
-        if site.kind == "other" and None not in (site.in_width, site.width) and site.in_width != site.width:
+        if refusal := refuse_serial(self.name, site, "before") or refuse_serial(self.name, site, "after"):
+            return refusal
+        if site.moves:
             return Refusal(
-                f"this {site.row.type} turns a width of {site.in_width} into {site.width}",
+                f"this {site.row.type} gives other positions than it takes, so nothing can stand beside it",
                 "select the blocks or linear layers inside it",
             )
-        return refuse_serial(self.name, site, "before") or refuse_serial(self.name, site, "after")
+        return None
 
     def tensors(self, site: Site, params: ParallelAdapterParams) -> tuple[TensorSpec, ...]:
         """Declare D `[width, in]`, its bias, U `[out, width]`, its bias, and the scale `[1]` if it is trained."""

@@ -55,5 +55,6 @@ def test_bypassed_and_training() -> None:
 
 
 def test_refusals() -> None:
-    assert "use rank: 16" in refusal(*net(), "hra", {"rank": 17, "orthogonal": True}, "fc")
+    for orthogonal in (True, False):
+        assert "use rank: 16 or less" in refusal(*net(), "hra", {"rank": 17, "orthogonal": orthogonal}, "fc")
     assert "Embedding" in refusal(*net(), "hra", {}, "emb")

@@ -6,7 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from weight_methods import (
     agree,
     bert,
@@ -166,6 +166,18 @@ def test_refusals() -> None:
     assert "linear layers, not Conv2d" in refusal(*made, "lora", {"rank": 2, "init": "pissa"}, "conv")
     assert "dropout: 0" in refusal(*made, "lora", {"rank": 2, "use_dora": True, "dropout": 0.1}, "conv")
     assert "multiple of the 2 groups" in refusal(*made, "lora", {"rank": 3}, "grouped")
+    assert "adds no bias" in refusal(*made, "lora", {"rank": 2, "bias": True}, "emb")
+
+
+@pytest.mark.parametrize(("method", "params"), [("lora", {"rank": 9}), ("adalora", {"rank": 4, "initial_rank": 9})])
+def test_ranks_above_the_weights_are_noted(method: str, params: dict[str, int]) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 12)), torch.ones(1, 8)
+    target = {"type": "Linear"}
+    plan = compiled(model, x, method, params, target).plan
+    assert plan.deltas[0].notes == ("rank 9 is more than the 8 that this Linear can use (3 sites: {0..2})",)
+    assert "can use" in str(plan)
+    key = "initial_rank" if method == "adalora" else "rank"
+    assert not compiled(model, x, method, params | {key: 8}, target).plan.deltas[0].notes
 
 
 def test_start_survives_saving(tmp_path: Any) -> None:

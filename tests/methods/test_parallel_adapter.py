@@ -2,8 +2,10 @@ import pytest
 import torch
 from bottlenecks import follows, keeps_promises
 from published import planned
+from torch import nn
 from torch.nn import functional as F
-from weight_methods import bert, check_training, compiled, gpt2, llama, net, refusal, run
+from transformers import SwinConfig, SwinModel
+from weight_methods import bert, check_training, compiled, gpt2, llama, net, refusal, run, stir
 
 import deltaspec
 
@@ -49,3 +51,30 @@ def test_attention_and_feed_forward_by_default():
 def test_refusals():
     assert "ids" in refusal(*net(), "parallel_adapter", {}, "emb")
     assert "channels first" in refusal(*net(), "parallel_adapter", {}, "conv")
+
+
+def test_modules_that_change_the_number_of_positions_are_refused_by_the_plan():
+    config = SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2)
+    model, inputs = SwinModel(config).eval(), {"pixel_values": torch.randn(1, 3, 32, 32)}
+    text = refusal(model, inputs, "parallel_adapter", {}, {"type": "SwinPatchMerging"})
+    assert "SwinPatchMerging gives other positions than it takes" in text
+    plan = compiled(model, inputs, "parallel_adapter", {"width": 2}, {"type": "SwinLayer"}).plan
+    assert len(plan.sites) == 2
+
+
+def test_beside_a_recurrence_that_changes_the_width():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(8, 12, batch_first=True), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0])
+
+    model, x = Tagger().eval(), torch.randn(2, 5, 8)
+    c = compiled(model, (x,), "parallel_adapter", {"width": 4, "scale": 0.5}, "lstm")
+    stir(c)
+    t = {n: c.deltas["d"].tensor(f"lstm.{n}") for n in ("down", "down_bias", "up", "up_bias")}
+    inner = F.relu(x @ t["down"].T + t["down_bias"])
+    expected = model.head(model.lstm(x)[0] + 0.5 * (inner @ t["up"].T + t["up_bias"]))
+    torch.testing.assert_close(run(c, (x,)), expected, atol=1e-5, rtol=1e-5)

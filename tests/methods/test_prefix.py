@@ -366,3 +366,12 @@ def test_an_attention_function_chosen_later_is_refused() -> None:
     c.config._attn_implementation = "flex_attention"
     with pytest.raises(DeltaSpecError, match="DS438"):
         c(input_ids=ids)
+
+
+def test_a_model_without_a_role_map_has_its_attention_for_a_target() -> None:
+    model = build(llama)
+    model.config.model_type = "nobody-knows-this"
+    plan = deltaspec.plan(model, {"deltaspec": 1, "deltas": [{"name": "p", "method": "prefix"}]})
+    assert [site.fqn for site in plan.sites] == [f"model.layers.{i}.self_attn" for i in (0, 1)]
+    with pytest.raises(DeltaSpecError, match=r"DS350.*roles of nobody-knows-this are not known"):
+        deltaspec.plan(model, {"deltaspec": 1, "deltas": [{"name": "p", "method": "lora"}]})
