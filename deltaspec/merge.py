@@ -42,6 +42,7 @@ def merge(attachments: Attachments, names: Collection[str]) -> nn.Module:
     """
     attachments.libraries.require(names)
     _refuse(attachments, names)
+    strengths = attachments.strengths.as_dict(names)
     attachments.derive(name for name in names if name not in attachments.active)
     training = attachments.trained_in_backbone()
     plain = copy.deepcopy(without_deltas(attachments))
@@ -53,7 +54,8 @@ def merge(attachments: Attachments, names: Collection[str]) -> nn.Module:
             own = Own(tensor_names, [held.tensor(storage_key(row.fqn, spec)) for spec in planned.tensors])
             fold = Fold((), methods()[delta.method], planned.params, planned.site, tensor_names)
             module = plain.get_submodule(row.fqn)
-            for name, value in fold_into(module, fold, own, {}).items():
+            strength = torch.tensor(strengths[delta.name]) if delta.name in strengths else None
+            for name, value in fold_into(module, fold, own, {}, strength).items():
                 _put(module, name, value, copies)
                 if any(p.name == name and p.tied for p in row.parameters):
                     _mark_untied(plain, row.fqn, name)

@@ -103,7 +103,7 @@ class Programmer:
             if host in self._traced and not any(_needs_own_region(v) or v.delta in scaled for v in visits):
                 inline[host] = visits
                 continue
-            forward, built = self._bind(host, visits, scaled)
+            forward, built = self.bind(host, visits, scaled)
             program.regions[host] = built
             self._write(program, host, forward)
         if inline:
@@ -166,8 +166,13 @@ class Programmer:
         program.writes.append((attributes, forward))
         program.undo.append((attributes, self.originals[fqn]))
 
-    def _bind(self, host: str, visits: list[Visit], scaled: Collection[str]) -> tuple[Forward, Region]:
-        """Build the forward of one host under the given deltas: its region's function, bound to base and tensors."""
+    def bind(
+        self, host: str, visits: list[Visit], scaled: Collection[str], strengths: Strengths | None = None
+    ) -> tuple[Forward, Region]:
+        """Build the forward of one host under the given deltas: its region's function, bound to base and tensors.
+
+        Those in `scaled` act by their strengths, by default those of the attached deltas.
+        """
         module = self.modules[host]
         folds: list[Fold] = []
         attends: list[Attend] = []
@@ -178,7 +183,7 @@ class Programmer:
         for visit in _virtual_outermost(visits):
             link, tensors, dropout = self.link(visit, module)
             is_scaled = visit.delta in scaled
-            strength = [self.strengths.tensor(visit.delta, tensors[0])] if is_scaled else []
+            strength = [(strengths or self.strengths).tensor(visit.delta, tensors[0])] if is_scaled else []
             if visit.lowered:
                 path = visit.planned.site.row.fqn.removeprefix(host).removeprefix(".")
                 segments = tuple(path.split(".")) if path else ()
@@ -192,9 +197,8 @@ class Programmer:
                 links.append(replace(link, scaled=is_scaled))
                 bound += [*tensors, *dropout, *strength]
         leading += inside
+        built = self.region_of(host, visits, tuple(links), len(leading))
         frozen = host in self.statistics and not _owns_statistics(visits)
-        plain = not (folds or attends or frozen) and self.originals[host] is None
-        built = self.region_of(host, visits, tuple(links), len(leading), plain and gives_new_tensor(type(module)))
         if folds or attends:
             base: Any = Lowered(module, tuple(folds), frozen, tuple(attends))
         else:
@@ -203,13 +207,12 @@ class Programmer:
             bound.append(Swapped(module))
         return functools.partial(built.function, base, *leading, *bound), built
 
-    def region_of(
-        self, host: str, visits: list[Visit], links: tuple[Link, ...], lowered: int = 0, owned: bool = False
-    ) -> Region:
+    def region_of(self, host: str, visits: list[Visit], links: tuple[Link, ...], lowered: int = 0) -> Region:
         """Give the region of a host: what is called, and the links around it."""
         kind = type(self.modules[host])
         argument, hidden = call_form(kind, visits[0].planned.site.kind)
         named = _arguments(kind.forward) if any(_arguments_asked(visit) for visit in visits) else ()
+        owned = self.originals[host] is None and gives_new_tensor(kind)
         return region(RegionKey(links, argument, hidden, lowered, named, owned))
 
     def _bind_root(self, program: Program, inline: dict[str, list[Visit]]) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from deltaspec.deltas import storage_key
-from deltaspec.diagnostics import Diagnostic
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.frozen import FrozenStatistics
 from deltaspec.methods import methods
 from deltaspec.programs import Forward, Programmer, Visit, call_form, host_of
-from deltaspec.slots import Slot, Source
+from deltaspec.slots import Slot, Source, align
+from deltaspec.strengths import Strengths
 from deltaspec.substitution import Fold, FoldedRows, Swapped
 
 if TYPE_CHECKING:
@@ -40,13 +44,76 @@ def bind_rows(attachments: Attachments, host: str, given: Sequence[tuple[Slot, s
                 bound += [*sources, *dropout, slot]
     base: Any = programmer.own_forward(host)
     if folds:
-        base = FoldedRows(module, tuple(folds))
+        if not all(_is_simple(programmer, visit) for visit in visits if visit.lowered):
+            return HostRows(attachments, host, given)
+        base = FoldedRows(module, tuple(folds), host in programmer.statistics)
     elif host in programmer.statistics:
         base = FrozenStatistics(module)
     built = programmer.region_of(host, visits, tuple(links))
     if "swapped" in built.bound:
         bound.append(Swapped(module))
     return functools.partial(built.function, base, *bound)
+
+
+class HostRows:
+    """A host that reads weights without calling their modules: run once a set of deltas, each row taking its own.
+
+    Such a host takes and gives what it likes, so nothing in it can be batched by row; its outputs can be told apart.
+    """
+
+    def __init__(self, attachments: Attachments, host: str, given: Sequence[tuple[Slot, str]]) -> None:
+        self._attachments, self._host = attachments, host
+        self._slots = [slot for slot, _ in given]
+        self._forwards: dict[tuple[str, ...], Forward] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the host. Raises DeltaSpecError (DS442) where its outputs do not tell rows apart."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"deltaspec DS444: {self._host} reads weights without calling their modules, "
+                               "so what its rows are under cannot be data in a compiled graph")  # fmt: skip
+        rows = list(zip(*(slot.assigned for slot in self._slots), strict=True))
+        size, output = self._slots[0].batch.size, None
+        for chosen in dict.fromkeys(rows):
+            found = self._forward([entry for entry in chosen if entry is not None])(*args, **kwargs)
+            places = [row == chosen for row in rows for _ in range(size // len(rows))]
+            output = found if output is None else _put_rows(output, found, torch.tensor(places))
+        if output is None or not any(tensor.shape[:1] == (size,) for tensor in _tensors_of(output)):
+            raise DeltaSpecError([_untold(self._host, size)])
+        return output
+
+    def _forward(self, chosen: list[tuple[str, float]]) -> Forward:
+        """Give the host's forward under deltas of these strengths."""
+        programmer, names = self._attachments.programmer, tuple(name for name, _ in chosen)
+        visits = [visit for name in names for visit in programmer.hosts[name].get(self._host, ())]
+        if not visits:
+            return programmer.own_forward(self._host)
+        part = {name: strength for name, strength in chosen if strength != 1.0}
+        if part:
+            return programmer.bind(self._host, visits, part, Strengths(part))[0]
+        if names not in self._forwards:
+            self._forwards[names] = programmer.bind(self._host, visits, ())[0]
+        return self._forwards[names]
+
+
+def _put_rows(output: Any, other: Any, chosen: Tensor) -> Any:
+    """Take the chosen rows of tensors from another output of the same form."""
+    if isinstance(output, Tensor):
+        if output.shape[:1] != chosen.shape:
+            return output
+        return torch.where(align(chosen.to(output.device), output), other, output)
+    if isinstance(output, Mapping):
+        return type(output)(**{name: _put_rows(value, other[name], chosen) for name, value in output.items()})
+    if isinstance(output, tuple | list):
+        return type(output)(_put_rows(one, two, chosen) for one, two in zip(output, other, strict=True))
+    return output
+
+
+def _tensors_of(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors_of(value)
 
 
 def refusals(attachments: Attachments, name: str) -> list[Diagnostic]:
@@ -64,11 +131,6 @@ def _refusal(programmer: Programmer, visit: Visit) -> str | None:
     if not methods()[visit.method].promises.per_row:
         return f"{visit.method} is not usable for single rows"
     site = visit.planned.site
-    module = programmer.modules[host_of(site)]
-    if visit.lowered and site.host not in (None, site.row.fqn):
-        return f"{site.host or 'the model'} reads the weight of {site.row.fqn} without calling it"
-    if visit.lowered and call_form(type(module), site.kind)[0] is None:
-        return f"it works through the weight of {site.fqn}, a {site.row.type}"
     if any(spec.buffer and spec.name.startswith("running_") for spec in visit.planned.tensors):
         return f"it has statistics of its own for {site.fqn}, which are those of a whole batch"
     if fqn := _sequence_first(programmer, site.row.fqn):
@@ -77,9 +139,21 @@ def _refusal(programmer: Programmer, visit: Visit) -> str | None:
     return None
 
 
+def _is_simple(programmer: Programmer, visit: Visit) -> bool:
+    """Tell whether a lowered site is its own host, a module that is given the hidden state alone."""
+    site = visit.planned.site
+    itself = site.host in (None, site.row.fqn)
+    return itself and call_form(type(programmer.modules[host_of(site)]), site.kind)[0] is not None
+
+
 def _sequence_first(programmer: Programmer, fqn: str) -> str | None:
     """Give the module at or above a site that has positions first and rows second."""
     names = [fqn]
     while names[-1]:
         names.append(names[-1].rpartition(".")[0])
     return next((n for n in names if getattr(programmer.modules[n], "batch_first", True) is False), None)
+
+
+def _untold(host: str, rows: int) -> Diagnostic:
+    message = f"nothing that {host or 'the model'} gives has the {rows} rows of the batch as first dimension"
+    return Diagnostic("DS442", message, suggestion="run these rows one delta at a time: with c.only(name)")

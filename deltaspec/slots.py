@@ -65,6 +65,14 @@ class Slot:
         self._grown = {}
 
     @property
+    def assigned(self) -> list[tuple[str, float] | None]:
+        """The delta that each row has here, with its strength."""
+        if self._rows is None:
+            return []
+        local, names, strengths = self.local.tolist(), self.names, self.strength.tolist()
+        return [None if place == 0 else (names[place - 1], s) for place, s in zip(local, strengths, strict=True)]
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The deltas that rows have here. Only training asks: in a compiled graph they are no data."""
         return () if self._rows is None else self._rows.names[self._number]
@@ -134,7 +142,7 @@ def rows_in(slot: Slot, x: Tensor) -> Tensor:
 
 def rows_out(like: Tensor, x: Tensor) -> Tensor:
     """Undo what `rows_in` did to tokens: `like` is what came in."""
-    return x.flatten(0, 1) if like.dim() == 2 and x.dim() == 3 and like.shape[0] != 1 else x
+    return x if like.shape[0] in (1, x.shape[0]) else x.flatten(0, 1)
 
 
 def toward(without: Tensor, with_it: Tensor, strength: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -11,16 +12,17 @@ from torch import Tensor
 class Strengths:
     """The strength of each delta that is not at its full, trained one, which is 1."""
 
-    def __init__(self) -> None:
-        self._values: dict[str, float] = {}
+    def __init__(self, values: Mapping[str, float] | None = None) -> None:
+        self._values: dict[str, float] = dict(values or {})
         self._tensors: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def __getitem__(self, name: str) -> float:
         return self._values.get(name, 1.0)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Strengths:
-        twin = Strengths()
-        twin._values = dict(self._values)
+        twin = memo[id(self)] = Strengths(self._values)
+        # The forwards that are installed hold these tensors, and are copied, too.
+        twin._tensors = {key: copy.deepcopy(tensor, memo) for key, tensor in self._tensors.items()}
         return twin
 
     def as_dict(self, names: Iterable[str] | None = None) -> dict[str, float]:

@@ -156,8 +156,10 @@ class Lowered:
 class FoldedRows:
     """The own forward of a module of one argument, each row with parameters of its own, computed at each call."""
 
-    def __init__(self, module: nn.Module, folds: tuple[tuple[Fold, tuple[Source, ...], Slot], ...]) -> None:
-        self.module, self.folds = module, folds
+    def __init__(
+        self, module: nn.Module, folds: tuple[tuple[Fold, tuple[Source, ...], Slot], ...], frozen: bool
+    ) -> None:
+        self.module, self.folds, self.frozen = module, folds, frozen
         self.code = type(module).forward
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -172,7 +174,10 @@ class FoldedRows:
         folded: dict[str, Tensor] = {}
         for (fold, _, _), own, strength in zip(self.folds, tensors, strengths, strict=True):
             folded |= fold_into(self.module, fold, Own(fold.names, own), folded, strength)
-        leaving: Tensor = self.code(stand_in(self.module, folded), x.unsqueeze(0)).squeeze(0)
+        shadow = stand_in(self.module, folded)
+        if self.frozen:
+            shadow.training = False
+        leaving: Tensor = self.code(shadow, x.unsqueeze(0)).squeeze(0)
         return leaving
 
 

@@ -28,7 +28,7 @@ class Full(Method):
     summary = "trained copies of whole modules or parameters"
     paper = "plain fine-tuning, of the selected part"
     Params = FullParams
-    promises = Promises(identity_at_start=True, weight="replace", per_row=False)
+    promises = Promises(identity_at_start=True, weight="replace", per_row=True)
     default_roles = ("head",)
     descends = True
 

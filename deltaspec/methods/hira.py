@@ -29,7 +29,7 @@ class Hira(Method):
     summary = "scales each entry of a weight by a low-rank factor"
     paper = "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models (ICLR 2025)"
     Params = HiraParams
-    promises = Promises(identity_at_start=True, weight="add", per_row=False)
+    promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
 

@@ -25,7 +25,7 @@ class Norm(Method):
     summary = "trained scales and shifts of LayerNorm, RMSNorm and other norms"
     paper = "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning (arXiv:2312.11420)"
     Params = NormParams
-    promises = Promises(identity_at_start=True, weight="replace", per_row=False)
+    promises = Promises(identity_at_start=True, weight="replace", per_row=True)
     default_roles = ("norm",)
 
     def refuse(self, site: Site, params: NormParams) -> Refusal | None:

@@ -39,7 +39,7 @@ class TrainableTokens(Method):
     summary = "trained embeddings of some tokens, tied heads included"
     paper = "plain fine-tuning, of some rows of the embedding table"
     Params = TrainableTokensParams
-    promises = Promises(identity_at_start=True, weight="replace", per_row=False)
+    promises = Promises(identity_at_start=True, weight="replace", per_row=True)
     example = {"token_ids": (0, 1)}
     default_roles = ("embed",)
 
