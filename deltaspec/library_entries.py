@@ -92,11 +92,8 @@ class Template:
     """Of its rows, on the backbone's device."""
     buffers: frozenset[str]
     """Keys of those that are no parameters."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+    size: int
+    """Bytes of its tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +214,8 @@ class Reader:
         tensors = dict(delta.tensors())
         buffers = frozenset(key for key, tensor in tensors.items() if not isinstance(tensor, nn.Parameter))
         empty = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
-        return Template(planned, empty, Layout.of(tensors), buffers)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        return Template(planned, empty, Layout.of(tensors), buffers, size)
 
     def _observed(self) -> Any:
         from deltaspec.merge import without_deltas

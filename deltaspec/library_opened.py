@@ -29,10 +29,9 @@ class Opened:
 
     def exceeds(self, templates: Iterable[Template]) -> bool:
         """Tell whether so many deltas are more than may be in memory."""
-        sizes = [template.size for template in templates]
-        return (self.count is not None and len(sizes) > self.count) or (
-            self.size is not None and sum(sizes) > self.size
-        )
+        if self.count is not None:
+            return sum(1 for _ in templates) > self.count
+        return self.size is not None and sum(template.size for template in templates) > self.size
 
 
 def limits(limit: int | str | None) -> tuple[int | None, int | None]:
