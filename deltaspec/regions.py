@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from deltaspec.lifted import new_graph, to_function
+from deltaspec.passes import run_passes
 from deltaspec.rewrite import Inputs, Link, emit_chain
 
 
@@ -31,6 +32,8 @@ class RegionKey:
     """Number of tensors that go into the host's parameters, through a `Lowered` base."""
     arguments: tuple[str, ...] = ()
     """Names of the host's arguments in order, where a formula asks for one."""
+    owned: bool = False
+    """What `base` gives is a new tensor that nothing else holds, so passes may let it be overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,7 @@ def region(key: RegionKey) -> Region:
         kwargs = graph.placeholder("**kwargs")
         result = _open_call(graph, key, args, kwargs, leading, tuple(inputs))
     graph.output(result)
+    run_passes(graph, key.owned)
     function, code = to_function(graph, f"region {_title(key)}")
     return Region(key, graph, code, function, tuple(bound))
 

@@ -1,0 +1,46 @@
+"""What passes may touch in a graph, and what they may overwrite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """One region's graph."""
+
+    graph: fx.Graph
+    owned: bool
+    """What `base` gives is a new tensor that nothing else holds."""
+    home: str | None
+    """FQN under which a whole model's graph finds its deltas; None where their tensors are the graph's inputs."""
+
+    def is_delta_tensor(self, node: Any) -> bool:
+        """Tell whether a node is a tensor of a delta."""
+        if not isinstance(node, fx.Node):
+            return False
+        if self.home is None:
+            return node.op == "placeholder"
+        return node.op == "get_attr" and str(node.target).startswith(f"{self.home}.")
+
+    def may_overwrite(self, node: fx.Node, user: fx.Node) -> bool:
+        """Tell whether `user` may write into what a node gives: it is new, and nothing else reads it.
+
+        The host's forward hooks do not see what `base` gives, but what leaves the region.
+        """
+        return set(node.users) == {user} and self._is_new(node)
+
+    def _is_new(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return self.owned and node.target == "base"
+        if node.op == "call_function":
+            return getattr(node.target, "gives_new_tensor", False)
+        if node.op == "call_method" and node.target == "to":  # may give its own argument
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            readers = {user for user in source.users if not (user.target is getattr and user.args[1:] == ("dtype",))}
+            return readers == {node} and self._is_new(source)
+        return False
