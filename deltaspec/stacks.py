@@ -72,6 +72,7 @@ class Stacks:
         self._deltas, self._planned = deltas, planned
         self._kinds: dict[int, tuple[tuple[PlannedSite, ...], Kind]] = {}
         self._stacks: dict[Kind, list[Stack]] = {}
+        self._kind_of: dict[Stack, Kind] = {}
         self._of: dict[str, Stack] = {}
         self._held: dict[str, Delta | None] = {}
         """Held deltas, and the modules that show them."""
@@ -94,16 +95,16 @@ class Stacks:
         return twin
 
     def kind(self, name: str) -> Kind:
-        """Give a delta's kind; of deltas that share one tuple of sites, one is looked at."""
+        """Give a delta's kind. Where deltas of one kind came to differ in dtype or device, each stack is a kind."""
+        stack = self._of.get(name)
+        return self._planned_kind(name) if stack is None else self._kind_of[stack]
+
+    def _planned_kind(self, name: str) -> Kind:
         planned = self._planned[name]
         found = self._kinds.get(id(planned.sites))
         if found is None or found[1].method != planned.method:
             found = self._kinds[id(planned.sites)] = planned.sites, kind_of(planned)
         return found[1]
-
-    def stack(self, kind: Kind) -> Stack:
-        """Give the stack of a kind (the latest, where its deltas differ in dtype or device); KeyError without one."""
-        return self._stacks[kind][-1]
 
     def of(self, name: str) -> Stack:
         """Give the stack that holds a delta, which `ensure` was asked for."""
@@ -199,10 +200,13 @@ class Stacks:
 
     def _fitting(self, name: str, layout: Layout) -> Stack:
         """Give the stack for a delta's tensors, made if there is none."""
-        stacks = self._stacks.setdefault(self.kind(name), [])
+        kind = self._planned_kind(name)
+        stacks = self._stacks.setdefault(kind, [])
         found = next((stack for stack in stacks if stack.signature == layout.signature), None)
         if found is None:
             found = Stack(layout)
+            own = Kind(kind.method, kind.sites, (kind.content, layout.signature)) if stacks else kind
+            self._kind_of[found] = own
             stacks.append(found)
         return found
 

@@ -205,6 +205,7 @@ def test_one_delta_of_another_dtype_has_a_stack_of_its_own():
     assert stacks.of("a") is stacks.of("c")
     assert stacks.of("b").tensors.keys() == stacks.of("a").tensors.keys()
     assert {tensor.dtype for tensor in stacks.of("b").tensors.values()} == {torch.float64}
+    assert stacks.kind("a") is stacks.kind("c") is not stacks.kind("b")
 
 
 def test_rows_that_were_left_are_not_written_while_others_may_see_them():
