@@ -151,7 +151,9 @@ def _regex(word: str, location: Path) -> Atom:
 
 def _named(key: str, word: str, location: Path, pattern: Pattern) -> Atom:
     def accepts(row: Row) -> bool:
-        return fullmatch(pattern, row.fqn) or any(fullmatch(pattern, alias) for alias in row.aliases)
+        if fullmatch(pattern, row.fqn):
+            return True
+        return bool(row.aliases) and any(fullmatch(pattern, alias) for alias in row.aliases)
 
     return Atom(key, dumps(word, ensure_ascii=False), location, accepts, lambda row: f"the name is {row.fqn}", word)
 

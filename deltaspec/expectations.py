@@ -9,8 +9,9 @@ from deltaspec.diagnostics import Diagnostic
 from deltaspec.modules import ModuleTable, Row
 from deltaspec.planned import PlannedDelta, PlannedSite, fraction
 from deltaspec.select import Match, select
-from deltaspec.sites import counted, is_inside, shown
+from deltaspec.sites import counted, shown
 from deltaspec.spec import Count, DeltaSpec
+from deltaspec.subtree import is_inside
 
 Result = tuple[tuple[str, ...], list[Diagnostic]]
 """Expectations that were met, in words, and findings for those that were not."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import islice, takewhile
 
 from deltaspec.budget import choose_rank
 from deltaspec.diagnostics import Diagnostic, Path
@@ -20,6 +19,7 @@ from deltaspec.planned import PlannedDelta, PlannedSite
 from deltaspec.select import select
 from deltaspec.selectors import Selector
 from deltaspec.spec import DeltaEntry, DeltaSpec
+from deltaspec.subtree import Subtrees
 
 Place = tuple[Row, str | None]
 """A module, or one parameter of it."""
@@ -52,7 +52,8 @@ class Placer:
         """Plan the delta. Where there are findings, the result holds the sites that could be planned."""
         places = self.target()
         overrides = self._overrides(places)
-        sites = [self._candidate(place, overrides) for place in places]
+        variants = [self.entry.params_with(override) for override in self.entry.overrides]
+        sites = [self._candidate(place, overrides, variants) for place in places]
         choice = choose_rank(self.method, self.entry.params, sites, self.table.parameters)
         if choice is not None:  # from here on, and in the plan's copy of the spec, it is a number
             self.spec = self.spec.with_params(self.index, choice.put(self.entry.params))
@@ -121,24 +122,15 @@ class Placer:
     def _expanded(self, places: Iterable[Place]) -> list[Place]:
         """Put modules with parameters for whole subtrees where the method descends; each place once."""
         found: dict[tuple[str, str | None], Place] = {}
-        order = {row.fqn: number for number, row in enumerate(self.table.rows)}
-        aliased = [row for row in self.table.rows if row.aliases]
+        subtrees = Subtrees(self.table)
         for row, parameter in places:
-            descends = parameter is None and self.method.descends
-            for below in self._below(row, order[row.fqn], aliased) if descends else (row,):
-                found[below.fqn, parameter] = (below, parameter)
+            descends = parameter is None and self.method.descends and row.children
+            below = [r for r in subtrees.of(row) if self.method.descends_to(r)] if descends else []
+            for taken in below or (row,):
+                found[taken.fqn, parameter] = (taken, parameter)
         if self.method.descends:  # a parameter of a module that is taken whole
             found = {key: place for key, place in found.items() if key[1] is None or (key[0], None) not in found}
-        return sorted(found.values(), key=lambda place: (order[place[0].fqn], place[1] or ""))
-
-    def _below(self, row: Row, number: int, aliased: list[Row]) -> Iterable[Row]:
-        if not row.children:
-            return (row,)
-        # The table is in the order of a walk, so what a module holds comes right after it. Every name counts: one
-        # shared with another part of the model may have its first name there.
-        below = list(takewhile(lambda r: is_inside(r.fqn, row.fqn), islice(self.table.rows, number, None)))
-        below += [r for r in aliased if any(is_inside(alias, row.fqn) for alias in r.aliases)]
-        return [r for r in below if self.method.descends_to(r)] or (row,)
+        return sorted(found.values(), key=lambda place: (subtrees.order[place[0].fqn], place[1] or ""))
 
     def _overrides(self, places: list[Place]) -> dict[tuple[str, str | None], int]:
         """Say which override each place gets: the first that matches."""
@@ -162,13 +154,11 @@ class Placer:
             self._find("DS405", message, hint, ("overrides", number, "match"))
         return chosen
 
-    def _candidate(self, place: Place, overrides: dict[tuple[str, str | None], int]) -> Candidate:
-        row, parameter = place
-        override = overrides.get((row.fqn, parameter))
-        params = self.entry.params
-        if override is not None:
-            params = self.entry.params_with(self.entry.overrides[override])
-        return self.site(row, parameter), params, override
+    def _candidate(
+        self, place: Place, overrides: dict[tuple[str, str | None], int], variants: list[MethodParams]
+    ) -> Candidate:
+        override = overrides.get((place[0].fqn, place[1]))
+        return self.site(*place), self.entry.params if override is None else variants[override], override
 
     def site(self, row: Row, parameter: str | None) -> Site:
         """Describe a place, with what the forward pass showed of it."""
@@ -263,11 +253,6 @@ class Placer:
                 if parameter.tied and site.parameter in (None, parameter.name):
                     others = ", ".join(parameter.tied)
                     self.notes.append(f"{parameter.fqn} is tied to {others}; the delta changes {site.fqn} only")
-
-
-def is_inside(fqn: str, container: str) -> bool:
-    """Tell whether a name is a module's own or lies below it; everything lies in the root."""
-    return not container or fqn == container or fqn.startswith(container + ".")
 
 
 def name(row: Row, parameter: str | None) -> str:

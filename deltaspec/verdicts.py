@@ -11,8 +11,9 @@ from deltaspec.observe import Observations
 from deltaspec.plan_text import show_params
 from deltaspec.planned import PlannedSite
 from deltaspec.select import Reason, explain
-from deltaspec.sites import Placer, is_inside
+from deltaspec.sites import Placer
 from deltaspec.spec import DeltaSpec
+from deltaspec.subtree import is_inside
 
 
 @dataclass(frozen=True, slots=True)
