@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -15,8 +16,9 @@ _LINEAR = nn.Linear.forward
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
     """Give the forward of a module's class, bound."""
-    forward = type(module).forward
-    return _linear(module) if type(module) is nn.Linear and forward is _LINEAR else MethodType(forward, module)
+    if type(module) is nn.Linear and nn.Linear.forward is _LINEAR:
+        return functools.partial(_linear, module)  # not a closure: a deep copy has to find its own module
+    return MethodType(type(module).forward, module)
 
 
 def gives_new_tensor(kind: type[nn.Module]) -> bool:
@@ -29,22 +31,17 @@ def gives_new_tensor(kind: type[nn.Module]) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-def _linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Give nn.Linear's forward without `nn.Module.__getattr__`, which costs more than dispatching the product.
+def _linear(module: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002, named as nn.Linear names it
+    """Run nn.Linear's forward without `nn.Module.__getattr__`, which costs as much as dispatching the product.
 
     The parameters are looked up in every call where nn.Module keeps them, so a replaced one is seen; where another
     library keeps them elsewhere (pruning, parametrisations), the class's own forward finds them.
     """
-
-    def forward(input: Tensor) -> Tensor:  # noqa: A002, named as nn.Linear names it
-        attributes = module.__dict__
-        own = attributes["_parameters"]
-        if "weight" in attributes or "bias" in attributes or "weight" not in own or "bias" not in own or _compiling():
-            output: Tensor = type(module).forward(module, input)
-            return output
-        return F.linear(input, own["weight"], own["bias"])
-
-    return forward
+    attributes = module.__dict__
+    own = attributes["_parameters"]
+    if "weight" in attributes or "bias" in attributes or "weight" not in own or "bias" not in own or _compiling():
+        return type(module).forward(module, input)
+    return F.linear(input, own["weight"], own["bias"])
 
 
 _compiling = torch.compiler.is_compiling

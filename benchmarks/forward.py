@@ -1,0 +1,119 @@
+"""What the forward of one site costs, and what each pass saves: every pass has a row that pays for it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import deltaspec
+from benchmarks.harness import Row, excess, interleave, many, ratio, seconds
+from benchmarks.models import LLAMA_LINEAR, llama, peft, spec
+from deltaspec.hosts import own_forward
+from deltaspec.passes.fuse_addition import add_low_rank_
+
+SIZES = ((1, 1), (1, 16), (8, 128))
+
+
+def forwards() -> Iterator[Row]:
+    """One forward with LoRA attached on all linear layers, over the bare backbone, beside the arithmetic alone."""
+    base = llama()
+    ours = deltaspec.compile(base, spec(["d0"], LLAMA_LINEAR))
+    peer = peft(base, ["d0"], LLAMA_LINEAR)
+    merged = ours.merge()
+    for batch, tokens, limit, pairs in ((*SIZES[0], 1 / 3, 200), (*SIZES[1], 1 / 3, 100), (*SIZES[2], 1 / 2, 20)):
+        ids = torch.randint(0, 1000, (batch, tokens))
+
+        def run(model: nn.Module, ids: Tensor = ids) -> Callable[[], None]:
+            def forward() -> None:
+                with torch.no_grad():
+                    model(input_ids=ids, use_cache=False)
+
+            return forward
+
+        contestants = {"bare": run(base), "ours": run(ours), "peer": run(peer), "merged": run(merged)}
+        times = interleave(contestants, pairs)
+        first, second, part, text = excess(times["ours"], times["peer"], times["bare"])
+        least = _arithmetic(ours, batch * tokens) / sorted(times["bare"])[pairs // 2]
+        yield Row(
+            f"LoRA on 56 linears attached, over bare, {batch} × {tokens} tokens (8 × 512 Llama)",
+            f"{first:.3f} ×",
+            f"{second:.3f} ×",
+            text,
+            f"≤ {limit:.2g}",
+            "yes" if part <= limit else "no",
+            f"the low-rank products alone, accumulated in place, take {least:.3f} of the bare forward",
+        )
+        if tokens == 16:
+            _, merged_text = ratio(times["merged"], times["bare"])
+            yield Row("merged, over bare, 1 × 16 tokens", f"{merged_text} ×", "-", "-", "1", "-")
+
+
+def _arithmetic(ours: deltaspec.CompiledModel, rows: int) -> float:
+    """Time the two products of every site on prepared operands, without any model around them; seconds."""
+    calls = []
+    parameters = dict(ours.deltas["d0"].named_parameters())
+    for name, down in parameters.items():
+        if not name.endswith("/down"):
+            continue
+        up = parameters[name.removesuffix("down") + "up"]
+        x, y, first, second = torch.randn(rows, down.shape[1]), torch.randn(rows, up.shape[0]), down.t(), up.t()
+        calls.append((x, y, first, second))
+
+    def run() -> None:
+        with torch.no_grad():
+            for x, y, first, second in calls:
+                y.addmm_(x.mm(first), second, alpha=2.0)
+
+    return sorted(interleave({"alone": run}, 20)["alone"])[10]
+
+
+def passes() -> Iterator[Row]:
+    """One site (LoRA of rank 8 on 512 → 512), without and with each pass."""
+    host = nn.Linear(512, 512, bias=False).requires_grad_(False)
+    down, up = nn.Parameter(torch.randn(8, 512)), nn.Parameter(torch.randn(512, 8) * 0.01)
+    own = functools.partial(nn.Linear.forward, host)
+
+    for rows, pairs in ((1, 100), (16, 100), (1024, 30)):
+        x = torch.randn(1, rows, 512)
+
+        def plain(x: Tensor = x) -> Tensor:
+            return torch.add(host(x), F.linear(F.linear(x, down), up), alpha=2.0)
+
+        def fused(x: Tensor = x) -> Tensor:
+            return add_low_rank_(host(x), x, down, up, 2.0)
+
+        yield _against(f"pass fuse_addition, one site, {rows} rows", {"plain": plain, "fused": fused}, rows, pairs)
+        yield _against(
+            f"training step of one site, fused, {rows} rows",
+            {"plain": _backward(plain, x), "fused": _backward(fused, x)},
+            rows,
+            pairs,
+            training=True,
+        )
+    x = torch.randn(1, 1, 512)
+    quick = own_forward(host)
+    yield _against("a linear host's own forward, 1 row", {"plain": lambda: own(x), "fused": lambda: quick(x)}, 1, 100)
+
+
+def _backward(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+    entering = x.clone().requires_grad_()
+
+    def step() -> None:
+        run(entering).sum().backward()
+
+    return step
+
+
+def _against(
+    what: str, contestants: dict[str, Callable[[], object]], rows: int, pairs: int, training: bool = False
+) -> Row:
+    repeats = max(1, 300 // rows)
+    with torch.set_grad_enabled(training):
+        times = interleave({name: many(run, repeats) for name, run in contestants.items()}, pairs)
+    median, text = ratio(times["fused"], times["plain"])
+    ours, theirs = seconds(times["fused"], 1 / repeats), f"{seconds(times['plain'], 1 / repeats)} (as written)"
+    return Row(what, ours, theirs, f"{text} × the time", "≤ 1", "yes" if median <= 1 else "no")
