@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -28,38 +28,12 @@ from deltaspec.substitution import Attend, Fold, Lowered, Swapped
 from deltaspec.switching import Forward as Forward
 from deltaspec.switching import Program
 from deltaspec.symbolic import SiteNames, compile_graph, copy_graph, rewrite_site
+from deltaspec.visits import Visit as Visit
+from deltaspec.visits import Visits
+from deltaspec.visits import host_of as host_of
 
 if TYPE_CHECKING:
-    from deltaspec.planned import PlannedDelta, PlannedSite
-
-
-@dataclass(frozen=True, slots=True)
-class Visit:
-    """One delta at one host module, in the order of the spec."""
-
-    delta: str
-    method: str
-    planned: PlannedSite
-    lowered: bool
-    """Works through the host's parameters instead of around its call."""
-
-
-class Visits(dict[str, dict[str, list[Visit]]]):
-    """Visits of deltas, by host; worked out when they are first asked for."""
-
-    def __init__(self, planned: Mapping[str, PlannedDelta] | None = None) -> None:
-        super().__init__()
-        self.planned = planned or {}
-
-    def __missing__(self, name: str) -> dict[str, list[Visit]]:
-        planned = self.planned[name]
-        method = methods()[planned.method]
-        found: dict[str, list[Visit]] = {}
-        for site in planned.sites:
-            visit = Visit(name, planned.method, site, method.folds(site.site, site.params))
-            found.setdefault(host_of(site.site), []).append(visit)
-        self[name] = found
-        return found
+    from deltaspec.planned import PlannedDelta
 
 
 class Programmer:
@@ -247,11 +221,6 @@ class Programmer:
         tensors = {s.name: prefix + attribute_name(storage_key(planned.site.row.fqn, s)) for s in planned.tensors}
         probability = getattr(planned.params, "dropout", 0)
         return SiteNames(tensors, prefix + Delta.dropout_name(probability) if probability else None)
-
-
-def host_of(site: Site) -> str:
-    """Give the FQN of the module whose forward changes for a site."""
-    return site.row.fqn if site.host is None else site.host
 
 
 def form_of(site: Site, tensors: tuple[str, ...]) -> Form:
