@@ -23,8 +23,9 @@ SUPPORTED = ("sdpa", "eager")
 """Attention functions whose masks we can lengthen."""
 _ROUTE = "_deltaspec_route"
 
-Attention = Callable[[Tensor, Tensor, Tensor], Any]
-"""From query, key and value, each `[batch, heads, positions, width]`, to (output, weights or None)."""
+Attention = Callable[..., Any]
+"""From query, key and value, each `[batch, heads, positions, width]`, to (output, weights or None). Where keys are put
+in front for some rows alone, those rows come as a fourth argument, boolean `[batch]`."""
 Hook = Callable[[Tensor, Tensor, Tensor, Attention], Any]
 """Computes attention anew, given what it is without the hook."""
 
@@ -107,14 +108,15 @@ def attention(
         causal = getattr(module, "is_causal", True)
     implied = implementation == "sdpa" and causal and query.shape[2] > 1
 
-    def own(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    def own(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Any:
         more, mask, rest = k.shape[2] - length, attention_mask, kwargs
         if more:
-            if mask is not None:
+            if mask is None and implied:
+                mask = torch.ones(q.shape[2], length, dtype=torch.bool, device=q.device).tril()[None, None]
+            if seen is not None:
+                mask = _lengthened_by_row(mask, seen, q, length, boolean=implementation == "sdpa")
+            elif mask is not None:
                 mask = _lengthened(mask, more, visible=True)
-            elif implied:
-                seen = torch.ones(q.shape[2], length, dtype=torch.bool, device=q.device).tril()
-                mask = _lengthened(seen, more, visible=True)[None, None]
             if rest.get("position_bias") is not None:
                 rest = {**rest, "position_bias": _lengthened(rest["position_bias"], more, visible=False)}
         return function(module, q, k, v, mask, *args, **rest)
@@ -127,7 +129,34 @@ def attention(
 
 
 def _around(hook: Hook, inner: Attention) -> Attention:
-    return lambda query, key, value: hook(query, key, value, inner)
+    """Let a hook compute attention; `seen`, `[batch, keys in front]`, says which rows see which."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Any:
+        def base(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None) -> Any:
+            more = k.shape[2] - key.shape[2]
+            if not more or (rows is None and seen is None):
+                return inner(q, k, v) if seen is None else inner(q, k, v, seen)
+            own = torch.ones(q.shape[0], dtype=torch.bool, device=q.device) if rows is None else rows
+            own = own[:, None].expand(-1, more)
+            return inner(q, k, v, own if seen is None else torch.cat([own, seen], dim=1))
+
+        return hook(query, key, value, base)
+
+    return run
+
+
+def _lengthened_by_row(mask: Tensor | None, seen: Tensor, query: Tensor, length: int, boolean: bool) -> Tensor:
+    """Put columns in front of a mask `[batch or 1, heads or 1, queries or 1, length]` that only some rows see."""
+    front = seen[:, None, None, :]
+    if mask is None:
+        mask = torch.ones(1, 1, 1, length, dtype=torch.bool, device=query.device)
+        if not boolean:  # what is added to scores
+            mask = torch.zeros_like(mask, dtype=query.dtype)
+    if mask.dtype != torch.bool:
+        nothing = torch.zeros((), dtype=mask.dtype, device=mask.device)
+        front = torch.where(front, nothing, torch.finfo(mask.dtype).min)
+    rest = mask.expand(seen.shape[0], -1, -1, -1)
+    return torch.cat([front.expand(*rest.shape[:-1], -1), rest], dim=-1)
 
 
 def _lengthened(mask: Tensor, more: int, visible: bool) -> Tensor:

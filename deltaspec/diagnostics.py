@@ -93,6 +93,7 @@ CODES: dict[str, str] = {
     "DS444": "rows that are not prepared under torch.compile",
     "DS445": "a forward with rows inside another one",
     "DS446": "a strength for a delta that acts wholly or not at all",
+    "DS447": "rows with prompts whose positions the model would number in a way of its own",
     "DS450": "prompt whose end cannot be told",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",

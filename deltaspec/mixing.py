@@ -19,6 +19,7 @@ from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.frozen import FrozenStatistics
 from deltaspec.observe import Recorder
 from deltaspec.programs import Forward
+from deltaspec.row_binding import put_prompts_in_front
 from deltaspec.rowwise import bind_rows, refusals
 from deltaspec.slots import Batch, Slot
 
@@ -91,6 +92,7 @@ class Mixer:
         attachments.require(names)
         if findings := [finding for name in names for finding in refusals(attachments, name)]:
             raise DeltaSpecError(list(dict.fromkeys(findings)))
+        attachments.refuse_strengths(dict.fromkeys(n for row in rows for n, strength in row.items() if strength != 1.0))
         for stack in {tuple(row) for row in rows if len(row) > 1}:
             attachments.refuse_rivals(stack)
         attachments.derive(name for name in names if name not in attachments.active)
@@ -125,6 +127,7 @@ class Mixer:
             for host in programmer.hosts[name]:
                 hosts.setdefault(host, []).append((slot, name))
         made = {host: bind_rows(self._attachments, host, given) for host, given in hosts.items()}
+        made |= put_prompts_in_front(self._attachments, hosts, made)
         for fqn in programmer.statistics:
             made.setdefault(fqn, FrozenStatistics(programmer.modules[fqn]))
         made[""] = Entering(self, made.get("") or programmer.own_forward(""))

@@ -258,9 +258,9 @@ class Following(Around):
         return self.forward(**given)
 
 
-def checked_mask(given: dict[str, Any]) -> Tensor | None:
+def checked_mask(given: dict[str, Any], name: str = "attention_mask") -> Tensor | None:
     """Give the mask of the padding. Raises DeltaSpecError for another one."""
-    mask = given.get("attention_mask")
+    mask = given.get(name)
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         message = "a prompt needs an attention_mask of shape [batch, tokens]; this one was made for the model alone"
         raise prompt_error(message, "pass the 2-D mask of the padding")

@@ -15,6 +15,7 @@ from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.frozen import FrozenStatistics
 from deltaspec.methods import methods
 from deltaspec.programs import Forward, Programmer, Visit, call_form, host_of
+from deltaspec.row_binding import attend_rows, virtual_tokens
 from deltaspec.slots import Slot, Source, align
 from deltaspec.strengths import Strengths
 from deltaspec.substitution import Fold, FoldedRows, Swapped
@@ -27,11 +28,14 @@ def bind_rows(attachments: Attachments, host: str, given: Sequence[tuple[Slot, s
     """Build a host's forward for slots, each of the kind of the named delta, in order of application."""
     programmer, module = attachments.programmer, attachments.programmer.modules[host]
     folds: list[tuple[Fold, tuple[Source, ...], Slot]] = []
+    attends: list[tuple[Slot, Visit]] = []
     links, visits = [], []
     bound: list[Any] = []
     for slot, name in given:
         stack = attachments.stacks.of(name)
         for visit in (visit for visit in programmer.visits_of(name) if host_of(visit.planned.site) == host):
+            if virtual_tokens(visit):
+                continue
             visits.append(visit)
             link, _, dropout = programmer.link(visit, module)
             fqn = visit.planned.site.row.fqn
@@ -39,6 +43,8 @@ def bind_rows(attachments: Attachments, host: str, given: Sequence[tuple[Slot, s
             if visit.lowered:
                 fold = Fold((), methods()[visit.method], link.params, visit.planned.site, link.form.tensors)
                 folds.append((fold, sources, slot))
+            elif methods()[visit.method].attends:
+                attends.append((slot, visit))
             else:
                 links.append(replace(link, per_row=True))
                 bound += [*sources, *dropout, slot]
@@ -47,8 +53,12 @@ def bind_rows(attachments: Attachments, host: str, given: Sequence[tuple[Slot, s
         if not all(_is_simple(programmer, visit) for visit in visits if visit.lowered):
             return HostRows(attachments, host, given)
         base = FoldedRows(module, tuple(folds), host in programmer.statistics)
+    elif attends:
+        base = attend_rows(attachments, host, attends)
     elif host in programmer.statistics:
         base = FrozenStatistics(module)
+    if not visits:
+        return programmer.own_forward(host)
     built = programmer.region_of(host, visits, tuple(links))
     if "swapped" in built.bound:
         bound.append(Swapped(module))

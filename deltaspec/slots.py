@@ -15,7 +15,7 @@ from torch import Tensor
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 
 if TYPE_CHECKING:
-    from deltaspec.assignment import Rows
+    from deltaspec.assignment import Row, Rows
     from deltaspec.deltas import Deltas
     from deltaspec.stacks import Stack
 
@@ -77,6 +77,23 @@ class Slot:
         """The deltas that rows have here. Only training asks: in a compiled graph they are no data."""
         return () if self._rows is None else self._rows.names[self._number]
 
+    @property
+    def deltas(self) -> tuple[Row, ...]:
+        """What each row is under, in all slots; no data in a compiled graph."""
+        return () if self._rows is None else self._rows.deltas
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row has a delta here, where that is known: in a compiled graph it is data."""
+        return not torch.compiler.is_compiling() and not self.names
+
+    @property
+    def partial(self) -> bool:
+        """Whether some row may have its delta here at another strength than its full one; in a compiled graph."""
+        if torch.compiler.is_compiling():
+            return True
+        return any(row.get(name, 1.0) != 1.0 for row in self.deltas for name in self.names)
+
     def grown(self, name: str, size: int) -> Tensor:
         """Give one of the tensors for a first dimension of this length: rows repeat in place, as beams do."""
         tensor: Tensor = getattr(self, name)
@@ -109,6 +126,10 @@ class Source:
                 place = slot.grown("local", size)
                 return table.index_select(0, place if zeros else (place - 1).clamp(min=0))
         return stacked.index_select(0, slot.grown("index" if zeros else "nearest", size))
+
+    def of(self, name: str) -> Tensor:
+        """Give one delta's tensor."""
+        return self._tensor(name, self._stack.tensors[self.key])
 
     def _tensor(self, name: str, stacked: Tensor) -> Tensor:
         """Give a delta's own tensor: its parameter, or its row, where it is in a library and not in training."""

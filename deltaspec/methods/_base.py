@@ -239,6 +239,8 @@ class Method(ABC):
 
         `q`, `k`, `v` are `[batch, heads, positions, width]`. `base(q, k, v)` gives what is attended to without this
         delta; keys and values that are put in front of the given ones are seen by every query. Dtypes are not settled.
+        Where rows of the batch have tensors of their own, those of `t` have the rows as first dimension; a method that
+        has a `simpler` one is computed as that.
         """
         raise AssertionError(f"{self.name} has no formula inside attention")
 

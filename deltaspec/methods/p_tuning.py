@@ -44,7 +44,7 @@ class PTuning(PromptMethod):
     summary = "embeddings in front of the input, from a small encoder that folds away"
     paper = "GPT Understands, Too (arXiv:2103.10385)"
     Params = PTuningParams
-    promises = Promises(identity_at_start=False, weight=None, per_row=False)
+    promises = Promises(identity_at_start=False, weight=None, per_row=True)
     default_roles = ("embed",)
 
     def tensors(self, site: Site, params: PTuningParams) -> tuple[TensorSpec, ...]:

@@ -34,7 +34,7 @@ class Prefix(Method):
     summary = "learned keys and values in front of what attention sees"
     paper = "Prefix-Tuning: Optimizing Continuous Prompts for Generation (arXiv:2101.00190)"
     Params = PrefixParams
-    promises = Promises(identity_at_start=False, weight=None, per_row=False)
+    promises = Promises(identity_at_start=False, weight=None, per_row=True)
     default_roles = ("attn", "cross_attn")
     descends = True
     attends = True
@@ -104,9 +104,12 @@ class Prefix(Method):
 
     @staticmethod
     def _in_front(rows: Tensor, of: Tensor) -> Tensor:
-        """Shape `[tokens, heads * width]` rows like keys or values `[batch, heads, positions, width]`."""
-        heads = rows.to(of.dtype).reshape(rows.shape[0], of.shape[1], of.shape[3]).transpose(0, 1)
-        return heads.expand(of.shape[0], *heads.shape)
+        """Shape `[tokens, heads * width]` rows like keys or values `[batch, heads, positions, width]`.
+
+        They may be `[batch, tokens, heads * width]`, too.
+        """
+        heads = rows.to(of.dtype).reshape(*rows.shape[:-1], of.shape[1], of.shape[3]).transpose(-3, -2)
+        return heads.expand(of.shape[0], *heads.shape[-3:])
 
     def simpler(self, params: PrefixParams) -> tuple[str, dict[str, Any]] | None:
         """Without the reparametrisation, it is the plain method."""

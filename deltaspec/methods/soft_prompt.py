@@ -57,7 +57,7 @@ class SoftPrompt(PromptMethod):
     summary = "learned embeddings in front of the input"
     paper = "The Power of Scale for Parameter-Efficient Prompt Tuning (arXiv:2104.08691)"
     Params = SoftPromptParams
-    promises = Promises(identity_at_start=False, weight=None, per_row=False)
+    promises = Promises(identity_at_start=False, weight=None, per_row=True)
     start = frozenset({"init", "text", "tokenizer", "token_ids"})
     default_roles = ("embed",)
 
