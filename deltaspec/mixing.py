@@ -19,7 +19,7 @@ from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.frozen import FrozenStatistics
 from deltaspec.observe import Recorder
 from deltaspec.programs import Forward
-from deltaspec.row_binding import put_prompts_in_front
+from deltaspec.row_binding import put_prompts_in_front, touched
 from deltaspec.rowwise import bind_rows, refusals
 from deltaspec.slots import Batch, Slot
 
@@ -148,7 +148,8 @@ class Mixer:
         if self.armed:
             return
         programmer = self._attachments.programmer
-        for host in self._mixed.keys() | {""}:
+        # What is attached where no row has anything steps aside, too.
+        for host in self._mixed.keys() | {""} | touched(programmer, self._attachments.active):
             attributes = programmer.modules[host].__dict__
             before = attributes.get("forward")
             own = programmer.own_forward(host)

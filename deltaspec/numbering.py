@@ -21,9 +21,9 @@ _TOKENS, _PADDING = 4, 2
 
 
 class Numbering(Enum):
-    """What a model that keeps a cache needs where padding is put in front of its rows."""
+    """What a model needs where padding is put in front of its rows."""
 
-    NO_CACHE = "it keeps no cache unless it is asked to, and its numbering was not tried"
+    NO_CACHE = "nothing: it keeps no cache, though it is asked to"
     COLUMNS = "it numbers columns from 0 on, and takes other numbers"
     OWN = "its numbering leaves padding out by itself, where it is given ids"
     UNKNOWN = "its numbering is another one"
@@ -43,8 +43,7 @@ def numbering_of(module: nn.Module, forward: Callable[..., Any]) -> Numbering:
 @torch.no_grad()
 def _try(module: nn.Module, forward: Callable[..., Any]) -> Numbering:
     names = signature(type(module).forward).parameters
-    if "past_key_values" not in names:
-        return Numbering.NO_CACHE
+    asked: dict[str, Any] = {"return_dict": True} | ({"use_cache": True} if "use_cache" in names else {})
     config = getattr(module, "config", None)
     pad, words = max(0, getattr(config, "pad_token_id", None) or 0), getattr(config, "vocab_size", 0)
     ids = [word for word in range(words) if word != pad][-_TOKENS:]
@@ -55,7 +54,7 @@ def _try(module: nn.Module, forward: Callable[..., Any]) -> Numbering:
     def run(padding: int, **more: Tensor) -> Tensor:
         row = torch.tensor([[pad] * padding + ids], device=device)
         mask = torch.tensor([[0] * padding + [1] * _TOKENS], device=device)
-        output = forward(input_ids=row, attention_mask=mask, return_dict=True, **more)
+        output = forward(input_ids=row, attention_mask=mask, **asked, **more)
         hidden: Tensor = output["last_hidden_state"][:, padding:]
         caches.append(isinstance(output, Mapping) and output.get("past_key_values") is not None)
         return hidden.float()

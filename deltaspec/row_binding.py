@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from deltaspec.deltas import storage_key
 from deltaspec.methods import methods
 from deltaspec.numbering import numbering_of
-from deltaspec.programs import Forward, Visit, form_of
+from deltaspec.programs import Forward, Programmer, Visit, form_of
 from deltaspec.row_attention import AttendedRows, AttendRows
 from deltaspec.row_prompts import EmbeddedRows, FollowingRows, Front, PromptedRows
 from deltaspec.row_tables import Table
@@ -63,6 +63,17 @@ def put_prompts_in_front(
         found[fqn] = PromptedRows(module, so_far(fqn), programmer.modules[host], front, numbering)
         if follower is not None:
             found[follower] = FollowingRows(programmer.modules[follower], so_far(follower), front)
+    return found
+
+
+def touched(programmer: Programmer, names: Iterable[str]) -> set[str]:
+    """Give the FQNs of the modules whose forwards change while these deltas are attached."""
+    found: set[str] = set()
+    for name in names:
+        for host, visits in programmer.hosts[name].items():
+            found.add(host)
+            entering = [v.planned.site.row.entrance for v in visits if virtual_tokens(v)]
+            found.update(fqn for e in entering if e is not None for fqn in (e.fqn, e.follower) if fqn is not None)
     return found
 
 

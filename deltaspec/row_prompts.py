@@ -164,9 +164,8 @@ class PromptedRows(Prompted):
         return gap
 
     def _keeps_cache(self, given: dict[str, Any]) -> bool:
-        if given.get("past_key_values") is not None or given.get("use_cache"):
-            return True
-        return given.get("use_cache") is None and self.numbering not in (None, Numbering.NO_CACHE)
+        able = self.numbering not in (None, Numbering.NO_CACHE)
+        return given.get("past_key_values") is not None or (able and given.get("use_cache") is not False)
 
     def _number(self, given: dict[str, Any], entering: Tensor, past: int) -> None:
         """Say which positions the tokens have, where the model would number columns."""
