@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from deltaspec import contract_sharing
 from deltaspec.clone import clone
 from deltaspec.compiler import compile_plan
 from deltaspec.deltas import home, storage_key
@@ -237,5 +238,7 @@ CLAUSES: dict[str, Callable[[Case], None]] = {
     "merging": _merging,
     "copies": _copies,
     "learning": _learning,
+    "strength": contract_sharing.strength,
+    "rows": contract_sharing.rows,
 }
 """In the order in which they are checked."""
