@@ -73,6 +73,7 @@ class Mixer:
         self._mixed: dict[str, dict[Kinds, Forward]] = {}
         """By host."""
         self._made: set[Kinds] = set()
+        self._mixable: set[Kind] = set()
         self._installed: list[tuple[dict[str, Any], Forward | None]] = []
         """(module's `__dict__`, the instance-level forward it had before); empty while nothing is armed."""
 
@@ -90,15 +91,17 @@ class Mixer:
         rows = parse_rows(deltas, attachments.order)
         names = tuple(dict.fromkeys([*(name for row in rows for name in row), *among]))
         attachments.require(names)
-        if findings := [finding for name in names for finding in refusals(attachments, name)]:
-            raise DeltaSpecError(list(dict.fromkeys(findings)))
+        stacks = attachments.stacks
+        kinds = {name: stacks.kind(name) for name in names}
+        if not self._mixable.issuperset(kinds.values()):
+            if findings := [finding for name in names for finding in refusals(attachments, name)]:
+                raise DeltaSpecError(list(dict.fromkeys(findings)))
+            self._mixable.update(kinds.values())
         attachments.refuse_strengths(dict.fromkeys(n for row in rows for n, strength in row.items() if strength != 1.0))
         for stack in {tuple(row) for row in rows if len(row) > 1}:
             attachments.refuse_rivals(stack)
         attachments.derive(name for name in names if name not in attachments.active)
-        stacks = attachments.stacks
         stacks.ensure(names)
-        kinds = {name: stacks.kind(name) for name in names}
         stacked = [tuple(kinds[name] for name in row) for row in (*rows, *([name] for name in among))]
         slots = chain(stacked, self._number)
         keys = tuple(f"{kind.method} {self._number(kind)}" for kind in slots)
@@ -173,9 +176,12 @@ class Mixer:
 
         Raises DeltaSpecError: see `rows`; DS443 for a batch of another size, DS445 for a call inside another one.
         """
-        rows = deltas if isinstance(deltas, Rows) else self.rows(deltas)
-        if rows.kinds not in self._made or not self._is_current(rows):
-            rows = self.rows(rows.deltas)
+        if not isinstance(deltas, Rows):
+            rows = self.rows(deltas)
+        elif deltas.kinds in self._made and self._is_current(deltas):
+            rows = deltas
+        else:
+            rows = self.rows(deltas.deltas)
         self._start(rows, args, kwargs)
         armed = self.armed
         if not armed:

@@ -40,7 +40,7 @@ class Batch:
 class Slot:
     """One place in the order of application: the delta of each row, and its strength."""
 
-    __slots__ = ("_grown", "_number", "_rows", "batch", "index", "local", "nearest", "strength")
+    __slots__ = ("_grown", "_number", "_rows", "_shaped", "batch", "index", "local", "nearest", "strength")
 
     def __init__(self, number: int, batch: Batch) -> None:
         self._number, self.batch = number, batch
@@ -57,12 +57,13 @@ class Slot:
         self.local, self.strength = rows.local[number], rows.strength[number]
         self._rows: Rows | None = rows
         self._grown: dict[tuple[str, int], Tensor] = {}
+        self._shaped: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def clear(self) -> None:
         """Forget the assignment."""
         self.index = self.nearest = self.local = self.strength = _NONE
         self._rows = None
-        self._grown = {}
+        self._grown, self._shaped = {}, {}
 
     @property
     def assigned(self) -> list[tuple[str, float] | None]:
@@ -93,6 +94,16 @@ class Slot:
         if torch.compiler.is_compiling():
             return True
         return any(row.get(name, 1.0) != 1.0 for row in self.deltas for name in self.names)
+
+    def strengths_like(self, x: Tensor) -> Tensor:
+        """Give the strengths `[rows, 1, …]` for a tensor `[rows, …]`, in its dtype."""
+        if torch.compiler.is_compiling():
+            return align(self.grown("strength", x.shape[0]), x).to(x.dtype)
+        key = (x.shape[0], x.dim(), x.dtype)
+        found = self._shaped.get(key)
+        if found is None:
+            found = self._shaped[key] = align(self.grown("strength", x.shape[0]), x).to(x.dtype)
+        return found
 
     def grown(self, name: str, size: int) -> Tensor:
         """Give one of the tensors for a first dimension of this length: rows repeat in place, as beams do."""
@@ -173,7 +184,7 @@ def toward(without: Tensor, with_it: Tensor, strength: Tensor) -> Tensor:
 
 def toward_rows(without: Tensor, with_it: Tensor, slot: Slot) -> Tensor:
     """Go, row by row, from what is without a delta to what is with it: exactly the one at strength 0."""
-    return torch.lerp(without, with_it, align(slot.grown("strength", with_it.shape[0]), with_it).to(with_it.dtype))
+    return torch.lerp(without, with_it, slot.strengths_like(with_it))
 
 
 def align(values: Tensor, like: Tensor) -> Tensor:
@@ -184,14 +195,19 @@ def align(values: Tensor, like: Tensor) -> Tensor:
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply `[rows, …, in]` by `[rows, out, in]`, row by row; the bias is `[rows, out]`."""
-    y = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), weight.mT).reshape(*x.shape[:-1], weight.shape[1])
+    if x.dim() == 3:
+        y = torch.bmm(x, weight.mT)
+    else:
+        y = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), weight.mT).reshape(*x.shape[:-1], weight.shape[1])
     return y if bias is None else y + align(bias, y)
 
 
 def add_linear_rows(y: Tensor, x: Tensor, weight: Tensor, slot: Slot, scale: float = 1.0) -> Tensor:
     """Add, row by row, strength · scale · x Wᵀ to y. `x` is narrow, so the strength is applied to it."""
-    scaled = x * align(slot.grown("strength", x.shape[0]), x).to(x.dtype)
+    scaled = x * slot.strengths_like(x)
     if y.dim() == 3 and x.dim() == 3:
+        if x.shape[1] == 1:  # a matrix and a vector a row, which is slow the other way round
+            return torch.baddbmm(y.mT, weight, scaled.mT, alpha=scale).mT
         return torch.baddbmm(y, scaled, weight.mT, alpha=scale)
     return torch.add(y, linear_rows(scaled, weight), alpha=scale)
 
