@@ -171,8 +171,12 @@ class Mixer:
         return armed
 
     @contextmanager
-    def using(self, deltas: Sequence[Any] | Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    def using(
+        self, deltas: Sequence[Any] | Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool = False
+    ) -> Iterator[None]:
         """Run what is called inside with these rows; `args` and `kwargs` are those of the call.
+
+        `keep` is for many forwards: what rows are under is gathered once, and takes memory until the end.
 
         Raises DeltaSpecError: see `rows`; DS443 for a batch of another size, DS445 for a call inside another one.
         """
@@ -182,7 +186,7 @@ class Mixer:
             rows = deltas
         else:
             rows = self.rows(deltas.deltas)
-        self._start(rows, args, kwargs)
+        self._start(rows, args, kwargs, keep)
         armed = self.armed
         if not armed:
             self._attachments.arm()
@@ -218,13 +222,13 @@ class Mixer:
         stacks.ensure(rows.places)
         return all(stacks.of(name).names[name] == place for name, place in rows.places.items())
 
-    def _start(self, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _start(self, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool = False) -> None:
         if self.running is not None:
             raise DeltaSpecError([_nested()])
         self.batch.rows = self.batch.size = len(rows)
         self.measure(args, kwargs)
         for slot in self._slots[: len(rows.kinds)]:
-            slot.fill(rows)
+            slot.fill(rows, keep)
         self.running = rows.kinds
 
     def _stop(self) -> None:

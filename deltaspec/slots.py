@@ -40,14 +40,14 @@ class Batch:
 class Slot:
     """One place in the order of application: the delta of each row, and its strength."""
 
-    __slots__ = ("_grown", "_number", "_rows", "_shaped", "batch", "index", "local", "nearest", "strength")
+    __slots__ = ("_grown", "_number", "_rows", "_shaped", "batch", "index", "kept", "local", "nearest", "strength")
 
     def __init__(self, number: int, batch: Batch) -> None:
         self._number, self.batch = number, batch
         self.clear()
 
-    def fill(self, rows: Rows) -> None:
-        """Take an assignment. All tensors are `[rows]`.
+    def fill(self, rows: Rows, keep: bool = False) -> None:
+        """Take an assignment; `keep` what is gathered for it, for many forwards in a row. All tensors are `[rows]`.
 
         `index` are places in the kind's stack, 0 where a row has no delta; `nearest` has another row's place there, for
         formulas that zeros would break. `local` are places among `names`, from 1. `strength` is 0 for no delta.
@@ -58,12 +58,13 @@ class Slot:
         self._rows: Rows | None = rows
         self._grown: dict[tuple[str, int], Tensor] = {}
         self._shaped: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self.kept: dict[tuple[Source, int, bool], Tensor] | None = {} if keep else None
 
     def clear(self) -> None:
         """Forget the assignment."""
         self.index = self.nearest = self.local = self.strength = _NONE
         self._rows = None
-        self._grown, self._shaped = {}, {}
+        self._grown, self._shaped, self.kept = {}, {}, None
 
     @property
     def assigned(self) -> list[tuple[str, float] | None]:
@@ -136,7 +137,13 @@ class Source:
                 table = torch.stack([stacked[0], *own] if zeros else own)
                 place = slot.grown("local", size)
                 return table.index_select(0, place if zeros else (place - 1).clamp(min=0))
-        return stacked.index_select(0, slot.grown("index" if zeros else "nearest", size))
+        if slot.kept is None:
+            return stacked.index_select(0, slot.grown("index" if zeros else "nearest", size))
+        found = slot.kept.get((self, size, zeros))
+        if found is None:
+            found = stacked.index_select(0, slot.grown("index" if zeros else "nearest", size))
+            slot.kept[self, size, zeros] = found
+        return found
 
     def of(self, name: str) -> Tensor:
         """Give one delta's tensor."""
