@@ -20,7 +20,7 @@ _NAMES = {
     "other": "blocks",
 }
 _WIDTH = 768
-_HEAD = "| method | what it learns | at start | merges | modules | paper |\n|---|---|---|---|---|---|\n"
+_HEAD = "| method | what it learns | at start | merges | rows mix | strength | modules | paper |\n|---|---|---|---|---|---|---|---|\n"
 
 
 def methods_table(methods: Mapping[str, Method]) -> str:
@@ -42,6 +42,8 @@ def _cells(method: Method) -> Iterator[str]:
     yield method.summary
     yield "identity" if method.promises.identity_at_start else "changed"
     yield {"add": "yes", "replace": "yes, replaces", None: "no"}[method.promises.weight]
+    yield "yes" if method.promises.per_row else "no"
+    yield method.strength or "all or nothing"
     yield ", ".join(accepted(method)) or "-"
     yield method.paper
 

@@ -174,6 +174,12 @@ class Method(ABC):
     Such a site looks like a Linear (or Conv1D, where the matrices are stored as `[in, out]`) without a bias, whose
     `weight` is the parameter, or one matrix of the stack; it works by `fold` alone. All formulas are written for one
     matrix: tensors, initial values and `fold` are stacked outside."""
+    strength: ClassVar[Literal["output", "weight", "attention"] | None] = "output"
+    """What a strength scales: the way from what is without the delta (0, to the bit) to what is with it (1).
+
+    `output`: the site's output, and what enters it where the formula changes that; where the site works by `fold`,
+    its weight. `weight`: the weight at every site. `attention`: the attention's output. None: the method acts wholly or
+    not at all."""
     attends: ClassVar[bool] = False
     """Works by `attend`, inside the attention function of its sites, instead of by `apply`."""
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class PromptMethod(Method):
     """A method whose delta is a number of rows, looked up in the embedding by ids below zero."""
 
+    strength = None
+
     @abstractmethod
     def rows(self, params: Any, t: Any) -> Any:
         """Give the embeddings of the virtual tokens, `[tokens, width]`; runs once under tracing."""

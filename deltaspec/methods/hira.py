@@ -30,6 +30,7 @@ class Hira(Method):
     paper = "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models (ICLR 2025)"
     Params = HiraParams
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
+    strength = "weight"
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
 

@@ -38,6 +38,7 @@ class Prefix(Method):
     default_roles = ("attn", "cross_attn")
     descends = True
     attends = True
+    strength = "attention"
 
     def descends_to(self, row: Row) -> bool:
         """Stand for the modules that call the attention function; a block may hold them further down."""

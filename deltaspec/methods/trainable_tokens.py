@@ -41,6 +41,7 @@ class TrainableTokens(Method):
     Params = TrainableTokensParams
     promises = Promises(identity_at_start=True, weight="replace", per_row=True)
     example = {"token_ids": (0, 1)}
+    strength = "weight"
     default_roles = ("embed",)
 
     def is_default(self, row: Row, params: TrainableTokensParams) -> bool:
