@@ -150,7 +150,7 @@ def tabulate(model: nn.Module) -> ModuleTable:
     vocabulary = _vocabulary(model)
     doors = entrances([(node.fqn, node.module) for node in nodes])
     rows = tuple(
-        _row(node, holders, sizes, classes, node.module is vocabulary, doors.get(id(node.module))) for node in nodes
+        [_row(node, holders, sizes, classes, node.module is vocabulary, doors.get(id(node.module))) for node in nodes]
     )
     root_type = model_type_of(getattr(model, "config", None)) or (model_types[0] if len(model_types) == 1 else None)
     return ModuleTable(
@@ -207,7 +207,7 @@ def _row(
         out_features=out,
         conv=conv,
         aliases=tuple(node.aliases),
-        attends=is_routable(module),
+        attends="config" in module.__dict__ and is_routable(module),
         entrance=entrance,
         computed=_computed(module) if module._forward_pre_hooks else (),
         arguments=_arguments(kind_of.forward),

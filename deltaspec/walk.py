@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ def walk(model: nn.Module) -> tuple[list[Node], list[str], set[str]]:
     ) -> None:
         if id(module) in above:  # a module that holds its own parent
             return
-        own_type = model_type_of(module.__dict__.get("config"))
+        own_type = model_type_of(module.__dict__["config"]) if "config" in module.__dict__ else None
         if own_type is not None and own_type != model_type:  # part of a composite has roles of its own
             model_type, roles, config = own_type, role_map(own_type), module.__dict__["config"]
             if own_type not in model_types:
@@ -58,8 +59,9 @@ def walk(model: nn.Module) -> tuple[list[Node], list[str], set[str]]:
                 maps.add(roles.model_type)
         node = nodes.get(id(module))
         if node is None:
-            identity = isinstance(module, nn.Identity)  # stands where a layer has nothing
-            named = () if roles is None or not fqn or identity else roles.roles_of(fqn)
+            named = roles.roles_of(fqn) if roles is not None and fqn else ()
+            if named and isinstance(module, nn.Identity):  # stands where a layer has nothing
+                named = ()
             nodes[id(module)] = Node(fqn, module, named, stack, layer, [], roles, config)
         elif len(node.aliases) < _MOST_NAMES:
             node.aliases.append(fqn)
@@ -103,13 +105,13 @@ def _alike(module: nn.Module) -> bool:
     )
 
 
-def every(model: nn.Module) -> list[nn.Module]:
-    """Give what `model.modules()` does, without a generator a level."""
+def every(model: nn.Module, without: Container[int] = ()) -> list[nn.Module]:
+    """Give what `model.modules()` does, without a generator a level; not modules of these ids, nor what is in them."""
     found: dict[int, nn.Module] = {}
     waiting = [model]
     while waiting:
         module = waiting.pop()
-        if id(module) not in found:
+        if id(module) not in found and id(module) not in without:
             found[id(module)] = module
             if module._modules:
                 waiting += [child for child in list(module._modules.values())[::-1] if child is not None]
