@@ -6,13 +6,17 @@ import gc
 import os
 import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+
+_HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -28,18 +32,79 @@ class Row:
     met: str
     """`yes`, `no`, or `-` where there is no target."""
     note: str = ""
+    """What explains it; for a miss, the profile that does."""
 
 
-def interleave(contestants: dict[str, Callable[[], Any]], pairs: int = 20, warm_up: int = 3) -> dict[str, list[float]]:
-    """Time each contestant `pairs` times, in turn, after a warm-up; seconds."""
+@dataclass(frozen=True)
+class Table:
+    """A table of its own, such as one of the scaling study."""
+
+    title: str
+    head: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve of a plot: a quantity with its quartiles."""
+
+    plot: str
+    name: str
+    x: tuple[float, ...]
+    low: tuple[float, ...]
+    middle: tuple[float, ...]
+    high: tuple[float, ...]
+
+    @classmethod
+    def of(cls, plot: str, name: str, points: Mapping[float, list[float]], scale: float = 1.0) -> Series:
+        """Make a curve of measurements by x."""
+        found = [quartiles([scale * value for value in values]) for values in points.values()]
+        low, middle, high = zip(*found, strict=True)
+        return cls(plot, name, tuple(points), low, middle, high)
+
+
+Item = Row | Table | Series
+
+
+@dataclass
+class Limits:
+    """What bounds a trial; a full run has no bounds."""
+
+    pairs: int | None = None
+    loaded: int | None = None
+    """Of deltas: a PEFT model with 100 adapters takes a minute to make."""
+
+    def counts(self, *counts: int) -> tuple[int, ...]:
+        """Give the counts of deltas that may be loaded."""
+        return tuple(count for count in counts if self.loaded is None or count <= self.loaded)
+
+
+LIMITS = Limits()
+
+
+def interleave(
+    contestants: Mapping[str, Callable[..., Any]],
+    pairs: int = 20,
+    warm_up: int = 3,
+    before: Mapping[str, Callable[[], Any]] | None = None,
+) -> dict[str, list[float]]:
+    """Time each contestant `pairs` times, in turn, after a warm-up; seconds.
+
+    What `before` has for a contestant is called each time first, untimed, and its result is handed over.
+    """
+    if LIMITS.pairs is not None:
+        pairs, warm_up = min(pairs, LIMITS.pairs), 1
+    before = before or {}
     times: dict[str, list[float]] = {name: [] for name in contestants}
     gc.collect()
     gc.disable()
     try:
         for turn in range(pairs + warm_up):
             for name, run in contestants.items():
+                given = [before[name]()] if name in before else []
                 start = time.perf_counter()
-                run()
+                run(*given)
                 elapsed = time.perf_counter() - start
                 if turn >= warm_up:
                     times[name].append(elapsed)
@@ -92,29 +157,24 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def verdict(met: bool) -> str:
+    """Write whether a target is met."""
+    return "yes" if met else "no"
+
+
 def machine() -> dict[str, str]:
-    """Say what this ran on."""
+    """Say what this ran on, with how many processes wanting to run beside it (the load average of the last minute)."""
     packages = {name: version(name) for name in ("torch", "transformers", "peft")}
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=_HERE, capture_output=True, text=True)
     return {
-        "processor": model,
+        "deltaspec": commit.stdout.strip() or "without its repository",
+        "processor": f"{model}, {os.cpu_count()} cores",
         "threads": str(torch.get_num_threads()),
+        "load before": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
         **packages,
     }
-
-
-def table(rows: list[Row]) -> str:
-    """Write the rows as a Markdown table."""
-    head = "| what | deltaspec | PEFT | ratio: median (quartiles) | target | met |\n|---|---|---|---|---|---|\n"
-    lines = [f"| {r.what} | {r.ours} | {r.peer} | {r.ratio} | {r.target} | {r.met} |" for r in rows]
-    notes = [f"- **{r.what}**: {r.note}" for r in rows if r.note]
-    return head + "\n".join(lines) + "\n" + ("\n" + "\n".join(notes) + "\n" if notes else "")
-
-
-def as_data(rows: list[Row]) -> list[dict[str, str]]:
-    """Give the rows as JSON data."""
-    return [asdict(row) for row in rows]
