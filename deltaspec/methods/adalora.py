@@ -84,12 +84,13 @@ class Adalora(Method):
 
     def apply(self, form: Form, params: AdaloraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute base(x) + scale · up(e · down(drop(x)))."""
+        import torch
         from torch.nn import functional as F
 
         y = base(x)
         if form.kind in ("conv", "embedding"):
             return add_update(form, y, t.dropout(x) if form.kind == "conv" else x, _update(params, t), base)
-        return y + F.linear(t.singular * F.linear(t.dropout(x), t.down), t.up) * params.scale
+        return torch.add(y, F.linear(t.singular * F.linear(t.dropout(x), t.down), t.up), alpha=params.scale)
 
     def fold(self, site: Site, params: AdaloraParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Add the update to the weight."""

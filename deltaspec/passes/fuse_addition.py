@@ -19,6 +19,7 @@ from deltaspec.passes._scope import Scope
 _MANY = 32
 """Rows from which the narrow product is faster as `down xᵀ` than as `x downᵀ` (measured with MKL, float32)."""
 
+_is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 _is_transformed = torch._C._are_functorch_transforms_active
 
@@ -62,21 +63,28 @@ def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -
 @_gives_new_tensor
 def add_low_rank_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """Give y + scale · (x downᵀ) upᵀ; `y` may be overwritten."""
-    values, width = y.numel(), up.size(0)
-    if torch.is_grad_enabled() or not values or not _is_plain(y, x, up) or not y.is_contiguous():
+    # Few and cheap tests: beside one row each counts. A linear host's output is contiguous.
+    dtype = y.dtype
+    if (
+        type(y) is not Tensor
+        or up.dtype is not dtype
+        or x.dtype is not dtype
+        or _is_grad_enabled()
+        or _is_transformed()
+    ):
         return add_product(y, F.linear(x, down), up, scale)
-    if values == width:
+    if 0 < y.numel() == up.size(0):
         h = down.mv(x.reshape(-1))
-        if h.dtype is y.dtype:
+        if h.dtype is dtype:
             y.view(-1).addmv_(up, h, alpha=scale)
             return y
-    else:
-        rows = x.flatten(0, -2)
+    elif y.dim() > 1 and not _is_compiling():
+        values, width, rows = y.numel(), up.size(0), x.flatten(0, -2)
         h = rows.mm(down.t()) if values < _MANY * width else down.mm(rows.t()).t()
-        if h.dtype is y.dtype:
+        if h.dtype is dtype and y.is_contiguous() and values:
             y.view(-1, width).addmm_(h, up.t(), alpha=scale)
             return y
-    return torch.add(y, F.linear(h, up).view(y.shape), alpha=scale)  # autocast made h another dtype
+    return add_product(y, F.linear(x, down), up, scale)  # under autocast narrow values have another dtype
 
 
 def _is_plain(y: Tensor, x: Tensor, weight: Tensor) -> bool:
