@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from deltaspec.combination import behind, refresh
-from deltaspec.deltas import Deltas
-from deltaspec.diagnostics import DeltaSpecError, Diagnostic, require_known
+from deltaspec.deltas import Delta, Deltas
 from deltaspec.frozen import BufferGuard, Flags
+from deltaspec.known import Known
 from deltaspec.library import Libraries
-from deltaspec.methods import methods
 from deltaspec.mixing import Mixer
-from deltaspec.observe import Observation, Recorder
 from deltaspec.programs import Programmer
+from deltaspec.proving import FirstForward
+from deltaspec.recompute import Recomputation
 from deltaspec.rivals import Rivals
 from deltaspec.stacks import Stacks
 from deltaspec.switching import Forward, Places, Program
+from deltaspec.turns import Turns, install
+from deltaspec.views import Family
 
 if TYPE_CHECKING:
     from deltaspec.planned import Plan, PlannedDelta
@@ -29,18 +29,36 @@ _PROGRAMS = 1024
 """Programs that are kept at least."""
 
 
-class Attachments:
+class Attachments(Known):
     """The deltas of one backbone clone and the set of them that is attached."""
 
-    def __init__(self, backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | None = None) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        deltas: Deltas,
+        plan: Plan,
+        graph: fx.Graph | None = None,
+        beside: Attachments | None = None,
+    ) -> None:
+        """Nothing is attached yet. `beside`: those of another view, to share what does not depend on the view."""
         self.backbone, self.deltas, self.plan, self.graph = backbone, deltas, plan, graph
-        self.planned = {planned.name: planned for planned in plan.deltas}
-        """Those that are in memory: the plan's, and what was loaded from libraries."""
-        self.order = {name: index for index, name in enumerate(self.planned)}
-        """Of application, of all known names."""
-        self.stacks = Stacks(deltas, self.planned)
-        self.libraries = Libraries(self)
+        self.turns = Turns()
         self.active: tuple[str, ...] = ()
+        if beside is None:
+            self.family = Family()
+            self.planned = {planned.name: planned for planned in plan.deltas}
+            """Those that are in memory: the plan's, and what was loaded from libraries."""
+            self.order = {name: index for index, name in enumerate(self.planned)}
+            """Of application, of all known names."""
+            self.stacks = Stacks(deltas, self.planned, self.family.is_read)
+            self.libraries = Libraries(self)
+            self._rivals = Rivals(plan.deltas)
+            self.unproven = set() if plan.proven else set(self.order)
+            """Deltas whose sites no forward was seen to reach yet."""
+        else:
+            self.family, self.planned, self.order = beside.family, beside.planned, beside.order
+            self.stacks, self.libraries = beside.stacks, beside.libraries
+            self._rivals, self.unproven = beside._rivals, beside.unproven
         self.programmer = Programmer(backbone, deltas, self.planned, graph)
         self.strengths = self.programmer.strengths
         self._programs: dict[tuple[tuple[str, ...], tuple[str, ...]], Program] = {}
@@ -48,25 +66,41 @@ class Attachments:
         self._ready: dict[tuple[str, ...], Program] = {}
         """By names as they were given, checked; those of active sets that need nothing but their program."""
         self._places: dict[frozenset[int], Places] = {}
-        self._rivals = Rivals(plan.deltas)
+        self.shown: dict[str, Delta] = {}
+        """Deltas of libraries, as modules of this view."""
         self._derived = frozenset(planned.name for planned in plan.deltas if planned.derived is not None)
-        self.unproven = set() if plan.proven else set(self.order)
-        """Deltas whose sites no forward was seen to reach yet."""
         modules = self.programmer.modules.values()
         self._flags, self._buffers = Flags(modules), BufferGuard(modules)
         self.mixer = Mixer(self)
+        self._join()
+
+    def _join(self) -> None:
+        """Take part in what is decided by thread and by view."""
+        self.turns.after = Recomputation(self).after
+        self.turns.moving = self._moving
+        install(self.backbone, self.turns)
+        self.family.add(self)
+
+    def _moving(self, fn: Any) -> None:
+        self.family.refuse_moving(self, fn)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachments:
         """Copy together with the backbone; what is plain data is shared, programs are made anew."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         memo[id(self.planned)], memo[id(self.order)] = dict(self.planned), dict(self.order)
+        # A copy of a view is a model of its own; what views share belongs to the first of them.
+        memo[id(self.libraries.owner)] = twin
+        memo[id(self.stacks.home)] = copy.deepcopy(self.deltas, memo)
+        memo[id(self.family)] = family = Family()
         shared = ("plan", "graph", "active")
-        made = ("_programs", "_ready", "_places")
+        made = ("_programs", "_ready", "_places", "shown")
         for name, value in self.__dict__.items():
             if name != "mixer":
                 twin.__dict__[name] = value if name in shared else {} if name in made else copy.deepcopy(value, memo)
         twin.mixer = Mixer(twin)
+        twin.stacks.is_read = family.is_read
+        twin._join()
         twin._flags.moved = twin._buffers.moved = True
         return twin
 
@@ -79,13 +113,26 @@ class Attachments:
             new = self._ready.get(names)
         except TypeError:  # What has no hash is no name.
             return False
-        if new is None or self.strengths:
+        if new is None:
             return False
-        if new.names != self.active:
-            self._exchange(new)
-        elif not names:
-            self.disarm()
-        return True
+        if new.names == self.active and (names or not self.mixer.armed) and not self.strengths:
+            return True
+        turns = self.turns
+        with turns.lock:
+            closed, turns.closed = turns.closed, True
+            try:
+                if turns.running or turns.rows is not None:
+                    turns.require_none()
+                if self.strengths:
+                    return False
+                if new.names == self.active:
+                    self.disarm()
+                else:
+                    self._exchange(new)
+            finally:
+                turns.closed = closed
+        # Another view may have dropped a delta of a library just before this one claimed it by `active`.
+        return self._ready.get(names) is new
 
     def activate(
         self, names: Iterable[str], anew: Collection[str] = (), strengths: Mapping[str, float] | None = None
@@ -98,7 +145,7 @@ class Attachments:
         names, values = tuple(names), strengths or {}
         if not values and self.switch(names):
             return
-        with self.libraries.in_memory(names):
+        with self.turns.switching(), self.family.lock, self.libraries.in_memory(names, self):
             wanted = tuple(sorted(set(names), key=self.order.__getitem__))
             scaled = tuple(name for name in wanted if values.get(name, 1.0) != 1.0)
             self.refuse_strengths(scaled)
@@ -127,14 +174,21 @@ class Attachments:
         if not proven:
             self.unproven.add(planned.name)
 
-    def discard(self, name: str) -> None:
-        """Forget such a delta, which is not attached; its name stays known."""
-        _forget(self._programs, name)
-        _forget(self._ready, name)
+    def discard(self, name: str) -> bool:
+        """Forget such a delta, whose name stays known; tell whether: not where a view is just being switched to it."""
+        views = self.family.views()
+        for view in views:
+            _forget(view._ready, name)
+        if name in self.family.attached():
+            return False
+        for view in views:
+            _forget(view._programs, name)
+            view.shown.pop(name, None)
+            view.programmer.discard(name)
         del self.planned[name]
-        self.programmer.discard(name)
         self._rivals.discard(name)
         self.unproven.discard(name)
+        return True
 
     def _current(self) -> Program:
         return self.program(self.active, self.strengths.scaled(self.active))
@@ -156,6 +210,28 @@ class Attachments:
         elif armed:
             self.mixer.arm()
 
+    def follow(self, other: Attachments) -> None:
+        """Attach what is attached in another view, as it is."""
+        self.strengths.set(other.strengths.as_dict(other.active))
+        new = self.program(other.active, self.strengths.scaled(other.active))
+        self._exchange(new, self.program(()))
+
+    def state(self) -> tuple[tuple[str, ...], dict[str, float], Any]:
+        """Give all that decides which deltas a forward has: (attached, strengths, rows)."""
+        return self.active, self.strengths.as_dict(), self.mixer.running
+
+    def kept_buffers(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+        """Yield what buffers will be when nothing is attached: (module's FQN, name, the buffer, its value)."""
+        homes = {id(module._buffers): fqn for fqn, module in self.programmer.modules.items()}
+        for home, name, buffer, value in self._buffers.kept():
+            yield homes[id(home)], name, buffer, value
+
+    def prepare(self) -> None:
+        """Do `arm`, unless a forward runs."""
+        if not self.mixer.armed:
+            with self.turns.switching():
+                self.arm()
+
     def arm(self) -> None:
         """Make the backbone ready for rows under different deltas."""
         if not self.active and not self.mixer.armed:
@@ -169,43 +245,6 @@ class Attachments:
             self._buffers.restore()
             if not self.active:
                 self._flags.thaw()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the deltas are."""
-        return next((tensor.device for tensor in self.deltas.parameters()), torch.device("cpu"))
-
-    def require_known(self, names: Iterable[str]) -> None:
-        """Raise UnknownDeltaError, with all findings, for names that no delta has."""
-        require_known(names, self.order)
-
-    def require(self, names: Collection[str]) -> None:
-        """Have these deltas in memory, loaded if need be. Raises UnknownDeltaError, DeltaSpecError."""
-        self.require_known(names)
-        self.libraries.require(names)
-
-    def refuse_strengths(self, names: Iterable[str]) -> None:
-        """Raise DeltaSpecError (DS446) for those of these deltas that cannot act in part."""
-        planned = [self.planned[name] for name in names]
-        if findings := [_no_strength(p) for p in planned if methods()[p.method].virtual_tokens(p.params)]:
-            raise DeltaSpecError(findings)
-
-    def refuse_rivals(self, names: Sequence[str]) -> None:
-        """Refuse deltas that cannot act at once (DS436); names are in order of application."""
-        self._rivals.refuse(names)
-
-    def derive(self, names: Iterable[str]) -> None:
-        """Compute those of these deltas that are derived anew, from their sources as they are now."""
-        if self._derived:
-            refresh(self.backbone, self.deltas, self.plan, [name for name in names if name in self._derived])
-
-    def derive_detached(self) -> None:
-        """Compute the derived deltas that are not attached anew."""
-        self.derive(name for name in self.order if name not in self.active)
-
-    def behind(self) -> list[str]:
-        """Give the names of the attached derived deltas whose sources have changed since they were computed."""
-        return behind(self.backbone, self.deltas, self.plan, [name for name in self.active if name in self._derived])
 
     def program(self, names: tuple[str, ...], scaled: tuple[str, ...] = ()) -> Program:
         """Give the program of an active set, made and checked at its first use."""
@@ -221,77 +260,25 @@ class Attachments:
 
     def rebind(self) -> None:
         """Bind tensors anew after they were moved, cast or replaced."""
-        armed = self.mixer.disarm()
-        old = self._current()
-        self._programs.clear()
-        self._ready.clear()
-        self.mixer.forget()
-        self._flags.moved = self._buffers.moved = True
-        self._current().install(old)
-        if armed:
-            self.mixer.arm()
-
-    def original_forward(self, fqn: str) -> Forward | None:
-        """Give the instance-level forward that a module of the backbone had before any delta (None: it had none)."""
-        return self.programmer.originals.get(fqn)
+        with self.turns.lock, self.family.lock:
+            armed = self.mixer.disarm()
+            old = self._current()
+            self._programs.clear()
+            self._ready.clear()
+            self.shown.clear()
+            self.mixer.forget()
+            self._flags.moved = self._buffers.moved = True
+            self._current().install(old)
+            if armed:
+                self.mixer.arm()
 
     def trained_in_backbone(self) -> set[str]:
         """Give the names of the backbone parameters that are in training whenever nothing is attached."""
         thawed = {id(p) for p in self._flags.thawed()}
         return {name for name, p in self.backbone.named_parameters() if id(p) in thawed}
 
-    def prove_reached(self, seen: dict[str, Observation], names: Iterable[str]) -> None:
-        """Refuse, after their first forward, deltas whose modules' weights are read around them (DS437)."""
-        names, findings = tuple(names), []
-        for name in names:
-            for visit in self.programmer.visits_of(name):
-                fqn, found = visit.planned.site.row.fqn, seen[visit.planned.site.row.fqn]
-                around = found.host is not None and (not found.called or methods()[visit.method].promises.weight)
-                if around and visit.planned.site.host is None:
-                    how = "besides calling it" if found.called else "without calling it"
-                    message = (
-                        f"delta {name!r} is bypassed: {found.host or 'the model'} reads the weights of {fqn} {how}"
-                    )
-                    hint = "pass example_inputs to compile, so that the plan puts the delta on the weight or refuses it"
-                    findings.append(Diagnostic("DS437", message, suggestion=hint))
-        if findings:
-            raise DeltaSpecError(findings)
-        self.unproven.difference_update(names)
-
-    def require_proof(self) -> None:
-        """Refuse to be traced (torch.compile, torch.export) before any forward proved the active sites (DS440)."""
-        if not self.unproven.isdisjoint(self.active):
-            message = "no forward has shown yet that the attached deltas are reached, and a trace cannot show it"
-            hint = "pass example_inputs to deltaspec.compile, or call the model once before torch.compile or export"
-            raise DeltaSpecError([Diagnostic("DS440", message, suggestion=hint)])
-
     def _watched(self, forward: Forward) -> Forward:
         return FirstForward(self, forward).run
-
-
-class FirstForward:
-    """Watches the first forward of a model whose sites no example inputs could prove, then takes itself out."""
-
-    def __init__(self, attachments: Attachments, base: Forward) -> None:
-        self._attachments, self._base = attachments, base
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model, once under observation."""
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "deltaspec DS440: pass example_inputs to deltaspec.compile, or call the model once first"
-            )
-        recorder = Recorder(self._attachments.backbone)
-        with recorder.recording():
-            output = self._base(*args, **kwargs)
-        self._attachments.prove_reached(recorder.result(), self._attachments.active)
-        self._attachments.rebind()
-        return output
-
-
-def _no_strength(planned: PlannedDelta) -> Diagnostic:
-    message = f"delta {planned.name!r} has no strength between none and all: {planned.method} adds tokens to the input"
-    return Diagnostic("DS446", message, suggestion="attach it at strength 1, or leave it out")
 
 
 def _forget(programs: dict[Any, Program], name: str) -> None:

@@ -24,7 +24,7 @@ def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any
     where the model holds something that cannot be copied.
     """
     memo: dict[int, Any] = dict(replace or {})
-    modules = every(model)
+    modules = every(model, memo)
     for module in modules:
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:

@@ -103,7 +103,9 @@ def refresh(backbone: nn.Module, deltas: Deltas, plan: Plan, names: Iterable[str
     """
     for name, tensors in derive(backbone, deltas, plan, names).items():
         for key, value in tensors.items():
-            deltas[name].tensor(key).copy_(value)
+            own = deltas[name].tensor(key)
+            if not torch.equal(own, value.to(own)):  # a write that changes nothing would still break backwards
+                own.copy_(value)
 
 
 def behind(backbone: nn.Module, deltas: Deltas, plan: Plan, names: Iterable[str]) -> list[str]:

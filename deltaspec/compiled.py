@@ -14,13 +14,11 @@ from torch import fx, nn
 from deltaspec.assignment import Rows, checked_strength
 from deltaspec.attach import Attachments
 from deltaspec.capture import Entry, root_graph
-from deltaspec.clone import clone
 from deltaspec.deltas import Delta, Deltas, find
-from deltaspec.diagnostics import DeltaSpecError, Diagnostic, require_known
 from deltaspec.diagnostics import UnknownDeltaError as UnknownDeltaError
+from deltaspec.diagnostics import require_known
 from deltaspec.generation import generating
 from deltaspec.handles import DeltasView, Restore
-from deltaspec.symbolic import trace
 
 if TYPE_CHECKING:
     from deltaspec.library_view import LibraryView
@@ -33,6 +31,11 @@ class CompiledModel(torch.fx.GraphModule):
 
     Call it as the backbone is called. Attributes that it does not have itself (`config`, `generate`, `device` …) are
     the backbone's.
+
+    Threads: any number may run forwards at once, all under what is attached. A switch (`attach`, `detach`, `only`, and
+    what else changes the active set) raises DeltaSpecError (DS456) while a forward runs, in whatever thread, and a
+    forward with rows (`deltas=`) runs alone, or raises it (DS445). Threads that need different deltas at once each take
+    a `view()`.
     """
 
     def __init__(self, backbone: nn.Module, attachments: Attachments, capture: str, capture_reason: str) -> None:
@@ -88,19 +91,22 @@ class CompiledModel(torch.fx.GraphModule):
         (DS446) where a method has none.
         """
         attachments = self._attachments
-        if strength is None and attachments.switch((*self.attached, *(names or self._known(names)))):
-            return self
-        known, strengths = self._known(names), attachments.strengths.as_dict()
-        if strength is not None:
-            strengths |= {name: checked_strength(name, strength) for name in known}
-        attachments.activate((*self.attached, *known), anew=known, strengths=strengths)
+        with attachments.turns.lock:
+            if strength is None and attachments.switch((*self.attached, *(names or self._known(names)))):
+                return self
+            known, strengths = self._known(names), attachments.strengths.as_dict()
+            if strength is not None:
+                strengths |= {name: checked_strength(name, strength) for name in known}
+            attachments.activate((*self.attached, *known), anew=known, strengths=strengths)
         return self
 
     def detach(self, *names: str) -> Self:
         """Detach deltas by name, or all; detached ones stay so. Raises UnknownDeltaError."""
-        gone = set(self._known(names)) if names else self.attached
-        left = tuple(name for name in self.attached if name not in gone)
-        self._attachments.activate(left, strengths=self._attachments.strengths.as_dict(left))
+        attachments = self._attachments
+        with attachments.turns.lock:
+            gone = set(self._known(names)) if names else self.attached
+            left = tuple(name for name in self.attached if name not in gone)
+            attachments.activate(left, strengths=attachments.strengths.as_dict(left))
         return self
 
     def only(self, *names: str | Mapping[str, float]) -> Restore:
@@ -146,17 +152,33 @@ class CompiledModel(torch.fx.GraphModule):
         Raises UnknownDeltaError, DeltaSpecError (DS441) for deltas that cannot be mixed, TypeError, ValueError.
         """
         rows: Rows = self._attachments.mixer.rows(deltas, among)
-        self._attachments.arm()
+        self._attachments.prepare()
         return rows
 
     def _generate(self, *args: Any, deltas: Sequence[Any] | Rows | None = None, **kwargs: Any) -> Any:
         """Generate as the backbone does, each row under its own deltas if `deltas` says so; see `rows`."""
         if deltas is None:
-            return generating(self._attachments.planned, self.attached, self.backbone)(*args, **kwargs)
+            with self._attachments.turns.forwards():
+                return generating(self._attachments.planned, self.attached, self.backbone)(*args, **kwargs)
         mixer = self._attachments.mixer
         rows = deltas if isinstance(deltas, Rows) else mixer.rows(deltas)
-        with mixer.using(rows, args, kwargs):
+        with mixer.using(rows, args, kwargs, keep=True):
             return generating(self._attachments.planned, rows.places, self.backbone)(*args, **kwargs)
+
+    # Views
+
+    def view(self) -> CompiledModel:
+        """Give another compiled model over the same weights and the same deltas, with its own active set.
+
+        It takes milliseconds and no memory for weights; buffers are copied. It starts with what is attached here, at
+        the same strengths; from then on each view attaches, detaches and mixes rows on its own, so that threads that
+        serve or train different deltas at once get what they get alone. The deltas' parameters are the same objects:
+        what is trained, loaded or opened (`library`) through one view is so for all. While there are several views none
+        can be moved or cast: that raises DeltaSpecError (DS455).
+        """
+        from deltaspec.views import view_of
+
+        return view_of(self)
 
     # Files and other forms
 
@@ -210,7 +232,7 @@ class CompiledModel(torch.fx.GraphModule):
         from deltaspec.simplify import copy_tensors, simplify
 
         require_known(names, [delta.name for delta in self.plan.deltas])
-        self._attachments.libraries.refuse_attached("simplified")
+        self._attachments.libraries.refuse_attached(self.attached, "simplified")
         plan = simplify(self.plan, self._known(names))
         plain = without_deltas(self._attachments)
         for name in self._attachments.trained_in_backbone():
@@ -254,33 +276,9 @@ class CompiledModel(torch.fx.GraphModule):
                 self.__dict__[name] = copy.deepcopy(value, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the backbone without its installed forwards, built anew when it is loaded, and without libraries."""
-        attachments = self._attachments
-        attachments.libraries.refuse_attached("pickled")
-        twin = clone(self.backbone, replace={id(attachments): None})
-        for fqn, module in twin.named_modules():
-            module.__dict__.pop("forward", None)
-            if attachments.original_forward(fqn) is not None:
-                message = (
-                    f"{fqn or 'the model'} has a forward of its own (another library's hook), which cannot be pickled"
-                )
-                hint = "remove the hook first (accelerate: remove_hook_from_module), or use c.save(dir)"
-                raise DeltaSpecError([Diagnostic("DS433", message, suggestion=hint)])
-        for name in attachments.trained_in_backbone():
-            twin.get_parameter(name).requires_grad = True
-        return _rebuild, (twin, attachments.plan, self.attached, self.capture, self.capture_reason, self.training)
+        from deltaspec.pickling import reduced
 
-
-def _rebuild(
-    backbone: nn.Module, plan: Plan, attached: tuple[str, ...], capture: str, capture_reason: str, training: bool
-) -> CompiledModel:
-    found = find(backbone)
-    assert found is not None
-    graph = trace(backbone, *places(plan))[0] if capture == "symbolic" else None
-    compiled = assemble(backbone, found[1], plan, graph, capture, capture_reason)
-    compiled.training = training
-    compiled._attachments.activate(attached)
-    return compiled
+        return reduced(self)
 
 
 def assemble(

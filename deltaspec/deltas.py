@@ -89,11 +89,21 @@ class Deltas(nn.Module):
     def __getitem__(self, name: str) -> Delta:
         found = self._modules.get(name)
         if found is None and self.attachments is not None:
-            found = self.attachments.libraries.delta(name)
+            found = self._of_library(name)
         if found is None:
             raise KeyError(name)
         assert isinstance(found, Delta)
         return found
+
+    def _of_library(self, name: str) -> Delta:
+        """Give a delta of a library; views that are not the first have modules of their own for them."""
+        held: Delta = self.attachments.libraries.delta(name)
+        if self is self.attachments.stacks.home:
+            return held
+        shown: dict[str, Delta] = self.attachments.shown
+        if name not in shown or shown[name]._parameters is not held._parameters:
+            shown[name] = beside(held, self.training)
+        return shown[name]
 
     def __getattr__(self, name: str) -> Any:
         # A traced graph reads a delta's tensors by path; one of a library is no submodule.
@@ -106,20 +116,35 @@ class Deltas(nn.Module):
         """Put all deltas into training mode, or out of it."""
         super().train(mode)
         if self.attachments is not None:
-            self.attachments.stacks.train(mode)
+            if self is self.attachments.stacks.home:
+                self.attachments.stacks.train(mode)
+            for delta in self.attachments.shown.values():
+                delta.train(mode)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        attachments = self.attachments
+        if attachments is not None:
+            attachments.family.refuse_moving(attachments, fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.attachments is not None:
-            self.attachments.libraries.moved()
-            self.attachments.stacks.apply(fn)
+        if attachments is not None and not attachments.family.others(attachments):
+            attachments.libraries.moved()
+            attachments.stacks.apply(fn)
         self._changed()
         return self
 
     def _changed(self) -> None:
         if self.attachments is not None:
             self.attachments.rebind()
+            self.attachments.family.bind_others(self.attachments)
+
+
+def beside(delta: Delta, training: bool) -> Delta:
+    """Give a delta as a module of another view: the same registries of tensors, and dropout of its own."""
+    twin = Delta(delta.name)
+    twin.__dict__.update(_parameters=delta._parameters, _buffers=delta._buffers, training=training)
+    twin._non_persistent_buffers_set = delta._non_persistent_buffers_set
+    return twin
 
 
 def place(backbone: nn.Module, deltas: Deltas) -> None:

@@ -95,6 +95,9 @@ CODES: dict[str, str] = {
     "DS446": "a strength for a delta that acts wholly or not at all",
     "DS447": "rows with prompts whose positions the model would number in a way of its own",
     "DS450": "prompt whose end cannot be told",
+    "DS455": "move or cast of one of several views",
+    "DS456": "switch during a forward",
+    "DS457": "backward that would recompute a forward under other deltas",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",

@@ -128,6 +128,12 @@ class BufferGuard:
                         buffer.copy_(copy)
             self._versions = [buffer._version for buffer in self._counted]
 
+    def kept(self) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
+        """Give what was kept of each buffer: (module's buffers, name, the buffer, its value when it was watched)."""
+        if self.moved:
+            self._follow()
+        return self._kept
+
     def _keep(self, kept: list[tuple[dict[str, Any], str, Tensor, Tensor]]) -> None:
         self._kept = kept
         self._counted = [buffer for _, _, buffer, _ in kept if not buffer.is_inference()]

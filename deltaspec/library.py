@@ -7,7 +7,6 @@ used for longest, and are not attached, are dropped again when there are more th
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
@@ -41,18 +40,19 @@ class _Staged:
 
 
 class Libraries:
-    """All libraries of one model."""
+    """All libraries of one model, and of all its views."""
 
     def __init__(self, attachments: Attachments) -> None:
-        self._attachments = attachments
+        self._attachments = self.owner = attachments
+        """Those of the first view; what is used here is common to all."""
         self._opened: list[Opened] = []
         self._of: dict[str, Opened] = {}
         """The directory of each known name."""
         self._exposed: set[str] = set()
         """Names whose tensors a user was given."""
-        self._pinned: Counter[str] = Counter()
-        """How many prepared assignments to rows name each delta."""
-        self._lock = threading.RLock()
+        self._pinned: dict[int, tuple[str, ...]] = {}
+        """What each prepared assignment to rows names."""
+        self._lock = attachments.family.lock
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Libraries:
         """Copy with what is loaded; directories are shared."""
@@ -114,9 +114,9 @@ class Libraries:
                     raise
             return view
 
-    def refuse_attached(self, what: str) -> None:
+    def refuse_attached(self, active: Iterable[str], what: str) -> None:
         """Raise DeltaSpecError (DS533) where a delta of a library is attached: the result would lack it."""
-        found = [name for name in self._attachments.active if name in self._of]
+        found = [name for name in active if name in self._of]
         if found:
             names = ", ".join(map(repr, found))
             message = f"the model cannot be {what} with {names} attached, which a library holds"
@@ -130,10 +130,10 @@ class Libraries:
             for name in opened.entries:
                 del self._of[name], self._attachments.order[name]
 
-    def require(self, names: Iterable[str], *, leaving: bool = False) -> None:
+    def require(self, names: Iterable[str], *, leaving: Attachments | None = None) -> None:
         """Load those of these deltas that are in libraries and not in memory; all or none.
 
-        `leaving`: what is attached will not be in a moment, unless it is among these.
+        `leaving`: what is attached in this view will not be in a moment, unless it is among these.
 
         Raises DeltaSpecError with the findings of all: files missing, damaged or malformed, specs that do not fit this
         backbone, tensors missing, surplus, of another shape or dtype, or not finite; a limit that is too small (DS531).
@@ -153,25 +153,25 @@ class Libraries:
                 raise DeltaSpecError(findings)
             for opened, new in staged.items():
                 if new:
-                    kept = {*asked[opened], *self._kept(opened, self._attachments.active)}
+                    kept = {*asked[opened], *self._kept(opened)}
                     self._make_way(opened, kept, [one.template for one in new])
                     self._take_in(opened, new)
                 self.touch(asked[opened])
 
     @contextmanager
-    def in_memory(self, names: Iterable[str]) -> Iterator[None]:
-        """Have these deltas in memory for what makes them the attached ones; those that leave go afterwards."""
+    def in_memory(self, names: Iterable[str], view: Attachments) -> Iterator[None]:
+        """Have these deltas in memory for what attaches them in a view; those that leave go afterwards."""
         if not self._opened:
             yield
             return
-        self.require(names, leaving=True)
+        self.require(names, leaving=view)
         try:
             yield
         finally:
             self._trim()
 
     def _staged(
-        self, opened: Opened, wanted: Iterable[str], findings: list[Diagnostic], leaving: bool
+        self, opened: Opened, wanted: Iterable[str], findings: list[Diagnostic], leaving: Attachments | None
     ) -> list[_Staged]:
         """Read and check what is not in memory."""
         staged, before = [], len(findings)
@@ -182,8 +182,8 @@ class Libraries:
             if template is not None and found is not None:
                 staged.append(_Staged(name, template, *found))
         if len(findings) == before:
-            kept = {*wanted, *self._kept(opened, () if leaving else self._attachments.active)}
-            templates = [opened.loaded[name] for name in opened.loaded if name in kept]
+            kept = {*wanted, *self._kept(opened, leaving)}
+            templates = [opened.loaded[name] for name in list(opened.loaded) if name in kept]
             if opened.exceeds([*templates, *(new.template for new in staged)]):
                 message = f"{len(templates) + len(staged)} deltas at once are more than the limit of {opened.directory}"
                 hint = "raise the limit, or detach some first"
@@ -192,7 +192,7 @@ class Libraries:
 
     def _make_way(self, opened: Opened, kept: set[str], coming: list[Template]) -> None:
         """Drop those that were not used for longest, until there is room."""
-        for name in [name for name in opened.loaded if name not in kept]:
+        for name in [name for name in list(opened.loaded) if name not in kept]:
             if not opened.exceeds([*opened.loaded.values(), *coming]):
                 break
             self._forget(opened, name)
@@ -201,8 +201,8 @@ class Libraries:
         """Drop what is beyond the limits, now that it may be."""
         with self._lock:
             for opened in self._opened:
-                if opened.exceeds(opened.loaded.values()):
-                    self._make_way(opened, self._kept(opened, self._attachments.active), [])
+                if opened.exceeds(list(opened.loaded.values())):
+                    self._make_way(opened, self._kept(opened), [])
 
     @torch.no_grad()
     def _take_in(self, opened: Opened, new: list[_Staged]) -> None:
@@ -222,7 +222,7 @@ class Libraries:
         """Take deltas out of memory. Raises DeltaSpecError (DS532) for those in use, and then drops none."""
         with self._lock:
             findings: list[Diagnostic] = []
-            kept, trained = self._kept(opened, self._attachments.active), self._trained(opened)
+            kept, trained = self._kept(opened), self._trained(opened)
             for name in names:
                 if name not in kept:
                     continue
@@ -230,7 +230,7 @@ class Libraries:
                 if name in trained:
                     reason = "has parameters that require a gradient, and what they learned would be lost"
                     hint = "p.requires_grad_(False) first"
-                elif self._pinned[name]:
+                elif name in self._in_rows():
                     reason, hint = "is in rows that were prepared", "let go of what c.rows(...) gave first"
                 message = f"the delta {name!r} {reason}"
                 findings.append(Diagnostic("DS532", message, file=opened.directory, suggestion=hint))
@@ -241,8 +241,9 @@ class Libraries:
                     self._forget(opened, name)
 
     def _forget(self, opened: Opened, name: str) -> None:
+        if not self._attachments.discard(name):
+            return
         del opened.loaded[name]
-        self._attachments.discard(name)
         self._attachments.stacks.drop(name, again=name not in self._exposed)
         self._exposed.discard(name)
 
@@ -258,32 +259,39 @@ class Libraries:
         """Keep deltas in memory for as long as an object lives that knows where they lie."""
         names = tuple(name for name in names if name in self._of)
         if names:
-            self._pinned.update(names)
-            weakref.finalize(holder, self._pinned.subtract, names)
+            key = id(holder)
+            self._pinned[key] = names
+            weakref.finalize(holder, self._pinned.pop, key, None)
 
-    def _kept(self, opened: Opened, active: Iterable[str]) -> set[str]:
+    def _in_rows(self) -> set[str]:
+        return {name for names in list(self._pinned.values()) for name in names}
+
+    def _kept(self, opened: Opened, leaving: Attachments | None = None) -> set[str]:
         """Give the names of loaded deltas that must not be dropped."""
-        return {*active, *(+self._pinned), *self._trained(opened)} & opened.loaded.keys()
+        active = self._attachments.family.attached(leaving)
+        return {*active, *self._in_rows(), *self._trained(opened)} & opened.loaded.keys()
 
     def touch(self, names: Iterable[str]) -> None:
-        """Note that deltas are used now."""
+        """Note that deltas are used now. Switches call this without the lock, so readers take `loaded` in one step."""
         for name in names if self._opened else ():
             if (opened := self._of.get(name)) is not None:
-                opened.loaded.move_to_end(name)
+                opened.use(name)
 
     def delta(self, name: str) -> Delta:
         """Give a loaded delta as a module; KeyError where it is not loaded."""
-        opened = self._of.get(name)
-        template = None if opened is None else opened.loaded.get(name)
-        if template is None:
-            raise KeyError(name)
-        return self._attachments.stacks.show(name, template.buffers)
+        with self._lock:
+            opened = self._of.get(name)
+            template = None if opened is None else opened.loaded.get(name)
+            if template is None:
+                raise KeyError(name)
+            return self._attachments.stacks.show(name, template.buffers)
 
     def expose(self, name: str) -> Delta:
         """Give a loaded delta to a user, who may keep its tensors: their memory is not written again."""
-        delta = self.delta(name)
-        self._exposed.add(name)
-        return delta
+        with self._lock:
+            delta = self.delta(name)
+            self._exposed.add(name)
+            return delta
 
     def moved(self) -> None:
         """Follow the backbone to another device or dtype."""

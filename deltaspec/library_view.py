@@ -31,7 +31,7 @@ class LibraryView:
     @property
     def nbytes(self) -> int:
         """Size of the tensors in memory."""
-        return sum(template.size for template in self._opened.loaded.values())
+        return sum(template.size for template in list(self._opened.loaded.values()))
 
     def load(self, *names: str) -> LibraryView:
         """Load deltas by name, or all, before they are needed; all or none. Raises DeltaSpecError with all findings."""

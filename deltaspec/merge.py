@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from deltaspec import turns
 from deltaspec.clone import clone
 from deltaspec.deltas import remove, storage_key
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
@@ -24,6 +25,7 @@ def without_deltas(attachments: Attachments) -> nn.Module:
     plain = clone(attachments.backbone, replace={id(attachments): None})
     twins = {id(old): new for old, new in zip(attachments.backbone.modules(), plain.modules(), strict=True)}
     remove(plain)
+    turns.remove(plain)
     for fqn, module in plain.named_modules(remove_duplicate=False):
         module.__dict__.pop("forward", None)
         original = attachments.original_forward(fqn)

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaspec.turns import COUNTING
+
 
 def snapshot(model: nn.Module, *, identity: bool = False, skip: str | None = None) -> dict[str, Any]:
     """Describe every module: class, `__dict__`, training flag, hooks; every parameter and buffer: bits, form, flags.
 
     `identity` adds what tells an object from its copy: ids, write counts, gradients. `skip` leaves out the direct
-    child of that name and all below it. Two snapshots of equal models are equal.
+    child of that name and all below it, and what counts a compiled backbone's forwards. Two snapshots of equal models
+    are equal.
     """
     seen: dict[str, Any] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
@@ -25,6 +28,8 @@ def snapshot(model: nn.Module, *, identity: bool = False, skip: str | None = Non
         if identity:
             seen[f"{place}id"] = id(module)
         for name, value in module.__dict__.items():
+            if skip is not None and name in COUNTING:
+                continue
             if name == "_parameters" or name == "_buffers":
                 for own, tensor in value.items():
                     seen[f"{place}{name}.{own}"] = _describe(tensor, identity)

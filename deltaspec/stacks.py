@@ -68,8 +68,16 @@ class Stacks:
     row and nothing else, until something wants tensors of them (`show`).
     """
 
-    def __init__(self, deltas: Deltas, planned: Mapping[str, PlannedDelta]) -> None:
+    def __init__(
+        self, deltas: Deltas, planned: Mapping[str, PlannedDelta], is_read: Callable[[], bool] = lambda: False
+    ) -> None:
         self._deltas, self._planned = deltas, planned
+        self.home = deltas
+        """The modules of the first view; those of others have the same tensors."""
+        self.is_read = is_read
+        """Tells whether other threads may be reading the deltas' memory now."""
+        self._left: tuple[list[Tensor], list[Tensor]] = [], []
+        """Memory that tensors lay in before they moved here, lately and before that: a kernel may be reading it."""
         self._kinds: dict[int, tuple[tuple[PlannedSite, ...], Kind]] = {}
         self._stacks: dict[Kind, list[Stack]] = {}
         self._kind_of: dict[Stack, Kind] = {}
@@ -115,6 +123,7 @@ class Stacks:
         missing = [name for name in names if not self._is_current(name)]
         if not missing:
             return
+        self._settle()
         self.sweep()
         stacks: dict[Stack, list[str]] = {}
         for name in dict.fromkeys(missing):
@@ -128,6 +137,7 @@ class Stacks:
 
     def hold(self, name: str, layout: Layout, more: int = 1, limit: int | None = None) -> tuple[Stack, int]:
         """Give a delta a row, to be filled; room is made for `more` at once, `limit` as for `Stack.make_room`."""
+        self._settle()
         stack = self._fitting(name, layout)
         self._make_room(stack, more, limit)
         self._of[name], self._held[name] = stack, None
@@ -175,7 +185,15 @@ class Stacks:
             if delta is not None:
                 delta.train(mode)
 
+    def held_rows(self) -> list[Tensor]:
+        """Give the matrices that held deltas lie in."""
+        return [flat for stack in {self._of[name] for name in self._held if name in self._of} for flat in stack.flats]
+
     # Rows
+
+    def _settle(self) -> None:
+        """Let go of memory that was left before the last time that tensors moved: no kernel runs that long."""
+        self._left = ([], self._left[0]) if self.is_read() else ([], [])
 
     def sweep(self) -> None:
         """Forget the rows of deltas whose tensors are elsewhere by now."""
@@ -231,7 +249,10 @@ class Stacks:
     def _bind(self, name: str, stack: Stack) -> None:
         """Make a delta's tensors views of its row; the objects stay."""
         delta, row = self._module(name), stack.names[name]
+        is_read = self.is_read()
         for key, tensor in delta.tensors():
+            if is_read:
+                self._left[0].append(tensor.data)
             tensor.data = stack.view(key, row)
         self._pointers[name] = _pointers(delta)
 
