@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,8 +19,8 @@ from torch import Tensor
 from deltaspec.assignment import Rows, chain, parse_rows, places, to_tensors
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.frozen import FrozenStatistics
-from deltaspec.observe import Recorder
 from deltaspec.programs import Forward
+from deltaspec.proving import watched
 from deltaspec.row_binding import put_prompts_in_front, touched
 from deltaspec.rowwise import bind_rows, refusals
 from deltaspec.slots import Batch, Slot
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
     from deltaspec.stacks import Kind
 
 Kinds = tuple[str, ...]
-"""The kind in each slot, by the model's own keys."""
+"""The kind in each slot, by a key that no other kind of this process has."""
+_NUMBERS: WeakKeyDictionary[Kind, int] = WeakKeyDictionary()
+_NEXT = count(1)
 
 
 class Dispatch:
@@ -68,8 +72,6 @@ class Mixer:
         """Of the forward that runs now; None: it has no rows."""
         self._names: tuple[str, ...] = ()
         self._slots: list[Slot] = []
-        self._numbers: dict[int, tuple[Kind, int]] = {}
-        """By id: kinds in the order in which they were first used."""
         self._mixed: dict[str, dict[Kinds, Forward]] = {}
         """By host."""
         self._made: set[Kinds] = set()
@@ -87,6 +89,10 @@ class Mixer:
 
         Raises DeltaSpecError with all findings: unknown names (DS434), deltas that cannot be mixed (DS441).
         """
+        with self._attachments.turns.lock, self._attachments.family.lock:
+            return self._rows(deltas, among)
+
+    def _rows(self, deltas: Sequence[Any], among: Sequence[str]) -> Rows:
         attachments = self._attachments
         rows = parse_rows(deltas, attachments.order)
         names = tuple(dict.fromkeys([*(name for row in rows for name in row), *among]))
@@ -103,8 +109,8 @@ class Mixer:
         attachments.derive(name for name in names if name not in attachments.active)
         stacks.ensure(names)
         stacked = [tuple(kinds[name] for name in row) for row in (*rows, *([name] for name in among))]
-        slots = chain(stacked, self._number)
-        keys = tuple(f"{kind.method} {self._number(kind)}" for kind in slots)
+        slots = chain(stacked, _number)
+        keys = tuple(f"{kind.method} {_number(kind)}" for kind in slots)
         if keys not in self._made:
             # All of their kinds at once: a stack that grows later is another shape to a compiled graph.
             stacks.ensure([name for name in attachments.planned if stacks.kind(name) in slots])
@@ -117,9 +123,6 @@ class Mixer:
         made = Rows(keys, *tensors, deltas=tuple(rows), places={n: stacks.of(n).names[n] for n in names})
         attachments.libraries.pin(made, names)
         return made
-
-    def _number(self, kind: Kind) -> int:
-        return self._numbers.setdefault(id(kind), (kind, len(self._numbers) + 1))[1]
 
     def _make(self, kinds: Kinds, names: Sequence[str]) -> None:
         """Build the forwards of all hosts for kinds, each given by the name of a delta of it."""
@@ -138,8 +141,9 @@ class Mixer:
             self._mixed.setdefault(host, {})[kinds] = forward
         self._made.add(kinds)
         if self.armed:
-            self.disarm()
-            self.arm()
+            with self._attachments.turns.switching(with_rows=True):
+                self.disarm()
+                self.arm()
 
     def forget(self) -> None:
         """Forget all that holds tensors, after they moved; nothing is armed."""
@@ -180,22 +184,24 @@ class Mixer:
 
         Raises DeltaSpecError: see `rows`; DS443 for a batch of another size, DS445 for a call inside another one.
         """
-        if not isinstance(deltas, Rows):
-            rows = self.rows(deltas)
-        elif deltas.kinds in self._made and self._is_current(deltas):
-            rows = deltas
-        else:
-            rows = self.rows(deltas.deltas)
-        self._start(rows, args, kwargs, keep)
-        armed = self.armed
-        if not armed:
-            self._attachments.arm()
-        try:
-            yield
-        finally:
-            self._stop()
+        attachments = self._attachments
+        with attachments.turns.alone():
+            if not isinstance(deltas, Rows):
+                rows = self.rows(deltas)
+            elif deltas.kinds in self._made and self._is_current(deltas):
+                rows = deltas
+            else:
+                rows = self.rows(deltas.deltas)
+            self._start(rows, args, kwargs, keep)
+            armed = self.armed
             if not armed:
-                self._attachments.disarm()
+                attachments.arm()
+            try:
+                yield
+            finally:
+                self._stop()
+                if not armed:
+                    attachments.disarm()
 
     def call(self, deltas: Sequence[Any] | Rows, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run the model with a delta a row."""
@@ -218,9 +224,10 @@ class Mixer:
     def _is_current(self, rows: Rows) -> bool:
         """Tell whether the deltas are still where they were when the rows were made."""
         stacks = self._attachments.stacks
-        self._attachments.require(rows.places)
-        stacks.ensure(rows.places)
-        return all(stacks.of(name).names[name] == place for name, place in rows.places.items())
+        with self._attachments.family.lock:
+            self._attachments.require(rows.places)
+            stacks.ensure(rows.places)
+            return all(stacks.of(name).names[name] == place for name, place in rows.places.items())
 
     def _start(self, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool = False) -> None:
         if self.running is not None:
@@ -257,11 +264,17 @@ class Mixer:
         names = [name for slot in self._slots for name in slot.names]
         if attachments.unproven.isdisjoint(names):
             return forward(*args, **kwargs)
-        recorder = Recorder(attachments.backbone)
-        with recorder.recording():
-            output = forward(*args, **kwargs)
-        attachments.prove_reached(recorder.result(), names)
+        output, seen = watched(attachments, forward, *args, **kwargs)
+        attachments.prove_reached(seen, names)
         return output
+
+
+def _number(kind: Kind) -> int:
+    """Give a kind's number, in the order in which kinds were first used."""
+    found = _NUMBERS.get(kind)
+    if found is None:
+        found = _NUMBERS[kind] = next(_NEXT)
+    return found
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
