@@ -36,7 +36,7 @@ class Settings:
 
     train: int = 600
     epochs: int = 2
-    requests: int = 600
+    requests: int = 300
     batch: int = 16
     rounds: int = 3
     load: float = 0.8
