@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.nn import functional as F
 
 from deltaspec.lifted import new_graph, to_function
-from deltaspec.methods import methods
+from deltaspec.row_formula import formula
 from deltaspec.slots import add_linear_rows, align, linear_rows, rows_in, rows_out, take, toward_rows
 
 if TYPE_CHECKING:
@@ -27,68 +26,6 @@ if TYPE_CHECKING:
 
 _ELEMENTWISE = frozenset({F.gelu, F.relu, F.silu, F.leaky_relu, torch.tanh, torch.sigmoid, operator.neg})
 _BINARY = frozenset({operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul})
-
-
-@dataclass(frozen=True, slots=True)
-class Formula:
-    """A method's formula as a graph: nodes `base`, `swapped` and `dropout` are calls, the rest is arithmetic."""
-
-    x: fx.Node
-    tensors: dict[str, fx.Node]
-    arguments: dict[str, fx.Node]
-    result: fx.Node
-    own: frozenset[fx.Node]
-    """What depends on the delta's tensors; the host's output does not count as such."""
-
-
-class _Formal:
-    """What a formula sees as `t` while it is traced apart."""
-
-    def __init__(self, tracer: GraphAppendingTracer, names: tuple[str, ...], open_call: bool) -> None:
-        self._tracer, self._open = tracer, open_call
-        self.nodes = {name: tracer.graph.placeholder(name) for name in names}
-        self.arguments: dict[str, fx.Node] = {}
-
-    def __getattr__(self, name: str) -> fx.Proxy:
-        return fx.Proxy(self.nodes[name], self._tracer)
-
-    def dropout(self, value: fx.Proxy) -> fx.Proxy:
-        return fx.Proxy(self._tracer.graph.call_module("dropout", (value.node,)), self._tracer)
-
-    def argument(self, name: str) -> fx.Proxy | None:
-        if not self._open:
-            return None
-        if name not in self.arguments:
-            self.arguments[name] = self._tracer.graph.placeholder(f"argument_{name}")
-        return fx.Proxy(self.arguments[name], self._tracer)
-
-    def call(self, function: Callable[..., Any], *args: Any) -> fx.Proxy:
-        return self._tracer.create_proxy("call_function", function, args, {})
-
-
-@functools.cache
-def formula(link: Link, open_call: bool) -> Formula:
-    """Trace a method's formula."""
-    graph = fx.Graph()
-    tracer = GraphAppendingTracer(graph)
-    x = graph.placeholder("x")
-    given = _Formal(tracer, link.form.tensors, open_call)
-    has_dropout = bool(getattr(link.params, "dropout", 0))
-    if not has_dropout:
-        given.dropout = lambda value: value  # type: ignore[method-assign]
-
-    def base(inner: fx.Proxy, **parameters: Any) -> fx.Proxy:
-        if not parameters:
-            return fx.Proxy(graph.call_module("base", (inner.node,)), tracer)
-        nodes = {name: getattr(value, "node", value) for name, value in parameters.items()}
-        return fx.Proxy(graph.call_module("swapped", (nodes, inner.node)), tracer)
-
-    result = methods()[link.method].apply(link.form, link.params, given, fx.Proxy(x, tracer), base).node
-    own = set(given.nodes.values())
-    for node in graph.nodes:
-        if node.target != "base" and not own.isdisjoint(node.all_input_nodes):
-            own.add(node)
-    return Formula(x, given.nodes, given.arguments, result, frozenset(own))
 
 
 def emit_per_row(
