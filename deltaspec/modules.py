@@ -21,7 +21,7 @@ from deltaspec.attention import is_routable
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.entrances import Entrance, entrances
 from deltaspec.parts import Parts
-from deltaspec.walk import Node, model_type_of, own, walk
+from deltaspec.walk import Node, model_type_of, own, subtree_sizes, walk
 
 _NORM_CLASSES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 _NORM_NAME = re.compile(r".*Norm(\dd)?")
@@ -145,7 +145,7 @@ def tabulate(model: nn.Module) -> ModuleTable:
     for node in nodes:
         for name, parameter in own(node.module._parameters):
             holders.setdefault(id(parameter), []).append(_join(node.fqn, name))
-    sizes = _sizes(nodes, holders)
+    sizes = subtree_sizes(nodes, holders)
     classes: dict[type, tuple[tuple[str, ...], str]] = {}
     vocabulary = _vocabulary(model)
     doors = entrances([(node.fqn, node.module) for node in nodes])
@@ -265,43 +265,6 @@ def _info(name: str, fqn: str, tensor: torch.Tensor, holders: list[str]) -> Para
 @cache
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _sizes(nodes: list[Node], holders: dict[int, list[str]]) -> dict[int, int]:
-    """Give, by the identity of a module, the number of values in all parameters at and below it, tied ones once."""
-    if sum(len(own(node.module._modules)) for node in nodes) >= len(nodes):  # a module stands in two places
-        parts: dict[int, dict[int, int]] = {}
-        _parts(nodes[0].module, parts)
-        return {module: sum(found.values()) for module, found in parts.items()}
-    sizes: dict[int, int] = {}
-    tied: dict[int, dict[int, int]] = {}
-    for node in reversed(nodes):  # children before their parents
-        module, size, shared = node.module, 0, dict[int, int]()
-        for _, parameter in own(module._parameters):
-            if len(holders[id(parameter)]) > 1:
-                shared[id(parameter)] = _count(parameter)
-            else:
-                size += _count(parameter)
-        for _, child in own(module._modules):
-            size += sizes[id(child)] - sum(tied.get(id(child), {}).values())
-            shared |= tied.get(id(child), {})
-        sizes[id(module)] = size + sum(shared.values())
-        if shared:
-            tied[id(module)] = shared
-    return sizes
-
-
-def _parts(module: nn.Module, parts: dict[int, dict[int, int]]) -> dict[int, int]:
-    """Fill in, for each module, the sizes of all parameters at and below it by identity."""
-    if id(module) not in parts:
-        found = parts[id(module)] = {id(p): _count(p) for _, p in own(module._parameters)}
-        for _, child in own(module._modules):
-            found.update(_parts(child, parts))
-    return parts[id(module)]
-
-
-def _count(parameter: Tensor) -> int:
-    return 0 if is_lazy(parameter) else parameter.numel()
 
 
 def _join(fqn: str, name: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from deltaspec.roles import RoleMap, role_map
 
@@ -127,3 +128,40 @@ def model_type_of(config: object) -> str | None:
     """Give `config.model_type` of a transformers model; None for anything else."""
     found = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
     return found if isinstance(found, str) and found else None
+
+
+def subtree_sizes(nodes: list[Node], holders: dict[int, list[str]]) -> dict[int, int]:
+    """Give, by the identity of a module, the number of values in all parameters at and below it, tied ones once."""
+    if sum(len(own(node.module._modules)) for node in nodes) >= len(nodes):  # a module stands in two places
+        parts: dict[int, dict[int, int]] = {}
+        _parts(nodes[0].module, parts)
+        return {module: sum(found.values()) for module, found in parts.items()}
+    sizes: dict[int, int] = {}
+    tied: dict[int, dict[int, int]] = {}
+    for node in reversed(nodes):  # children before their parents
+        module, size, shared = node.module, 0, dict[int, int]()
+        for _, parameter in own(module._parameters):
+            if len(holders[id(parameter)]) > 1:
+                shared[id(parameter)] = _count(parameter)
+            else:
+                size += _count(parameter)
+        for _, child in own(module._modules):
+            size += sizes[id(child)] - sum(tied.get(id(child), {}).values())
+            shared |= tied.get(id(child), {})
+        sizes[id(module)] = size + sum(shared.values())
+        if shared:
+            tied[id(module)] = shared
+    return sizes
+
+
+def _parts(module: nn.Module, parts: dict[int, dict[int, int]]) -> dict[int, int]:
+    """Fill in, for each module, the sizes of all parameters at and below it by identity."""
+    if id(module) not in parts:
+        found = parts[id(module)] = {id(p): _count(p) for _, p in own(module._parameters)}
+        for _, child in own(module._modules):
+            found.update(_parts(child, parts))
+    return parts[id(module)]
+
+
+def _count(parameter: nn.Parameter) -> int:
+    return 0 if is_lazy(parameter) else parameter.numel()
