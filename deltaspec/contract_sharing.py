@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltaspec.clone import clone
 from deltaspec.diagnostics import DeltaSpecError
 from deltaspec.inputs import call_arguments
 from deltaspec.methods import methods
@@ -14,8 +15,8 @@ from deltaspec.trial import Case, Outputs, floats, require, same
 def strength(case: Case) -> None:
     """Check that a delta at strength 0 is not there, to the bit, at 1 wholly, and in between neither; or is refused."""
     compiled = case.compile()
-    compiled.detach()
-    bare = case.run(compiled)
+    # torch picks kernels by requires_grad, so the measure is the model out of training.
+    bare = case.run(clone(case.model).requires_grad_(False))
     compiled.only("one")
     whole = case.run(compiled)
     try:

@@ -164,24 +164,26 @@ def take(slot: Slot, source: Source, x: Tensor, zeros: bool) -> Tensor:
 def rows_in(slot: Slot, x: Tensor) -> Tensor:
     """Give a hidden state its rows as first dimension.
 
-    `x` is `[rows, …]` (times the beams), `[1, …]` for all rows, or the tokens of all rows, `[rows * tokens, width]`,
-    which become `[rows, tokens, width]`. Raises DeltaSpecError (DS442) where the rows cannot be told apart.
+    `x` is `[rows, …]` (times the beams), `[1, …]` for all rows, or the tokens of all rows, `[rows * tokens, width]`.
+    What has two dimensions becomes `[rows, tokens, width]`: a row by itself then has as many as it has in a batch.
+    Raises DeltaSpecError (DS442) where the rows cannot be told apart.
     """
     size, batch = x.shape[0] if x.dim() else 1, slot.batch
-    if size == batch.size:
+    if x.dim() == 2 and x.is_floating_point():
+        if size == 1:
+            x, size = x.expand(batch.size, -1), batch.size
+        if size == batch.size or size in batch.totals:
+            return x.reshape(batch.size, -1, x.shape[-1])
+    elif size == batch.size or (size % batch.size == 0 and batch.images):
         return x
-    if size == 1:
+    elif size == 1:
         return x.expand(batch.size, *x.shape[1:])
-    if x.dim() == 2 and size in batch.totals:
-        return x.reshape(batch.size, -1, x.shape[-1])
-    if size % batch.size == 0 and batch.images:
-        return x
     raise DeltaSpecError([_untold(x, batch)])
 
 
 def rows_out(like: Tensor, x: Tensor) -> Tensor:
     """Undo what `rows_in` did to tokens: `like` is what came in."""
-    return x if like.shape[0] in (1, x.shape[0]) else x.flatten(0, 1)
+    return x.flatten(0, 1) if x.dim() > like.dim() else x
 
 
 def toward(without: Tensor, with_it: Tensor, strength: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ class FoldedRows:
         tensors = [tuple(take(slot, source, entering, False) for source in sources) for _, sources, slot in self.folds]
         strengths = [slot.grown("strength", entering.shape[0]) for _, _, slot in self.folds]
         leaving: Tensor = torch.vmap(self._one, randomness="different")(entering, tensors, strengths)
-        return rows_out(x, leaving)
+        return rows_out(x, leaving) if x.is_floating_point() else leaving
 
     def _one(self, x: Tensor, tensors: list[tuple[Tensor, ...]], strengths: list[Tensor]) -> Tensor:
         folded: dict[str, Tensor] = {}
