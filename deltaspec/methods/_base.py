@@ -244,9 +244,8 @@ class Method(ABC):
         """Compute the attention of a site: (output, weights or None). Runs in every forward; only where `attends`.
 
         `q`, `k`, `v` are `[batch, heads, positions, width]`. `base(q, k, v)` gives what is attended to without this
-        delta; keys and values that are put in front of the given ones are seen by every query. Dtypes are not settled.
-        Where rows of the batch have tensors of their own, those of `t` have the rows as first dimension; a method that
-        has a `simpler` one is computed as that.
+        delta; keys and values put in front of the given ones are seen by every query. Dtypes are not settled. Where
+        rows have their own tensors, `t` gives them with the rows first, and of the `simpler` method, if there is one.
         """
         raise AssertionError(f"{self.name} has no formula inside attention")
 
@@ -288,8 +287,7 @@ class Method(ABC):
     def fold(self, site: Site, params: Any, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give the host's own parameters with this delta folded in: own name -> new tensor.
 
-        `weights` holds the current own parameters (absent ones, such as a missing bias, left out). Only for methods
-        whose `promises.weight` is not None; a method without it never gets here.
+        `weights` holds the current own parameters, without absent ones. Called only where `promises.weight` is set.
         """
         raise AssertionError(f"{self.name} promised no weight form")
 
