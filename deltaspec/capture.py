@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+from deltaspec.signatures import arguments_of
+
 if TYPE_CHECKING:
     from deltaspec.attach import Attachments
 
@@ -28,11 +30,9 @@ class Entry(nn.Module):
     def __init__(self, backbone: nn.Module, attachments: Attachments) -> None:
         super().__init__()
         self.__dict__["backbone"], self.__dict__["attachments"] = backbone, attachments
-        self.__dict__["takes_deltas"] = DELTAS not in inspect.signature(type(backbone).forward).parameters
+        self.__dict__["takes_deltas"] = all(p.name != DELTAS for p in arguments_of(type(backbone).forward))
 
-    def forward(
-        self, args: tuple[Any, ...], named: dict[str, Any], kwargs: dict[str, Any], deltas: Any = None
-    ) -> Any:
+    def forward(self, args: tuple[Any, ...], named: dict[str, Any], kwargs: dict[str, Any], deltas: Any = None) -> Any:
         """Call the backbone, under a delta a row if `deltas` says so."""
         backbone, mine = self.__dict__["backbone"], self.__dict__["takes_deltas"]
         if mine and DELTAS in kwargs:
@@ -49,7 +49,7 @@ def root_graph(backbone: nn.Module) -> fx.Graph:
     The placeholders have the names, order and defaults of the backbone's forward, and `deltas` after them. Where a
     default is no plain value, everything is passed through as `*args, **kwargs`.
     """
-    parameters = list(inspect.signature(type(backbone).forward).parameters.values())[1:]
+    parameters = arguments_of(type(backbone).forward)
     kinds = inspect.Parameter
     mirrored = all(p.default is kinds.empty or _writable(p.default) for p in parameters) and not any(
         p.kind in (kinds.POSITIONAL_ONLY, kinds.VAR_POSITIONAL) for p in parameters

@@ -6,7 +6,6 @@ embedding, and everything after it (heads, losses, pooling over ids) sees only w
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from functools import cache
 from typing import Any
 
 from torch import nn
+
+from deltaspec.signatures import arguments_of
 
 _KNOWN = frozenset(
     "input_ids attention_mask token_type_ids position_ids cache_position inputs_embeds past_key_values head_mask "
@@ -101,7 +102,7 @@ def _optional(module: nn.Module) -> dict[str, bool]:
 @cache
 def _arguments(forward: Callable[..., Any]) -> dict[str, bool]:
     """Give the named arguments of a forward, and which of them are tensors that may be left out (default None)."""
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    parameters = arguments_of(forward)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return {p.name: p.default is None or p.default is p.empty for p in named}
 

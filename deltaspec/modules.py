@@ -21,6 +21,7 @@ from deltaspec.attention import is_routable
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.entrances import Entrance, entrances
 from deltaspec.parts import Parts
+from deltaspec.signatures import arguments_of
 from deltaspec.walk import Node, model_type_of, own, subtree_sizes, walk
 
 _NORM_CLASSES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
@@ -224,7 +225,7 @@ def _computed(module: nn.Module) -> tuple[str, ...]:
 @cache
 def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    parameters = arguments_of(forward)
     return tuple(p.name for p in parameters if p.kind not in stars)
 
 

@@ -6,7 +6,6 @@ A program is made once per active set and kept, so that a switch only writes one
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from types import MethodType
@@ -23,6 +22,7 @@ from deltaspec.passes import run_passes
 from deltaspec.prompting import Following, Prompted
 from deltaspec.regions import Region, RegionKey, region
 from deltaspec.rewrite import Link
+from deltaspec.signatures import arguments_of
 from deltaspec.strengths import Strengths
 from deltaspec.substitution import Attend, Fold, Lowered, Swapped
 from deltaspec.switching import Forward as Forward
@@ -241,7 +241,7 @@ def call_form(kind: type[nn.Module], site_kind: str) -> tuple[str | None, str]:
 
 @functools.cache
 def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    parameters = arguments_of(forward)
     stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
     return tuple(stars.get(p.kind.name, "") + p.name for p in parameters)
 

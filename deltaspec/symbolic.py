@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import fx, nn
 from deltaspec.clone import clone
 from deltaspec.regions import hidden_out, with_hidden_out
 from deltaspec.rewrite import Inputs, Link, emit_chain
+from deltaspec.signatures import arguments_of
 
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
@@ -35,7 +35,7 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
     training and evaluation mode trace to the same code, forward has no optional arguments and no traced-through module
     has hooks. The trace is made on a structural copy: torch.fx stores the constants it meets on the module it traces.
     """
-    parameters = list(inspect.signature(type(backbone).forward).parameters.values())[1:]
+    parameters = arguments_of(type(backbone).forward)
     if optional := [
         p.name for p in parameters if p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     ]:
