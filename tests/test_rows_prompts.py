@@ -335,18 +335,18 @@ ASSIGNED: list[list[Any]] = [
     [("long", "soft"), None, "long", "tuned"],
     [("other", "more"), "other", None, None],
     ["tuned", {"long": 0.5}, "short", ("other", "soft")],
-    ["more", "soft", ("long", "more"), "short"],
+    ["more", "lstm", ("long", "more"), "short"],
 ]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", [llama, t5])
 def test_torch_compile_makes_one_graph_for_all_assignments(make: Any) -> None:
-    c = compiled(build(make), "long", "short", "other", "soft", "more", "tuned")
+    c = compiled(build(make), "long", "short", "other", "soft", "more", "tuned", "lstm")
     c.detach()
     given = inputs(make, 4, "left")
     expected = [c(**given, deltas=deltas).logits for deltas in ASSIGNED]
-    prepared = [c.rows(deltas, among=["long", "short", "soft", "tuned"]) for deltas in ASSIGNED]
+    prepared = [c.rows(deltas, among=["long", "short", "soft", "tuned", "lstm"]) for deltas in ASSIGNED]
     assert len({rows.kinds for rows in prepared}) == 1
     torch._dynamo.reset()
     count = torch._dynamo.testing.CompileCounter()

@@ -106,8 +106,27 @@ def _lstm(t: Any, layer: int, x: Any) -> Any:
         for side in _SIDES
         for part in ("input", "hidden", "input_bias", "hidden_bias")
     ]
+    if isinstance(x, torch.Tensor) and torch.compiler.is_compiling():
+        # In a compiled graph each row of a mixed batch has its own encoder, and torch.vmap knows no LSTM.
+        sides = _lstm_side(x, *weights[:4]), _lstm_side(x.flip(0), *weights[4:]).flip(0)
+        return torch.cat(sides, dim=-1)
     start = x.new_zeros(2, 1, 1).expand(2, 1, weights[1].shape[1])
     # As nn.LSTM calls it: weights, biases, layers, dropout, training (which cuDNN's backward asks for), bidirectional,
     # batch first.
     out = torch.lstm(x.unsqueeze(0), (start, start), weights, True, 1, 0.0, True, True, True)
     return out[0].squeeze(0)
+
+
+def _lstm_side(x: Tensor, into: Tensor, over: Tensor, into_bias: Tensor, over_bias: Tensor) -> Tensor:
+    """Run one direction step by step, as nn.LSTM's documentation has it."""
+    import torch
+    from torch.nn import functional as F
+
+    hidden = cell = x.new_zeros(over.shape[1])
+    states = []
+    for given in F.linear(x, into, into_bias).unbind(0):
+        enter, forget, new, leave = (given + F.linear(hidden, over, over_bias)).chunk(4)
+        cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(new)
+        hidden = torch.sigmoid(leave) * torch.tanh(cell)
+        states.append(hidden)
+    return torch.stack(states)
