@@ -161,6 +161,8 @@ def place(backbone: nn.Module, deltas: Deltas) -> None:
 
 def find(backbone: nn.Module) -> tuple[str, Deltas] | None:
     """Find the deltas of a backbone: (their FQN, themselves); None where there are none."""
+    if isinstance(at_root := backbone._modules.get(RESERVED), Deltas):
+        return RESERVED, at_root
     return next(((fqn, m) for fqn, m in backbone.named_modules() if isinstance(m, Deltas)), None)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
-from deltaspec.deltas import Delta, Deltas, attribute_name, home, is_inside, storage_key
+from deltaspec.deltas import Delta, Deltas, attribute_name, home, storage_key
 from deltaspec.frozen import FrozenStatistics, tracks_statistics
 from deltaspec.hosts import gives_new_tensor, own_forward
 from deltaspec.methods import methods
@@ -31,6 +31,7 @@ from deltaspec.symbolic import SiteNames, compile_graph, copy_graph, rewrite_sit
 from deltaspec.visits import Visit as Visit
 from deltaspec.visits import Visits
 from deltaspec.visits import host_of as host_of
+from deltaspec.walk import named
 
 if TYPE_CHECKING:
     from deltaspec.planned import PlannedDelta
@@ -46,11 +47,7 @@ class Programmer:
         self.strengths = Strengths()
         self._traced = {str(node.target) for node in graph.nodes if node.op == "call_module"} if graph else set()
         self._home = home(backbone)
-        self.modules = {
-            name: module
-            for name, module in backbone.named_modules(remove_duplicate=False)
-            if not is_inside(name, self._home)
-        }
+        self.modules = dict(named(backbone, but=self._home))
         self.originals: dict[str, Forward | None] = {n: m.__dict__.get("forward") for n, m in self.modules.items()}
         """Instance-level forwards of other libraries' hooks, by FQN."""
         self.statistics = [fqn for fqn, module in self.modules.items() if tracks_statistics(module)]

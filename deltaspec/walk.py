@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,20 @@ def every(model: nn.Module, without: Container[int] = ()) -> list[nn.Module]:
             if module._modules:
                 waiting += [child for child in list(module._modules.values())[::-1] if child is not None]
     return list(found.values())
+
+
+def named(model: nn.Module, but: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what `model.named_modules(remove_duplicate=False)` does, but for one module and what is in it."""
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        yield name, module
+        prefix = f"{name}." if name else ""
+        waiting += [
+            (prefix + own_name, child)
+            for own_name, child in list(module._modules.items())[::-1]
+            if child is not None and prefix + own_name != but
+        ]
 
 
 def own(members: Any) -> list[tuple[str, Any]]:
