@@ -51,7 +51,7 @@ class Attachments(Known):
             self.order = {name: index for index, name in enumerate(self.planned)}
             """Of application, of all known names."""
             self.stacks = Stacks(deltas, self.planned, self.family.is_read)
-            self.libraries = Libraries(self)
+            self.libraries = Libraries(self.family)
             self._rivals = Rivals(plan.deltas)
             self.unproven = set() if plan.proven else set(self.order)
             """Deltas whose sites no forward was seen to reach yet."""
@@ -89,8 +89,7 @@ class Attachments(Known):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         memo[id(self.planned)], memo[id(self.order)] = dict(self.planned), dict(self.order)
-        # A copy of a view is a model of its own; what views share belongs to the first of them.
-        memo[id(self.libraries.owner)] = twin
+        # A copy of a view is a model of its own.
         memo[id(self.stacks.home)] = copy.deepcopy(self.deltas, memo)
         memo[id(self.family)] = family = Family()
         shared = ("plan", "graph", "active")

@@ -11,7 +11,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -19,32 +19,20 @@ import torch
 
 from deltaspec.deltas import Delta
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
-from deltaspec.library_entries import Contents, Reader, Template, entries_in
-from deltaspec.library_opened import Opened, limits
+from deltaspec.library_entries import Reader, Template, entries_in
+from deltaspec.library_opened import Opened, Staged, limits
 from deltaspec.library_view import LibraryView
 
 if TYPE_CHECKING:
-    from mmap import mmap
-
     from deltaspec.attach import Attachments
-
-
-@dataclass(frozen=True, slots=True)
-class _Staged:
-    """A delta that was read and checked, and is not in memory yet."""
-
-    name: str
-    template: Template
-    file: mmap
-    contents: Contents
+    from deltaspec.views import Family
 
 
 class Libraries:
     """All libraries of one model, and of all its views."""
 
-    def __init__(self, attachments: Attachments) -> None:
-        self._attachments = self.owner = attachments
-        """Those of the first view; what is used here is common to all."""
+    def __init__(self, family: Family) -> None:
+        self._family = family
         self._opened: list[Opened] = []
         self._of: dict[str, Opened] = {}
         """The directory of each known name."""
@@ -52,18 +40,23 @@ class Libraries:
         """Names whose tensors a user was given."""
         self._pinned: dict[int, tuple[str, ...]] = {}
         """What each prepared assignment to rows names."""
-        self._lock = attachments.family.lock
+        self._lock = family.lock
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Libraries:
         """Copy with what is loaded; directories are shared."""
-        twin = type(self)(memo[id(self._attachments)])
+        twin = type(self)(memo[id(self._family)])
         memo[id(self)] = twin
         for opened in self._opened:
-            reader = Reader(twin._attachments, opened.reader.inputs)
+            reader = Reader(twin._family, opened.reader.inputs)
             copied = replace(opened, reader=reader, loaded=OrderedDict(opened.loaded))
             twin._opened.append(copied)
             twin._of.update(dict.fromkeys(copied.entries, copied))
         return twin
+
+    @property
+    def _attachments(self) -> Attachments:
+        """Those of some view: what is used here is common to all."""
+        return self._family.one()
 
     def __contains__(self, name: object) -> bool:
         return name in self._of
@@ -93,7 +86,7 @@ class Libraries:
                     findings.append(entry.saved.finding("DS530", message, hint))
             if findings:
                 raise DeltaSpecError(findings)
-            opened = Opened(str(directory), entries, Reader(attachments, example_inputs), count, size)
+            opened = Opened(str(directory), entries, Reader(self._family, example_inputs), count, size)
             self._opened.append(opened)
             self._of.update(dict.fromkeys(entries, opened))
             first = max(attachments.order.values(), default=-1) + 1
@@ -145,7 +138,7 @@ class Libraries:
             for name in names:
                 if (opened := self._of.get(name)) is not None:
                     asked.setdefault(opened, {})[name] = None
-            staged: dict[Opened, list[_Staged]] = {}
+            staged: dict[Opened, list[Staged]] = {}
             findings: list[Diagnostic] = []
             for opened, wanted in asked.items():
                 staged[opened] = self._staged(opened, wanted, findings, leaving)
@@ -172,7 +165,7 @@ class Libraries:
 
     def _staged(
         self, opened: Opened, wanted: Iterable[str], findings: list[Diagnostic], leaving: Attachments | None
-    ) -> list[_Staged]:
+    ) -> list[Staged]:
         """Read and check what is not in memory."""
         staged, before = [], len(findings)
         for name in [name for name in wanted if name not in opened.loaded]:
@@ -180,7 +173,7 @@ class Libraries:
             template = opened.reader.template(entry, findings)
             found = None if template is None else opened.reader.read(entry, template, findings)
             if template is not None and found is not None:
-                staged.append(_Staged(name, template, *found))
+                staged.append(Staged(name, template, *found))
         if len(findings) == before:
             kept = {*wanted, *self._kept(opened, leaving)}
             templates = [opened.loaded[name] for name in list(opened.loaded) if name in kept]
@@ -205,7 +198,7 @@ class Libraries:
                     self._make_way(opened, self._kept(opened), [])
 
     @torch.no_grad()
-    def _take_in(self, opened: Opened, new: list[_Staged]) -> None:
+    def _take_in(self, opened: Opened, new: list[Staged]) -> None:
         attachments = self._attachments
         left = Counter(staged.template for staged in new)
         for staged in new:
@@ -268,7 +261,7 @@ class Libraries:
 
     def _kept(self, opened: Opened, leaving: Attachments | None = None) -> set[str]:
         """Give the names of loaded deltas that must not be dropped."""
-        active = self._attachments.family.attached(leaving)
+        active = self._family.attached(leaving)
         return {*active, *self._in_rows(), *self._trained(opened)} & opened.loaded.keys()
 
     def touch(self, names: Iterable[str]) -> None:

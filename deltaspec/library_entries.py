@@ -22,6 +22,7 @@ from deltaspec.store import match
 if TYPE_CHECKING:
     from deltaspec.attach import Attachments
     from deltaspec.planned import PlannedDelta
+    from deltaspec.views import Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +157,8 @@ class Contents:
 class Reader:
     """Reads and checks entries; what many have in common is looked at once."""
 
-    def __init__(self, attachments: Attachments, example_inputs: Any) -> None:
-        self._attachments, self.inputs = attachments, example_inputs
+    def __init__(self, family: Family, example_inputs: Any) -> None:
+        self._family, self.inputs = family, example_inputs
         self._templates: dict[str, Template] = {}
         self._contents: dict[tuple[bytes, Template], Contents] = {}
         """By header of the file."""
@@ -205,7 +206,7 @@ class Reader:
         from deltaspec.plan import resolve
         from deltaspec.spec import load
 
-        attachments = self._attachments
+        attachments = self._family.one()
         spec = load(data)
         plan = resolve((spec,), attachments.plan.table, self._observed())
         # What a derived delta was computed to be is in its tensors.
@@ -222,7 +223,7 @@ class Reader:
         from deltaspec.observe import Observations
 
         if self._observations is None:
-            self._observations = Observations(without_deltas(self._attachments), self.inputs)
+            self._observations = Observations(without_deltas(self._family.one()), self.inputs)
         return self._observations
 
     def read(self, entry: Entry, template: Template, findings: list[Diagnostic]) -> tuple[mmap, Contents] | None:

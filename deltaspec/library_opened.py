@@ -7,8 +7,12 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from deltaspec.library_entries import Entry, Reader, Template
+from deltaspec.library_entries import Contents, Entry, Reader, Template
+
+if TYPE_CHECKING:
+    from mmap import mmap
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]i?)?B")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -38,6 +42,16 @@ class Opened:
         if self.count is not None:
             return sum(1 for _ in templates) > self.count
         return self.size is not None and sum(template.size for template in templates) > self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A delta that was read and checked, and is not in memory yet."""
+
+    name: str
+    template: Template
+    file: mmap
+    contents: Contents
 
 
 def limits(limit: int | str | None) -> tuple[int | None, int | None]:

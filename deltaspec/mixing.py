@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -126,6 +126,10 @@ class Mixer:
 
     def _make(self, kinds: Kinds, names: Sequence[str]) -> None:
         """Build the forwards of all hosts for kinds, each given by the name of a delta of it."""
+        with self._attachments.turns.switching(with_rows=True) if self.armed else nullcontext():
+            self._make_now(kinds, names)
+
+    def _make_now(self, kinds: Kinds, names: Sequence[str]) -> None:
         programmer = self._attachments.programmer
         self._slots += [Slot(number, self.batch) for number in range(len(self._slots), len(kinds))]
         hosts: dict[str, list[tuple[Slot, str]]] = {}
@@ -141,9 +145,8 @@ class Mixer:
             self._mixed.setdefault(host, {})[kinds] = forward
         self._made.add(kinds)
         if self.armed:
-            with self._attachments.turns.switching(with_rows=True):
-                self.disarm()
-                self.arm()
+            self.disarm()
+            self.arm()
 
     def forget(self) -> None:
         """Forget all that holds tensors, after they moved; nothing is armed."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -42,14 +42,18 @@ class Recomputation:
         if not certain and not self._suspect:
             return
         state = self._attachments.state()
+        nodes = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+        known: list[bool] = [True] if certain else []
 
-        def check(node: Any) -> None:
-            if self._attachments.state() != state and (certain or _recomputes(node)):
+        def check(_: Any, root: Any) -> None:
+            if self._attachments.state() == state:
+                return
+            known[:] = known or [_recomputes(root)]
+            if known[0]:
                 raise DeltaSpecError([_other_deltas(state[0], self._attachments.active, bool(state[2]))])
 
-        for tensor in _tensors(output):
-            if (node := tensor.grad_fn) is not None:
-                node.register_prehook(lambda _, node=node: check(node))
+        for node in nodes:
+            node.register_prehook(partial(check, root=node))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

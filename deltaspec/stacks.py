@@ -185,6 +185,11 @@ class Stacks:
             if delta is not None:
                 delta.train(mode)
 
+    def settle_in(self, home: Deltas) -> dict[str, Delta]:
+        """Use other modules of the same deltas; give those that show held ones, whose modes are not set here any more."""
+        self._deltas = self.home = home
+        return {name: delta for name, delta in self._held.items() if delta is not None}
+
     def held_rows(self) -> list[Tensor]:
         """Give the matrices that held deltas lie in."""
         return [flat for stack in {self._of[name] for name in self._held if name in self._of} for flat in stack.flats]

@@ -46,6 +46,11 @@ class Family:
         with self.lock:
             return list(self._views)
 
+    def one(self) -> Attachments:
+        """Give any view, for what all have in common."""
+        with self.lock:
+            return next(iter(self._views))
+
     def others(self, view: Attachments) -> list[Attachments]:
         """Give the other views."""
         return [other for other in self.views() if other is not view]
@@ -104,6 +109,8 @@ def view_of(compiled: CompiledModel) -> CompiledModel:
 
     mine = compiled._attachments
     with mine.turns.lock, mine.family.lock:
+        if mine.stacks.home is mine.deltas:  # what all views use must not keep the first one alive
+            mine.shown.update(mine.stacks.settle_in(_deltas_beside(mine.deltas)))
         backbone, deltas = _twin(mine)
         attachments = Attachments(backbone, deltas, mine.plan, mine.graph, mine)
         deltas.attachments = attachments
