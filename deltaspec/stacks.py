@@ -186,7 +186,7 @@ class Stacks:
                 delta.train(mode)
 
     def settle_in(self, home: Deltas) -> dict[str, Delta]:
-        """Use other modules of the same deltas; give those that show held ones, whose modes are not set here any more."""
+        """Use other modules of the same deltas; give those that show held ones: their modes are set elsewhere now."""
         self._deltas = self.home = home
         return {name: delta for name, delta in self._held.items() if delta is not None}
 
