@@ -15,6 +15,7 @@ import deltaspec
 from deltaspec.hosts import gives_new_tensor, own_forward
 from deltaspec.passes import run_passes
 from deltaspec.passes.fuse_addition import add_low_rank, add_low_rank_, add_product, add_product_
+from deltaspec.slots import toward
 
 SHAPES = ((5,), (1, 5), (3, 5), (1, 1, 5), (2, 3, 5), (2, 1, 40, 5), (64, 5), (0, 5), (2, 0, 5))
 ROUND_OFF = {
@@ -35,7 +36,7 @@ def plain(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tenso
 
 
 def product(function: Any) -> Any:
-    return lambda y, x, down, up, scale: function(y, F.linear(x, down), up, scale)
+    return lambda y, x, down, up, *scale: function(y, F.linear(x, down), up, *scale)
 
 
 FORMS = {
@@ -160,7 +161,7 @@ def called(graph: fx.Graph) -> list[str]:
     ]
 
 
-def lora(base: Any, x: Any, down: Any, up: Any) -> Any:
+def lora(base: Any, x: Any, down: Any, up: Any, *_: Any) -> Any:
     return torch.add(base(x), F.linear(F.linear(x, down), up), alpha=2.0)
 
 
@@ -204,6 +205,35 @@ def test_a_chain_accumulates_into_one_tensor():
     graph = graph_of(chained, "x", "down", "up", "down_2", "up_2")
     run_passes(graph, True)
     assert called(graph) == ["base", "add_low_rank_", "add_low_rank_"]
+
+
+@forms
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_strengths_are_exact_at_0_and_1(form, shape):
+    y, x, down, up = operands(shape)
+
+    def at(strength: float | None) -> Tensor:
+        more = () if strength is None else (torch.tensor(strength),)
+        return form(y.clone(), x, down, up, 1.5, *more)
+
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled):
+            assert torch.equal(at(0.0), y) and torch.equal(at(1.0), at(None))
+            torch.testing.assert_close(at(0.3), torch.lerp(y, plain(y, x, down, up, 1.5), 0.3))
+
+
+def test_a_strength_is_applied_to_the_narrow_values():
+    graph = graph_of(lora, "x", "down", "up", "strength")
+    [result] = graph.find_nodes(op="call_function", target=torch.add)
+    [strength] = [node for node in graph.find_nodes(op="placeholder") if node.target == "strength"]
+    with graph.inserting_after(result):
+        scaled = graph.call_function(toward, (result.args[0], result, strength))
+    result.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    run_passes(graph, True)
+    graph.lint()
+    assert called(graph) == ["base", "add_low_rank_"]
+    [fused] = graph.find_nodes(op="call_function", target=add_low_rank_)
+    assert [str(arg) for arg in fused.args] == ["base", "x", "down", "up", "2.0", "strength"]
 
 
 # In models

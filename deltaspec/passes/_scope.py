@@ -26,12 +26,12 @@ class Scope:
             return node.op == "placeholder"
         return node.op == "get_attr" and str(node.target).startswith(f"{self.home}.")
 
-    def may_overwrite(self, node: fx.Node, user: fx.Node) -> bool:
-        """Tell whether `user` may write into what a node gives: it is new, and nothing else reads it.
+    def may_overwrite(self, node: fx.Node, *users: fx.Node) -> bool:
+        """Tell whether these users may write into what a node gives: it is new, and nothing else reads it.
 
         The host's forward hooks do not see what `base` gives, but what leaves the region.
         """
-        return set(node.users) == {user} and self._is_new(node)
+        return set(node.users) == set(users) and self._is_new(node)
 
     def _is_new(self, node: fx.Node) -> bool:
         if node.op == "call_module":

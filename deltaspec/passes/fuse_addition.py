@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from deltaspec.passes._scope import Scope
+from deltaspec.slots import toward
 
 _MANY = 32
 """Rows from which the narrow product is faster as `down xᵀ` than as `x downᵀ` (measured with MKL, float32)."""
@@ -32,8 +33,10 @@ def _gives_new_tensor(function: _F) -> _F:
 
 
 @_gives_new_tensor
-def add_product(y: Tensor, h: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """Give y + scale · h weightᵀ. `y` is `[…, out]`, `h` `[…, in]`, `weight` `[out, in]`."""
+def add_product(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: Tensor | None = None) -> Tensor:
+    """Give y + strength · scale · h weightᵀ. `y` is `[…, out]`, `h` `[…, in]`, `weight` `[out, in]`."""
+    if strength is not None:
+        h = h * strength
     if _is_plain(y, h, weight):
         if y.dim() == 2:
             return torch.addmm(y, h, weight.t(), alpha=scale)
@@ -43,11 +46,13 @@ def add_product(y: Tensor, h: Tensor, weight: Tensor, scale: float) -> Tensor:
 
 
 @_gives_new_tensor
-def add_product_(y: Tensor, h: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """Give y + scale · h weightᵀ; `y` may be overwritten."""
+def add_product_(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: Tensor | None = None) -> Tensor:
+    """Give y + strength · scale · h weightᵀ; `y` may be overwritten."""
     if torch.is_grad_enabled() or not _is_plain(y, h, weight) or not y.is_contiguous():
         # Autograd would copy its gradients for a write through a view.
-        return add_product(y, h, weight, scale)
+        return add_product(y, h, weight, scale, strength)
+    if strength is not None:
+        h = h * strength
     if y.dim() == 2:
         return y.addmm_(h, weight.t(), alpha=scale)
     y.view(-1, weight.size(0)).addmm_(h.flatten(0, -2), weight.t(), alpha=scale)
@@ -55,14 +60,21 @@ def add_product_(y: Tensor, h: Tensor, weight: Tensor, scale: float) -> Tensor:
 
 
 @_gives_new_tensor
-def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """Give y + scale · (x downᵀ) upᵀ. `y` is `[…, out]`, `x` `[…, in]`, `down` `[rank, in]`, `up` `[out, rank]`."""
-    return add_product(y, F.linear(x, down), up, scale)
+def add_low_rank(
+    y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, strength: Tensor | None = None
+) -> Tensor:
+    """Give y + strength · scale · (x downᵀ) upᵀ.
+
+    `y` is `[…, out]`, `x` `[…, in]`, `down` `[rank, in]`, `up` `[out, rank]`.
+    """
+    return add_product(y, F.linear(x, down), up, scale, strength)
 
 
 @_gives_new_tensor
-def add_low_rank_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """Give y + scale · (x downᵀ) upᵀ; `y` may be overwritten."""
+def add_low_rank_(
+    y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, strength: Tensor | None = None
+) -> Tensor:
+    """Give y + strength · scale · (x downᵀ) upᵀ; `y` may be overwritten."""
     # Few and cheap tests: beside one row each counts. A linear host's output is contiguous.
     dtype = y.dtype
     if (
@@ -72,19 +84,23 @@ def add_low_rank_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) 
         or _is_grad_enabled()
         or _is_transformed()
     ):
-        return add_product(y, F.linear(x, down), up, scale)
+        return add_product(y, F.linear(x, down), up, scale, strength)
     if 0 < y.numel() == up.size(0):
         h = down.mv(x.reshape(-1))
         if h.dtype is dtype:
+            if strength is not None:
+                h = h * strength
             y.view(-1).addmv_(up, h, alpha=scale)
             return y
     elif y.dim() > 1 and not _is_compiling():
         values, width, rows = y.numel(), up.size(0), x.flatten(0, -2)
         h = rows.mm(down.t()) if values < _MANY * width else down.mm(rows.t()).t()
         if h.dtype is dtype and y.is_contiguous() and values:
+            if strength is not None:
+                h = h * strength
             y.view(-1, width).addmm_(h, up.t(), alpha=scale)
             return y
-    return add_product(y, F.linear(x, down), up, scale)  # under autocast narrow values have another dtype
+    return add_product(y, F.linear(x, down), up, scale, strength)  # under autocast narrow values have another dtype
 
 
 def _is_plain(y: Tensor, x: Tensor, weight: Tensor) -> bool:
@@ -100,26 +116,34 @@ def _is_plain(y: Tensor, x: Tensor, weight: Tensor) -> bool:
 
 
 def run(scope: Scope) -> None:
-    """Rewrite `add(y, linear(h, weight), alpha=scale)`, and with `h = linear(x, down)` both products."""
+    """Rewrite `add(y, linear(h, weight), alpha=scale)`, and with `h = linear(x, down)` both products.
+
+    A strength between `y` and the sum is as well applied to the narrow values: 0 adds nothing, 1 leaves them.
+    """
     for node in list(scope.graph.nodes):
         if node.target is not torch.add or len(node.args) != 2 or not set(node.kwargs) <= {"alpha"}:
             continue
         y, update = node.args
         if not (_is_product(scope, update) and set(update.users) == {node} and isinstance(y, fx.Node)):
             continue
+        scaled = next((user for user in node.users if user.target is toward and user.args[:2] == (y, node)), None)
+        last = node if scaled is None or len(node.users) > 1 else scaled
         h, up = update.args
-        scale, overwrite = node.kwargs.get("alpha", 1.0), scope.may_overwrite(y, node)
-        with scope.graph.inserting_before(node):
-            if _is_product(scope, h) and set(h.users) == {update}:
-                both = add_low_rank_ if overwrite else add_low_rank
-                fused = scope.graph.call_function(both, (y, *h.args, up, scale))
-            else:
-                one = add_product_ if overwrite else add_product
-                fused = scope.graph.call_function(one, (y, h, up, scale))
-        node.replace_all_uses_with(fused)
-        for gone in (node, update, h):
+        both = _is_product(scope, h) and set(h.users) == {update}
+        function = _FORMS[both, scope.may_overwrite(y, node, last)]
+        strength = () if last is node else (last.args[2],)
+        with scope.graph.inserting_before(last):
+            given = (y, *(h.args if both else (h,)), up, node.kwargs.get("alpha", 1.0), *strength)
+            last.replace_all_uses_with(scope.graph.call_function(function, given))
+        for gone in dict.fromkeys((last, node, update, h)):
             if not gone.users:
                 scope.graph.erase_node(gone)
+
+
+_FORMS: dict[tuple[bool, bool], Callable[..., Tensor]] = {
+    (True, True): add_low_rank_, (True, False): add_low_rank,
+    (False, True): add_product_, (False, False): add_product,
+}  # fmt: skip
 
 
 def _is_product(scope: Scope, node: Any) -> bool:
