@@ -62,5 +62,7 @@ def rows(case: Case) -> None:
     for row, name in enumerate(names):
         for ours, theirs in zip(mixed, alone[name], strict=True):
             if ours.shape[:1] == (size,):
-                worst = float((ours[row] - theirs[row]).abs().max() / (1 + theirs[row].abs().max()))
+                # An encoder's states have places for the longest prompt; those of other rows are behind their own.
+                mine = ours[row, : theirs.shape[1]] if ours.dim() > 2 else ours[row]
+                worst = float((mine - theirs[row]).abs().max() / (1 + theirs[row].abs().max()))
                 require(worst <= case.tolerance, f"row {row} ({name}) is {worst:.1e} from what it is alone")
