@@ -44,7 +44,7 @@ class Settings:
     clock: Callable[[], float] = time.perf_counter
 
 
-QUICK = Settings(train=64, epochs=1, requests=90, rounds=1)
+QUICK = Settings(train=64, epochs=1, requests=60, rounds=1)
 
 
 class Disagreement(RuntimeError):
