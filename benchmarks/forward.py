@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import statistics
 from collections.abc import Callable, Iterator
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from benchmarks.harness import Row, excess, interleave, many, ratio, seconds
 from benchmarks.models import LLAMA_LINEAR, llama, peft, spec
 from deltaspec.hosts import own_forward
 from deltaspec.passes.fuse_addition import add_low_rank_
+from deltaspec.passes.share_products import add_low_ranks_
+from deltaspec.slots import toward
 
 SIZES = ((1, 1), (1, 16), (8, 128))
 
@@ -37,7 +40,7 @@ def forwards() -> Iterator[Row]:
         contestants = {"bare": run(base), "ours": run(ours), "peer": run(peer), "merged": run(merged)}
         times = interleave(contestants, pairs)
         first, second, part, text = excess(times["ours"], times["peer"], times["bare"])
-        least = _arithmetic(ours, batch * tokens) / sorted(times["bare"])[pairs // 2]
+        least = _arithmetic(ours, batch * tokens) / statistics.median(times["bare"])
         yield Row(
             f"LoRA on 56 linears attached, over bare, {batch} × {tokens} tokens (8 × 512 Llama)",
             f"{first:.3f} ×",
@@ -68,14 +71,14 @@ def _arithmetic(ours: deltaspec.CompiledModel, rows: int) -> float:
             for x, y, first, second in calls:
                 y.addmm_(x.mm(first), second, alpha=2.0)
 
-    return sorted(interleave({"alone": run}, 20)["alone"])[10]
+    return statistics.median(interleave({"alone": run}, 20)["alone"])
 
 
 def passes() -> Iterator[Row]:
     """One site (LoRA of rank 8 on 512 → 512), without and with each pass."""
     host = nn.Linear(512, 512, bias=False).requires_grad_(False)
     down, up = nn.Parameter(torch.randn(8, 512)), nn.Parameter(torch.randn(512, 8) * 0.01)
-    own = functools.partial(nn.Linear.forward, host)
+    own, strength = MethodType(nn.Linear.forward, host), torch.tensor(0.5)
 
     for rows, pairs in ((1, 100), (16, 100), (1024, 30)):
         x = torch.randn(1, rows, 512)
@@ -94,6 +97,23 @@ def passes() -> Iterator[Row]:
             pairs,
             training=True,
         )
+
+        def apart(x: Tensor = x) -> Tensor:
+            return add_low_rank_(add_low_rank_(host(x), x, down, up, 2.0), x, down, up, 1.0)
+
+        def shared(x: Tensor = x) -> Tensor:
+            return add_low_ranks_(host(x), x, (down, down), (up, up), (2.0, 1.0), (None, None))
+
+        yield _against(f"pass share_products, two deltas, {rows} rows", {"plain": apart, "fused": shared}, rows, pairs)
+
+        def lerped(x: Tensor = x) -> Tensor:
+            y = host(x)
+            return toward(y, torch.add(y, F.linear(F.linear(x, down), up), alpha=2.0), strength)
+
+        def narrow(x: Tensor = x) -> Tensor:
+            return add_low_rank_(host(x), x, down, up, 2.0, strength)
+
+        yield _against(f"pass fuse_addition, a strength, {rows} rows", {"plain": lerped, "fused": narrow}, rows, pairs)
     x = torch.randn(1, 1, 512)
     quick = own_forward(host)
     yield _against("a linear host's own forward, 1 row", {"plain": lambda: own(x), "fused": lambda: quick(x)}, 1, 100)

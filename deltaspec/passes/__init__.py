@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from deltaspec.passes import fuse_addition
+from deltaspec.passes import fuse_addition, share_products
 from deltaspec.passes._scope import Scope
 
 
@@ -18,4 +18,6 @@ def run_passes(graph: fx.Graph, owned: bool = False, home: str | None = None) ->
     `owned`: what `base` gives is a new tensor that nothing else holds, so it may be overwritten. `home`: the FQN under
     which a whole model's graph finds its deltas; None where their tensors are the graph's inputs.
     """
-    fuse_addition.run(Scope(graph, owned, home))
+    scope = Scope(graph, owned, home)
+    fuse_addition.run(scope)
+    share_products.run(scope)

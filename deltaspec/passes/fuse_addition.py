@@ -27,12 +27,13 @@ _is_transformed = torch._C._are_functorch_transforms_active
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _gives_new_tensor(function: _F) -> _F:
+def gives_new_tensor(function: _F) -> _F:
+    """Mark a function whose result is new, or what it was allowed to overwrite."""
     function.gives_new_tensor = True  # type: ignore[attr-defined]
     return function
 
 
-@_gives_new_tensor
+@gives_new_tensor
 def add_product(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: Tensor | None = None) -> Tensor:
     """Give y + strength · scale · h weightᵀ. `y` is `[…, out]`, `h` `[…, in]`, `weight` `[out, in]`."""
     if strength is not None:
@@ -45,7 +46,7 @@ def add_product(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: Te
     return torch.add(y, F.linear(h, weight), alpha=scale)
 
 
-@_gives_new_tensor
+@gives_new_tensor
 def add_product_(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: Tensor | None = None) -> Tensor:
     """Give y + strength · scale · h weightᵀ; `y` may be overwritten."""
     if torch.is_grad_enabled() or not _is_plain(y, h, weight) or not y.is_contiguous():
@@ -59,7 +60,7 @@ def add_product_(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: T
     return y
 
 
-@_gives_new_tensor
+@gives_new_tensor
 def add_low_rank(
     y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, strength: Tensor | None = None
 ) -> Tensor:
@@ -70,7 +71,7 @@ def add_low_rank(
     return add_product(y, F.linear(x, down), up, scale, strength)
 
 
-@_gives_new_tensor
+@gives_new_tensor
 def add_low_rank_(
     y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, strength: Tensor | None = None
 ) -> Tensor:
