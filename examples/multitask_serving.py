@@ -215,7 +215,7 @@ def report(
     *_, by_task, _, mixed = at_once
     ratios = sorted(one.busy / other.busy for one, other in zip(by_task, mixed, strict=True))
     for line in (
-        f"served: all requests wait from the start; the median of {settings.rounds} rounds.",
+        f"served: all requests wait from the start; rounds: {settings.rounds}, their median.",
         f"Batch size, latency: they come at {rate:.1f}/s on average, independently (Poisson), to one server, which "
         f"takes, when free, up to {settings.batch} of those that wait. Arrivals are simulated, computing is measured.",
         f"Mixed batches serve {statistics.median(ratios):.2f} times (rounds: {ratios[0]:.2f} to {ratios[-1]:.2f}) as "
