@@ -84,15 +84,17 @@ def checked_strength(name: str, strength: Any) -> float:
 def chain(rows: Iterable[tuple[Kind, ...]], number: Callable[[Kind], int]) -> list[Kind]:
     """Give a sequence of kinds that holds every row's kinds in the row's order; short, not always the shortest.
 
-    It depends on which rows there are, not on their order: `number` gives kinds an order of their own.
+    `number` gives kinds an order of their own, which is kept wherever all rows allow it: assignments of the same kinds
+    then have the same sequence, and share a compiled graph.
     """
-    slots: list[Kind] = []
-    for row in sorted(set(rows), key=lambda row: (-len(row), [number(kind) for kind in row])):
+    stacks = set(rows)
+    slots = sorted({kind for stack in stacks for kind in stack}, key=number)
+    for stack in sorted(stacks, key=lambda stack: [number(kind) for kind in stack]):
         place = 0
-        for kind in row:
+        for kind in stack:
             found = next((i for i in range(place, len(slots)) if slots[i] is kind), None)
             if found is None:
-                found = place if len(row) > 1 else len(slots)
+                found = place
                 slots.insert(found, kind)
             place = found + 1
     return slots

@@ -85,7 +85,8 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         elif form in _EMPTY and not value:
             attributes[name] = form()
         elif name == "_modules":
-            attributes[name] = form((key, None if child is None else _copy(child, memo)) for key, child in value.items())
+            children = ((key, None if child is None else _copy(child, memo)) for key, child in value.items())
+            attributes[name] = form(children)
         elif name == "_parameters" and form is dict:
             attributes[name] = {key: None if one is None else memo[id(one)] for key, one in value.items()}
         elif (found := memo.get(id(value))) is not None:

@@ -20,7 +20,8 @@ _NAMES = {
     "other": "blocks",
 }
 _WIDTH = 768
-_HEAD = "| method | what it learns | at start | merges | rows mix | strength | modules | paper |\n|---|---|---|---|---|---|---|---|\n"
+_COLUMNS = ("method", "what it learns", "at start", "merges", "rows mix", "strength", "modules", "paper")
+_HEAD = f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|\n"
 
 
 def methods_table(methods: Mapping[str, Method]) -> str:

@@ -7,23 +7,23 @@ then the region of the rows' kinds. So one installation serves every assignment,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from deltaspec.assignment import Rows, chain, parse_rows, places, to_tensors
+from deltaspec.batch import Batch
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.frozen import FrozenStatistics
 from deltaspec.programs import Forward
 from deltaspec.proving import watched
 from deltaspec.row_binding import put_prompts_in_front, touched
 from deltaspec.rowwise import bind_rows, refusals
-from deltaspec.slots import Batch, Slot
+from deltaspec.slots import Slot
 
 if TYPE_CHECKING:
     from deltaspec.attach import Attachments
@@ -58,7 +58,7 @@ class Entering:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
-        self._mixer.measure(args, kwargs)
+        self._mixer.batch.measure(args, kwargs)
         return self._mixer.proving(self._forward, *args, **kwargs)
 
 
@@ -76,6 +76,7 @@ class Mixer:
         """By host."""
         self._made: set[Kinds] = set()
         self._mixable: set[Kind] = set()
+        self._placed: dict[Kind, int] = {}
         self._installed: list[tuple[dict[str, Any], Forward | None]] = []
         """(module's `__dict__`, the instance-level forward it had before); empty while nothing is armed."""
 
@@ -109,7 +110,7 @@ class Mixer:
         attachments.derive(name for name in names if name not in attachments.active)
         stacks.ensure(names)
         stacked = [tuple(kinds[name] for name in row) for row in (*rows, *([name] for name in among))]
-        slots = chain(stacked, _number)
+        slots = chain(stacked, self._place)
         keys = tuple(f"{kind.method} {_number(kind)}" for kind in slots)
         if keys not in self._made:
             # All of their kinds at once: a stack that grows later is another shape to a compiled graph.
@@ -123,6 +124,14 @@ class Mixer:
         made = Rows(keys, *tensors, deltas=tuple(rows), places={n: stacks.of(n).names[n] for n in names})
         attachments.libraries.pin(made, names)
         return made
+
+    def _place(self, kind: Kind) -> int:
+        """Give a kind's place in the order of application: that of its first delta."""
+        if kind not in self._placed:
+            attachments = self._attachments
+            alike = (name for name in attachments.planned if attachments.stacks.kind(name) is kind)
+            self._placed[kind] = min(attachments.order[name] for name in alike)
+        return self._placed[kind]
 
     def _make(self, kinds: Kinds, names: Sequence[str]) -> None:
         """Build the forwards of all hosts for kinds, each given by the name of a delta of it."""
@@ -236,7 +245,7 @@ class Mixer:
         if self.running is not None:
             raise DeltaSpecError([_nested()])
         self.batch.rows = self.batch.size = len(rows)
-        self.measure(args, kwargs)
+        self.batch.measure(args, kwargs)
         for slot in self._slots[: len(rows.kinds)]:
             slot.fill(rows, keep)
         self.running = rows.kinds
@@ -246,18 +255,6 @@ class Mixer:
             slot.clear()
         self.running = None
         self.batch.rows = 0
-
-    def measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take the size of the batch from the arguments of the model. Raises DeltaSpecError (DS443) for another one."""
-        tensors = list(_tensors((*args, *kwargs.values())))
-        if not tensors:
-            return
-        size, batch = tensors[0].shape[0], self.batch
-        if size % batch.rows:
-            raise DeltaSpecError([_other_size(size, batch.rows)])
-        batch.size = size
-        batch.totals = frozenset(t.shape[0] * t.shape[1] for t in tensors if t.dim() > 1 and t.shape[0] == size)
-        batch.images = any(t.dim() == 4 for t in tensors)
 
     def proving(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the model, watched if nothing has shown yet that the rows' deltas are reached."""
@@ -280,21 +277,7 @@ def _number(kind: Kind) -> int:
     return found
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors that have rows among a call's arguments, those in outputs of an encoder included."""
-    for value in values:
-        if isinstance(value, Tensor) and value.dim():
-            yield value
-        elif isinstance(value, Mapping):
-            yield from (inner for inner in value.values() if isinstance(inner, Tensor) and inner.dim())
-
-
 def _nested() -> Diagnostic:
     message = "a forward with rows runs already in this model"
     hint = "give each thread a view of its own: view = c.view()"
     return Diagnostic("DS445", message, suggestion=hint)
-
-
-def _other_size(size: int, rows: int) -> Diagnostic:
-    message = f"deltas names {rows} row{'' if rows == 1 else 's'}, and the batch has {size}"
-    return Diagnostic("DS443", message, suggestion="give one entry a row; None is the bare backbone")

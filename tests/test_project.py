@@ -6,8 +6,10 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -79,9 +81,18 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     (tmp_path / "specs").mkdir()
     (tmp_path / "specs/french.deltaspec.yaml").write_text(blocks(README, "yaml")[0], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks(README, "python")
-    exec(compile(code, "README.md", "exec"), {})
+    first, many = blocks(README, "python")
+    made: dict[str, Any] = {}
+    exec(compile(first, "README.md", "exec"), made)
     assert any(tmp_path.rglob("*.safetensors"))
+    # The second one has more tasks than the first.
+    french = Path("specs/french.deltaspec.yaml").read_text(encoding="utf-8")
+    for name in ("german", "legal", "italian"):
+        other = re.sub(r".*name: head.*\n", "", french.replace("name: french", f"name: {name}"))
+        Path(f"specs/{name}.deltaspec.yaml").write_text(other, encoding="utf-8")
+    deltaspec.compile(tiny, "specs/italian.deltaspec.yaml").save("shelf")
+    ids = torch.tensor([[0, 42, 2], [0, 43, 2], [0, 44, 2]])
+    exec(compile(many, "README.md", "exec"), made | {"batch": {"input_ids": ids}})
 
 
 def commands() -> list[tuple[str, str]]:

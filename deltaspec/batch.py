@@ -1,0 +1,51 @@
+"""The batch of a forward with rows: how long it is, and by what its rows can be told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+
+
+@dataclass(slots=True)
+class Batch:
+    """The batch of the forward that runs now, as far as it tells rows apart."""
+
+    rows: int = 0
+    """Number of assigned rows."""
+    size: int = 0
+    """Length of the first dimension: the rows, times the beams of each."""
+    totals: frozenset[int] = frozenset()
+    """Numbers of tokens that a batch flattened to `[tokens, width]` may have."""
+    images: bool = False
+    """The model was given images, which it may cut into windows along the first dimension."""
+
+    def measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take the size of the batch from the arguments of the model. Raises DeltaSpecError (DS443) for another one."""
+        tensors = list(_tensors((*args, *kwargs.values())))
+        if not tensors:
+            return
+        size = tensors[0].shape[0]
+        if size % self.rows:
+            raise DeltaSpecError([_other_size(size, self.rows)])
+        self.size = size
+        self.totals = frozenset(t.shape[0] * t.shape[1] for t in tensors if t.dim() > 1 and t.shape[0] == size)
+        self.images = any(t.dim() == 4 for t in tensors)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors that have rows among a call's arguments, those in outputs of an encoder included."""
+    for value in values:
+        if isinstance(value, Tensor) and value.dim():
+            yield value
+        elif isinstance(value, Mapping):
+            yield from (inner for inner in value.values() if isinstance(inner, Tensor) and inner.dim())
+
+
+def _other_size(size: int, rows: int) -> Diagnostic:
+    message = f"deltas names {rows} row{'' if rows == 1 else 's'}, and the batch has {size}"
+    return Diagnostic("DS443", message, suggestion="give one entry a row; None is the bare backbone")
