@@ -46,6 +46,9 @@ class Rows:
     def __len__(self) -> int:
         return self.index.shape[1]
 
+    def __repr__(self) -> str:
+        return f"Rows({[dict(row) or None for row in self.deltas]})"
+
 
 def parse_rows(deltas: Sequence[Any], order: Mapping[str, int]) -> list[dict[str, float]]:
     """Read what a user gave, per row: None, a name, a tuple or list of names, or a dict of names and strengths.

@@ -11,6 +11,10 @@ from torch import Tensor
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 
 
+_MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "inputs", "decoder_input_ids")
+"""Names of arguments that surely have the rows as first dimension."""
+
+
 @dataclass(slots=True)
 class Batch:
     """The batch of the forward that runs now, as far as it tells rows apart."""
@@ -24,9 +28,20 @@ class Batch:
     images: bool = False
     """The model was given images, which it may cut into windows along the first dimension."""
 
+    def begin(self, rows: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take what the user called the model with. Raises DeltaSpecError (DS443) unless it has as many rows."""
+        self.rows = self.size = rows
+        self.measure(args, kwargs)
+        if self.size != rows:
+            raise DeltaSpecError([_other_size(self.size, rows)])
+
     def measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take the size of the batch from the arguments of the model. Raises DeltaSpecError (DS443) for another one."""
-        tensors = list(_tensors((*args, *kwargs.values())))
+        """Take the size of the batch from the arguments of the model: the rows, or some beams of each.
+
+        Raises DeltaSpecError (DS443) for another size.
+        """
+        main = [kwargs[name] for name in _MAIN if name in kwargs]
+        tensors = list(_tensors((*args, *main, *kwargs.values())))
         if not tensors:
             return
         size = tensors[0].shape[0]

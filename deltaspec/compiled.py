@@ -76,9 +76,12 @@ class CompiledModel(torch.fx.GraphModule):
         """The rewritten regions of the active set, by the FQN of the module each belongs to ("": the whole model)."""
         return MappingProxyType(self._attachments.program(self.attached).regions)
 
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that training would change now: those of the attached deltas."""
-        for name in self.attached:
+    def trainable_parameters(self, *names: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters of these deltas; by default those that training would change now, of what is attached.
+
+        Deltas that train together, a row each (see `rows`), need not be attached: name them.
+        """
+        for name in self._known(names) if names else self.attached:
             yield from (p for p in self.deltas[name].parameters() if p.requires_grad)
 
     # Attach and detach

@@ -244,8 +244,7 @@ class Mixer:
     def _start(self, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool = False) -> None:
         if self.running is not None:
             raise DeltaSpecError([_nested()])
-        self.batch.rows = self.batch.size = len(rows)
-        self.batch.measure(args, kwargs)
+        self.batch.begin(len(rows), args, kwargs)
         for slot in self._slots[: len(rows.kinds)]:
             slot.fill(rows, keep)
         self.running = rows.kinds

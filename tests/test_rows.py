@@ -255,6 +255,7 @@ def test_half_precision_backbones_mix_float32_deltas():
     [
         (["a", "nobody", None, "somebody", "a"], deltaspec.DeltaSpecError, "(?s)DS434.*nobody.*DS434.*somebody"),
         (["a", "a"], DeltaSpecError, "DS443.*2 rows, and the batch has 5"),
+        (["a"], DeltaSpecError, "DS443.*1 row, and the batch has 5"),
         ("a", TypeError, "one entry a row"),
         ([1, None, None, None, None], TypeError, r"deltas\[0\]"),
         ([("a", 2), None, None, None, None], TypeError, r"deltas\[0\]"),
