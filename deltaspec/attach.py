@@ -65,6 +65,8 @@ class Attachments(Known):
         """By the active set, in the order of the spec, and those of it that are not at their full strength."""
         self._ready: dict[tuple[str, ...], Program] = {}
         """By names as they were given, checked; those of active sets that need nothing but their program."""
+        self._installed: Program | None = None
+        """That of the active set, once it is known."""
         self._places: dict[frozenset[int], Places] = {}
         self.shown: dict[str, Delta] = {}
         """Deltas of libraries, as modules of this view."""
@@ -95,9 +97,9 @@ class Attachments(Known):
         shared = ("plan", "graph", "active")
         made = ("_programs", "_ready", "_places", "shown")
         for name, value in self.__dict__.items():
-            if name != "mixer":
+            if name not in ("mixer", "_installed"):
                 twin.__dict__[name] = value if name in shared else {} if name in made else copy.deepcopy(value, memo)
-        twin.mixer = Mixer(twin)
+        twin.mixer, twin._installed = Mixer(twin), None
         twin.stacks.is_read = family.is_read
         twin._join()
         twin._flags.moved = twin._buffers.moved = True
@@ -131,7 +133,7 @@ class Attachments(Known):
             finally:
                 turns.closed = closed
         # Another view may have dropped a delta of a library just before this one claimed it by `active`.
-        return self._ready.get(names) is new
+        return not self.libraries.opened or self._ready.get(names) is new
 
     def activate(
         self, names: Iterable[str], anew: Collection[str] = (), strengths: Mapping[str, float] | None = None
@@ -153,7 +155,7 @@ class Attachments(Known):
             old = self._current()
             self.strengths.set({name: values[name] for name in scaled})
             if new is not old:
-                self._exchange(new, old)
+                self._exchange(new)
             elif not wanted:
                 self.disarm()
             if self._derived.isdisjoint(wanted) and not scaled:
@@ -190,11 +192,13 @@ class Attachments(Known):
         return True
 
     def _current(self) -> Program:
-        return self.program(self.active, self.strengths.scaled(self.active))
+        if self._installed is None:
+            self._installed = self.program(self.active, self.strengths.scaled(self.active))
+        return self._installed
 
-    def _exchange(self, new: Program, old: Program | None = None) -> None:
-        """Put one program in the place of another, and the backbone's state with it."""
-        old = self._current() if old is None else old
+    def _exchange(self, new: Program) -> None:
+        """Put a program in the place of the current one, and the backbone's state with it."""
+        old = self._installed or self._current()
         armed = self.mixer.disarm()
         if old.names or armed:
             self._buffers.restore()
@@ -202,8 +206,9 @@ class Attachments(Known):
             self._buffers.watch()
             self._flags.freeze()
         new.install(old)
-        self.active = new.names
-        self.libraries.touch(new.names)
+        self.active, self._installed = new.names, new
+        if self.libraries.opened:
+            self.libraries.touch(new.names)
         if not new.names:
             self._flags.thaw()
         elif armed:
@@ -211,9 +216,9 @@ class Attachments(Known):
 
     def follow(self, other: Attachments) -> None:
         """Attach what is attached in another view, as it is."""
+        self._current()
         self.strengths.set(other.strengths.as_dict(other.active))
-        new = self.program(other.active, self.strengths.scaled(other.active))
-        self._exchange(new, self.program(()))
+        self._exchange(self.program(other.active, self.strengths.scaled(other.active)))
 
     def state(self) -> tuple[tuple[str, ...], dict[str, float], Any]:
         """Give all that decides which deltas a forward has: (attached, strengths, rows)."""
@@ -267,6 +272,7 @@ class Attachments(Known):
             self.shown.clear()
             self.mixer.forget()
             self._flags.moved = self._buffers.moved = True
+            self._installed = None
             self._current().install(old)
             if armed:
                 self.mixer.arm()

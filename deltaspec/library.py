@@ -33,7 +33,7 @@ class Libraries:
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        self._opened: list[Opened] = []
+        self.opened: list[Opened] = []
         self._of: dict[str, Opened] = {}
         """The directory of each known name."""
         self._exposed: set[str] = set()
@@ -46,10 +46,10 @@ class Libraries:
         """Copy with what is loaded; directories are shared."""
         twin = type(self)(memo[id(self._family)])
         memo[id(self)] = twin
-        for opened in self._opened:
+        for opened in self.opened:
             reader = Reader(twin._family, opened.reader.inputs)
             copied = replace(opened, reader=reader, loaded=OrderedDict(opened.loaded))
-            twin._opened.append(copied)
+            twin.opened.append(copied)
             twin._of.update(dict.fromkeys(copied.entries, copied))
         return twin
 
@@ -64,7 +64,7 @@ class Libraries:
     @property
     def loaded(self) -> list[str]:
         """Names in memory, in the order of application."""
-        return [name for opened in self._opened for name in opened.entries if name in opened.loaded]
+        return [name for opened in self.opened for name in opened.entries if name in opened.loaded]
 
     def open(self, directory: str | PathLike[str], limit: int | str | None, by: str, example_inputs: Any) -> Opened:
         """Make the names of a directory known. Raises DeltaSpecError with all findings, and then none is."""
@@ -87,7 +87,7 @@ class Libraries:
             if findings:
                 raise DeltaSpecError(findings)
             opened = Opened(str(directory), entries, Reader(self._family, example_inputs), count, size)
-            self._opened.append(opened)
+            self.opened.append(opened)
             self._of.update(dict.fromkeys(entries, opened))
             first = max(attachments.order.values(), default=-1) + 1
             attachments.order.update({name: first + index for index, name in enumerate(entries)})
@@ -119,7 +119,7 @@ class Libraries:
         """Forget a directory. Raises DeltaSpecError (DS532) where deltas of it are in use."""
         with self._lock:
             self.drop(opened, tuple(opened.loaded))
-            self._opened.remove(opened)
+            self.opened.remove(opened)
             for name in opened.entries:
                 del self._of[name], self._attachments.order[name]
 
@@ -131,7 +131,7 @@ class Libraries:
         Raises DeltaSpecError with the findings of all: files missing, damaged or malformed, specs that do not fit this
         backbone, tensors missing, surplus, of another shape or dtype, or not finite; a limit that is too small (DS531).
         """
-        if not self._opened:
+        if not self.opened:
             return
         with self._lock:
             asked: dict[Opened, dict[str, None]] = {}
@@ -154,7 +154,7 @@ class Libraries:
     @contextmanager
     def in_memory(self, names: Iterable[str], view: Attachments) -> Iterator[None]:
         """Have these deltas in memory for what attaches them in a view; those that leave go afterwards."""
-        if not self._opened:
+        if not self.opened:
             yield
             return
         self.require(names, leaving=view)
@@ -193,7 +193,7 @@ class Libraries:
     def _trim(self) -> None:
         """Drop what is beyond the limits, now that it may be."""
         with self._lock:
-            for opened in self._opened:
+            for opened in self.opened:
                 if opened.exceeds(list(opened.loaded.values())):
                     self._make_way(opened, self._kept(opened), [])
 
@@ -266,7 +266,7 @@ class Libraries:
 
     def touch(self, names: Iterable[str]) -> None:
         """Note that deltas are used now. Switches call this without the lock, so readers take `loaded` in one step."""
-        for name in names if self._opened else ():
+        for name in names:
             if (opened := self._of.get(name)) is not None:
                 opened.use(name)
 
@@ -288,5 +288,5 @@ class Libraries:
 
     def moved(self) -> None:
         """Follow the backbone to another device or dtype."""
-        for opened in self._opened:
+        for opened in self.opened:
             opened.reader.moved()
