@@ -6,12 +6,13 @@ shapes), or none; what the rows have is data, so one program, and one compiled g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from deltaspec.batch import Batch
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 
 if TYPE_CHECKING:
@@ -23,24 +24,13 @@ if TYPE_CHECKING:
 _NONE = torch.empty(0)
 
 
-@dataclass(slots=True)
-class Batch:
-    """The batch of the forward that runs now, as far as it tells rows apart."""
-
-    rows: int = 0
-    """Number of assigned rows."""
-    size: int = 0
-    """Length of the first dimension: the rows, times the beams of each."""
-    totals: frozenset[int] = frozenset()
-    """Numbers of tokens that a batch flattened to `[tokens, width]` may have."""
-    images: bool = False
-    """The model was given images, which it may cut into windows along the first dimension."""
-
-
 class Slot:
     """One place in the order of application: the delta of each row, and its strength."""
 
-    __slots__ = ("_grown", "_number", "_rows", "_shaped", "batch", "index", "kept", "local", "nearest", "strength")
+    __slots__ = (
+        "_grown", "_number", "_partial", "_rows", "_shaped", "batch", "buffers", "index", "kept", "local", "nearest",
+        "strength",
+    )  # fmt: skip
 
     def __init__(self, number: int, batch: Batch) -> None:
         self._number, self.batch = number, batch
@@ -56,15 +46,17 @@ class Slot:
         self.index, self.nearest = rows.index[number], rows.nearest[number]
         self.local, self.strength = rows.local[number], rows.strength[number]
         self._rows: Rows | None = rows
+        self._partial: bool | None = None
         self._grown: dict[tuple[str, int], Tensor] = {}
         self._shaped: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self.kept: dict[tuple[Source, int, bool], Tensor] | None = {} if keep else None
+        self.buffers: dict[tuple[Any, ...], Tensor] = {}
 
     def clear(self) -> None:
         """Forget the assignment."""
         self.index = self.nearest = self.local = self.strength = _NONE
-        self._rows = None
-        self._grown, self._shaped, self.kept = {}, {}, None
+        self._rows = self._partial = None
+        self._grown, self._shaped, self.buffers, self.kept = {}, {}, {}, None
 
     @property
     def assigned(self) -> list[tuple[str, float] | None]:
@@ -94,7 +86,9 @@ class Slot:
         """Whether some row may have its delta here at another strength than its full one; in a compiled graph."""
         if torch.compiler.is_compiling():
             return True
-        return any(row.get(name, 1.0) != 1.0 for row in self.deltas for name in self.names)
+        if self._partial is None:
+            self._partial = any(row.get(name, 1.0) != 1.0 for row in self.deltas for name in self.names)
+        return self._partial
 
     def strengths_like(self, x: Tensor) -> Tensor:
         """Give the strengths `[rows, 1, …]` for a tensor `[rows, …]`, in its dtype."""
@@ -122,10 +116,11 @@ class Slot:
 class Source:
     """One tensor of the deltas of a kind: all of them stacked, and each as it is trained."""
 
-    __slots__ = ("_deltas", "_stack", "key")
+    __slots__ = ("_deltas", "_last", "_stack", "key")
 
     def __init__(self, stack: Stack, key: str, deltas: Deltas) -> None:
         self._stack, self.key, self._deltas = stack, key, deltas
+        self._last = key.rpartition(".")[2]
 
     def take(self, slot: Slot, size: int, zeros: bool) -> Tensor:
         """Give each row its delta's tensor: `[size, …]`."""
@@ -144,6 +139,20 @@ class Source:
             found = stacked.index_select(0, slot.grown("index" if zeros else "nearest", size))
             slot.kept[self, size, zeros] = found
         return found
+
+    def take_briefly(self, slot: Slot, size: int) -> Tensor:
+        """Give each row its delta's tensor, or zeros, until the next call for a tensor of this last name and shape.
+
+        For inference alone. New memory for each site is slower to write and to read again than a buffer for all.
+        """
+        stacked = self._stack.tensors[self.key]
+        if slot.kept is not None or not stacked.is_cpu:
+            return self.take(slot, size, zeros=True)
+        key = (self._last, stacked.shape, size, stacked.dtype, torch.is_inference_mode_enabled(), get_ident())
+        buffer = slot.buffers.get(key)
+        if buffer is None:
+            buffer = slot.buffers[key] = stacked.new_empty(size, *stacked.shape[1:])
+        return torch.index_select(stacked, 0, slot.grown("index", size), out=buffer)
 
     def of(self, name: str) -> Tensor:
         """Give one delta's tensor."""
@@ -213,10 +222,8 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def add_linear_rows(y: Tensor, x: Tensor, weight: Tensor, slot: Slot, scale: float = 1.0) -> Tensor:
     """Add, row by row, strength · scale · x Wᵀ to y. `x` is narrow, so the strength is applied to it."""
-    scaled = x * slot.strengths_like(x)
+    scaled = x * slot.strengths_like(x) if slot.partial else x
     if y.dim() == 3 and x.dim() == 3:
-        if x.shape[1] == 1:  # a matrix and a vector a row, which is slow the other way round
-            return torch.baddbmm(y.mT, weight, scaled.mT, alpha=scale).mT
         return torch.baddbmm(y, scaled, weight.mT, alpha=scale)
     return torch.add(y, linear_rows(scaled, weight), alpha=scale)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from deltaspec.passes import fuse_addition, share_products
+from deltaspec.passes import fuse_addition, fuse_rows, share_products
 from deltaspec.passes._scope import Scope
 
 
@@ -21,3 +21,4 @@ def run_passes(graph: fx.Graph, owned: bool = False, home: str | None = None) ->
     scope = Scope(graph, owned, home)
     fuse_addition.run(scope)
     share_products.run(scope)
+    fuse_rows.run(scope)
