@@ -32,8 +32,9 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# ARGS names groups of benchmarks; the results of the others stay.
 bench: .venv/.dev
-	$(BIN)/python -m benchmarks $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(ARGS)
 
 # Files that are generated from the code: the JSON Schema, the README's table of methods, the locks of the demo's specs.
 schema-check: .venv/.dev

@@ -1,0 +1,125 @@
+"""Plots of the curves in `results.json`, as SVG, in colours that colour-blind eyes tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
+
+# Okabe and Ito's palette.
+_STYLES: dict[str, dict[str, Any]] = {
+    "deltaspec": {"color": "#0072B2", "marker": "o", "linewidth": 2.2},
+    "deltaspec, merged": {"color": "#56B4E9", "marker": "D", "linewidth": 1.2},
+    "PEFT": {"color": "#D55E00", "marker": "s", "linewidth": 1.8},
+    "PEFT, set_adapter": {"color": "#D55E00", "marker": "s", "linewidth": 1.8},
+    "PEFT, hot-swap": {"color": "#CC79A7", "marker": "^", "linewidth": 1.8},
+    "PEFT, merged": {"color": "#E69F00", "marker": "v", "linewidth": 1.2},
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What a plot says around its curves."""
+
+    title: str
+    x: str
+    y: str
+    log_y: bool = False
+    level: tuple[float, str] | None = None
+    """A horizontal line, and what it is."""
+
+
+PLOTS = {
+    "switching": Plot(
+        "Switching the active delta (12 × 256 GPT-2, LoRA on 48 sites)",
+        "deltas loaded",
+        "time of one switch",
+        log_y=True,
+    ),
+    "mixing": Plot(
+        "A batch of 8 rows under different deltas (12 × 256 GPT-2, 8 × 16 tokens)",
+        "deltas loaded; the rows are under 8 of them, or under all of fewer",
+        "time, over one delta for all rows",
+        level=(1.05, "target, 1.05"),
+    ),
+    "tokens": Plot(
+        "Forward with LoRA on 56 linears (8 × 512 Llama, one row)",
+        "tokens",
+        "time, over the bare backbone",
+        level=(1.0, "bare backbone"),
+    ),
+}
+
+
+def draw(data: Mapping[str, Any], folder: Path) -> None:
+    """Draw each plot of which there are curves."""
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = [curve for group in data["groups"].values() for curve in group["series"]]
+    for name, plot in PLOTS.items():
+        if found := [curve for curve in curves if curve["plot"] == name]:
+            _draw(plot, found, folder / f"{name}.svg")
+
+
+def _draw(plot: Plot, curves: list[Mapping[str, Any]], path: Path) -> None:
+    settings = {"svg.hashsalt": path.stem, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    with plt.rc_context(settings):
+        figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
+        axes.set_xscale("log")
+        if plot.log_y:
+            axes.set_yscale("log")
+        for curve in curves:
+            style = _STYLES[curve["name"]]
+            axes.plot(curve["x"], curve["middle"], markersize=5, **style)
+            axes.fill_between(curve["x"], curve["low"], curve["high"], color=style["color"], alpha=0.18, linewidth=0)
+        ticks = sorted({x for curve in curves for x in curve["x"]})
+        axes.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(_time if plot.log_y else lambda y, _: f"{y:.2f} ×"))
+        if plot.level is not None:
+            level, text = plot.level
+            axes.axhline(level, color="#555555", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+            axes.annotate(
+                text, (1, level), xycoords=("axes fraction", "data"), xytext=(-4, -3), textcoords="offset points",
+                ha="right", va="top", color="#555555", fontsize=9,
+            )  # fmt: skip
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_title(plot.title, loc="left", fontweight="bold", fontsize=11)
+        axes.set_xlabel(plot.x)
+        axes.set_ylabel(f"{plot.y} (median, quartiles)")
+        _label(axes, curves)
+        # The date would make another file of the same curves.
+        figure.savefig(path, metadata={"Date": None}, facecolor="white")
+        plt.close(figure)
+
+
+def _label(axes: Axes, curves: list[Mapping[str, Any]]) -> None:
+    """Write each curve's name behind its last point, moved apart where they would overlap."""
+    low, high = axes.transAxes.transform([(0, 0), (0, 1)])[:, 1]
+    ends = [(axes.transData.transform((c["x"][-1], c["middle"][-1]))[1], c) for c in curves]
+    ends.sort(key=lambda end: end[0])
+    least, last = (high - low) * 0.062, -1e9
+    for at, curve in ends:
+        moved = max(at, last + least)
+        last = moved
+        axes.annotate(
+            curve["name"], (curve["x"][-1], curve["middle"][-1]), xytext=(8, (moved - at) * 72 / axes.figure.dpi),
+            textcoords="offset points", va="center", color=_STYLES[curve["name"]]["color"], fontweight="bold",
+            fontsize=9, annotation_clip=False,
+        )  # fmt: skip
+
+
+def _time(value: float, _: int) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= size * 0.999:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e-9:.3g} ns"
