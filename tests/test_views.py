@@ -6,8 +6,9 @@ import copy
 import gc
 import pickle
 import random
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,15 @@ def test_threads_train_different_deltas_at_once_as_each_trains_alone():
 # Serving under load
 
 
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Let threads take turns a thousand times as often as they do."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
 def serve(view: CompiledModel, seed: int, names: tuple[str, ...], expected: dict[Any, Tensor], rounds: int) -> int:
     """Switch at random, and count the outputs that are not what they are alone."""
     torch.set_num_threads(1)
@@ -286,6 +296,7 @@ def alone(compiled: CompiledModel, names: tuple[str, ...]) -> dict[Any, Tensor]:
     return expected
 
 
+@pytest.mark.usefixtures("restless")
 def test_threads_on_views_of_their_own_get_what_they_get_alone():
     names = ("a", "b", "c", "d", "e")
     expected = alone(build(), names)
@@ -296,6 +307,7 @@ def test_threads_on_views_of_their_own_get_what_they_get_alone():
     assert found == [0] * len(views)
 
 
+@pytest.mark.usefixtures("restless")
 @pytest.mark.parametrize("limit", [None, 9])
 def test_views_load_deltas_of_one_library_at_once(tmp_path, limit):
     """With a limit, each thread's loading drops what no other is using (one attached, one in rows); stacks grow."""
