@@ -24,6 +24,9 @@ _STYLES: dict[str, dict[str, Any]] = {
     "PEFT, hot-swap": {"color": "#CC79A7", "marker": "^", "linewidth": 1.8},
     "PEFT, merged": {"color": "#E69F00", "marker": "v", "linewidth": 1.2},
 }
+_GREY = "#555555"
+_LINE = 12.0
+"""Between two lines of text, in points."""
 
 
 @dataclass(frozen=True)
@@ -85,37 +88,50 @@ def _draw(plot: Plot, curves: list[Mapping[str, Any]], path: Path) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(_time if plot.log_y else lambda y, _: f"{y:.2f} ×"))
         if plot.level is not None:
-            level, text = plot.level
-            axes.axhline(level, color="#555555", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-            axes.annotate(
-                text, (1, level), xycoords=("axes fraction", "data"), xytext=(-4, -3), textcoords="offset points",
-                ha="right", va="top", color="#555555", fontsize=9,
-            )  # fmt: skip
+            axes.axhline(plot.level[0], color=_GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.set_title(plot.title, loc="left", fontweight="bold", fontsize=11)
         axes.set_xlabel(plot.x)
         axes.set_ylabel(f"{plot.y} (median, quartiles)")
-        _label(axes, curves)
+        _label(axes, plot, curves)
         # The date would make another file of the same curves.
         figure.savefig(path, metadata={"Date": None}, facecolor="white")
         plt.close(figure)
 
 
-def _label(axes: Axes, curves: list[Mapping[str, Any]]) -> None:
-    """Write each curve's name behind its last point, moved apart where they would overlap."""
-    low, high = axes.transAxes.transform([(0, 0), (0, 1)])[:, 1]
-    ends = [(axes.transData.transform((c["x"][-1], c["middle"][-1]))[1], c) for c in curves]
-    ends.sort(key=lambda end: end[0])
-    least, last = (high - low) * 0.062, -1e9
-    for at, curve in ends:
-        moved = max(at, last + least)
-        last = moved
+def _label(axes: Axes, plot: Plot, curves: list[Mapping[str, Any]]) -> None:
+    """Write each name beside the end of its curve, moved apart where they would overlap."""
+    labels = [(c["middle"][-1], c["name"], _STYLES[c["name"]]["color"]) for c in curves]
+    if plot.level is not None:
+        labels.append((*plot.level, _GREY))
+    labels.sort()
+    axes.figure.canvas.draw()  # the layout decides where the data are
+    ends = [axes.transData.transform((1.0, y))[1] * 72 / axes.figure.dpi for y, _, _ in labels]
+    for (y, text, color), end, place in zip(labels, ends, apart(ends, _LINE), strict=True):
         axes.annotate(
-            curve["name"], (curve["x"][-1], curve["middle"][-1]), xytext=(8, (moved - at) * 72 / axes.figure.dpi),
-            textcoords="offset points", va="center", color=_STYLES[curve["name"]]["color"], fontweight="bold",
-            fontsize=9, annotation_clip=False,
+            text, (1, y), xycoords=("axes fraction", "data"), xytext=(6, place - end), textcoords="offset points",
+            va="center", color=color, fontsize=9, annotation_clip=False,
+            fontweight="normal" if color == _GREY else "bold",
         )  # fmt: skip
+
+
+def apart(places: list[float], least: float) -> list[float]:
+    """Move ascending places apart, each as little as its neighbours allow."""
+    groups: list[list[float]] = []
+    for place in places:
+        groups.append([place])
+        while (
+            len(groups) > 1
+            and _middle(groups[-1]) - _middle(groups[-2]) < least * (len(groups[-1]) + len(groups[-2])) / 2
+        ):
+            last = groups.pop()
+            groups[-1] += last
+    return [_middle(group) + least * (i - (len(group) - 1) / 2) for group in groups for i in range(len(group))]
+
+
+def _middle(group: list[float]) -> float:
+    return sum(group) / len(group)
 
 
 def _time(value: float, _: int) -> str:

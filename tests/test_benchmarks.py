@@ -12,7 +12,7 @@ from benchmarks import harness
 from benchmarks.__main__ import main
 from benchmarks.groups import GROUPS, Group
 from benchmarks.harness import Limits, Row, Series, Table, excess, interleave, quartiles, ratio, seconds
-from benchmarks.plots import PLOTS, draw
+from benchmarks.plots import PLOTS, apart, draw
 from benchmarks.results import merged, read, render
 
 NOTHING: dict[str, Any] = {"runs": {}, "groups": {}}
@@ -193,3 +193,10 @@ def test_plots_of_the_same_curves_are_the_same_files(tmp_path):
         draw(data, tmp_path / folder)
     for name in PLOTS:
         assert Path(tmp_path, "one", f"{name}.svg").read_bytes() == Path(tmp_path, "two", f"{name}.svg").read_bytes()
+
+
+def test_labels_are_moved_apart_as_little_as_they_can_be():
+    assert apart([0.0, 30.0], 10) == [0.0, 30.0]
+    assert apart([0.0, 2.0], 10) == [-4.0, 6.0]
+    assert apart([0.0, 1.0, 2.0, 50.0], 10) == [-9.0, 1.0, 11.0, 50.0]
+    assert apart([0.0, 9.0, 9.0], 10) == [-4.0, 6.0, 16.0]
