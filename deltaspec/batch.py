@@ -10,7 +10,6 @@ from torch import Tensor
 
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 
-
 _MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "inputs", "decoder_input_ids")
 """Names of arguments that surely have the rows as first dimension."""
 
@@ -31,6 +30,9 @@ class Batch:
     def begin(self, rows: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take what the user called the model with. Raises DeltaSpecError (DS443) unless it has as many rows."""
         self.rows = self.size = rows
+        if rows == 0:
+            given = next(_tensors((*args, *kwargs.values())), None)
+            raise DeltaSpecError([_other_size(0 if given is None else given.shape[0], rows)])
         self.measure(args, kwargs)
         if self.size != rows:
             raise DeltaSpecError([_other_size(self.size, rows)])

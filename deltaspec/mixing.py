@@ -22,6 +22,7 @@ from deltaspec.frozen import FrozenStatistics
 from deltaspec.programs import Forward
 from deltaspec.proving import watched
 from deltaspec.row_binding import put_prompts_in_front, touched
+from deltaspec.row_trial import rows_lead
 from deltaspec.rowwise import bind_rows, refusals
 from deltaspec.slots import Slot
 
@@ -77,6 +78,8 @@ class Mixer:
         self._made: set[Kinds] = set()
         self._mixable: set[Kind] = set()
         self._placed: dict[Kind, int] = {}
+        self._tried: set[str] = set()
+        """Hosts that are given the rows of a batch along dimension 0."""
         self._installed: list[tuple[dict[str, Any], Forward | None]] = []
         """(module's `__dict__`, the instance-level forward it had before); empty while nothing is armed."""
 
@@ -85,6 +88,8 @@ class Mixer:
         """Whether dispatchers are installed."""
         return bool(self._installed)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def rows(self, deltas: Sequence[Any], among: Sequence[str] = ()) -> Rows:
         """Turn an assignment into tensors, all of it checked, and build what it needs, and what `among` would need.
 
@@ -204,6 +209,7 @@ class Mixer:
                 rows = deltas
             else:
                 rows = self.rows(deltas.deltas)
+            self._try(rows.kinds, args, {} if keep else kwargs)
             self._start(rows, args, kwargs, keep)
             armed = self.armed
             if not armed:
@@ -214,6 +220,15 @@ class Mixer:
                 self._stop()
                 if not armed:
                     attachments.disarm()
+
+    def _try(self, kinds: Kinds, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Have it shown, once a host, that the rows are where they are looked for; on the call's inputs, if need be."""
+        modules = self._attachments.programmer.modules
+        new = {host: modules[host] for host, mixed in self._mixed.items() if kinds in mixed and host not in self._tried}
+        if new.keys() - {""}:
+            backbone = self._attachments.backbone
+            rows_lead(backbone, {fqn: module for fqn, module in new.items() if fqn}, backbone, args, kwargs)
+            self._tried.update(new)
 
     def call(self, deltas: Sequence[Any] | Rows, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run the model with a delta a row."""
@@ -233,6 +248,8 @@ class Mixer:
         self._stop()
         return output
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _is_current(self, rows: Rows) -> bool:
         """Tell whether the deltas are still where they were when the rows were made."""
         stacks = self._attachments.stacks
@@ -271,9 +288,7 @@ class Mixer:
 def _number(kind: Kind) -> int:
     """Give a kind's number, in the order in which kinds were first used."""
     found = _NUMBERS.get(kind)
-    if found is None:
-        found = _NUMBERS[kind] = next(_NEXT)
-    return found
+    return _NUMBERS.setdefault(kind, next(_NEXT)) if found is None else found  # one number, whatever thread is first
 
 
 def _nested() -> Diagnostic:

@@ -81,6 +81,8 @@ class HostRows:
         if torch.compiler.is_compiling():
             raise RuntimeError(f"deltaspec DS444: {self._host} reads weights without calling their modules, "
                                "so what its rows are under cannot be data in a compiled graph")  # fmt: skip
+        if any("Cache" in type(value).__name__ for value in (*args, *kwargs.values())):
+            raise DeltaSpecError([_stateful(self._host)])
         rows = list(zip(*(slot.assigned for slot in self._slots), strict=True))
         size, output = self._slots[0].batch.size, None
         for chosen in dict.fromkeys(rows):
@@ -152,7 +154,7 @@ def _refusal(programmer: Programmer, visit: Visit) -> str | None:
 def _is_simple(programmer: Programmer, visit: Visit) -> bool:
     """Tell whether a lowered site is its own host, a module that is given the hidden state alone."""
     site = visit.planned.site
-    itself = site.host in (None, site.row.fqn)
+    itself = site.host in (None, site.row.fqn) and site.kind != "other"
     return itself and call_form(type(programmer.modules[host_of(site)]), site.kind)[0] is not None
 
 
@@ -162,6 +164,13 @@ def _sequence_first(programmer: Programmer, fqn: str) -> str | None:
     while names[-1]:
         names.append(names[-1].rpartition(".")[0])
     return next((n for n in names if getattr(programmer.modules[n], "batch_first", True) is False), None)
+
+
+def _stateful(host: str) -> Diagnostic:
+    message = (
+        f"{host or 'the model'} reads weights around their modules, so it runs once a delta; but it writes a cache"
+    )
+    return Diagnostic("DS442", message, suggestion="pass use_cache=False, or run these rows one delta at a time")
 
 
 def _untold(host: str, rows: int) -> Diagnostic:

@@ -197,12 +197,12 @@ def rows_out(like: Tensor, x: Tensor) -> Tensor:
 
 def toward(without: Tensor, with_it: Tensor, strength: Tensor) -> Tensor:
     """Go from what is without a delta to what is with it: exactly the one at strength 0, the other at 1."""
-    return torch.lerp(without, with_it, strength.to(with_it.dtype))
+    return torch.lerp(without.to(with_it.dtype), with_it, strength.to(with_it.dtype))
 
 
 def toward_rows(without: Tensor, with_it: Tensor, slot: Slot) -> Tensor:
     """Go, row by row, from what is without a delta to what is with it: exactly the one at strength 0."""
-    return torch.lerp(without, with_it, slot.strengths_like(with_it))
+    return torch.lerp(without.to(with_it.dtype), with_it, slot.strengths_like(with_it))
 
 
 def align(values: Tensor, like: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.attention import Attention, Hook, Router, register
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.matrices import site_tensors
 from deltaspec.methods._base import Form, Method, MethodParams, Site
 from deltaspec.slots import Slot, Source, rows_in, rows_out, take, toward
@@ -177,8 +178,13 @@ class FoldedRows:
         shadow = stand_in(self.module, folded)
         if self.frozen:
             shadow.training = False
-        leaving: Tensor = self.code(shadow, x.unsqueeze(0)).squeeze(0)
-        return leaving
+        leaving = self.code(shadow, x.unsqueeze(0))
+        if not isinstance(leaving, Tensor):
+            kind = type(self.module).__name__
+            message = f"a {kind} whose weight changes row by row gives a {type(leaving).__name__}, and no hidden state"
+            hint = "run its rows one delta at a time: with c.only(name)"
+            raise DeltaSpecError([Diagnostic("DS442", message, suggestion=hint)])
+        return leaving.squeeze(0)
 
 
 def fold_into(

@@ -256,6 +256,7 @@ def test_half_precision_backbones_mix_float32_deltas():
         (["a", "nobody", None, "somebody", "a"], deltaspec.DeltaSpecError, "(?s)DS434.*nobody.*DS434.*somebody"),
         (["a", "a"], DeltaSpecError, "DS443.*2 rows, and the batch has 5"),
         (["a"], DeltaSpecError, "DS443.*1 row, and the batch has 5"),
+        ([], DeltaSpecError, "DS443.*0 rows, and the batch has 5"),
         ("a", TypeError, "one entry a row"),
         ([1, None, None, None, None], TypeError, r"deltas\[0\]"),
         ([("a", 2), None, None, None, None], TypeError, r"deltas\[0\]"),
@@ -380,3 +381,71 @@ def test_hidden_states_that_tell_no_rows_are_refused():
     x[0, :3, 0], x[1, :, 0], x[0, 3:, 0] = 1.0, 1.0, -1.0
     with pytest.raises(DeltaSpecError, match="DS442"):
         compiled(x, deltas=["a", None])
+
+
+class Misplaced(nn.Module):
+    """Gives its linear layer the rows of a batch otherwise than in order, along dimension 0."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.inner, self.way = nn.Linear(8, 8), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        if self.way == "time first":
+            return self.inner(x.transpose(0, 1)).transpose(0, 1)
+        if self.way == "time first, flat":
+            flat = self.inner(x.transpose(0, 1).reshape(batch * length, width))
+            return flat.view(length, batch, width).transpose(0, 1)
+        if self.way == "turned round":
+            return self.inner(x.flip(0)).flip(0)
+        return torch.cat([self.inner(row[None]) for row in x])
+
+
+@pytest.mark.parametrize("way", ["time first", "time first, flat", "turned round", "one by one"])
+@pytest.mark.parametrize("length", [4, 5])
+def test_rows_that_are_not_along_the_first_dimension_are_refused_before_anything_runs(way, length):
+    compiled = build(Misplaced(way).eval(), entry("a", "lora", "inner"))
+    with pytest.raises(DeltaSpecError, match="DS442.*inner"):
+        compiled(torch.randn(4, length, 8), deltas=["a", None, "a", None])
+
+
+def test_inputs_that_all_rows_share_are_told_from_rows():
+    model = BUILDERS["gpt2"]().eval()
+    compiled = build(model, entry("places", "lora", "**.wpe"), entry("a", "lora"))
+    given = batch("gpt2")
+    with torch.no_grad():
+        mixed = compiled(**given, deltas=["places", None, "a", ("places", "a"), None]).logits
+        for row, deltas in enumerate(["places", None, "a", ("places", "a"), None]):
+            assert close(mixed[row], alone(compiled, given, row, deltas))
+
+
+def test_hosts_that_run_once_a_delta_must_write_no_cache():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=48, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
+    compiled = build(model, entry("a", "lora", "**.dt_proj"))
+    with torch.no_grad():
+        with pytest.raises(DeltaSpecError, match="DS442.*cache"):
+            compiled(ids(), deltas=["a", None, "a", None, "a"])
+        mixed = compiled(ids(), deltas=["a", None, "a", None, "a"], use_cache=False).logits
+        for row, deltas in enumerate(["a", None]):
+            assert close(mixed[row], alone(compiled, {"input_ids": ids()}, row, deltas))
+
+
+def test_rows_first_used_in_inference_mode_train_afterwards():
+    compiled = build(base("llama"), entry("a", "lora"), entry("b", "lora"))
+    with torch.inference_mode():
+        compiled(ids(), deltas=["a", None, "b", "a", None])
+    compiled(ids(), deltas=["a", None, "b", "a", None]).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in compiled.trainable_parameters("a", "b"))
+
+
+def test_rows_under_autocast():
+    compiled = build(base("llama"), entry("a", "adapter"), entry("b", "lora"))
+    rows = ["a", None, "b", "a", None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mixed = compiled(ids(), deltas=rows).logits
+        for row, deltas in enumerate(rows):
+            assert close(mixed[row].float(), alone(compiled, {"input_ids": ids()}, row, deltas).float(), 5e-2)
