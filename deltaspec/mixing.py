@@ -39,9 +39,10 @@ _NEXT = count(1)
 class Dispatch:
     """The forward of a host while rows are armed."""
 
+    __signature__ = property(lambda self: inspect.signature(self._own))  # generate passes what a forward takes by name
+
     def __init__(self, mixer: Mixer, plain: Forward, own: Forward, mixed: Mapping[Kinds, Forward]) -> None:
         self._mixer, self._plain, self._own, self._mixed = mixer, plain, own, mixed
-        self.__signature__ = inspect.signature(own)  # generate passes what a forward takes by name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the host: by rows if this forward has some, else as it is attached."""
