@@ -417,3 +417,12 @@ def test_only_plain_layers_are_known_to_give_new_tensors():
         c(x)
         host = c.backbone.first
         assert torch.equal(host.last, F.linear(x, host.weight, host.bias))
+
+
+def test_a_host_of_no_width():
+    model = nn.Sequential(nn.Linear(5, 0), nn.Linear(0, 3)).eval()
+    document = {"deltaspec": 1, "deltas": [{"name": "a", "method": "lora", "target": {"type": "Linear"}}]}
+    c = deltaspec.compile(model, document, capture="modules")
+    for x in (torch.randn(5), torch.randn(2, 5), torch.randn(2, 3, 5)):
+        with torch.no_grad():
+            assert torch.equal(c(x), model(x))

@@ -22,6 +22,10 @@ def add_low_ranks(
     y: Tensor, x: Tensor, downs: Matrices, ups: Matrices, scales: tuple[float, ...], strengths: Strengths
 ) -> Tensor:
     """Give y + Σ strength · scale · (x downᵀ) upᵀ; see `add_low_rank`."""
+    if torch.compiler.is_dynamo_compiling() or x.numel() == downs[0].size(1):
+        for down, up, scale, strength in zip(downs, ups, scales, strengths, strict=True):
+            y = add_low_rank(y, x, down, up, scale, strength)
+        return y
     return add_product(y, F.linear(x, torch.cat(downs)), _joined(ups, scales, strengths), 1.0)
 
 
@@ -30,10 +34,8 @@ def add_low_ranks_(
     y: Tensor, x: Tensor, downs: Matrices, ups: Matrices, scales: tuple[float, ...], strengths: Strengths
 ) -> Tensor:
     """Give y + Σ strength · scale · (x downᵀ) upᵀ; `y` may be overwritten."""
-    if y.numel() == ups[0].size(0):
-        for down, up, scale, strength in zip(downs, ups, scales, strengths, strict=True):
-            y = add_low_rank_(y, x, down, up, scale, strength)
-        return y
+    if torch.compiler.is_dynamo_compiling() or x.numel() == downs[0].size(1):
+        return add_low_ranks(y, x, downs, ups, scales, strengths)
     return add_low_rank_(y, x, torch.cat(downs), _joined(ups, scales, strengths), 1.0)
 
 
