@@ -16,7 +16,7 @@ from benchmarks.models import LLAMA_LINEAR, peft, spec
 
 DELTAS = 100
 MIXTURES = 100
-PEER = 4
+PEER = 3
 """Of PEFT's, each is compiled anew, which takes seconds."""
 ROWS = 4
 

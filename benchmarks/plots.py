@@ -44,7 +44,7 @@ class Plot:
 PLOTS = {
     "switching": Plot(
         "Switching the active delta (12 × 256 GPT-2, LoRA on 48 sites)",
-        "deltas loaded",
+        "deltas loaded (with one: off and on)",
         "time of one switch",
         log_y=True,
     ),
@@ -102,7 +102,17 @@ def _draw(plot: Plot, curves: list[Mapping[str, Any]], path: Path) -> None:
 
 def _label(axes: Axes, plot: Plot, curves: list[Mapping[str, Any]]) -> None:
     """Write each name beside the end of its curve, moved apart where they would overlap."""
-    labels = [(c["middle"][-1], c["name"], _STYLES[c["name"]]["color"]) for c in curves]
+    farthest = max(c["x"][-1] for c in curves)
+    labels = []
+    for curve in curves:
+        x, y, name, color = curve["x"][-1], curve["middle"][-1], curve["name"], _STYLES[curve["name"]]["color"]
+        if x == farthest:
+            labels.append((y, name, color))
+        else:
+            axes.annotate(
+                name, (x, y), xytext=(8, 0), textcoords="offset points", va="center", color=color, fontsize=9,
+                fontweight="bold",
+            )  # fmt: skip
     if plot.level is not None:
         labels.append((*plot.level, _GREY))
     labels.sort()

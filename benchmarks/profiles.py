@@ -13,7 +13,7 @@ _SMALL = 0.02
 """Of the whole: what is less is not named."""
 
 
-def operators(run: Callable[[], Any], times: int = 10) -> tuple[float, dict[str, float]]:
+def operators(run: Callable[[], Any], times: int = 5) -> tuple[float, dict[str, float]]:
     """Profile some calls; give the seconds of one, and those in torch's operators themselves, by name.
 
     What is left is Python, and starting operators. Profiling itself costs some of it.

@@ -21,7 +21,7 @@ from benchmarks.profiles import difference
 
 SHAPE = (4, 64)
 STEPS = 3
-PROCESSES = 3
+PROCESSES = 2
 _ROOT = Path(__file__).parents[1]
 _RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """So that glibc gives back what is freed, and a peak is what was in use."""
