@@ -86,7 +86,7 @@ def test_gradients_are_the_formulas(form, shape):
 
 @forms
 def test_only_what_may_be_overwritten_is(form):
-    y, *rest = operands((2, 3, 5))
+    y, *rest = operands((2, 40, 5))
     kept = y.clone()
     with torch.no_grad():
         given = form(y, *rest, 1.5)
@@ -96,7 +96,7 @@ def test_only_what_may_be_overwritten_is(form):
 
 @forms
 def test_inputs_that_are_not_contiguous(form):
-    y, x, down, up = operands((3, 4, 5))
+    y, x, down, up = operands((3, 40, 5))
     turned = x.transpose(0, 1)
     torch.testing.assert_close(
         form(y.transpose(0, 1), turned, down, up, 1.5), plain(y.transpose(0, 1), turned, down, up, 1.5)
@@ -107,7 +107,7 @@ def test_inputs_that_are_not_contiguous(form):
 
 
 @forms
-@pytest.mark.parametrize("shape", [(1, 1, 5), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 5), (2, 3, 5), (2, 40, 5)], ids=str)
 def test_autocast_and_mixed_dtypes_fall_back_to_the_formula(form, shape):
     y, *rest = operands(shape)
     for given in (y.bfloat16(), y):
@@ -121,7 +121,7 @@ def test_autocast_and_mixed_dtypes_fall_back_to_the_formula(form, shape):
 
 
 @forms
-@pytest.mark.parametrize("shape", [(4, 1, 5), (4, 3, 5), (4, 2, 3, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 1, 5), (4, 3, 5), (4, 70, 5), (4, 2, 3, 5)], ids=str)
 def test_mapped_over_a_batch(form, shape):
     _, x, down, up = operands(shape)
     weight = torch.randn(7, 5)

@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from deltaspec.passes._scope import Scope
 from deltaspec.slots import toward
 
+_WIDE = 64
+"""Rows from which a new output of `addmm` saves more traffic than its calls cost (measured, float32)."""
+
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 _is_traced = torch.compiler.is_dynamo_compiling  # of the two, the one that costs next to nothing
@@ -105,7 +108,7 @@ def _is_wide(y: Tensor, h: Tensor, weight: Tensor) -> bool:
         and type(y) is Tensor
         and h.dtype is y.dtype
         and weight.dtype is y.dtype
-        and y.numel() > weight.size(0) > 0
+        and y.numel() >= _WIDE * weight.size(0) > 0
         and not _is_transformed()
     )
 
