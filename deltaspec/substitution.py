@@ -7,6 +7,7 @@ training flags are always current. Dynamo and torch.export trace through it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -168,23 +169,25 @@ class FoldedRows:
         entering = rows_in(self.folds[0][2], x)
         tensors = [tuple(take(slot, source, entering, False) for source in sources) for _, sources, slot in self.folds]
         strengths = [slot.grown("strength", entering.shape[0]) for _, _, slot in self.folds]
-        leaving: Tensor = torch.vmap(self._one, randomness="different")(entering, tensors, strengths)
+        # Where tokens were given their rows, a row by itself is what the module expects; else it is one of a batch.
+        one = functools.partial(self._one, alone=entering.dim() == x.dim())
+        leaving: Tensor = torch.vmap(one, randomness="different")(entering, tensors, strengths)
         return rows_out(x, leaving) if x.is_floating_point() else leaving
 
-    def _one(self, x: Tensor, tensors: list[tuple[Tensor, ...]], strengths: list[Tensor]) -> Tensor:
+    def _one(self, x: Tensor, tensors: list[tuple[Tensor, ...]], strengths: list[Tensor], *, alone: bool) -> Tensor:
         folded: dict[str, Tensor] = {}
         for (fold, _, _), own, strength in zip(self.folds, tensors, strengths, strict=True):
             folded |= fold_into(self.module, fold, Own(fold.names, own), folded, strength)
         shadow = stand_in(self.module, folded)
         if self.frozen:
             shadow.training = False
-        leaving = self.code(shadow, x.unsqueeze(0))
+        leaving = self.code(shadow, x.unsqueeze(0) if alone else x)
         if not isinstance(leaving, Tensor):
             kind = type(self.module).__name__
             message = f"a {kind} whose weight changes row by row gives a {type(leaving).__name__}, and no hidden state"
             hint = "run its rows one delta at a time: with c.only(name)"
             raise DeltaSpecError([Diagnostic("DS442", message, suggestion=hint)])
-        return leaving.squeeze(0)
+        return leaving.squeeze(0) if alone else leaving
 
 
 def fold_into(
