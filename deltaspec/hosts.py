@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,6 +39,9 @@ def _linear(module: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002, named as
     """
     attributes = module.__dict__
     own = attributes["_parameters"]
-    if "weight" in attributes or "bias" in attributes or "weight" not in own or "bias" not in own:
+    if "weight" in attributes or "bias" in attributes or "weight" not in own or "bias" not in own or _compiling():
         return type(module).forward(module, input)
     return F.linear(input, own["weight"], own["bias"])
+
+
+_compiling = torch.compiler.is_compiling

@@ -1,15 +1,17 @@
 """Let several low-rank updates of one site share their products: [A₁; A₂] x once, and one addition to the wide output.
 
-The matrices are joined in every call, so training in place is followed; that costs values of the rank's size only.
+The matrices are joined in every call, so training in place is followed; that costs values of the rank's size only. A
+single row gains nothing from it and keeps the updates apart.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 from deltaspec.passes._scope import Scope
-from deltaspec.passes.fuse_addition import add_low_rank, add_low_rank_, gives_new_tensor
+from deltaspec.passes.fuse_addition import add_low_rank, add_low_rank_, add_product, gives_new_tensor
 
 Matrices = tuple[Tensor, ...]
 Strengths = tuple[Tensor | None, ...]
@@ -20,7 +22,7 @@ def add_low_ranks(
     y: Tensor, x: Tensor, downs: Matrices, ups: Matrices, scales: tuple[float, ...], strengths: Strengths
 ) -> Tensor:
     """Give y + Σ strength · scale · (x downᵀ) upᵀ; see `add_low_rank`."""
-    return add_low_rank(y, x, _joined(downs, scales, strengths), torch.cat(ups, 1), scales[0])
+    return add_product(y, F.linear(x, torch.cat(downs)), _joined(ups, scales, strengths), 1.0)
 
 
 @gives_new_tensor
@@ -28,16 +30,16 @@ def add_low_ranks_(
     y: Tensor, x: Tensor, downs: Matrices, ups: Matrices, scales: tuple[float, ...], strengths: Strengths
 ) -> Tensor:
     """Give y + Σ strength · scale · (x downᵀ) upᵀ; `y` may be overwritten."""
-    return add_low_rank_(y, x, _joined(downs, scales, strengths), torch.cat(ups, 1), scales[0])
+    if y.numel() == ups[0].size(0):
+        for down, up, scale, strength in zip(downs, ups, scales, strengths, strict=True):
+            y = add_low_rank_(y, x, down, up, scale, strength)
+        return y
+    return add_low_rank_(y, x, torch.cat(downs), _joined(ups, scales, strengths), 1.0)
 
 
-def _joined(downs: Matrices, scales: tuple[float, ...], strengths: Strengths) -> Tensor:
-    """Join the narrow matrices, with what sets their deltas apart from the first one's scale multiplied in."""
-    parts = []
-    for down, scale, strength in zip(downs, scales, strengths, strict=True):
-        part = down if scale == scales[0] else down * (scale / scales[0])
-        parts.append(part if strength is None else part * strength)
-    return torch.cat(parts)
+def _joined(ups: Matrices, scales: tuple[float, ...], strengths: Strengths) -> Tensor:
+    parts = (up * scale for up, scale in zip(ups, scales, strict=True))
+    return torch.cat([p if s is None else p * s for p, s in zip(parts, strengths, strict=True)], 1)
 
 
 def run(scope: Scope) -> None:
