@@ -8,31 +8,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import deltaspec
 from benchmarks.harness import LIMITS, Row, verdict
-from benchmarks.models import LLAMA_LINEAR, peft, spec
+from benchmarks.models import LLAMA_LINEAR, llama, peft, spec
 
 DELTAS = 100
 MIXTURES = 100
 PEER = 3
 """Of PEFT's, each is compiled anew, which takes seconds."""
 ROWS = 4
-
-
-def small() -> LlamaForCausalLM:
-    """Build two layers, 64 wide: what is counted does not depend on the size."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=100,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 class Counting:
@@ -49,7 +34,8 @@ class Counting:
 
 def graphs() -> Iterator[Row]:
     """Count graphs over 100 deltas and 100 mixtures, each given per row."""
-    base, ids, pick = small(), torch.randint(0, 100, (ROWS, 8)), random.Random(0)
+    # What is counted does not depend on the size.
+    base, ids, pick = llama(64, 128, layers=2, heads=4), torch.randint(0, 100, (ROWS, 8)), random.Random(0)
     deltas = LIMITS.counts(10, DELTAS)[-1]
     names = [f"d{i}" for i in range(deltas)]
     mixtures = [[pick.choice([None, *names]) for _ in range(ROWS)] for _ in range(LIMITS.counts(10, MIXTURES)[-1])]

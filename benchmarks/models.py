@@ -20,15 +20,15 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(n_embd=256, n_layer=12, n_head=4)).eval()
 
 
-def llama() -> LlamaForCausalLM:
-    """Build eight layers, 512 wide: 56 linear layers."""
+def llama(width: int = 512, inner: int = 1376, layers: int = 8, heads: int = 8) -> LlamaForCausalLM:
+    """Build a Llama; by default eight layers, 512 wide: 56 linear layers."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         vocab_size=1000,
     )
     return LlamaForCausalLM(config).eval()

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import deltaspec
 from benchmarks.harness import LIMITS, Table, interleave, many, ratio, seconds
-from benchmarks.models import LLAMA_LINEAR
+from benchmarks.models import LLAMA_LINEAR, llama
 
 LAYERS = (2, 4, 8, 16, 32)
 RANKS = (1, 4, 16, 64, 128)
@@ -51,16 +51,7 @@ def _few(values: Any) -> Any:
 
 
 def _llama(layers: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=1000,
-    )
-    return LlamaForCausalLM(config).eval()
+    return llama(256, 688, layers=layers, heads=4)
 
 
 def _spec(names: list[str], kinds: list[str], rank: int) -> dict[str, Any]:

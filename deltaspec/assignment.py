@@ -131,5 +131,5 @@ def to_tensors(
     def tensor(values: list[Any], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device).reshape(shape)
 
-    integers = (tensor(values, torch.long) for values in (index, nearest, local))
-    return (*integers, tensor(strength, torch.float32), tuple(names))  # type: ignore[return-value]
+    at, near, own_place = (tensor(values, torch.long) for values in (index, nearest, local))
+    return at, near, own_place, tensor(strength, torch.float32), tuple(names)

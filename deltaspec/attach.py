@@ -262,6 +262,10 @@ class Attachments(Known):
             self._bound(self._programs)
         return found
 
+    def loaded(self) -> None:
+        """Keep what `load_state_dict` put into the backbone's buffers."""
+        self._buffers.loaded()
+
     def rebind(self) -> None:
         """Bind tensors anew after they were moved, cast or replaced."""
         with self.turns.lock, self.family.lock:

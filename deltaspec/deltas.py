@@ -195,4 +195,6 @@ def _names_in_forward(kind: type[nn.Module]) -> frozenset[str]:
 
 def _after_load(deltas: nn.Module, _: Any) -> None:
     assert isinstance(deltas, Deltas)
+    if deltas.attachments is not None:
+        deltas.attachments.loaded()
     deltas._changed()

@@ -128,6 +128,22 @@ class BufferGuard:
                         buffer.copy_(copy)
             self._versions = [buffer._version for buffer in self._counted]
 
+    def loaded(self) -> None:
+        """Take persistent buffers for what a load made of them."""
+        if self.moved:
+            self._follow()
+        versions = dict(zip(map(id, self._counted), self._versions, strict=True))
+        passing = {id(module._buffers): module._non_persistent_buffers_set for module in self._modules}
+        kept = []
+        for home, name, buffer, copy in self._kept:
+            now = home.get(name)
+            if now is not None and name not in passing[id(home)]:
+                versions.pop(id(buffer), None)
+                buffer, copy = now, now.detach().clone()
+            kept.append((home, name, buffer, copy))
+        self._keep(kept)
+        self._versions = [versions.get(id(buffer), buffer._version) for buffer in self._counted]
+
     def kept(self) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
         """Give what was kept of each buffer: (module's buffers, name, the buffer, its value when it was watched)."""
         if self.moved:

@@ -72,7 +72,6 @@ class Mixer:
         self.batch = Batch()
         self.running: Kinds | None = None
         """Of the forward that runs now; None: it has no rows."""
-        self._names: tuple[str, ...] = ()
         self._slots: list[Slot] = []
         self._mixed: dict[str, dict[Kinds, Forward]] = {}
         """By host."""
@@ -81,6 +80,8 @@ class Mixer:
         self._placed: dict[Kind, int] = {}
         self._tried: set[str] = set()
         """Hosts that are given the rows of a batch along dimension 0."""
+        self._shown: set[Kinds] = set()
+        """Those of which all hosts are."""
         self._installed: list[tuple[dict[str, Any], Forward | None]] = []
         """(module's `__dict__`, the instance-level forward it had before); empty while nothing is armed."""
 
@@ -142,26 +143,23 @@ class Mixer:
     def _make(self, kinds: Kinds, names: Sequence[str]) -> None:
         """Build the forwards of all hosts for kinds, each given by the name of a delta of it."""
         with self._attachments.turns.switching(with_rows=True) if self.armed else nullcontext():
-            self._make_now(kinds, names)
-
-    def _make_now(self, kinds: Kinds, names: Sequence[str]) -> None:
-        programmer = self._attachments.programmer
-        self._slots += [Slot(number, self.batch) for number in range(len(self._slots), len(kinds))]
-        hosts: dict[str, list[tuple[Slot, str]]] = {}
-        for slot, name in zip(self._slots, names, strict=False):
-            for host in programmer.hosts[name]:
-                hosts.setdefault(host, []).append((slot, name))
-        made = {host: bind_rows(self._attachments, host, given) for host, given in hosts.items()}
-        made |= put_prompts_in_front(self._attachments, hosts, made)
-        for fqn in programmer.statistics:
-            made.setdefault(fqn, FrozenStatistics(programmer.modules[fqn]))
-        made[""] = Entering(self, made.get("") or programmer.own_forward(""))
-        for host, forward in made.items():
-            self._mixed.setdefault(host, {})[kinds] = forward
-        self._made.add(kinds)
-        if self.armed:
-            self.disarm()
-            self.arm()
+            programmer = self._attachments.programmer
+            self._slots += [Slot(number, self.batch) for number in range(len(self._slots), len(kinds))]
+            hosts: dict[str, list[tuple[Slot, str]]] = {}
+            for slot, name in zip(self._slots, names, strict=False):
+                for host in programmer.hosts[name]:
+                    hosts.setdefault(host, []).append((slot, name))
+            made = {host: bind_rows(self._attachments, host, given) for host, given in hosts.items()}
+            made |= put_prompts_in_front(self._attachments, hosts, made)
+            for fqn in programmer.statistics:
+                made.setdefault(fqn, FrozenStatistics(programmer.modules[fqn]))
+            made[""] = Entering(self, made.get("") or programmer.own_forward(""))
+            for host, forward in made.items():
+                self._mixed.setdefault(host, {})[kinds] = forward
+            self._made.add(kinds)
+            if self.armed:
+                self.disarm()
+                self.arm()
 
     def forget(self) -> None:
         """Forget all that holds tensors, after they moved; nothing is armed."""
@@ -224,12 +222,14 @@ class Mixer:
 
     def _try(self, kinds: Kinds, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Have it shown, once a host, that the rows are where they are looked for; on the call's inputs, if need be."""
+        if kinds in self._shown:
+            return
         modules = self._attachments.programmer.modules
-        new = {host: modules[host] for host, mixed in self._mixed.items() if kinds in mixed and host not in self._tried}
-        if new.keys() - {""}:
-            backbone = self._attachments.backbone
-            rows_lead(backbone, {fqn: module for fqn, module in new.items() if fqn}, backbone, args, kwargs)
-            self._tried.update(new)
+        hosts = [host for host, mixed in self._mixed.items() if host and kinds in mixed and host not in self._tried]
+        backbone = self._attachments.backbone
+        if not hosts or rows_lead(backbone, {host: modules[host] for host in hosts}, backbone, args, kwargs):
+            self._tried.update(hosts)
+            self._shown.add(kinds)
 
     def call(self, deltas: Sequence[Any] | Rows, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run the model with a delta a row."""

@@ -135,7 +135,7 @@ def region(key: RegionKey) -> Region:
     else:
         entering = args = graph.placeholder("*args")
         kwargs = graph.placeholder("**kwargs")
-        result = _open_call(graph, key, args, kwargs, leading, tuple(inputs))
+        result = _open_call(graph, key, args, kwargs, leading, tuple(inputs), swapped)
     graph.output(result)
     run_passes(graph, key.owned)
     function, code = to_function(graph, f"region {_title(key)}")
@@ -149,6 +149,7 @@ def _open_call(
     kwargs: fx.Node,
     leading: tuple[Any, ...],
     inputs: tuple[Inputs, ...],
+    swapped: Callable[[], fx.Node],
 ) -> fx.Node:
     """Emit a host that takes any arguments and may return more than the hidden state."""
     outputs: list[fx.Node] = []
@@ -166,7 +167,11 @@ def _open_call(
             given_args = graph.call_function(_getitem, (both, 0))
             given_kwargs = graph.call_function(_getitem, (both, 1))
         splat: dict[str, Any] = {"_splat_args": given_args, "_splat_kwargs": given_kwargs}
-        output = graph.call_module("base", leading, splat)
+        if replaced:
+            swapped()
+            output = graph.call_module("swapped", (replaced,), splat)
+        else:
+            output = graph.call_module("base", leading, splat)
         outputs.append(output)
         return graph.call_function(hidden_out, (output,)) if key.links else output
 

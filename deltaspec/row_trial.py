@@ -26,12 +26,14 @@ def rows_lead(
     backbone: nn.Module,
     hosts: Mapping[str, nn.Module],
     forward: Callable[..., Any],
-    args: Any,
+    args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-) -> None:
-    """Raise DeltaSpecError (DS442), with all findings, for hosts that are not given the rows along dimension 0.
+) -> bool:
+    """Tell whether a trial could be made that shows it: False for one row, and for a call that goes on from a cache.
 
-    A transformers model is run on inputs of our own; any other one, and one that refuses those, on the call's.
+    A transformers model is run on inputs of our own; any other one, and one that refuses those, on the call's. A host
+    that these do not reach is judged by the shapes it is given once it is reached. Raises DeltaSpecError (DS442), with
+    all findings, for hosts that are not given the rows along dimension 0.
     """
     seen = None
     small = _small_inputs(backbone)
@@ -41,7 +43,7 @@ def rows_lead(
             seen = _both(backbone, hosts, forward, used)
     if seen is None:
         if any(hasattr(value, "get_seq_length") for value in kwargs.values()):
-            return
+            return False
         used = (args, {**kwargs, **({"use_cache": False} if "use_cache" in kwargs else {})})
         seen = _both(backbone, hosts, forward, used)
     findings = []
@@ -53,6 +55,7 @@ def rows_lead(
             findings.append(Diagnostic("DS442", message, suggestion=hint))
     if findings:
         raise DeltaSpecError(findings)
+    return bool(seen)
 
 
 def _small_inputs(backbone: nn.Module) -> dict[str, Tensor] | None:
@@ -160,7 +163,7 @@ def _moved_on(before: Tensor, after: Tensor, rows: int) -> bool:
     if before.shape[0] == 1:
         expected = before
     elif before.shape[0] % rows == 0:
-        expected = before.unflatten(0, (rows, -1)).roll(1, 0).flatten(0, 1)  # type: ignore[no-untyped-call]
+        expected = before.reshape(rows, -1, *before.shape[1:]).roll(1, 0).reshape(before.shape)
     else:
         return False
     if not before.is_floating_point():

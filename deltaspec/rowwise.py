@@ -81,7 +81,7 @@ class HostRows:
         if torch.compiler.is_compiling():
             raise RuntimeError(f"deltaspec DS444: {self._host} reads weights without calling their modules, "
                                "so what its rows are under cannot be data in a compiled graph")  # fmt: skip
-        if any("Cache" in type(value).__name__ for value in (*args, *kwargs.values())):
+        if not all(map(_is_data, (*args, *kwargs.values()))):
             raise DeltaSpecError([_stateful(self._host)])
         rows = list(zip(*(slot.assigned for slot in self._slots), strict=True))
         size, output = self._slots[0].batch.size, None
@@ -105,6 +105,15 @@ class HostRows:
         if names not in self._forwards:
             self._forwards[names] = programmer.bind(self._host, visits, ())[0]
         return self._forwards[names]
+
+
+def _is_data(value: Any) -> bool:
+    """Tell whether a host can only read an argument; a cache it would write once a run."""
+    if isinstance(value, Mapping):
+        return all(map(_is_data, value.values()))
+    if isinstance(value, tuple | list):
+        return all(map(_is_data, value))
+    return value is None or isinstance(value, Tensor | bool | int | float | str | torch.dtype | torch.device)
 
 
 def _put_rows(output: Any, other: Any, chosen: Tensor) -> Any:
@@ -143,11 +152,14 @@ def _refusal(programmer: Programmer, visit: Visit) -> str | None:
     if not methods()[visit.method].promises.per_row:
         return f"{visit.method} is not usable for single rows"
     site = visit.planned.site
+    kind = type(programmer.modules[host_of(site)])
+    if methods()[visit.method].substitutes(site, visit.planned.params) and call_form(kind, site.kind)[0] is None:
+        return f"it runs {site.fqn} on other weights, and that is called with more than the hidden state"
     if any(spec.buffer and spec.name.startswith("running_") for spec in visit.planned.tensors):
         return f"it has statistics of its own for {site.fqn}, which are those of a whole batch"
     if fqn := _sequence_first(programmer, site.row.fqn):
-        kind = type(programmer.modules[fqn]).__name__
-        return f"{fqn or 'the model'} ({kind}) takes the batch as its second dimension (batch_first=False)"
+        above = type(programmer.modules[fqn]).__name__
+        return f"{fqn or 'the model'} ({above}) takes the batch as its second dimension (batch_first=False)"
     return None
 
 
@@ -168,7 +180,7 @@ def _sequence_first(programmer: Programmer, fqn: str) -> str | None:
 
 def _stateful(host: str) -> Diagnostic:
     message = (
-        f"{host or 'the model'} reads weights around their modules, so it runs once a delta; but it writes a cache"
+        f"{host or 'the model'} reads weights around their modules, so it runs once a delta; but it may write a cache"
     )
     return Diagnostic("DS442", message, suggestion="pass use_cache=False, or run these rows one delta at a time")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from deltaspec.clone import clone
 from deltaspec.regions import hidden_out, with_hidden_out
@@ -32,8 +32,9 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
     """Trace a detached backbone with its sites as leaves: (graph, why it is good) or (None, why not).
 
     Tracing burns in `self.training`, whether optional arguments were given, and hooks; so the graph is only taken where
-    training and evaluation mode trace to the same code, forward has no optional arguments and no traced-through module
-    has hooks. The trace is made on a structural copy: torch.fx stores the constants it meets on the module it traces.
+    training and evaluation mode trace to the same code, forward has no optional arguments and writes nothing into its
+    modules, and no traced-through module has hooks. The trace is made on a structural copy: torch.fx stores the
+    constants it meets on the module it traces.
     """
     parameters = arguments_of(type(backbone).forward)
     if optional := [
@@ -41,6 +42,7 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
     ]:
         return None, f"its forward has optional arguments ({', '.join(optional)}), which a trace would fix"
     twin = clone(backbone)
+    before = _state(twin)
     graphs: list[fx.Graph] = []
     for mode in (True, False):
         for module in twin.modules():
@@ -50,6 +52,8 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
         except Exception as error:  # whatever a stranger's forward raises on proxies; the reason is kept for the user
             reason = str(error).splitlines()[0] if str(error) else ""
             return None, f"it does not trace: {type(error).__name__}: {reason}"
+    if written := _written(before, _state(twin)):
+        return None, f"its forward writes {', '.join(written)}, which a trace would leave out"
     training, evaluation = (_ADDRESS.sub("", graph.python_code("self").src) for graph in graphs)
     if training != evaluation:
         return None, "its traces in training and in evaluation mode differ"
@@ -71,6 +75,27 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
         if not any(host == name or host.startswith(name + ".") for name in called):
             return None, f"{host or 'the model'} is not called in its trace, and a delta needs its forward"
     return graph, "it traces, the same in training and evaluation mode"
+
+
+def _state(model: nn.Module) -> dict[str, tuple[Any, int]]:
+    """Give what a forward may leave in its modules: buffers with their counts of writes, and other attributes."""
+    found: dict[str, tuple[Any, int]] = {}
+    for fqn, module in model.named_modules():
+        prefix = f"{fqn}." if fqn else ""
+        for name, buffer in module._buffers.items():
+            counts = isinstance(buffer, Tensor) and not buffer.is_inference()  # a trace may leave a proxy here
+            found[prefix + name] = (buffer, buffer._version if counts else -1)
+        for name, value in module.__dict__.items():
+            if name != "training" and not name.startswith("_tensor_constant"):  # fx's own
+                found[prefix + name] = (value, 0)
+    return found
+
+
+def _written(before: dict[str, tuple[Any, int]], after: dict[str, tuple[Any, int]]) -> list[str]:
+    """Name what is another object, or was written, since."""
+    known = {name for name, (value, count) in after.items() if name in before and before[name][0] is value
+             and before[name][1] == count}  # fmt: skip
+    return sorted((before.keys() | after.keys()) - known)
 
 
 def reads_around_calls(graph: fx.Graph, backbone: nn.Module, sites: Collection[str]) -> bool:

@@ -449,3 +449,10 @@ def test_rows_under_autocast():
         mixed = compiled(ids(), deltas=rows).logits
         for row, deltas in enumerate(rows):
             assert close(mixed[row].float(), alone(compiled, {"input_ids": ids()}, row, deltas).float(), 5e-2)
+
+
+def test_a_single_row_shows_nothing_so_the_next_batch_is_still_tried():
+    compiled = build(Misplaced("time first").eval(), entry("a", "lora", "inner"))
+    compiled(torch.randn(1, 1, 8), deltas=["a"])
+    with pytest.raises(DeltaSpecError, match="DS442.*inner"):
+        compiled(torch.randn(4, 4, 8), deltas=["a", None, "a", None])

@@ -257,3 +257,18 @@ def test_programs_that_write_the_same_modules_share_what_undoes_them():
     programs = [compiled._attachments.program(names) for names in (("a",), ("b",), ("a", "b"), ("c",), ("d",))]
     assert programs[0].places is programs[1].places is programs[2].places
     assert len({id(program.places) for program in programs}) == 3
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_is_loaded_into_buffers_while_attached_stays_and_what_forwards_write_does_not(assign):
+    compiled = build()
+    compiled.only("a")
+    compiled(X)
+    state = {key: value.clone() for key, value in compiled.state_dict().items()}
+    compiled.load_state_dict(state | {"backbone.1.count": torch.tensor(7.0)}, assign=assign)
+    compiled(X)
+    assert float(compiled.backbone[1].count) == 8
+    compiled.only("b")
+    assert float(compiled.backbone[1].count) == 7
+    compiled.detach()
+    assert float(compiled.backbone[1].count) == 7

@@ -199,3 +199,30 @@ def test_a_composite_site_stays_whole():
     for names, output in outputs[0].items():
         assert torch.equal(output, outputs[1][names])
         assert torch.equal(output, model(X)) is (names == ())
+
+
+class Remembering(nn.Module):
+    """Writes into itself, which a trace would not."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.inner, self.what = nn.Linear(4, 4), what
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.what == "calls":
+            self.calls.add_(1)
+        else:
+            self.last = x
+        return self.inner(x) * (1 + self.calls)
+
+
+@pytest.mark.parametrize("what", ["calls", "last"])
+def test_a_forward_that_writes_into_its_modules_is_not_traced(what):
+    spec = {"deltaspec": 1, "deltas": [{"name": "a", "method": "lora", "target": "inner"}]}
+    model, x = Remembering(what), torch.ones(1, 4)
+    compiled = deltaspec.compile(model, spec)
+    assert compiled.capture == "modules" and f"writes {what}" in compiled.capture_reason
+    assert torch.equal(compiled(x), model(x))
+    with pytest.raises(DeltaSpecError, match=f"DS432.*writes {what}"):
+        deltaspec.compile(model, spec, capture="symbolic")

@@ -94,4 +94,5 @@ def edges(tokens: Tokens, hidden: Tensor, first: int | None, last: int | None) -
     elif last is not None and length > 1:
         raise pieces(tokens.before, length)
     shape = (batch, length, 1)
-    return tuple(chosen[:, :, None].expand(shape).to(hidden.dtype) for chosen in (at_first, at_last))  # type: ignore[return-value]
+    first_ones, last_ones = (chosen[:, :, None].expand(shape).to(hidden.dtype) for chosen in (at_first, at_last))
+    return first_ones, last_ones

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import fx
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_NEW: set[Any] = set()
+
+
+def gives_new_tensor(function: _F) -> _F:
+    """Note a function whose result is new, or what it was allowed to overwrite."""
+    _NEW.add(function)
+    return function
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +47,7 @@ class Scope:
         if node.op == "call_module":
             return self.owned and node.target == "base"
         if node.op == "call_function":
-            return getattr(node.target, "gives_new_tensor", False)
+            return node.target in _NEW
         if node.op == "call_method" and node.target == "to":  # may give its own argument
             source = node.args[0]
             assert isinstance(source, fx.Node)

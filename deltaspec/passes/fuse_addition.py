@@ -8,13 +8,13 @@ which cost half the dispatch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from deltaspec.passes._scope import Scope
+from deltaspec.passes._scope import Scope, gives_new_tensor
 from deltaspec.slots import toward
 
 _MANY = 32
@@ -23,14 +23,6 @@ _MANY = 32
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 _is_transformed = torch._C._are_functorch_transforms_active
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def gives_new_tensor(function: _F) -> _F:
-    """Mark a function whose result is new, or what it was allowed to overwrite."""
-    function.gives_new_tensor = True  # type: ignore[attr-defined]
-    return function
 
 
 @gives_new_tensor

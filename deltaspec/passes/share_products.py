@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from deltaspec.passes._scope import Scope
-from deltaspec.passes.fuse_addition import add_low_rank, add_low_rank_, add_product, gives_new_tensor
+from deltaspec.passes._scope import Scope, gives_new_tensor
+from deltaspec.passes.fuse_addition import add_low_rank, add_low_rank_, add_product
 
 Matrices = tuple[Tensor, ...]
 Strengths = tuple[Tensor | None, ...]
