@@ -14,7 +14,8 @@ import deltaspec
 from benchmarks.harness import Row, excess, interleave, many, ratio, seconds
 from benchmarks.models import LLAMA_LINEAR, llama, peft, spec
 from deltaspec.hosts import own_forward
-from deltaspec.passes.fuse_addition import add_low_rank_
+from deltaspec.passes.fuse_addition import add_low_rank, add_low_rank_, add_product
+from deltaspec.passes.share_inputs import narrow_products
 from deltaspec.passes.share_products import add_low_ranks_
 from deltaspec.slots import toward
 
@@ -114,16 +115,32 @@ def passes() -> Iterator[Row]:
             return add_low_rank_(host(x), x, down, up, 2.0, strength)
 
         yield _against(f"pass fuse_addition, a strength, {rows} rows", {"plain": lerped, "fused": narrow}, rows, pairs)
+
+        def separate(x: Tensor = x) -> list[Tensor]:
+            return [add_low_rank(host(x), x, down, up, 2.0) for _ in range(3)]
+
+        def joint(x: Tensor = x) -> list[Tensor]:
+            return [add_product(host(x), h, up, 2.0) for h in narrow_products(x, ((down,),) * 3)]
+
+        yield _against(f"pass share_inputs, q, k and v, {rows} rows", {"plain": separate, "fused": joint}, rows, pairs)
+        yield _against(
+            f"training step of q, k and v, shared, {rows} rows",
+            {"plain": _backward(separate, x), "fused": _backward(joint, x)},
+            rows,
+            pairs,
+            training=True,
+        )
     x = torch.randn(1, 1, 512)
     quick = own_forward(host)
     yield _against("a linear host's own forward, 1 row", {"plain": lambda: own(x), "fused": lambda: quick(x)}, 1, 100)
 
 
-def _backward(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+def _backward(run: Callable[[Tensor], Tensor | list[Tensor]], x: Tensor) -> Callable[[], None]:
     entering = x.clone().requires_grad_()
 
     def step() -> None:
-        run(entering).sum().backward()
+        given = run(entering)
+        torch.autograd.backward([y.sum() for y in (given if isinstance(given, list) else [given])])
 
     return step
 

@@ -198,7 +198,7 @@ class Programmer:
             kind = visits[0].planned.site.kind
             _, hidden = call_form(type(module), kind)
             rewrite_site(graph, node, links, names, kind == "other", hidden)
-        run_passes(graph, home=self._home)
+        run_passes(graph, home=self._home, modules=self.modules)
         function, code = compile_graph(graph)
         program.regions[""] = Region(None, graph, code, function, ())
         self._write(program, "", MethodType(function, self._backbone))

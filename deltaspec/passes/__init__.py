@@ -6,19 +6,26 @@ row of `benchmarks/forward.py` that pays for it.
 
 from __future__ import annotations
 
-from torch import fx
+from collections.abc import Mapping
 
-from deltaspec.passes import fuse_addition, fuse_rows, share_products
+from torch import fx, nn
+
+from deltaspec.passes import fuse_addition, fuse_rows, share_inputs, share_products
 from deltaspec.passes._scope import Scope
 
 
-def run_passes(graph: fx.Graph, owned: bool = False, home: str | None = None) -> None:
+def run_passes(
+    graph: fx.Graph, owned: bool = False, home: str | None = None, modules: Mapping[str, nn.Module] | None = None
+) -> None:
     """Run all passes over a region's graph, in place.
 
     `owned`: what `base` gives is a new tensor that nothing else holds, so it may be overwritten. `home`: the FQN under
-    which a whole model's graph finds its deltas; None where their tensors are the graph's inputs.
+    which a whole model's graph finds its deltas, and `modules` what it calls; None where the deltas' tensors are the
+    graph's inputs.
     """
     scope = Scope(graph, owned, home)
     fuse_addition.run(scope)
     share_products.run(scope)
+    if modules is not None:
+        share_inputs.run(scope, modules)
     fuse_rows.run(scope)

@@ -22,7 +22,7 @@ def add_low_ranks(
     y: Tensor, x: Tensor, downs: Matrices, ups: Matrices, scales: tuple[float, ...], strengths: Strengths
 ) -> Tensor:
     """Give y + Σ strength · scale · (x downᵀ) upᵀ; see `add_low_rank`."""
-    return add_product(y, F.linear(x, torch.cat(downs)), _joined(ups, scales, strengths), 1.0)
+    return add_product(y, F.linear(x, torch.cat(downs)), joined(ups, scales, strengths), 1.0)
 
 
 @gives_new_tensor
@@ -34,10 +34,11 @@ def add_low_ranks_(
         for down, up, scale, strength in zip(downs, ups, scales, strengths, strict=True):
             y = add_low_rank_(y, x, down, up, scale, strength)
         return y
-    return add_low_rank_(y, x, torch.cat(downs), _joined(ups, scales, strengths), 1.0)
+    return add_low_rank_(y, x, torch.cat(downs), joined(ups, scales, strengths), 1.0)
 
 
-def _joined(ups: Matrices, scales: tuple[float, ...], strengths: Strengths) -> Tensor:
+def joined(ups: Matrices, scales: tuple[float, ...], strengths: Strengths) -> Tensor:
+    """Give the wide matrices side by side, scaled: `[out, Σ rank]`."""
     parts = (up * scale for up, scale in zip(ups, scales, strict=True))
     return torch.cat([p if s is None else p * s for p, s in zip(parts, strengths, strict=True)], 1)
 
