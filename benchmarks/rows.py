@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model
 import deltaspec
 from benchmarks.harness import Row, interleave, ratio, seconds, verdict
 from benchmarks.models import GPT2_LINEAR, config, gpt2, peft, spec
+from deltaspec.compiler import compile_plan
 
 warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
 
@@ -24,14 +25,17 @@ def compiling() -> Iterator[Row]:
     """Compile a spec beside wrapping a model."""
     base = gpt2()
     document = spec(["d0"], GPT2_LINEAR)
+    plan = deltaspec.plan(base, document)
     times = interleave(
         {
             "ours": lambda: deltaspec.compile(base, document),
+            "rest": lambda: compile_plan(base, plan),
             "peer": lambda twin: get_peft_model(twin, config(GPT2_LINEAR)),
         },
         before={"peer": lambda: copy.deepcopy(base)},
     )
     median, text = ratio(times["peer"], times["ours"])
+    _, of_rest = ratio(times["peer"], times["rest"])
     yield Row(
         "compile a spec (12 layers, 48 sites)",
         seconds(times["ours"]),
@@ -40,7 +44,8 @@ def compiling() -> Iterator[Row]:
         "≥ 5 ×",
         verdict(median >= 5),
         "ours includes validating and planning, and leaves the model untouched; PEFT's wraps a copy made "
-        "beforehand, untimed",
+        f"beforehand, untimed; once it is planned, the rest takes {seconds(times['rest'])}, {of_rest} × faster than "
+        "PEFT: a description of each of 164 modules, a structural copy of each, 96 tensors",
     )
 
 
