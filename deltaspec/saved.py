@@ -20,8 +20,10 @@ from deltaspec.fingerprint import weights_fingerprint
 MANIFEST = "manifest.json"
 FORMAT = 1
 ENDINGS = {"file": "safetensors", "spec": "deltaspec.json", "lock": "deltaspec.lock.json"}
-_FILE_NAME = re.compile(r"[A-Za-z][\w-]*\.[0-9a-f]{8}\.(safetensors|deltaspec\.json|deltaspec\.lock\.json)", re.ASCII)
 """The files of one delta, by their field in the manifest."""
+_FILE_NAME = re.compile(r"[A-Za-z][\w-]*\.[0-9a-f]{8}\.(safetensors|deltaspec\.json|deltaspec\.lock\.json)", re.ASCII)
+_UNFINISHED = re.compile(rf"\.({_FILE_NAME.pattern}|manifest\.json)\.[0-9a-f]{{16}}", re.ASCII)
+"""What `write_atomically` calls a file before it is whole."""
 _Content = TypeVar("_Content", bytes, mmap)
 
 
@@ -30,6 +32,7 @@ class SavedSet:
 
     def __init__(self, directory: str | PathLike[str]) -> None:
         self.folder = Path(directory)
+        self._read = b""
         self.manifest = self._read_manifest()
         self.entries: list[dict[str, str]] = self.manifest["deltas"]
         self._by_name: dict[str, dict[str, str]] = {entry["name"]: entry for entry in self.entries}
@@ -48,7 +51,8 @@ class SavedSet:
         path = self.folder / MANIFEST
         hint = "give the directory that c.save(dir) wrote"
         try:
-            data = json.loads(path.read_bytes())
+            self._read = path.read_bytes()
+            data = json.loads(self._read, object_pairs_hook=_object)
         except FileNotFoundError:
             raise DeltaSpecError([self.finding("DS521", "there are no saved deltas here", hint)]) from None
         except OSError as error:
@@ -60,6 +64,13 @@ class SavedSet:
         if problem := _manifest_problem(data):
             raise DeltaSpecError([self.finding("DS522", f"is not a manifest: {problem}", "save the deltas again")])
         return dict(data)
+
+    def replaced(self) -> bool:
+        """Tell whether the deltas were saved again since: what was read of this set may be gone."""
+        try:
+            return self.path(MANIFEST).read_bytes() != self._read
+        except OSError:
+            return False
 
     def check_backbone(self, structure: str, backbone: nn.Module, model_class: str) -> list[Diagnostic]:
         """Compare the saved fingerprints with a backbone's."""
@@ -120,8 +131,10 @@ class SavedSet:
         try:
             content = read(self.path(entry[field]))
         except OSError as error:
-            message = f"cannot be read: {error.strerror}"
-            return None, [self.finding("DS521", message, "restore the file", entry[field])]
+            message, hint = f"cannot be read: {error.strerror}", "restore the file"
+            if isinstance(error, FileNotFoundError) and self.replaced():
+                message, hint = "is gone: the deltas were saved again in the meantime", "open the directory anew"
+            return None, [self.finding("DS521", message, hint, entry[field])]
         except _Empty:
             content = None
         if content is None or digest(content) != entry[f"{field}_sha256"]:
@@ -151,9 +164,22 @@ def file_names(folder: Path) -> set[str]:
     return {entry[field] for entry in entries for field in ENDINGS}
 
 
+def strays(folder: Path, kept: set[str]) -> set[str]:
+    """Give the names of files in a directory that earlier saves left, killed ones included, but for those kept."""
+    names = set(os.listdir(folder)) - kept
+    return {name for name in names if _FILE_NAME.fullmatch(name) or _UNFINISHED.fullmatch(name)}
+
+
 def digest(content: bytes | mmap) -> str:
     """Give a file's SHA-256 in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise ValueError("it has a key twice")
+    return data
 
 
 def _manifest_problem(data: Any) -> str | None:
@@ -167,7 +193,9 @@ def _manifest_problem(data: Any) -> str | None:
     names = [entry["name"] for entry in deltas]
     if len(set(names)) < len(names):
         return "it names a delta twice"
-    if not isinstance(attached, list) or not set(map(str, attached)) <= set(names):
+    if not isinstance(attached, list) or not all(isinstance(name, str) for name in attached):
+        return "its list of attached deltas is malformed"
+    if not set(attached) <= set(names):
         return "it says that unknown deltas were attached"
     return None
 
