@@ -10,6 +10,7 @@ from collections.abc import Callable
 from mmap import ACCESS_COPY, mmap
 from os import PathLike
 from pathlib import Path
+from sys import float_info
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -37,7 +38,10 @@ class SavedSet:
         self.entries: list[dict[str, str]] = self.manifest["deltas"]
         self._by_name: dict[str, dict[str, str]] = {entry["name"]: entry for entry in self.entries}
         self.names = list(self._by_name)
-        self.attached: list[str] = self.manifest["attached"]
+        self.attached: dict[str, float] = {
+            name: self.manifest.get("strengths", {}).get(name, 1.0) for name in self.manifest["attached"]
+        }
+        """Names of the deltas that were attached, and their strengths."""
 
     def path(self, name: str) -> Path:
         """Give the path of one of its files."""
@@ -197,7 +201,14 @@ def _manifest_problem(data: Any) -> str | None:
         return "its list of attached deltas is malformed"
     if not set(attached) <= set(names):
         return "it says that unknown deltas were attached"
+    strengths = data.get("strengths", {})  # earlier versions wrote none
+    if not isinstance(strengths, dict) or not all(map(_is_strength, strengths.values())):
+        return "its strengths are malformed"
     return None
+
+
+def _is_strength(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= float_info.max
 
 
 def _is_entry(entry: Any) -> bool:

@@ -86,6 +86,7 @@ def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
                 "deltaspec": FORMAT,
                 "backbone": {"class": plan.model_class, "structure": plan.structure, "weights": weights},
                 "attached": [name for name in compiled.attached if name not in attachments.libraries],
+                "strengths": {n: v for n, v in compiled.strengths.items() if v != 1 and n not in attachments.libraries},
                 "deltas": entries,
             }
             sync(folder)
@@ -114,7 +115,7 @@ def restore(
     model: nn.Module, directory: str | PathLike[str], *, capture: str = "auto", example_inputs: Any = None
 ) -> CompiledModel:
     """Compile the saved specs onto a model and load the saved tensors; the deltas that were attached when saving are
-    attached.
+    attached, as strongly.
 
     Raises DeltaSpecError with all findings; `model` is never changed.
     """
@@ -177,7 +178,7 @@ def _restore(model: nn.Module, saved: SavedSet, capture: str, example_inputs: An
     # Every value comes from the files: no decomposition of a weight, no tokenizer of a text is needed.
     compiled = compile_plan(model, planned, capture, drawn=False)
     _load(compiled, saved)
-    compiled.only(*saved.attached)
+    compiled.only(saved.attached)
     return compiled
 
 

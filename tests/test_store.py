@@ -126,6 +126,17 @@ def test_everything_comes_back_in_this_process(saved):
     assert back.plan.trainable == compiled.plan.trainable
 
 
+def test_strengths_come_back(tmp_path):
+    compiled = build()
+    compiled.only({"low": 0.25, "wide": 1.0})
+    compiled.save(tmp_path)
+    back = deltaspec.restore(CHOSEN.model(), tmp_path)
+    assert back.strengths == {"low": 0.25, "wide": 1.0}
+    assert torch.equal(run(back), run(compiled))
+    rewrite(tmp_path, lambda data: data.pop("strengths"))  # as sets saved by earlier versions are
+    assert deltaspec.restore(CHOSEN.model(), tmp_path).strengths == {"low": 1.0, "wide": 1.0}
+
+
 def test_everything_comes_back_in_another_process(tmp_path):
     compiled = build()
     compiled.only("norms", "low")
@@ -377,6 +388,10 @@ def test_a_manifest_that_is_no_text(saved):
         lambda data: data.update(attached="low"),
         lambda data: data.update(attached=[["low"]]),
         lambda data: data.update(attached=[1]),
+        lambda data: data.update(strengths=["low"]),
+        lambda data: data.update(strengths={"low": "much"}),
+        lambda data: data.update(strengths={"low": float("nan")}),
+        lambda data: data.update(strengths={"low": 10**400}),
         lambda data: data.update(backbone={"class": "x"}),
         lambda data: data.update(backbone=[]),
         lambda data: data.update(deltas={}),
