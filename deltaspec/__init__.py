@@ -58,7 +58,13 @@ def __getattr__(name: str) -> Any:
             return "unknown (not installed)"
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    try:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("torch", "safetensors"):
+            raise
+        message = f"deltaspec.{name} needs {error.name}: pip install 'deltaspec[torch]'"
+        raise ModuleNotFoundError(message, name=error.name) from None
     globals()[name] = value
     return value
 

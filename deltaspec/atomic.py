@@ -22,25 +22,43 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
 
 
+def sync(folder: Path) -> None:
+    """Bring the names in a directory to the disk, so that no later change is there before them."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[bool]:
     """Wait until no other writer, of any process, is in this context for a directory; leaves no file behind.
 
-    Where directories cannot be locked (Windows, some network file systems), it does not wait.
+    Gives whether that is sure: where directories cannot be locked (Windows, some network file systems), it does not
+    wait.
     """
     if sys.platform == "win32":
-        yield
+        yield False
         return
     import fcntl
 
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            alone = False
+        else:
+            alone = True
+        yield alone
     finally:
         os.close(handle)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import nn
 
 from deltaspec.clone import clone
@@ -44,6 +45,7 @@ def compile(
     return compile_plan(model, plan(model, spec, *more_specs, example_inputs=example_inputs), capture)
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could never be trained, nor loaded outside of it
 def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: bool = True) -> CompiledModel:
     """Compile a valid plan onto a clone of the model it was made for; `drawn` as for `build_delta`."""
     backbone = clone(model)

@@ -125,6 +125,7 @@ CODES: dict[str, str] = {
     "DS531": "library's limit that is too small",
     "DS532": "delta of a library that is in use",
     "DS533": "delta of a library that cannot be taken along",
+    "DS534": "delta without values",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from mmap import ACCESS_COPY, mmap
 from os import PathLike
 from pathlib import Path
+from sys import float_info
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ from deltaspec.fingerprint import weights_fingerprint
 MANIFEST = "manifest.json"
 FORMAT = 1
 ENDINGS = {"file": "safetensors", "spec": "deltaspec.json", "lock": "deltaspec.lock.json"}
-_FILE_NAME = re.compile(r"[A-Za-z][\w-]*\.[0-9a-f]{8}\.(safetensors|deltaspec\.json|deltaspec\.lock\.json)", re.ASCII)
 """The files of one delta, by their field in the manifest."""
+_FILE_NAME = re.compile(r"[A-Za-z][\w-]*\.[0-9a-f]{8}\.(safetensors|deltaspec\.json|deltaspec\.lock\.json)", re.ASCII)
+_UNFINISHED = re.compile(rf"\.({_FILE_NAME.pattern}|manifest\.json)\.[0-9a-f]{{16}}", re.ASCII)
+"""What `write_atomically` calls a file before it is whole."""
 _Content = TypeVar("_Content", bytes, mmap)
 
 
@@ -30,11 +33,15 @@ class SavedSet:
 
     def __init__(self, directory: str | PathLike[str]) -> None:
         self.folder = Path(directory)
+        self._read = b""
         self.manifest = self._read_manifest()
         self.entries: list[dict[str, str]] = self.manifest["deltas"]
         self._by_name: dict[str, dict[str, str]] = {entry["name"]: entry for entry in self.entries}
         self.names = list(self._by_name)
-        self.attached: list[str] = self.manifest["attached"]
+        self.attached: dict[str, float] = {
+            name: self.manifest.get("strengths", {}).get(name, 1.0) for name in self.manifest["attached"]
+        }
+        """Names of the deltas that were attached, and their strengths."""
 
     def path(self, name: str) -> Path:
         """Give the path of one of its files."""
@@ -48,7 +55,8 @@ class SavedSet:
         path = self.folder / MANIFEST
         hint = "give the directory that c.save(dir) wrote"
         try:
-            data = json.loads(path.read_bytes())
+            self._read = path.read_bytes()
+            data = json.loads(self._read, object_pairs_hook=_object)
         except FileNotFoundError:
             raise DeltaSpecError([self.finding("DS521", "there are no saved deltas here", hint)]) from None
         except OSError as error:
@@ -60,6 +68,13 @@ class SavedSet:
         if problem := _manifest_problem(data):
             raise DeltaSpecError([self.finding("DS522", f"is not a manifest: {problem}", "save the deltas again")])
         return dict(data)
+
+    def replaced(self) -> bool:
+        """Tell whether the deltas were saved again since: what was read of this set may be gone."""
+        try:
+            return self.path(MANIFEST).read_bytes() != self._read
+        except OSError:
+            return False
 
     def check_backbone(self, structure: str, backbone: nn.Module, model_class: str) -> list[Diagnostic]:
         """Compare the saved fingerprints with a backbone's."""
@@ -120,8 +135,10 @@ class SavedSet:
         try:
             content = read(self.path(entry[field]))
         except OSError as error:
-            message = f"cannot be read: {error.strerror}"
-            return None, [self.finding("DS521", message, "restore the file", entry[field])]
+            message, hint = f"cannot be read: {error.strerror}", "restore the file"
+            if isinstance(error, FileNotFoundError) and self.replaced():
+                message, hint = "is gone: the deltas were saved again in the meantime", "open the directory anew"
+            return None, [self.finding("DS521", message, hint, entry[field])]
         except _Empty:
             content = None
         if content is None or digest(content) != entry[f"{field}_sha256"]:
@@ -151,9 +168,22 @@ def file_names(folder: Path) -> set[str]:
     return {entry[field] for entry in entries for field in ENDINGS}
 
 
+def strays(folder: Path, kept: set[str]) -> set[str]:
+    """Give the names of files in a directory that earlier saves left, killed ones included, but for those kept."""
+    names = set(os.listdir(folder)) - kept
+    return {name for name in names if _FILE_NAME.fullmatch(name) or _UNFINISHED.fullmatch(name)}
+
+
 def digest(content: bytes | mmap) -> str:
     """Give a file's SHA-256 in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise ValueError("it has a key twice")
+    return data
 
 
 def _manifest_problem(data: Any) -> str | None:
@@ -167,9 +197,18 @@ def _manifest_problem(data: Any) -> str | None:
     names = [entry["name"] for entry in deltas]
     if len(set(names)) < len(names):
         return "it names a delta twice"
-    if not isinstance(attached, list) or not set(map(str, attached)) <= set(names):
+    if not isinstance(attached, list) or not all(isinstance(name, str) for name in attached):
+        return "its list of attached deltas is malformed"
+    if not set(attached) <= set(names):
         return "it says that unknown deltas were attached"
+    strengths = data.get("strengths", {})  # earlier versions wrote none
+    if not isinstance(strengths, dict) or not all(map(_is_strength, strengths.values())):
+        return "its strengths are malformed"
     return None
+
+
+def _is_strength(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= float_info.max
 
 
 def _is_entry(entry: Any) -> bool:

@@ -135,6 +135,7 @@ class Stacks:
 
     # Held deltas
 
+    @torch.inference_mode(False)  # in a server's inference mode, what is made here could never be trained beside
     def hold(self, name: str, layout: Layout, more: int = 1, limit: int | None = None) -> tuple[Stack, int]:
         """Give a delta a row, to be filled; room is made for `more` at once, `limit` as for `Stack.make_room`."""
         self._settle()
@@ -143,6 +144,7 @@ class Stacks:
         self._of[name], self._held[name] = stack, None
         return stack, stack.take(name)
 
+    @torch.inference_mode(False)
     def show(self, name: str, buffers: Container[str]) -> Delta:
         """Give a held delta as a module, whose tensors (frozen parameters, and `buffers`) are views of its row."""
         delta = self._held[name]
@@ -159,6 +161,7 @@ class Stacks:
             self._pointers[name] = _pointers(delta)
         return delta
 
+    @torch.inference_mode(False)
     def drop(self, name: str, *, again: bool) -> None:
         """Let go of a held delta; `again` as for `Stack.release`. A backward through it that is pending will raise."""
         delta, stack = self._held.pop(name), self._of.pop(name, None)

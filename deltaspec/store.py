@@ -13,29 +13,33 @@ leaves the old set or the new one. Reading accounts for every key before anythin
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from deltaspec.atomic import alone_in, write_atomically
+from deltaspec.atomic import alone_in, sync, write_atomically
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.fingerprint import weights_fingerprint
 from deltaspec.methods import methods
 from deltaspec.methods._base import Method
-from deltaspec.saved import ENDINGS, FORMAT, MANIFEST, SavedSet, digest, file_names
+from deltaspec.saved import ENDINGS, FORMAT, MANIFEST, SavedSet, digest, file_names, strays
 
 if TYPE_CHECKING:
     from deltaspec.compiled import CompiledModel
+
+_Read = TypeVar("_Read")
 
 
 def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
     """Write all deltas of a compiled model to a directory, made if need be; what it held of ours before is replaced.
 
-    Raises DeltaSpecError where a delta holds NaN or infinite values (DS520) or a derived one is attached and its
-    sources have changed since (DS528), OSError where the directory cannot be written.
+    Raises DeltaSpecError where a delta holds NaN or infinite values (DS520), or none, on the meta device (DS534), or a
+    derived one is attached and its sources have changed since (DS528), OSError where the directory cannot be written.
     """
     from safetensors.torch import save as to_bytes
 
@@ -46,9 +50,11 @@ def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
     attachments.derive_detached()
     findings = [_behind(name) for name in attachments.behind()]
     for planned in plan.deltas:
-        for key, value in compiled.deltas[planned.name].tensors():
-            if not _finite(value.detach()):
-                findings.append(_not_finite(planned.name, key))
+        tensors = dict(compiled.deltas[planned.name].tensors())
+        if any(value.is_meta for value in tensors.values()):
+            findings.append(_without_values(planned.name, "saved"))
+            continue
+        findings += [_not_finite(planned.name, key) for key, value in tensors.items() if not _finite(value.detach())]
     if findings:
         raise DeltaSpecError(findings)
     weights = weights_fingerprint(compiled.backbone)
@@ -57,46 +63,84 @@ def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
     except FileExistsError:
         hint = "give a directory"
         raise DeltaSpecError([Diagnostic("DS521", "is a file", file=str(folder), suggestion=hint)]) from None
-    with alone_in(folder):
-        before, entries, written = file_names(folder), [], set[str]()
-        for planned in plan.deltas:  # one delta's bytes in memory at a time
-            part = plan.alone(planned.name)
-            tensors = {key: value.detach().clone() for key, value in compiled.deltas[planned.name].tensors()}
-            content = {
-                "file": to_bytes({key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"}),
-                "spec": _json(part.specs[0].to_data()),
-                "lock": lock(part).encode(),
+    with alone_in(folder) as alone:
+        before, present, entries, written = file_names(folder), set(os.listdir(folder)), [], set[str]()
+        try:
+            for planned in plan.deltas:  # one delta's bytes in memory at a time
+                part = plan.alone(planned.name)
+                tensors = {key: value.detach().clone() for key, value in compiled.deltas[planned.name].tensors()}
+                content = {
+                    "file": to_bytes({key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"}),
+                    "spec": _json(part.specs[0].to_data()),
+                    "lock": lock(part).encode(),
+                }
+                stem = f"{planned.name}.{digest(b''.join(content.values()))[:8]}"
+                entry = {"name": planned.name}
+                for field, ending in ENDINGS.items():
+                    entry[field] = f"{stem}.{ending}"
+                    entry[f"{field}_sha256"] = digest(content[field])
+                    write_atomically(folder / entry[field], content[field])
+                    written.add(entry[field])
+                entries.append(entry)
+            manifest = {
+                "deltaspec": FORMAT,
+                "backbone": {"class": plan.model_class, "structure": plan.structure, "weights": weights},
+                "attached": [name for name in compiled.attached if name not in attachments.libraries],
+                "strengths": {n: v for n, v in compiled.strengths.items() if v != 1 and n not in attachments.libraries},
+                "deltas": entries,
             }
-            stem = f"{planned.name}.{digest(b''.join(content.values()))[:8]}"
-            entry = {"name": planned.name}
-            for field, ending in ENDINGS.items():
-                entry[field] = f"{stem}.{ending}"
-                entry[f"{field}_sha256"] = digest(content[field])
-                write_atomically(folder / entry[field], content[field])
-                written.add(entry[field])
-            entries.append(entry)
-        manifest = {
-            "deltaspec": FORMAT,
-            "backbone": {"class": plan.model_class, "structure": plan.structure, "weights": weights},
-            "attached": [name for name in compiled.attached if name not in attachments.libraries],
-            "deltas": entries,
-        }
-        write_atomically(folder / MANIFEST, _json(manifest))
-        for name in before - written:
+            sync(folder)
+            write_atomically(folder / MANIFEST, _json(manifest))
+        except OSError:  # such as a full disk, which half a set would fill further; the old manifest is in place
+            for name in written - present if alone else ():
+                (folder / name).unlink(missing_ok=True)
+            raise
+        sync(folder)
+        # Others that write here at the same time have files that no manifest names yet.
+        for name in strays(folder, written) if alone else before - written:
             (folder / name).unlink(missing_ok=True)
 
 
 def load(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
     """Read the tensors of all saved deltas into the deltas of the same names. All or nothing.
 
-    Raises DeltaSpecError (DS521-DS529) with all findings, the model unchanged: files missing or damaged, another
+    Raises DeltaSpecError (DS521-DS529, DS534) with all findings, the model unchanged: files missing or damaged, another
     backbone, a delta that the model lacks or has with another method or other params, tensors missing, surplus, of
-    another shape, of a dtype that would lose digits, or not finite.
+    another shape, of a dtype that would lose digits, or not finite; a model on the meta device.
     """
-    saved = SavedSet(directory)
+    _settled(directory, lambda saved: _load(compiled, saved))
+
+
+def restore(
+    model: nn.Module, directory: str | PathLike[str], *, capture: str = "auto", example_inputs: Any = None
+) -> CompiledModel:
+    """Compile the saved specs onto a model and load the saved tensors; the deltas that were attached when saving are
+    attached, as strongly.
+
+    Raises DeltaSpecError with all findings; `model` is never changed.
+    """
+    from deltaspec.compiler import refuse_unusable
+
+    refuse_unusable(model, capture)
+    return _settled(directory, lambda saved: _restore(model, saved, capture, example_inputs))
+
+
+def _settled(directory: str | PathLike[str], read: Callable[[SavedSet], _Read]) -> _Read:
+    """Read a set: the old one or the new one, where it is saved again meanwhile and the old one's files go."""
+    while True:
+        saved = SavedSet(directory)
+        try:
+            return read(saved)
+        except DeltaSpecError:
+            if not saved.replaced():
+                raise
+
+
+def _load(compiled: CompiledModel, saved: SavedSet) -> None:
     findings = saved.check_backbone(compiled.plan.structure, compiled.backbone, compiled.plan.model_class)
     staged: list[tuple[Tensor, Tensor]] = []
     for name in saved.names:
+        findings += saved.read(name, "lock")[1]
         if name not in compiled.deltas:
             known = ", ".join(compiled.deltas)
             findings.append(
@@ -104,7 +148,10 @@ def load(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
             )
             continue
         findings += _other_meaning(saved, name, compiled)
-        staged += match(saved, name, dict(compiled.deltas[name].tensors()), findings)
+        tensors = dict(compiled.deltas[name].tensors())
+        if any(value.is_meta for value in tensors.values()):
+            findings.append(_without_values(name, "loaded"))
+        staged += match(saved, name, tensors, findings)
     if findings:
         raise DeltaSpecError(findings)
     with torch.no_grad():
@@ -113,28 +160,25 @@ def load(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
     compiled._attachments.derive(compiled.deltas)
 
 
-def restore(
-    model: nn.Module, directory: str | PathLike[str], *, capture: str = "auto", example_inputs: Any = None
-) -> CompiledModel:
-    """Compile the saved specs onto a model and load the saved tensors; the deltas that were attached when saving are
-    attached.
-
-    Raises DeltaSpecError with all findings; `model` is never changed.
-    """
-    from deltaspec.compiler import compile_plan, refuse_unusable
+def _restore(model: nn.Module, saved: SavedSet, capture: str, example_inputs: Any) -> CompiledModel:
+    from deltaspec.compiler import compile_plan
+    from deltaspec.modules import tabulate
     from deltaspec.plan import plan
+    from deltaspec.planned import structure_fingerprint
     from deltaspec.spec import load as load_spec
 
-    refuse_unusable(model, capture)
-
-    saved = SavedSet(directory)
-    if findings := [f for entry in saved.entries for field in ENDINGS for f in saved.read(entry["name"], field)[1]]:
-        raise DeltaSpecError(findings)
-    specs = dict.fromkeys(load_spec(saved.path(entry["spec"])) for entry in saved.entries)  # derived deltas share one
+    try:
+        if findings := [f for entry in saved.entries for field in ENDINGS for f in saved.read(entry["name"], field)[1]]:
+            raise DeltaSpecError(findings)
+        specs = dict.fromkeys(load_spec(saved.path(entry["spec"])) for entry in saved.entries)  # derived ones share one
+        planned = plan(model, *specs, example_inputs=example_inputs)
+    except DeltaSpecError as error:  # of which another backbone may be the cause
+        found = saved.check_backbone(structure_fingerprint(tabulate(model)), model, type(model).__name__)
+        raise DeltaSpecError([*found, *error.diagnostics]) from error
     # Every value comes from the files: no decomposition of a weight, no tokenizer of a text is needed.
-    compiled = compile_plan(model, plan(model, *specs, example_inputs=example_inputs), capture, drawn=False)
-    load(compiled, directory)
-    compiled.only(*saved.attached)
+    compiled = compile_plan(model, planned, capture, drawn=False)
+    _load(compiled, saved)
+    compiled.only(saved.attached)
     return compiled
 
 
@@ -151,9 +195,9 @@ def match(
         findings.append(saved.finding(code, message, suggestion, file))
 
     staged = []
-    for key in targets.keys() - values.keys():
+    for key in sorted(targets.keys() - values.keys()):
         found("DS525", f"{name}: tensor {key} is missing", "the delta has sites that were not saved: compare the specs")
-    for key in values.keys() - targets.keys():
+    for key in sorted(values.keys() - targets.keys()):
         found("DS525", f"{name}: tensor {key} fits nowhere", "the model's delta lacks this site: compare the specs")
     for key in sorted(values.keys() & targets.keys()):
         value, target = values[key], targets[key]
@@ -179,7 +223,7 @@ def _other_meaning(saved: SavedSet, name: str, compiled: CompiledModel) -> list[
         return findings
     try:
         before = _meaning(json.loads(content), name)
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
         return [saved.finding("DS522", f"is no resolved spec: {error}", "save again", saved.entry(name)["spec"])]
     now = _meaning(compiled.plan.document(name), name)
     for key in sorted(before.keys() | now.keys()):
@@ -201,7 +245,10 @@ def _meaning(spec: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _fits(saved: torch.dtype, held: torch.dtype) -> bool:
     """Tell whether values of one dtype are exact in another of the same sort."""
-    return saved.is_floating_point == held.is_floating_point and torch.promote_types(saved, held) == held
+    try:
+        return saved.is_floating_point == held.is_floating_point and torch.promote_types(saved, held) == held
+    except RuntimeError:  # torch has no promotion from float8
+        return False
 
 
 def _finite(value: Tensor) -> bool:
@@ -216,6 +263,12 @@ def _not_finite(delta: str, key: str, file: str = "<model>") -> Diagnostic:
         file=file,
         suggestion=hint,
     )
+
+
+def _without_values(delta: str, done: str) -> Diagnostic:
+    message = f"{delta} is on the meta device, where tensors have no values, and cannot be {done}"
+    hint = "compile or restore onto a model with weights"
+    return Diagnostic("DS534", message, file="<model>", suggestion=hint)
 
 
 def _json(data: Any) -> bytes:

@@ -189,6 +189,21 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "line", ["", "--help", "plan a:b SPEC", "lock a:b SPEC", "explain a:b SPEC layer", "tree a:b", "methods"]
+)
+def test_without_torch_there_is_help_and_verbs_that_need_it_say_so(specs, line):
+    code = "import sys; sys.modules['torch'] = None; from deltaspec.cli import main; main(sys.argv[1:])"
+    given = line.replace("SPEC", "specs/good.deltaspec.yaml").split()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *given], capture_output=True, text=True, timeout=30, env=environment
+    )
+    assert done.returncode == (0 if line == "--help" else 2) and "Traceback" not in done.stderr
+    said = f"{given[0]} needs torch: pip install 'deltaspec[torch]'" if " " in line or line == "methods" else "validate"
+    assert said in done.stdout + done.stderr
+
+
 def test_it_answers_well_under_a_second(specs):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     times = []
@@ -205,6 +220,13 @@ def test_an_internal_error_is_no_finding(specs, monkeypatch):
 
     monkeypatch.setattr("deltaspec.cli.validate.validate", broken)
     assert run("specs").exit_code == 2
+
+
+def test_python_names_that_need_torch_say_so_without_it():
+    code = "import sys; sys.modules['torch'] = None; import deltaspec; deltaspec.load; deltaspec.compile"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, env=environment)
+    assert done.stderr.splitlines()[-1].endswith("deltaspec.compile needs torch: pip install 'deltaspec[torch]'")
 
 
 def test_public_names():

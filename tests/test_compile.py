@@ -271,6 +271,18 @@ def test_saving_the_whole_module_keeps_all_of_it():
                         run(compiled.attach(*names) if names else compiled.detach(), architecture))  # fmt: skip
 
 
+@pytest.mark.parametrize("architecture", ["traceable-symbolic", "traceable-modules"])
+def test_what_was_compiled_in_inference_mode_trains_outside_of_it(architecture):
+    chosen = ARCHITECTURES[architecture]
+    model = chosen.model()
+    with torch.inference_mode():
+        compiled = deltaspec.compile(model, spec(architecture), capture=chosen.capture)
+        compiled(chosen.inputs())
+    disturb(compiled)
+    compiled(chosen.inputs()).sum().backward()
+    assert all(parameter.grad is not None for parameter in compiled.trainable_parameters())
+
+
 def test_an_unknown_attribute_is_an_attribute_error():
     compiled = build()
     with pytest.raises(AttributeError, match="nonsense"):

@@ -131,6 +131,12 @@ def test_full_starts_as_a_copy_and_shares_nothing():
         assert value.data_ptr() != source.data_ptr()
 
 
+@pytest.mark.parametrize("init", ["kaiming_uniform", "orthogonal", "pissa"])
+def test_tensors_are_laid_out_as_those_of_a_restored_delta(init):
+    found = tensors("low", {"name": "low", "method": "lora", "params": {"rank": 4, "init": init}})
+    assert [key for key, value in found.items() if not value.is_contiguous()] == []
+
+
 @pytest.mark.parametrize("device", ["meta"])
 def test_a_model_without_values_gives_tensors_without_values(device):
     with torch.device(device):

@@ -112,6 +112,19 @@ def test_names_are_known_and_loaded_on_demand(saved):
     assert [delta.name for delta in compiled.plan.deltas] == ["own"]
 
 
+def test_what_was_loaded_in_inference_mode_lets_others_train(tmp_path):
+    wide = {"name": "wide", "method": "adapter", "params": {"width": 3}, "target": {"role": "mlp.down"}}
+    build(wide).save(tmp_path)
+    compiled = build(OWN)
+    compiled.library(tmp_path)
+    with torch.inference_mode():
+        compiled.only("wide")
+        compiled(**LLAMA.inputs())
+    compiled.only("own", "wide")
+    compiled(**LLAMA.inputs()).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in compiled.trainable_parameters())
+
+
 @pytest.mark.parametrize("name", sorted(methods()))
 def test_every_method_acts_as_it_did_when_it_was_saved(name, tmp_path):
     entry = {"name": "it", "method": name, "params": SMALL.get(name, dict(methods()[name].example))}

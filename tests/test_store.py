@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import deltaspec
 from deltaspec.compiled import CompiledModel
 from deltaspec.diagnostics import DeltaSpecError
+from deltaspec.saved import SavedSet
 from deltaspec.snapshot import differences, snapshot
 
 CHOSEN = ARCHITECTURES["traceable-modules"]
@@ -123,6 +124,17 @@ def test_everything_comes_back_in_this_process(saved):
         back.only(*names)
         assert torch.equal(run(compiled), run(back))
     assert back.plan.trainable == compiled.plan.trainable
+
+
+def test_strengths_come_back(tmp_path):
+    compiled = build()
+    compiled.only({"low": 0.25, "wide": 1.0})
+    compiled.save(tmp_path)
+    back = deltaspec.restore(CHOSEN.model(), tmp_path)
+    assert back.strengths == {"low": 0.25, "wide": 1.0}
+    assert torch.equal(run(back), run(compiled))
+    rewrite(tmp_path, lambda data: data.pop("strengths"))  # as sets saved by earlier versions are
+    assert deltaspec.restore(CHOSEN.model(), tmp_path).strengths == {"low": 1.0, "wide": 1.0}
 
 
 def test_everything_comes_back_in_another_process(tmp_path):
@@ -243,10 +255,11 @@ def test_missing_and_surplus_tensors(saved, change):
         ("head.up", torch.zeros(3, 5), "DS526"),
         ("head.up", torch.zeros(5, 3, 1), "DS526"),
         ("head.up", torch.zeros(5, 3, dtype=torch.int64), "DS526"),
+        ("head.up", torch.zeros(5, 3, dtype=torch.float8_e5m2), "DS526"),
         ("head.up", torch.full((5, 3), float("nan")), "DS527"),
         ("head.up", torch.full((5, 3), float("-inf")), "DS527"),
     ],
-    ids=["transposed", "rank", "integers", "nan", "inf"],
+    ids=["transposed", "rank", "integers", "float8", "nan", "inf"],
 )
 def test_tensors_that_do_not_fit(saved, key, value, code):
     forge(saved, "low", lambda tensors: tensors.update({key: value}))
@@ -308,6 +321,10 @@ class Wider(Traceable):
 def test_another_backbone_and_other_weights(saved):
     with pytest.raises(DeltaSpecError, match=r"DS523.*another backbone: Traceable, whose structure differs"):
         deltaspec.restore(Wider().eval(), saved)
+    # Nor is another kind of model taken for a mistake in the spec.
+    with pytest.raises(DeltaSpecError) as caught:
+        deltaspec.restore(nn.Sequential(nn.Linear(2, 2)), saved)
+    assert [d.code for d in caught.value.diagnostics][:2] == ["DS523", "DS302"]
     other = CHOSEN.model()
     with torch.no_grad():
         other.head.weight[0, 0] += 1
@@ -349,6 +366,12 @@ def test_a_malformed_manifest(saved, text):
     assert refused(saved) == ["DS522"]
 
 
+def test_a_manifest_with_a_key_twice(saved):
+    text = (saved / "manifest.json").read_text()
+    (saved / "manifest.json").write_text(text.replace('"attached": [', '"attached": [], "attached": [', 1))
+    assert refused(saved) == ["DS522"]
+
+
 def test_a_manifest_that_is_no_text(saved):
     (saved / "manifest.json").write_bytes(b"\xff\xfe\x00{")
     assert refused(saved) == ["DS522"]
@@ -365,6 +388,10 @@ def test_a_manifest_that_is_no_text(saved):
         lambda data: data.update(attached="low"),
         lambda data: data.update(attached=[["low"]]),
         lambda data: data.update(attached=[1]),
+        lambda data: data.update(strengths=["low"]),
+        lambda data: data.update(strengths={"low": "much"}),
+        lambda data: data.update(strengths={"low": float("nan")}),
+        lambda data: data.update(strengths={"low": 10**400}),
         lambda data: data.update(backbone={"class": "x"}),
         lambda data: data.update(backbone=[]),
         lambda data: data.update(deltas={}),
@@ -387,6 +414,35 @@ def test_a_manifest_that_points_out_of_its_directory(saved, field, name):
     (target / original).write_bytes((saved / original).read_bytes())
     rewrite(saved, lambda data: data["deltas"][0].update({field: name.format(original)}))
     assert refused(saved) in (["DS522"], ["DS521"])
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
+def test_a_lock_that_was_damaged(saved, change):
+    change(saved / manifest(saved)["deltas"][1]["lock"])
+    assert refused(saved) in (["DS521"], ["DS522"])
+
+
+@pytest.mark.parametrize("text", ['{"deltas": [{"name": "low", "params": 3}]}', "[" * 100_000, "[]", "null"])
+def test_a_forged_spec_is_not_loaded(saved, text):
+    compiled = build(number=2)
+    before = state(compiled)
+    (saved / manifest(saved)["deltas"][1]["spec"]).write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    rewrite(saved, lambda data: data["deltas"][1].update(spec_sha256=digest))
+    with pytest.raises(DeltaSpecError, match="DS522"):
+        compiled.load(saved)
+    assert all(torch.equal(before[key], value) for key, value in state(compiled).items())
+
+
+def test_a_model_without_values_is_neither_saved_nor_loaded(saved):
+    with torch.device("meta"):
+        model = Traceable().eval()
+    for forbidden in (lambda: build(model).save(saved), lambda: deltaspec.restore(model, saved)):
+        files = {path: path.read_bytes() for path in saved.iterdir()}
+        with pytest.raises(DeltaSpecError) as caught:
+            forbidden()
+        assert [d.code for d in caught.value.diagnostics] == ["DS534"] * 3
+        assert files == {path: path.read_bytes() for path in saved.iterdir()}
 
 
 def test_a_saved_spec_that_was_damaged(saved):
@@ -471,6 +527,58 @@ def test_a_crash_while_the_old_files_are_removed_leaves_the_new_set(tmp_path, mo
         patch.setattr(Path, "unlink", unlink)
         new.save(tmp_path)
     assert torch.equal(run(deltaspec.restore(CHOSEN.model(), tmp_path)), run(new))
+
+
+def test_saving_clears_away_what_killed_saves_left(saved):
+    build(number=3).save(saved)
+    whole = set(os.listdir(saved))
+    left = ["low.01234567.safetensors", ".low.01234567.safetensors.0123456789abcdef", ".manifest.json.0123456789abcdef"]
+    mine = ["low.safetensors", ".low.01234567.safetensors.swp", "manifest.json.0123456789abcdef"]
+    for name in left + mine:
+        (saved / name).write_bytes(b"half of")
+    build(number=3).save(saved)
+    assert set(os.listdir(saved)) == whole | set(mine)
+
+
+def test_a_save_that_fails_on_a_full_disk_leaves_nothing_behind(saved, monkeypatch):
+    before = set(os.listdir(saved))
+    real, written = os.fsync, []
+
+    def full(handle: int) -> None:
+        written.append(handle)
+        if len(written) > 5:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "fsync", full)
+        build(number=3).save(saved)
+    assert set(os.listdir(saved)) == before
+
+
+@pytest.mark.parametrize("read", ["load", "restore", "library"])
+def test_reading_while_the_deltas_are_saved_again_gives_the_new_ones(tmp_path, monkeypatch, read):
+    old, new = build(number=1), build(number=2)
+    old.save(tmp_path)
+    real, calls = SavedSet.read, []
+
+    def once_saved_again(saved: SavedSet, name: str, field: str) -> Any:
+        calls.append(name)
+        if len(calls) == 4:
+            new.save(tmp_path)
+        return real(saved, name, field)
+
+    monkeypatch.setattr(SavedSet, "read", once_saved_again)
+    if read == "restore":
+        assert torch.equal(run(deltaspec.restore(CHOSEN.model(), tmp_path)), run(new))
+    elif read == "load":
+        assert torch.equal(run(build(number=3).load(tmp_path)), run(new))
+    else:  # it knows the deltas as they were, and says so
+        known = build(spec={"deltaspec": 1, "deltas": [{"name": "own", "method": "bitfit", "target": "head"}]})
+        known.library(tmp_path)
+        new.save(tmp_path)
+        with pytest.raises(DeltaSpecError, match="DS521.*saved again in the meantime"):
+            known.only("low")
 
 
 def test_a_save_that_comes_while_another_cleans_up_keeps_its_files(tmp_path, monkeypatch):

@@ -16,6 +16,9 @@ import click
 from deltaspec.cli._shared import show
 from deltaspec.diagnostics import DeltaSpecError
 
+_EXTRAS = {"torch": "torch", "safetensors": "torch", "transformers": "transformers"}
+"""What an installation for `validate` alone lacks, and the extra that has it."""
+
 
 class _Verbs(click.Group):
     """Finds the verbs by itself: modules here that do not start with `_`, each with a click command named `command`."""
@@ -52,9 +55,13 @@ class _Verbs(click.Group):
             ctx.exit(1)
         except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
             raise
-        except Exception:  # whatever it is, exit 1 is for findings
+        except Exception as error:  # whatever it is, exit 1 is for findings
             import traceback
 
+            lacking = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+            if lacking in _EXTRAS:
+                hint = f"pip install 'deltaspec[{_EXTRAS[lacking]}]'"
+                ctx.fail(f"{ctx.invoked_subcommand} needs {lacking}: {hint}")
             traceback.print_exc()
             click.echo("deltaspec: internal error: please report it with the lines above", err=True)
             ctx.exit(2)

@@ -8,8 +8,6 @@ import click
 
 from deltaspec.cli._shared import report
 from deltaspec.diagnostics import Diagnostic
-from deltaspec.methods import builtin_methods, methods
-from deltaspec.methods_table import methods_table, with_table
 
 
 @click.command()
@@ -20,6 +18,9 @@ def command(path: Path | None, check: bool) -> None:
 
     PATH is a Markdown file with the marks that stand around the table.
     """
+    from deltaspec.methods import builtin_methods, methods
+    from deltaspec.methods_table import methods_table, with_table
+
     if path is None:
         if check:
             raise click.UsageError("--check needs PATH")
