@@ -230,6 +230,11 @@ class Attachments(Known):
         for home, name, buffer, value in self._buffers.kept():
             yield homes[id(home)], name, buffer, value
 
+    def buffers_without_deltas(self) -> dict[tuple[str, str], Tensor]:
+        """Give what the buffers are kept as while something is attached, by module's FQN and name."""
+        acting = self.active or self.mixer.armed
+        return {(fqn, name): value for fqn, name, _, value in self.kept_buffers()} if acting else {}
+
     def prepare(self) -> None:
         """Do `arm`, unless a forward runs."""
         if not self.mixer.armed:

@@ -1,8 +1,9 @@
-"""What identifies a backbone: its structure exactly, its weights by a fixed sample of their bytes."""
+"""What identifies a backbone: its structure exactly, its weights and saved buffers by a fixed sample of their bytes."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +15,38 @@ SAMPLE = 256
 
 
 def weights_fingerprint(backbone: nn.Module) -> str | None:
-    """Digest a fixed, evenly spaced sample of each parameter's bytes (at most 256 values each); None on the meta
-    device.
+    """Digest a fixed, evenly spaced sample of the bytes (at most 256 values) of each parameter and each floating-point
+    buffer that a checkpoint holds, such as BatchNorm's statistics; None on the meta device.
 
     Fast on any size, and enough to tell two checkpoints apart; it does not prove that they are equal in every value.
+    Of a compiled backbone the values are those without any delta.
     """
     digest = hashlib.sha256()
-    found = find(backbone)
-    for name, tensor in backbone.named_parameters(remove_duplicate=False):
-        if found is not None and is_inside(name, found[0]):
-            continue
+    for name, tensor in _tensors(backbone):
         if tensor.device.type == "meta":
             return None
         digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
         digest.update(_sample(tensor.detach()))
     return f"sha256:{digest.hexdigest()}"
+
+
+def _tensors(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    found = find(backbone)
+    home = None if found is None else found[0]
+    yield from ((n, p) for n, p in backbone.named_parameters(remove_duplicate=False) if not _is_delta(n, home))
+    # A forward may have written into buffers since something was attached; then they count as they were.
+    kept = {} if found is None else found[1].attachments.buffers_without_deltas()
+    for fqn, module in backbone.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is None or name in module._non_persistent_buffers_set or not buffer.is_floating_point():
+                continue
+            place = f"{fqn}.{name}" if fqn else name
+            if not _is_delta(place, home):
+                yield place, kept.get((fqn, name), buffer)
+
+
+def _is_delta(name: str, home: str | None) -> bool:
+    return home is not None and is_inside(name, home)
 
 
 def _sample(tensor: Tensor) -> bytes:

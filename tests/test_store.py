@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 from models import ARCHITECTURES, Traceable
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import deltaspec
 from deltaspec.compiled import CompiledModel
@@ -622,3 +624,27 @@ def test_saving_at_the_same_time_leaves_one_whole_set(tmp_path):
     assert failures == []
     back = run(deltaspec.restore(CHOSEN.model(), tmp_path))
     assert sum(torch.equal(back, run(compiled)) for compiled in models) == 1
+
+
+def test_running_statistics_are_part_of_what_a_backbone_is(tmp_path):
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm = nn.Linear(4, 6), nn.BatchNorm1d(6)
+            self.u = parametrizations.spectral_norm(nn.Linear(6, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.u(self.norm(self.a(x)))
+
+    torch.manual_seed(0)
+    model = Normed().train()
+    spec = {"deltaspec": 1, "deltas": [{"name": "a", "method": "lora", "target": "a"}]}
+    c = deltaspec.compile(model, spec, example_inputs=torch.randn(3, 4))
+    c(torch.randn(3, 4))  # spectral_norm writes its vectors, which are put back once nothing is attached
+    c.save(tmp_path)
+    assert deltaspec.restore(model, tmp_path, example_inputs=torch.randn(3, 4)).attached == ("a",)
+    c.load(tmp_path)
+    moved = copy.deepcopy(model)
+    moved.norm.running_mean += 1.0
+    with pytest.raises(DeltaSpecError, match="DS523"):
+        deltaspec.restore(moved, tmp_path, example_inputs=torch.randn(3, 4))
