@@ -44,7 +44,7 @@ def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module, *, drawn:
                 continue
             value = _initial(spec, f"{seed}\0{planned.name}\0{key}", generator, backbone, home)
             if spec.name in given:
-                value = given[spec.name].to(value)
+                value = given[spec.name].to(value).contiguous()  # as it is read from a file: kernels round by that
             if spec.buffer:
                 delta._buffers[name] = value
             else:

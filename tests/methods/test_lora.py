@@ -22,6 +22,8 @@ from weight_methods import (
     stir,
 )
 
+from deltaspec.testing import check_method
+
 QV = ["**.query", "**.value"]
 
 
@@ -96,6 +98,13 @@ def test_promises(made: Any, params: dict[str, Any]) -> None:
     check(
         made(), "lora", {"rank": 4, **params}, {"role": ["attn.q", "attn.v", "attn.qkv", "mlp.down"], "optional": True}
     )
+
+
+@pytest.mark.parametrize(
+    "params", [{"use_dora": True, "dropout": 0.4, "rank": 3}, {"init": "pissa", "svd_iterations": 3, "rank": 4}], ids=str
+)
+def test_keeps_the_contract(params: dict[str, Any]) -> None:
+    check_method("lora", params=params)
 
 
 @pytest.mark.parametrize("target", ["emb", "conv", "grouped", "conv1", ["fc", "out"]])
