@@ -34,6 +34,9 @@ def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
     for name, tensor in tensors.items():
         home = attributes["_buffers"] if name in module._buffers else attributes["_parameters"]
         home[name] = tensor
+    if attributes.get("sparse") is True and not tensors["weight"].is_leaf:
+        # An embedding's sparse gradients are for an optimizer; what computed this weight takes dense ones.
+        attributes["sparse"] = False
     if "_flat_weights_names" in attributes:
         # nn.LSTM and its kin compute from this list, not from their attributes.
         attributes["_flat_weights"] = [getattr(shadow, name) for name in attributes["_flat_weights_names"]]
