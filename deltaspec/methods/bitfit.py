@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods._parts import PartNames, fused_roles_of, refuse_parts, split_vector, spread
+from deltaspec.methods._scales import shift_outputs
 from deltaspec.methods._shapes import CHANNELS_FIRST_NORMS, along_channels, output_width
 
 if TYPE_CHECKING:
@@ -108,8 +109,7 @@ class Bitfit(Method):
         """Add to the bias, or become it."""
         if inner := self._inner(site):
             return {name: weights[name] + getattr(t, name) for name in inner}
-        bias = _whole(t.bias, params, site.row.parts)
-        return {"bias": weights["bias"] + bias if "bias" in weights else bias}
+        return {"bias": shift_outputs(weights, _whole(t.bias, params, site.row.parts), site)}
 
 
 def _whole(bias: Any, params: BitfitParams, parts: Parts | None) -> Any:
