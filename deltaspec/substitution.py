@@ -208,7 +208,8 @@ def fold_into(
         assert parameter is not None
         new = {parameter: fold_matrices(fold, own, weights[parameter])}
     if strength is not None:
-        new = {name: _scaled(weights.get(name), value, strength) for name, value in new.items()}
+        before = {name: value for name, value in module._buffers.items() if value is not None} | weights
+        new = {name: _scaled(before.get(name), value, strength) for name, value in new.items()}
     dtype = next((w.dtype for w in weights.values()), None)
     return {
         name: value if dtype is None or not value.is_floating_point() or value.dtype == dtype else value.to(dtype)
@@ -217,7 +218,7 @@ def fold_into(
 
 
 def _scaled(without: Tensor | None, with_it: Tensor, strength: Tensor) -> Tensor:
-    """Go from a parameter (a missing one counts as zero) to what a delta makes of it; whole numbers are not scaled."""
+    """Go from a parameter or buffer (a missing one counts as zero) to what a delta makes of it; whole numbers are not scaled."""
     if not with_it.is_floating_point():
         return with_it
     start = torch.zeros_like(with_it) if without is None else without.to(with_it.dtype)
