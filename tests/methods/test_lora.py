@@ -60,6 +60,18 @@ def test_agrees_with_peft(made: Any, target: Any, modules: list[str], dora: bool
     agree(made(), "lora", params, target, config(target_modules=modules, use_dora=dora), lora_tensors)
 
 
+@pytest.mark.parametrize(
+    ("made", "target", "modules"),
+    [(bert, QV, ["query", "value"]), (gpt2, ["**.c_attn"], ["c_attn"]), (net, "conv", ["conv"])],
+)
+def test_bias_agrees_with_peft(made: Any, target: Any, modules: list[str]) -> None:
+    def tensors(layer: Any) -> dict[str, Any]:
+        return {**lora_tensors(layer), "bias": layer.lora_B["default"].bias}
+
+    params = {"rank": 4, "alpha": 6.0, "bias": True}
+    agree(made(), "lora", params, target, config(target_modules=modules, lora_bias=True), tensors)
+
+
 def test_dora_with_dropout_agrees_with_peft() -> None:
     model, inputs = bert()
     c = compiled(model, inputs, "lora", {"rank": 4, "alpha": 6.0, "use_dora": True, "dropout": 0.3}, "**.query")
