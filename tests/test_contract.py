@@ -12,7 +12,7 @@ from models import ARCHITECTURES, TRANSFORMERS, Architecture
 from torch import nn
 
 from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.methods import methods
+from deltaspec.methods import GROUP, methods
 from deltaspec.methods._base import Init, Refusal
 from deltaspec.methods.adapter import Adapter
 from deltaspec.methods.lora import Lora
@@ -182,7 +182,7 @@ def register(monkeypatch):
 
     def add(kind):
         entry = SimpleNamespace(name=kind.name, load=lambda: kind)
-        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry])
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry] if group == GROUP else [])
         methods.cache_clear()
 
     yield add

@@ -113,7 +113,9 @@ def test_promises(made: Any, params: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "params", [{"use_dora": True, "dropout": 0.4, "rank": 3}, {"init": "pissa", "svd_iterations": 3, "rank": 4}], ids=str
+    "params",
+    [{"use_dora": True, "dropout": 0.4, "rank": 3}, {"init": "pissa", "svd_iterations": 3, "rank": 4}],
+    ids=str,
 )
 def test_keeps_the_contract(params: dict[str, Any]) -> None:
     check_method("lora", params=params)
