@@ -218,7 +218,7 @@ def fold_into(
 
 
 def _scaled(without: Tensor | None, with_it: Tensor, strength: Tensor) -> Tensor:
-    """Go from a tensor of the module (a missing one counts as zero) to what a delta makes of it, but in whole numbers."""
+    """Go from a module's tensor (a missing one counts as zero) to what a delta makes of it; integers are not scaled."""
     if not with_it.is_floating_point():
         return with_it
     start = torch.zeros_like(with_it) if without is None else without.to(with_it.dtype)
