@@ -47,8 +47,8 @@ class Bitfit(Method):
     )  # fmt: skip
 
     def roles(self, params: BitfitParams) -> tuple[str, ...]:
-        """Give the usual roles; those that hold parts, where parts are asked for."""
-        return self.default_roles if params.parts is None else fused_roles_of(self.default_roles)
+        """Give the usual roles; those that hold the parts, where parts are asked for."""
+        return self.default_roles if params.parts is None else fused_roles_of(self.default_roles, params.parts)
 
     def refuse(self, site: Site, params: BitfitParams) -> Refusal | None:
         """Take modules that add, or could add, a bias to their output."""

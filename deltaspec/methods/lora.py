@@ -73,8 +73,8 @@ class Lora(Method):
     matrices = True
 
     def roles(self, params: LoraParams) -> tuple[str, ...]:
-        """Give the usual roles; those that hold parts, where parts are asked for."""
-        return self.default_roles if params.parts is None else fused_roles_of(self.default_roles)
+        """Give the usual roles; those that hold the parts, where parts are asked for."""
+        return self.default_roles if params.parts is None else fused_roles_of(self.default_roles, params.parts)
 
     def refuse(self, site: Site, params: LoraParams) -> Refusal | None:
         """Take the modules whose output is linear in one weight matrix."""
