@@ -121,6 +121,15 @@ def test_keeps_the_contract(params: dict[str, Any]) -> None:
     check_method("lora", params=params)
 
 
+@pytest.mark.parametrize("start", [{}, {"init": "pissa", "svd_iterations": 3}], ids=str)
+def test_dora_in_float64_is_as_exact_as_that(start: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(12, 20)).double(), torch.randn(4, 12).double()
+    c = compiled(model, x, "lora", {"rank": 3, "use_dora": True, **start}, "0")
+    stir(c)
+    torch.testing.assert_close(c.merge("d")(x), c(x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("target", ["emb", "conv", "grouped", "conv1", ["fc", "out"]])
 def test_dora_takes_every_kind(target: Any) -> None:
     c = check(net(), "lora", {"rank": 4, "use_dora": True}, target)
