@@ -41,8 +41,8 @@ def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any
                 memo[id(value)] = value.detach().clone()
     for module in modules:
         # Embeddings with a maximal norm write to their weight in every forward; that must not reach the original.
-        if _norm_limited(module) and isinstance(weight := getattr(module, "weight", None), nn.Parameter):
-            memo[id(weight)].data = memo[id(weight)].data.clone()
+        if norm_limited(module) and isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            memo[id(weight)] = _twin(weight, memo[id(weight)].detach().clone())
     try:
         return _copy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
@@ -54,7 +54,8 @@ def _not_copied(model: nn.Module, reason: str) -> DeltaSpecError:
     return DeltaSpecError([Diagnostic("DS430", f"{type(model).__name__} cannot be copied: {reason}", suggestion=hint)])
 
 
-def _norm_limited(module: nn.Module) -> bool:
+def norm_limited(module: nn.Module) -> bool:
+    """Tell whether a module is an embedding that shortens the rows of its weight to a maximal norm, in place."""
     own = module.__dict__
     return (own["max_norm"] if "max_norm" in own else getattr(type(module), "max_norm", None)) is not None
 
@@ -111,6 +112,10 @@ def _share(parameter: nn.Parameter, device: str | None) -> torch.Tensor:
         data = torch.empty_like(parameter, device=device)
     else:  # `_make_subclass` detaches by itself
         data = parameter if type(parameter) is nn.Parameter else parameter.detach()
+    return _twin(parameter, data)
+
+
+def _twin(parameter: nn.Parameter, data: torch.Tensor) -> torch.Tensor:
     twin: torch.Tensor = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
     if parameter.__dict__:
         twin.__dict__.update(parameter.__dict__)

@@ -216,12 +216,15 @@ def _losses(case: Case, make: Callable[..., torch.optim.Optimizer], rate: float)
     parameters = list(compiled.trainable_parameters())
     optimizer = make(parameters, lr=rate)
     start = case.loss(compiled).item()
-    for _ in range(6):
+    for step in range(6):
         optimizer.zero_grad()
         case.loss(compiled).backward()  # type: ignore[no-untyped-call]
         # Steps of one length, whatever the scale of the method's gradients: else some would round to nothing.
         given = [p.grad for p in parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(given)
+        if not norm:
+            require(step > 0, "all gradients of a fresh delta are zero, so it cannot learn")
+            break
         for gradient in given:
             gradient /= norm
         optimizer.step()

@@ -13,7 +13,7 @@ from typing import Any
 
 RENAMES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("r", "lora_r", "lora_rank", "rnk", "target_r", "low_rank_dimension", "svd_rank"), ("rank",)),
-    **dict.fromkeys(("phm_rank", "low_rank_rank"), ("rank",)),
+    **dict.fromkeys(("phm_rank", "low_rank_rank", "low_rank_w_rank"), ("rank",)),
     "lora_alpha": ("alpha",),
     **dict.fromkeys(("lora_dropout", "vera_dropout", "miss_dropout", "encoder_dropout", "p"), ("dropout",)),
     **dict.fromkeys(("dropout_rate", "hira_dropout"), ("dropout",)),
@@ -42,7 +42,10 @@ RENAMES: Mapping[str, tuple[str, ...]] = {
     "ln_after": ("norm_after",),
     "majority_sign_method": ("majority_sign",),
     **dict.fromkeys(("bottleneck_dim", "bottleneck_size", "bottleneck", "adapter_dim"), ("width",)),
-    "encoder_hidden_size": ("width",),
+    **dict.fromkeys(("encoder_hidden_size", "mid_dim"), ("width",)),
+    "prefix_positions": ("first",),
+    "suffix_positions": ("last",),
+    "tied_weights": ("tied",),
     **dict.fromkeys(("non_linearity", "nonlinearity", "act", "act_fn", "activation_fn"), ("activation",)),
     "reduction_factor": ("reduction",),
     "scaling_factor": ("scale", "alpha"),
@@ -69,7 +72,8 @@ _GONE: Mapping[str, str] = {
     **dict.fromkeys(("use_gating", "inv_adapter", "cross_adapter", "original_ln_before", "tokenizer_kwargs"), _MISSING),
     **dict.fromkeys(("original_ln_after", "residual_before_ln", "adapter_residual_before_ln"), _MISSING),
     **dict.fromkeys(("init_weights", "init_ia3_weights", "phm_c_init", "phm_init_range", "low_rank_w_init"), _START),
-    **dict.fromkeys(("hypercomplex_nonlinearity", "learn_phm", "factorized_phm_w", "factorized_phm_rule"), _START),
+    **dict.fromkeys(("hypercomplex_nonlinearity", "learn_phm"), _START),
+    **dict.fromkeys(("factorized_phm", "factorized_phm_w", "factorized_phm_rule"), _START),
     "projection_prng_key": "delete it: the shared matrices are drawn by the spec's own seed (seed: 0, beside deltas)",
     "save_projection": "delete it: the shared matrices are always saved",
     "feedforward_modules": "delete it: position: auto scales what enters the second feed-forward layer by itself",
@@ -84,6 +88,7 @@ _VALUES: Mapping[str, tuple[str, Mapping[object, str]]] = {
         "svd_iterations",
         {"gaussian": "init: normal", "pissa": "init: pissa", "orthogonal": "init: orthogonal"},
     ),
+    **dict.fromkeys(("orthogonality", "subtract_projection"), ("form", {True: "form: loreft", False: "form: direft"})),
     "use_cayley_neumann": ("transform", {True: "transform: cayley_neumann", False: "transform: cayley"}),
     "prefix_projection": ("reparametrisation", {True: "reparametrisation: mlp", False: "reparametrisation: none"}),
     "mh_adapter": ("placement", {True: "placement: houlsby", False: "placement: pfeiffer"}),
@@ -233,7 +238,9 @@ _PLACES: Mapping[str, Callable[[object], str]] = {
 
 def _written(answers: Mapping[object, str], value: object) -> str:
     found = next((text for given, text in answers.items() if given is value or given == str(value)), None)
-    return _START if found is None else f"write {found} instead"
+    if found is None:  # a start that is named, and not here, is another than the usual one
+        return _MISSING if isinstance(value, str) else _START
+    return f"write {found} instead"
 
 
 def _names(value: object) -> list[str]:

@@ -70,13 +70,14 @@ def _tensor(backbone: nn.Module, fqn: str) -> Tensor:
 
 
 class _Weights(Mapping[str, Tensor]):
-    """A host's own parameters in float32 on the CPU, each brought there when it is asked for: most starts ask none."""
+    """A host's own parameters on the CPU, in float32 or finer, each brought there once asked for: most starts ask none."""
 
     def __init__(self, own: Mapping[str, Tensor]) -> None:
         self._own = own
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._own[name].detach().to("cpu", torch.float32)
+        own = self._own[name].detach()
+        return own.to("cpu", torch.float64 if own.dtype == torch.float64 else torch.float32)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._own)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec import turns
-from deltaspec.clone import clone
+from deltaspec.clone import clone, norm_limited
 from deltaspec.deltas import remove, storage_key
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.methods import methods
@@ -114,6 +114,9 @@ def _refuse(attachments: Attachments, names: Collection[str]) -> None:
                     break
                 if any(spec.name == "bias" for spec in planned.tensors) and "bias" not in module._parameters:
                     reason = f"{planned.fqn} ({planned.site.row.type}) has no place for a bias"
+                    break
+                if norm_limited(module) and not methods()[delta.method].folds(planned.site, planned.params):
+                    reason = f"{planned.fqn} ({row.type}) limits its rows to a norm: longer ones have no place in it"
                     break
         if reason is not None:
             rest = [n for n in names if n != delta.name]

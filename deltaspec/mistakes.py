@@ -44,14 +44,20 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
 _DELTA = ("name", "method", "from", "combine", "params", "target", "overrides", "expect", "attached", "dtype")
 _ATOMS = ("path", "regex", "type", "role", "layers", "shape", "parameter", "ref", "any", "all", "not", "optional")
 _METHODS: Mapping[str, str] = {
-    **dict.fromkeys(("houlsby", "pfeiffer", "bottleneck", "bottleneck_adapter"), "adapter"),
-    **dict.fromkeys(("finetune", "fine_tuning", "modules_to_save", "classifier", "head", "linear_probe"), "full"),
+    **dict.fromkeys(("houlsby", "pfeiffer", "bottleneck", "bottleneck_adapter", "seq_bn", "double_seq_bn"), "adapter"),
+    **dict.fromkeys(("parallel", "par_bn", "scaled_parallel", "par_seq_bn"), "parallel_adapter"),
+    **dict.fromkeys(
+        ("finetune", "finetuning", "fine_tuning", "full_finetuning", "full_fine_tuning", "full_ft"), "full"
+    ),
+    **dict.fromkeys(("modules_to_save", "classifier", "head", "linear_probe"), "full"),
     **dict.fromkeys(("bias", "biases"), "bitfit"),
     **dict.fromkeys(("ln_tuning", "layernorm", "layer_norm"), "norm"),
-    **dict.fromkeys(("dora", "rslora", "pissa", "qlora"), "lora"),
+    **dict.fromkeys(("dora", "rslora", "pissa", "qlora", "loftq"), "lora"),
     "bone": "miss",
-    **dict.fromkeys(("prefix_tuning", "prefixtuning"), "prefix"),
-    **dict.fromkeys(("prompt_tuning", "softprompt"), "soft_prompt"),
+    "fedpara": "loha",
+    **dict.fromkeys(("krona", "lycoris"), "lokr"),
+    **dict.fromkeys(("prefix_tuning", "prefixtuning", "p_tuning_v2", "ptuning_v2"), "prefix"),
+    **dict.fromkeys(("prompt_tuning", "prompttuning", "softprompt"), "soft_prompt"),
 }
 _YES, _NO = ("yes", "on", "true", "y"), ("no", "off", "false", "n")
 
@@ -126,8 +132,9 @@ def _param_names(method: object) -> tuple[str, ...]:
 
 def method_hint(method: str, known: Sequence[str]) -> str:
     """Say what was meant by an unknown method."""
-    alias = _METHODS.get(method.lower())
-    near = alias if alias in known else closest(method, known)
+    plain = method.lower().replace("-", "_")
+    alias = _METHODS.get(plain)
+    near = alias if alias in known else closest(plain, known)
     if near:
         return f'did you mean "{near}"?'
     return f"installed methods: {', '.join(known)}; others come with packages that provide them"

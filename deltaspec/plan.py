@@ -13,7 +13,7 @@ from deltaspec import derived
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic, in_order
 from deltaspec.expectations import delta_checks, spec_checks
 from deltaspec.methods import methods
-from deltaspec.methods._base import Refusal
+from deltaspec.methods._base import Method, Refusal
 from deltaspec.modules import ModuleTable, tabulate
 from deltaspec.observe import Observations
 from deltaspec.planned import Plan, PlannedDelta, PlannedSite, structure_fingerprint
@@ -21,6 +21,8 @@ from deltaspec.sites import Placer, counted, shown
 from deltaspec.spec import DeltaSpec, load
 
 __all__ = ["Plan", "PlannedDelta", "PlannedSite", "plan", "resolve", "structure_fingerprint"]
+
+_TURNS = "let them take turns: attached: false on one"
 
 
 def plan(
@@ -155,7 +157,7 @@ def _conflicts(specs: Sequence[DeltaSpec], deltas: Sequence[PlannedDelta]) -> li
         method = methods()[delta.method]
         replaces = method.promises.weight == "replace"
         findings += _unseen(spec, index, delta, before)
-        clashes: dict[tuple[str, bool], list[str]] = {}
+        clashes: dict[tuple[str, bool, bool], list[str]] = {}
         for site in delta.sites if replaces else ():
             for other, earlier in before.get(site.site.row.fqn, ()):
                 form = methods()[other.method].promises.weight
@@ -165,16 +167,17 @@ def _conflicts(specs: Sequence[DeltaSpec], deltas: Sequence[PlannedDelta]) -> li
                 names = {t.name for t in site.tensors} & {t.name for t in earlier.tensors}
                 # They may take turns; both at once would silently drop the first. Attaching refuses that, too (DS436).
                 if (names or not twice) and other.attached and delta.attached:
-                    clashes.setdefault((other.name, twice), []).append(site.fqn)
-        for (other_name, twice), names_ in clashes.items():
+                    behind = _clashes_behind(other, earlier, site, method)
+                    clashes.setdefault((other.name, twice, behind), []).append(site.fqn)
+        for (other_name, twice, behind), names_ in clashes.items():
             path = ("deltas", index, "target") if spec.deltas[index].target else ("deltas", index, "method")
             where = f"{counted(names_)}: {shown(names_)}"
             if twice:
                 message = f"deltas {other_name!r} and {delta.name!r} both replace the same parameters ({where})"
-                hint = "take the part out of one of them, or let them take turns: attached: false on one"
+                hint = f"take the part out of one of them, or {_TURNS}"
             else:
                 message = f"delta {delta.name!r} replaces weights that delta {other_name!r} before it changes ({where})"
-                hint = f"list {delta.name!r} before {other_name!r}, or let them take turns: attached: false on one"
+                hint = _TURNS if behind else f"list {delta.name!r} before {other_name!r}, or {_TURNS}"
             findings.append(spec.diagnostic("DS406", message, path, hint))
         for site in delta.sites:
             before.setdefault(site.site.row.fqn, []).append((delta, site))
@@ -186,7 +189,7 @@ def _unseen(
 ) -> list[Diagnostic]:
     """Find what computes from the backbone's weight behind a delta that changes it: merged, it would be another one."""
     method = methods()[delta.method]
-    clashes: dict[str, list[str]] = {}
+    clashes: dict[tuple[str, bool], list[str]] = {}
     for site in delta.sites if delta.attached else ():
         if method.reads_weight(site.site, site.params):
             for other, earlier in before.get(site.site.row.fqn, ()):
@@ -194,14 +197,24 @@ def _unseen(
                 # Where both fold, the second does see the weight that the first one made.
                 seen = method.folds(site.site, site.params) and first.folds(earlier.site, earlier.params)
                 if other.attached and first.promises.weight is not None and not seen:
-                    clashes.setdefault(other.name, []).append(site.fqn)
+                    behind = _clashes_behind(other, earlier, site, method)
+                    clashes.setdefault((other.name, behind), []).append(site.fqn)
     findings = []
-    for other_name, names in clashes.items():
+    for (other_name, behind), names in clashes.items():
         where = f"{counted(names)}: {shown(names)}"
         message = f"delta {delta.name!r} computes from weights that delta {other_name!r} before it changes ({where})"
-        hint = f"list {delta.name!r} before {other_name!r}, or let them take turns: attached: false on one"
+        hint = _TURNS if behind else f"list {delta.name!r} before {other_name!r}, or {_TURNS}"
         findings.append(spec.diagnostic("DS406", message, ("deltas", index, "method"), hint))
     return findings
+
+
+def _clashes_behind(other: PlannedDelta, earlier: PlannedSite, site: PlannedSite, method: Method) -> bool:
+    """Tell whether a delta that now comes first could not come behind the one of this method either."""
+    first = methods()[other.method]
+    if first.promises.weight == "replace":
+        return True
+    both_fold = first.folds(earlier.site, earlier.params) and method.folds(site.site, site.params)
+    return first.reads_weight(earlier.site, earlier.params) and not both_fold
 
 
 def _unproven(observations: Observations) -> tuple[str, ...]:

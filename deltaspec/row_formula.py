@@ -25,7 +25,7 @@ class Formula:
     arguments: dict[str, fx.Node]
     result: fx.Node
     own: frozenset[fx.Node]
-    """What depends on the delta's tensors; the host's output does not count as such."""
+    """What depends on the delta's tensors, and the host on other parameters; the host's own output does not count."""
 
 
 class _Formal:
@@ -73,6 +73,6 @@ def formula(link: Link, open_call: bool) -> Formula:
     result = methods()[link.method].apply(link.form, link.params, given, fx.Proxy(x, tracer), base).node
     own = set(given.nodes.values())
     for node in graph.nodes:
-        if node.target != "base" and not own.isdisjoint(node.all_input_nodes):
+        if node.target == "swapped" or (node.target != "base" and not own.isdisjoint(node.all_input_nodes)):
             own.add(node)
     return Formula(x, given.nodes, given.arguments, result, frozenset(own))

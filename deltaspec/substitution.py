@@ -34,6 +34,9 @@ def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
     for name, tensor in tensors.items():
         home = attributes["_buffers"] if name in module._buffers else attributes["_parameters"]
         home[name] = tensor
+    if attributes.get("sparse") is True and not tensors["weight"].is_leaf:
+        # An embedding's sparse gradients are for an optimizer; what computed this weight takes dense ones.
+        attributes["sparse"] = False
     if "_flat_weights_names" in attributes:
         # nn.LSTM and its kin compute from this list, not from their attributes.
         attributes["_flat_weights"] = [getattr(shadow, name) for name in attributes["_flat_weights_names"]]
@@ -205,7 +208,8 @@ def fold_into(
         assert parameter is not None
         new = {parameter: fold_matrices(fold, own, weights[parameter])}
     if strength is not None:
-        new = {name: _scaled(weights.get(name), value, strength) for name, value in new.items()}
+        before = {name: value for name, value in module._buffers.items() if value is not None} | weights
+        new = {name: _scaled(before.get(name), value, strength) for name, value in new.items()}
     dtype = next((w.dtype for w in weights.values()), None)
     return {
         name: value if dtype is None or not value.is_floating_point() or value.dtype == dtype else value.to(dtype)
@@ -214,7 +218,7 @@ def fold_into(
 
 
 def _scaled(without: Tensor | None, with_it: Tensor, strength: Tensor) -> Tensor:
-    """Go from a parameter (a missing one counts as zero) to what a delta makes of it; whole numbers are not scaled."""
+    """Go from a module's tensor (a missing one counts as zero) to what a delta makes of it; integers are not scaled."""
     if not with_it.is_floating_point():
         return with_it
     start = torch.zeros_like(with_it) if without is None else without.to(with_it.dtype)

@@ -37,8 +37,8 @@ def check_method(
     the coarsest dtype of the model and its outputs allows (1e-4 in float32, 5e-2 in bfloat16).
 
     After each clause the original model must be what it was: weights, buffers, flags, hooks, write counts. Raises
-    ContractError with the clause that does not hold and what was seen, DeltaSpecError where the plan refuses the
-    target, ValueError for a model that nothing can be told from.
+    ContractError with the clause that does not hold and what was seen, such as an error in the method's code,
+    DeltaSpecError where the plan refuses the target, ValueError for a model that nothing can be told from.
 
     >>> from deltaspec.testing import check_method
     >>> plan = check_method("lora", params={"rank": 4})
@@ -59,9 +59,13 @@ def check_method(
             clause(case)
             if changed := differences(before, snapshot(model, identity=True)):
                 raise ContractError("the original model was changed: " + "; ".join(changed[:5]))
-        except ContractError as error:
+        except DeltaSpecError:
+            raise
+        except Exception as error:
+            mine = isinstance(error, ContractError)
+            seen = str(error) if mine else f"{type(error).__name__}: {error}"
             place = f"{method} on {type(model).__name__} ({capture})"
-            raise ContractError(f"{place}, {name}: {error}\n  clause: {clause.__doc__}") from None
+            raise ContractError(f"{place}, {name}: {seen}\n  clause: {clause.__doc__}") from (None if mine else error)
     return case.single
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,8 @@ from models import ARCHITECTURES, TRANSFORMERS, Architecture
 from torch import nn
 
 from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.methods import methods
-from deltaspec.methods._base import Refusal
+from deltaspec.methods import GROUP, methods
+from deltaspec.methods._base import Init, Refusal
 from deltaspec.methods.adapter import Adapter
 from deltaspec.methods.lora import Lora
 from deltaspec.testing import ContractError, check_method
@@ -154,6 +155,20 @@ class _Writing(Lora):
         return {}
 
 
+class _Stuck(Lora):
+    name = "stuck"
+
+    def tensors(self, site, params):
+        return tuple(replace(spec, init=Init("zeros")) for spec in super().tensors(site, params))
+
+
+class _Mistaken(Lora):
+    name = "mistaken"
+
+    def fold(self, site, params, t, weights):
+        return {"wieght": super().fold(site, params, t, weights)["weight"]}
+
+
 class _Refusing(Lora):
     name = "refusing"
 
@@ -167,7 +182,7 @@ def register(monkeypatch):
 
     def add(kind):
         entry = SimpleNamespace(name=kind.name, load=lambda: kind)
-        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry])
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry] if group == GROUP else [])
         methods.cache_clear()
 
     yield add
@@ -183,6 +198,8 @@ def register(monkeypatch):
         (_Misfolded, "merging", "differ from attached by up to"),
         (_Random, "initial values", "advanced torch's random state|start otherwise"),
         (_Writing, "counts|initial values", "the original model was changed"),
+        (_Stuck, "learning", "all gradients of a fresh delta are zero"),
+        (_Mistaken, "merging", "KeyError: 'wieght'"),
     ],
 )
 def test_a_broken_method_is_caught_by_the_clause_it_breaks(register, kind, clause, seen):

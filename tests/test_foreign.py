@@ -115,6 +115,11 @@ def test_every_field_of_pefts_configurations(method: str) -> None:
         ("lora", "init_lora_weights", "gaussian", "write init: normal instead"),
         ("lora", "init_lora_weights", "pissa_niter_16", "write {init: pissa, svd_iterations: 16} instead"),
         ("lora", "init_lora_weights", True, "delete it: the start is the usual one"),
+        ("lora", "init_lora_weights", "eva", "delete it: there is no such option here"),
+        ("prefix", "mid_dim", 64, 'did you mean "width"?'),
+        ("reft", "prefix_positions", 3, 'did you mean "first"?'),
+        ("reft", "suffix_positions", 3, 'did you mean "last"?'),
+        ("reft", "orthogonality", False, "write form: direft instead"),
         ("lora", "use_rslora", False, "write scaling: standard instead"),
         ("lora", "bias", "lora_only", "write true"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from deltaspec.compiled import CompiledModel
 from deltaspec.diagnostics import DeltaSpecError
 from deltaspec.observe import call_arguments
 from deltaspec.snapshot import differences, snapshot
+from deltaspec.testing import check_method
 from deltaspec.trial import floats, same, storages
 
 
@@ -215,3 +217,17 @@ def test_generation_of_merged_and_attached_agrees():
     compiled = build("gpt2", linears("gpt2", LOW))
     options = {"input_ids": ids(2, 4), "max_new_tokens": 8, "do_sample": False}
     assert torch.equal(compiled.generate(**options), compiled.merge().generate(**options))
+
+
+@pytest.mark.parametrize("options", [{"sparse": True}, {"max_norm": 1.0}, {"scale_grad_by_freq": True}], ids=str)
+@pytest.mark.parametrize("method", ["lora", "loha", "hira", "ia3"])
+def test_embeddings_with_options_keep_the_contract(method, options):
+    """Merged, a limit of the rows' norms would act on what a delta adds: refused there, but where it acts attached."""
+    torch.manual_seed(0)
+    model, tokens = nn.Sequential(nn.Embedding(9, 6, **options)).eval(), torch.tensor([[1, 2, 3], [4, 1, 2]])
+    check_method(method, model, tokens, target="0")
+    if "max_norm" in options:
+        spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": method, "target": "0"}]}
+        merging = nullcontext() if method == "hira" else pytest.raises(DeltaSpecError, match="DS435.*limits its rows")
+        with merging:
+            deltaspec.compile(model, spec, example_inputs=tokens).merge()

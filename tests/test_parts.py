@@ -156,6 +156,13 @@ def test_bitfit_on_parts(name):
     torch.testing.assert_close(logits(c), logits(reference), atol=1e-5, rtol=1e-5)
 
 
+def test_usual_roles_are_those_that_hold_the_parts():
+    entry = {"name": "d", "method": "bitfit"}
+    for parts, role in ((["q"], "self_attn.qkv_proj"), (["up"], "mlp.gate_up_proj")):
+        plan = deltaspec.plan(made("phi3"), {"deltaspec": 1, "deltas": [entry | {"params": {"parts": parts}}]})
+        assert {site.fqn.split(".", 3)[3] for site in plan.sites} == {role}
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3"])
 def test_ia3_on_keys_and_values_as_in_the_paper(name):
     model = made(name)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import deltaspec
 from deltaspec.diagnostics import DeltaSpecError
 from deltaspec.methods import builtin_methods
+from deltaspec.testing import check_method
 from deltaspec.trial import disturb
 
 METHODS = tuple(name for name in builtin_methods() if name not in ("soft_prompt", "p_tuning"))
@@ -64,6 +65,12 @@ def test_it_scales_the_update_of_a_weight():
     torch.testing.assert_close(compiled(x), F.linear(x, weight, layer.bias))
     torch.testing.assert_close(compiled.merge()[0].weight, weight)
     assert compiled.strengths == {"a": 0.7, "b": -0.3}
+
+
+def test_it_scales_statistics_from_the_backbones_own():
+    model, x = nn.Sequential(nn.BatchNorm1d(6)).train(), torch.randn(8, 6)
+    model(x * 3 + 1)
+    check_method("full", model.eval(), x, target="0")
 
 
 def test_changing_it_rebuilds_and_recompiles_nothing():

@@ -223,8 +223,8 @@ class Method(ABC):
     ) -> Mapping[str, Tensor]:
         """Give initial values that depend on the host's own parameters, by tensor name; the others start as declared.
 
-        `weights` are the host's own parameters by own name, float32 on the CPU; `generator` is seeded for this site
-        alone.
+        `weights` are the host's own parameters by own name, on the CPU, in float32 (float64 where they are that);
+        `generator` is seeded for this site alone.
         """
         return {}
 

@@ -24,12 +24,18 @@ PartNames = Annotated[
 ]
 """Names of parts, as a parameter of a method."""
 
-FUSED_ROLES = ("attn.qkv", "cross_attn.qkv", "cross_attn.kv", "mlp.gate_up")
+FUSED_ROLES: Mapping[str, frozenset[str]] = {
+    "attn.qkv": frozenset("qkv"),
+    "cross_attn.qkv": frozenset("qkv"),
+    "cross_attn.kv": frozenset("kv"),
+    "mlp.gate_up": frozenset(("gate", "up")),
+}
+"""Roles of fused projections, and the parts that they hold."""
 
 
-def fused_roles_of(roles: tuple[str, ...]) -> tuple[str, ...]:
-    """Keep, of a method's default roles, those that hold parts."""
-    return tuple(role for role in roles if role in FUSED_ROLES)
+def fused_roles_of(roles: tuple[str, ...], parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Keep, of a method's default roles, those that hold one of these parts."""
+    return tuple(role for role in roles if not FUSED_ROLES.get(role, frozenset()).isdisjoint(parts))
 
 
 def refuse_parts(site: Site, parts: tuple[str, ...]) -> Refusal | None:

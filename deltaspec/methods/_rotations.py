@@ -31,10 +31,11 @@ def refuse_blocks(site: Site, width: int, size: int, what: str = "block_size") -
 
     if width % size == 0:
         return None
-    below = next(s for s in range(min(size, width), 0, -1) if width % s == 0)
-    above = next((s for s in range(size, width + 1) if width % s == 0), below)
-    near = below if size - below <= abs(above - size) else above
-    return Refusal(f"{what}: {size} does not divide the width {width} of this {site.row.type}", f"use {what}: {near}")
+    reason = f"{what}: {size} does not divide the width {width} of this {site.row.type}"
+    fitting = [divisor for divisor in range(2, width + 1) if width % divisor == 0]  # blocks of one value cannot turn
+    if not fitting:
+        return Refusal(reason, "leave this module out")
+    return Refusal(reason, f"use {what}: {min(fitting, key=lambda divisor: abs(divisor - size))}")
 
 
 def skew(entries: Tensor, size: int) -> Tensor:

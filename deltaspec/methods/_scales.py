@@ -1,7 +1,8 @@
-"""Scaling what enters or leaves a linear map, as a change of its weight."""
+"""Scaling what enters or leaves a module, and shifting what leaves it, as changes of its own parameters."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from deltaspec.methods._base import Site
@@ -12,9 +13,16 @@ if TYPE_CHECKING:
 
 def scale_outputs(weight: Tensor, scale: Tensor, site: Site) -> Tensor:
     """Scale a weight, in the host's own layout, by `[out]` so that every output is scaled."""
-    if site.kind in ("conv1d", "embedding"):
+    if site.kind in ("conv1d", "embedding", "norm"):  # a LayerNorm's may have more dimensions than the last
         return weight * scale
     return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
+
+
+def shift_outputs(weights: Mapping[str, Tensor], shift: Tensor, site: Site) -> Tensor:
+    """Give the bias that adds `[out]` to what leaves a module, which may have no bias yet."""
+    if "bias" in weights:
+        return weights["bias"] + shift
+    return shift.expand_as(weights["weight"]) if site.kind == "norm" and "weight" in weights else shift
 
 
 def scale_inputs(weight: Tensor, scale: Tensor, site: Site) -> Tensor:

@@ -26,7 +26,8 @@ def principal(
         u, s, v = torch.linalg.svd(weight, full_matrices=False)
     else:
         width = min(rank + 8, *weight.shape)
-        basis, _ = torch.linalg.qr(weight @ torch.empty(weight.shape[1], width).normal_(generator=generator))
+        drawn = torch.empty(weight.shape[1], width).normal_(generator=generator).to(weight)
+        basis, _ = torch.linalg.qr(weight @ drawn)
         for _ in range(iterations):
             basis, _ = torch.linalg.qr(weight.t() @ basis)
             basis, _ = torch.linalg.qr(weight @ basis)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods._parts import PartNames, fused_roles_of, refuse_parts, split_vector, spread
+from deltaspec.methods._scales import shift_outputs
 from deltaspec.methods._shapes import CHANNELS_FIRST_NORMS, along_channels, output_width
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ class Bitfit(Method):
     )  # fmt: skip
 
     def roles(self, params: BitfitParams) -> tuple[str, ...]:
-        """Give the usual roles; those that hold parts, where parts are asked for."""
-        return self.default_roles if params.parts is None else fused_roles_of(self.default_roles)
+        """Give the usual roles; those that hold the parts, where parts are asked for."""
+        return self.default_roles if params.parts is None else fused_roles_of(self.default_roles, params.parts)
 
     def refuse(self, site: Site, params: BitfitParams) -> Refusal | None:
         """Take modules that add, or could add, a bias to their output."""
@@ -108,8 +109,7 @@ class Bitfit(Method):
         """Add to the bias, or become it."""
         if inner := self._inner(site):
             return {name: weights[name] + getattr(t, name) for name in inner}
-        bias = _whole(t.bias, params, site.row.parts)
-        return {"bias": weights["bias"] + bias if "bias" in weights else bias}
+        return {"bias": shift_outputs(weights, _whole(t.bias, params, site.row.parts), site)}
 
 
 def _whole(bias: Any, params: BitfitParams, parts: Parts | None) -> Any:

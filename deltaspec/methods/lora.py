@@ -39,7 +39,7 @@ class LoraParams(MethodParams):
     use_dora: bool = False
     """Learn a magnitude per output besides the direction (DoRA, arXiv:2402.09353)."""
     bias: bool = False
-    """Also learn a bias, added to the output."""
+    """Also learn a bias, added to the output times the scale."""
     parts: PartNames | None = None
     """On a fused projection (role attn.qkv, mlp.gate_up): change these parts of it, such as [q, v], each by an update
     of its own. Left out, one update changes the whole."""
@@ -73,8 +73,8 @@ class Lora(Method):
     matrices = True
 
     def roles(self, params: LoraParams) -> tuple[str, ...]:
-        """Give the usual roles; those that hold parts, where parts are asked for."""
-        return self.default_roles if params.parts is None else fused_roles_of(self.default_roles)
+        """Give the usual roles; those that hold the parts, where parts are asked for."""
+        return self.default_roles if params.parts is None else fused_roles_of(self.default_roles, params.parts)
 
     def refuse(self, site: Site, params: LoraParams) -> Refusal | None:
         """Take the modules whose output is linear in one weight matrix."""
@@ -181,7 +181,7 @@ class Lora(Method):
         return params.use_dora
 
     def apply(self, form: Form, params: LoraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
-        """Compute base(x) + scale · up(down(drop(x))) (+ bias); with `keeps_start` less the start's update."""
+        """Compute base(x) + scale · (up(down(drop(x))) + bias); with `keeps_start` less the start's update."""
         import torch
         from torch.nn import functional as F
 
@@ -208,7 +208,7 @@ class Lora(Method):
         else:
             y = torch.add(y, update, alpha=params.scale)
         if params.bias:
-            y = y + along_channels(t.bias, form)
+            y = torch.add(y, along_channels(t.bias, form), alpha=params.scale)
         return y
 
     def fold(self, site: Site, params: LoraParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -237,5 +237,6 @@ class Lora(Method):
         if params.use_dora:
             folded["weight"] = decompose(site.kind, folded["weight"], t.magnitude)
         if params.bias:
-            folded["bias"] = weights["bias"] + t.bias if "bias" in weights else t.bias
+            bias = params.scale * t.bias
+            folded["bias"] = weights["bias"] + bias if "bias" in weights else bias
         return folded

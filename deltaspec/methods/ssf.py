@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
-from deltaspec.methods._scales import scale_outputs
+from deltaspec.methods._scales import scale_outputs, shift_outputs
 from deltaspec.methods._shapes import CHANNELS_FIRST_NORMS, along_channels, output_width
 
 if TYPE_CHECKING:
@@ -90,5 +90,5 @@ class Ssf(Method):
         """Scale the weight and the bias, and shift the bias, or let the shift become it."""
         return {
             "weight": scale_outputs(weights["weight"], t.scale, site),
-            "bias": weights["bias"] * t.scale + t.bias if "bias" in weights else t.bias,
+            "bias": weights["bias"] * t.scale + t.bias if "bias" in weights else shift_outputs(weights, t.bias, site),
         }

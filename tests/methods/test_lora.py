@@ -22,6 +22,8 @@ from weight_methods import (
     stir,
 )
 
+from deltaspec.testing import check_method
+
 QV = ["**.query", "**.value"]
 
 
@@ -56,6 +58,18 @@ def config(**options: Any) -> peft.LoraConfig:
 def test_agrees_with_peft(made: Any, target: Any, modules: list[str], dora: bool) -> None:
     params = {"rank": 4, "alpha": 6.0, "use_dora": dora}
     agree(made(), "lora", params, target, config(target_modules=modules, use_dora=dora), lora_tensors)
+
+
+@pytest.mark.parametrize(
+    ("made", "target", "modules"),
+    [(bert, QV, ["query", "value"]), (gpt2, ["**.c_attn"], ["c_attn"]), (net, "conv", ["conv"])],
+)
+def test_bias_agrees_with_peft(made: Any, target: Any, modules: list[str]) -> None:
+    def tensors(layer: Any) -> dict[str, Any]:
+        return {**lora_tensors(layer), "bias": layer.lora_B["default"].bias}
+
+    params = {"rank": 4, "alpha": 6.0, "bias": True}
+    agree(made(), "lora", params, target, config(target_modules=modules, lora_bias=True), tensors)
 
 
 def test_dora_with_dropout_agrees_with_peft() -> None:
@@ -96,6 +110,24 @@ def test_promises(made: Any, params: dict[str, Any]) -> None:
     check(
         made(), "lora", {"rank": 4, **params}, {"role": ["attn.q", "attn.v", "attn.qkv", "mlp.down"], "optional": True}
     )
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"use_dora": True, "dropout": 0.4, "rank": 3}, {"init": "pissa", "svd_iterations": 3, "rank": 4}],
+    ids=str,
+)
+def test_keeps_the_contract(params: dict[str, Any]) -> None:
+    check_method("lora", params=params)
+
+
+@pytest.mark.parametrize("start", [{}, {"init": "pissa", "svd_iterations": 3}], ids=str)
+def test_dora_in_float64_is_as_exact_as_that(start: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(12, 20)).double(), torch.randn(4, 12).double()
+    c = compiled(model, x, "lora", {"rank": 3, "use_dora": True, **start}, "0")
+    stir(c)
+    torch.testing.assert_close(c.merge("d")(x), c(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("target", ["emb", "conv", "grouped", "conv1", ["fc", "out"]])

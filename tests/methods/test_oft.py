@@ -5,6 +5,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import nn
 from weight_methods import agree, bert, check, check_bypassed, check_training, compiled, gpt2, llama, net, refusal, stir
 
 QV = ["**.query", "**.value"]
@@ -79,3 +80,10 @@ def test_refusals() -> None:
     assert "does not divide the width 16" in text and "use block_size: 8" in text
     assert "use block_size: 16" in refusal(*net(), "oft", {"block_size": 32}, "fc")
     assert "LayerNorm" in refusal(*bert(), "oft", {}, "**.LayerNorm")
+
+
+@pytest.mark.parametrize(("width", "way"), [(13, "use block_size: 13"), (1, "leave this module out")])
+def test_what_is_suggested_is_allowed(width: int, way: str) -> None:
+    layer, x = nn.Sequential(nn.Linear(width, 4)), torch.randn(2, width)
+    for method in ("oft", "boft"):
+        assert way in refusal(layer, x, method, {"block_size": 2}, "0")

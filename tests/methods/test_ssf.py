@@ -3,6 +3,8 @@ import torch
 from torch import nn
 from weight_methods import bert, check, check_bypassed, check_training, compiled, gpt2, llama, net, refusal, run, stir
 
+from deltaspec.testing import check_method
+
 ALL = {"role": ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down", "norm"]}
 
 
@@ -31,6 +33,14 @@ def test_norms_without_a_bias_work_but_do_not_merge():
     assert torch.equal(run(c, inputs), run(model, inputs))
     with pytest.raises(Exception, match="no place for a bias"):
         c.merge("d")
+
+
+@pytest.mark.parametrize("method", ["ssf", "bitfit"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_norm_over_several_dimensions_shifts_along_the_last(method, bias):
+    norm = nn.LayerNorm((5, 7), bias=bias)
+    nn.init.normal_(norm.weight)
+    check_method(method, nn.Sequential(norm).eval(), torch.randn(3, 5, 7), target="0")
 
 
 def test_the_authors_start():
