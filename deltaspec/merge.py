@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec import turns
-from deltaspec.clone import clone
+from deltaspec.clone import clone, deep_copy
 from deltaspec.deltas import remove, storage_key
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.methods import methods
@@ -47,7 +47,7 @@ def merge(attachments: Attachments, names: Collection[str]) -> nn.Module:
     strengths = attachments.strengths.as_dict(names)
     attachments.derive(name for name in names if name not in attachments.active)
     training = attachments.trained_in_backbone()
-    plain = copy.deepcopy(without_deltas(attachments))
+    plain = deep_copy(without_deltas(attachments), {})
     copies: dict[int, nn.Parameter] = {}
     for delta in sorted((attachments.planned[name] for name in names), key=lambda d: attachments.order[d.name]):
         for planned in delta.sites:
