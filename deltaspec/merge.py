@@ -84,8 +84,8 @@ def _put(module: nn.Module, name: str, value: Tensor, copies: dict[int, nn.Param
 def _mark_untied(plain: nn.Module, fqn: str, name: str) -> None:
     """Tell transformers not to tie again, where one end of a tie now has weights of its own.
 
-    Some forwards (UMT5, Switch Transformers) scale what enters the head where the config says that it is tied: there the
-    config stays as it is. Loading ties no weights that differ, whatever it says.
+    Some forwards (UMT5, Switch Transformers) scale what enters the head where the config says that it is tied: there
+    the config stays as it is. Loading ties no weights that differ, whatever it says.
     """
     changed = plain.get_submodule(fqn)._parameters[name]
     places = [p for p in plain.named_parameters(remove_duplicate=False) if p[1] is changed]

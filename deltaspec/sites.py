@@ -173,6 +173,8 @@ class Placer:
             around = seen.called and self.method.promises.weight is None
             host = None if around else seen.host
             site = Site(row, parameter, in_width, width, host, seen.reads, seen.attention, seen.dims, moves=seen.moves)
+        if not row.faithful and site.host is None and parameter is None and self.method.promises.weight is not None:
+            site = replace(site, host=row.fqn)  # only its weight can be changed, not what its kind makes of it
         return as_matrices(site) if parameter is not None and self.method.matrices else site
 
     def _tied_places(self, sites: list[Candidate]) -> list[Candidate]:
