@@ -12,16 +12,21 @@ import torch
 from torch import Tensor, nn
 
 _BATCH, _IN, _OUT = (2, 5), 4, 3
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_faithful(module: nn.Module, kind: str) -> bool:
     """Tell whether a module computes what torch's (or transformers') class of its kind does.
 
     A forward of its own is tried on random values, in a small copy; what cannot be tried counts as another computation.
-    Norms that are known by name only have no such class, and count as faithful.
+    Norms that are known by name only have no such class, and count as faithful. So do quantised layers, whose weight has
+    another form.
     """
     known: Any = next((base for base in type(module).__mro__ if _is_known(base)), None)
-    if known is None or type(module).forward is known.forward or "weight" not in module._parameters:
+    weight = module._parameters.get("weight")
+    if known is None or type(module).forward is known.forward:
+        return True
+    if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
         return True
     if module._modules:  # which the copy would share, with what they write
         return False

@@ -142,9 +142,13 @@ class ModuleTable:
 def tabulate(model: nn.Module) -> ModuleTable:
     """Describe every module of a model once, with real or meta weights; nothing is run or changed.
 
-    Raises DeltaSpecError for lazy modules, which have no shapes before their first forward.
+    Raises DeltaSpecError for lazy modules, which have no shapes before their first forward, and for scripted or traced
+    ones (torch.jit), whose forward cannot be changed.
     """
     nodes, model_types, maps = walk(model)
+    if scripted := [node.fqn for node in nodes if isinstance(node.module, torch.jit.ScriptModule)]:
+        message = f"{scripted[0] or 'the model'} is a torch.jit.ScriptModule, whose forward cannot be changed"
+        raise DeltaSpecError([Diagnostic("DS311", message, "<model>", suggestion="give the module it was made of")])
     holders: dict[int, list[str]] = {}
     for node in nodes:
         for name, parameter in own(node.module._parameters):

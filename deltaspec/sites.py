@@ -218,6 +218,9 @@ class Placer:
             return why
         if refusal := self.method.refuse(site, params):
             return "DS402", refusal.reason, refusal.suggestion
+        if self.method.promises.weight != "replace" and any(p.dtype.startswith("complex") for p in site.row.parameters):
+            reason = f"the parameters of this {site.row.type} are complex, and {self.method.name} is real"
+            return "DS402", reason, "leave it out, or use method full"
         if not self._reached(site.row):
             called = self._tied_and_reached(site)
             shared = site.stack is None and all(t.key is not None for t in self.method.tensors(site, params))

@@ -378,3 +378,15 @@ def test_an_adapter_takes_the_first_output_of_such_a_linear_and_no_such_norm():
     assert not torch.equal(compiled(INPUTS), model(INPUTS))
     with pytest.raises(DeltaSpecError, match="channels first"):
         compile("first")
+
+
+def test_real_methods_refuse_complex_parameters_and_trained_copies_do_not():
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64))
+
+    def plan(method: str) -> Any:
+        delta = {"name": "d", "method": method, "target": {"type": "Linear"}}
+        return deltaspec.plan(model, {"deltaspec": 1, "deltas": [delta]})
+
+    assert plan("full").trainable == 20
+    with pytest.raises(DeltaSpecError, match="the parameters of this Linear are complex, and lora is real"):
+        plan("lora")
