@@ -19,8 +19,8 @@ def is_faithful(module: nn.Module, kind: str) -> bool:
     """Tell whether a module computes what torch's (or transformers') class of its kind does.
 
     A forward of its own is tried on random values, in a small copy; what cannot be tried counts as another computation.
-    Norms that are known by name only have no such class, and count as faithful. So do quantised layers, whose weight has
-    another form.
+    Norms that are known by name only have no such class, and count as faithful. So do quantised layers, whose weight
+    has another form.
     """
     known: Any = next((base for base in type(module).__mro__ if _is_known(base)), None)
     weight = module._parameters.get("weight")

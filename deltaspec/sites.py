@@ -230,6 +230,10 @@ class Placer:
                 if called:
                     hint = f"its weight is tied to that of {called[0]}, which runs: select that one"
                 return "DS403", reason, hint
+        seen = self.observations.of(site.row)
+        if seen is not None and not seen.used:
+            reason = f"nothing that the model gives is computed from what leaves this {site.row.type}"
+            return "DS403", f"{reason}, so a delta there would do nothing", "leave it out, or pass other example_inputs"
         if site.host is not None and self.method.promises.weight is None:
             host = site.host or self.table.model_class
             reason = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,24 @@ class Subclasses(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scores, logits = self.squashed(x)
         return self.first(self.plain(scores) + logits)
+
+
+class Idle(nn.Module):
+    """Calls a block and does not use what it gives, beside layers whose outputs are used in ways of their own."""
+
+    def __init__(self, use: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.used, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.pooler = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+        self.kept: list[Tensor] = []
+        self.use = use
+
+    def forward(self, x: Tensor) -> Any:
+        self.pooler(x)
+        found = self.use(self.other(x))
+        if found is None:
+            self.kept = [self.other(x)]
+        return self.used(x) if found is None else (self.used(x), found)
 
 
 class Lists(nn.Module):
@@ -390,3 +409,30 @@ def test_real_methods_refuse_complex_parameters_and_trained_copies_do_not():
     assert plan("full").trainable == 20
     with pytest.raises(DeltaSpecError, match="the parameters of this Linear are complex, and lora is real"):
         plan("lora")
+
+
+USES: dict[str, Callable[[Tensor], Any]] = {
+    "computed": lambda y: y * 2,
+    "in place": lambda y: y.relu_().mul_(2) + 1,
+    "written to a view": lambda y: torch.zeros(2, 2, 5, 16)[0].copy_(y),
+    "detached": lambda y: y.detach() + 1,
+    "an index": lambda y: y.argmax(-1),
+    "a condition": lambda y: torch.ones(1) if (y.sum() > 0) else torch.zeros(1),
+    "an object": lambda y: types.SimpleNamespace(inside=[y]),
+    "kept": lambda y: None,
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_module_whose_output_nothing_uses_is_refused_and_no_other(use):
+    model = Idle(use).eval()
+
+    def plan(target: str) -> Any:
+        delta = {"name": "d", "method": "lora", "target": target}
+        return deltaspec.plan(model, {"deltaspec": 1, "deltas": [delta]}, example_inputs=INPUTS)
+
+    assert plan("used").trainable and plan("other").trainable
+    with pytest.raises(DeltaSpecError, match="DS403.*nothing that the model gives is computed from what leaves this"):
+        plan("pooler.0")
+    seen, _ = observe(model, INPUTS)
+    assert {fqn for fqn, found in seen.items() if not found.used} == {"pooler", "pooler.0", "pooler.1"}
