@@ -171,3 +171,23 @@ def unsupported(implementation: str) -> Diagnostic:
     able = " and ".join(SUPPORTED)
     message = f"attention function {implementation!r} takes no keys beyond the model's own; {able} do"
     return Diagnostic("DS438", message, suggestion='call model.set_attn_implementation("sdpa")')
+
+
+def record_shapes(twin: nn.Module) -> dict[str, AttentionShape]:
+    """Have a copy of a model note, by FQN, what its attention functions are given (those that we can take)."""
+    shapes: dict[str, AttentionShape] = {}
+    for fqn, module in twin.named_modules():
+        if is_routable(module):
+            router = Router(type(module))
+            if router.takes(module.config._attn_implementation):
+                register()
+                router.route(module, [_noting(shapes, fqn)])
+    return shapes
+
+
+def _noting(shapes: dict[str, AttentionShape], fqn: str) -> Hook:
+    def note(query: Tensor, key: Tensor, value: Tensor, base: Attention) -> Any:
+        shapes[fqn] = AttentionShape(key.shape[1], key.shape[-1], value.shape[-1])
+        return base(query, key, value)
+
+    return note

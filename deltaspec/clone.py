@@ -9,7 +9,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.walk import every
@@ -44,7 +44,7 @@ def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any
         if norm_limited(module) and isinstance(weight := getattr(module, "weight", None), nn.Parameter):
             memo[id(weight)] = _twin(weight, memo[id(weight)].detach().clone())
     try:
-        return _copy(model, memo)
+        return deep_copy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise _not_copied(model, str(error)) from error
 
@@ -67,14 +67,18 @@ _PLAIN = _KNOWN_ATOMS | _EMPTY
 _HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__")
 
 
-def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Do what copy.deepcopy does, faster for plain modules, most of whose attributes are plain or empty."""
+def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Do what copy.deepcopy does, faster for plain modules, most of whose attributes are plain or empty.
+
+    A GraphModule's own `__deepcopy__` leaves out its hooks, its attributes and an overridden forward; here they stay.
+    """
     found = memo.get(id(module))
     if found is not None:
         assert isinstance(found, nn.Module)
         return found
     kind: Any = type(module)
-    if not _is_plain(kind):
+    traced = isinstance(module, fx.GraphModule)
+    if not traced and not _is_plain(kind):
         return copy.deepcopy(module, memo)
     twin: nn.Module = kind.__new__(kind)
     memo[id(module)] = twin
@@ -83,19 +87,23 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         form = type(value)
         if form in _KNOWN_ATOMS:
             attributes[name] = value
+        elif traced and name == "_graph":
+            continue
         elif form in _EMPTY and not value:
             attributes[name] = form()
         elif name == "_modules":
-            children = ((key, None if child is None else _copy(child, memo)) for key, child in value.items())
+            children = ((key, None if child is None else deep_copy(child, memo)) for key, child in value.items())
             attributes[name] = form(children)
         elif name == "_parameters" and form is dict:
-            attributes[name] = {key: None if one is None else memo[id(one)] for key, one in value.items()}
+            attributes[name] = {key: None if one is None else copy.deepcopy(one, memo) for key, one in value.items()}
         elif (found := memo.get(id(value))) is not None:
             attributes[name] = found
         elif isinstance(value, _ATOMS):
             attributes[name] = value
         else:
             attributes[name] = copy.deepcopy(value, memo)
+    if isinstance(module, fx.GraphModule) and isinstance(twin, fx.GraphModule):
+        twin.graph = copy.deepcopy(module.graph, memo)  # compiles it into the class, of which each one has its own
     return twin
 
 

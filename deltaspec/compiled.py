@@ -14,6 +14,7 @@ from torch import fx, nn
 from deltaspec.assignment import Rows, checked_strength
 from deltaspec.attach import Attachments
 from deltaspec.capture import Entry, root_graph
+from deltaspec.clone import deep_copy
 from deltaspec.deltas import Delta, Deltas, find
 from deltaspec.diagnostics import UnknownDeltaError as UnknownDeltaError
 from deltaspec.diagnostics import require_known
@@ -263,7 +264,7 @@ class CompiledModel(torch.fx.GraphModule):
             return self._generate if name == "generate" else found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
-        backbone = copy.deepcopy(self.backbone, memo)
+        backbone = deep_copy(self.backbone, memo)
         found = find(backbone)
         assert found is not None
         twin = CompiledModel(backbone, found[1].attachments, self.capture, self.capture_reason)

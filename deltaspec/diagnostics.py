@@ -59,6 +59,7 @@ CODES: dict[str, str] = {
     "DS307": "regular expression that takes too long on this model",
     "DS308": "selector that matches no parameter",
     "DS310": "lazy module without shapes",
+    "DS311": "scripted module",
     "DS321": "model that cannot be found",
     "DS322": "model configuration that cannot be used",
     "DS323": "model factory that cannot be imported",

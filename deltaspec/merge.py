@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from deltaspec import turns
-from deltaspec.clone import clone, norm_limited
+from deltaspec.clone import clone, deep_copy, norm_limited
 from deltaspec.deltas import remove, storage_key
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.methods import methods
@@ -18,6 +19,8 @@ from deltaspec.substitution import Fold, Own, fold_into
 
 if TYPE_CHECKING:
     from deltaspec.attach import Attachments
+
+_TIED = "tie_word_embeddings"
 
 
 def without_deltas(attachments: Attachments) -> nn.Module:
@@ -47,7 +50,7 @@ def merge(attachments: Attachments, names: Collection[str]) -> nn.Module:
     strengths = attachments.strengths.as_dict(names)
     attachments.derive(name for name in names if name not in attachments.active)
     training = attachments.trained_in_backbone()
-    plain = copy.deepcopy(without_deltas(attachments))
+    plain = deep_copy(without_deltas(attachments), {})
     copies: dict[int, nn.Parameter] = {}
     for delta in sorted((attachments.planned[name] for name in names), key=lambda d: attachments.order[d.name]):
         for planned in delta.sites:
@@ -79,13 +82,24 @@ def _put(module: nn.Module, name: str, value: Tensor, copies: dict[int, nn.Param
 
 
 def _mark_untied(plain: nn.Module, fqn: str, name: str) -> None:
-    """Tell transformers not to tie again, where one end of a tie now has weights of its own."""
+    """Tell transformers not to tie again, where one end of a tie now has weights of its own.
+
+    Some forwards (UMT5, Switch Transformers) scale what enters the head where the config says that it is tied: there
+    the config stays as it is. Loading ties no weights that differ, whatever it says.
+    """
     changed = plain.get_submodule(fqn)._parameters[name]
     places = [p for p in plain.named_parameters(remove_duplicate=False) if p[1] is changed]
     config = getattr(plain, "config", None)
-    if len(places) == 1 and config is not None and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
+    if len(places) == 1 and config is not None and getattr(config, _TIED, False):
+        if not any(_TIED in _names_in(type(module)) for module in plain.modules()):
+            config.tie_word_embeddings = False
         _untie(plain)
+
+
+def _names_in(kind: Any) -> tuple[str, ...]:
+    """Give the names of attributes that a class's forward reads."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return () if code is None else code.co_names
 
 
 def _untie(plain: nn.Module) -> None:

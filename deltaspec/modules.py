@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from deltaspec.attention import is_routable
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.entrances import Entrance, entrances
+from deltaspec.faithful import is_faithful
 from deltaspec.parts import Parts
 from deltaspec.signatures import arguments_of
 from deltaspec.walk import Node, model_type_of, own, subtree_sizes, walk
@@ -99,6 +100,8 @@ class Row:
     """Its stacked parameters are `[experts, in, out]` (transformers' `is_transposed`), not `[experts, out, in]`."""
     parts: Parts | None = None
     """What its output is made of, where it is a fused projection and the layout is known."""
+    faithful: bool = True
+    """Its forward computes what torch's class of its kind (linear, conv1d, norm) does."""
     vocabulary: bool = False
     """Whether it is the table of input embeddings, as the model itself says (`get_input_embeddings`)."""
 
@@ -139,9 +142,13 @@ class ModuleTable:
 def tabulate(model: nn.Module) -> ModuleTable:
     """Describe every module of a model once, with real or meta weights; nothing is run or changed.
 
-    Raises DeltaSpecError for lazy modules, which have no shapes before their first forward.
+    Raises DeltaSpecError for lazy modules, which have no shapes before their first forward, and for scripted or traced
+    ones (torch.jit), whose forward cannot be changed.
     """
     nodes, model_types, maps = walk(model)
+    if scripted := [node.fqn for node in nodes if isinstance(node.module, torch.jit.ScriptModule)]:
+        message = f"{scripted[0] or 'the model'} is a torch.jit.ScriptModule, whose forward cannot be changed"
+        raise DeltaSpecError([Diagnostic("DS311", message, "<model>", suggestion="give the module it was made of")])
     holders: dict[int, list[str]] = {}
     for node in nodes:
         for name, parameter in own(node.module._parameters):
@@ -214,6 +221,7 @@ def _row(
         arguments=_arguments(kind_of.forward),
         transposed=(module.__dict__.get("is_transposed") or getattr(kind_of, "is_transposed", None)) is True,
         parts=None if node.map is None or out is None else node.map.parts_of(node.roles, node.config, out),
+        faithful=kind not in ("linear", "conv1d", "norm") or is_faithful(module, kind),
         vocabulary=vocabulary,
     )
 

@@ -1,5 +1,5 @@
-"""One forward on meta tensors: which modules a model calls, how wide their hidden states are, and whose weights it
-reads without calling them.
+"""One forward on meta tensors: which modules a model calls, how wide their hidden states are, whose weights it reads
+without calling them, and whose output it does not use.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from deltaspec.attention import Attention, AttentionShape, Hook, Router, is_routable, register
+from deltaspec.attention import AttentionShape, record_shapes
 from deltaspec.clone import clone
+from deltaspec.flow import METADATA, idle_modules
 from deltaspec.inputs import call_arguments, dummy_inputs
 from deltaspec.modules import Row
 
@@ -40,6 +41,8 @@ class Observation:
     """Number of dimensions of the hidden state that left."""
     moves: bool = False
     """What left has other positions (all dimensions but the last) than what entered."""
+    used: bool = True
+    """False: nothing that the model gives was computed from what left it (or its host)."""
 
 
 class Observations:
@@ -65,12 +68,6 @@ class Observations:
         return self._seen.get(row.fqn)
 
 
-_METADATA = frozenset(
-    "__get__ __set__ __len__ size dim numel stride element_size data_ptr is_contiguous is_floating_point".split()
-)
-"""Functions that look at a tensor's form, not at its values."""
-
-
 class _Reads(TorchFunctionMode):
     """Notes which parameters functions take, and in whose forward."""
 
@@ -79,7 +76,7 @@ class _Reads(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in _METADATA:
+        if getattr(func, "__name__", "") not in METADATA:
             for value in tree_iter((args, kwargs or {})):
                 if isinstance(value, nn.Parameter):
                     self.recorder.read(value)
@@ -180,13 +177,13 @@ def _common(names: list[str]) -> str:
 
 
 def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Observation], str | None]:
-    """Run the model once on meta tensors, in evaluation mode and without gradients, on a copy of its structure.
+    """Run the model once on meta tensors, in evaluation mode, on a copy of its structure.
 
     Give (observation by FQN, None), or (static knowledge about torch's own modules, why nothing could be run). Where
     the forward looks at values, which meta tensors do not have, it is run once on the model's own weights instead.
-    `example_inputs` are what the model's forward takes: a mapping of keywords, a tuple or list of positional arguments,
-    or one tensor; without them a transformers model is given its own dummy inputs. Nothing of the model is written and
-    the global random state stays.
+    A second run, in which gradients are kept, tells which outputs are used; where it fails, nothing is known of that.
+    `example_inputs`: a mapping of keywords, a tuple or list of positional arguments, or one tensor; without them a
+    transformers model is given its own dummy inputs. Nothing of the model is written; the global random state stays.
     """
     known = _static(model)
     if example_inputs is None:
@@ -206,6 +203,10 @@ def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Obs
             for fqn, observation in known.items():
                 found = seen.get(fqn, Observation(True))
                 seen[fqn] = replace(found, called=False, host=observation.host, reads=None)
+            idle = _idle(model, example_inputs, device)
+            for fqn, found in seen.items() if idle else ():
+                if (fqn if found.host is None else found.host) in idle:
+                    seen[fqn] = replace(found, used=False)
             return seen, None
     return known, failures[-1]
 
@@ -228,39 +229,35 @@ def _static(model: nn.Module) -> dict[str, Observation]:
 
 
 def _run(model: nn.Module, example_inputs: Any, device: str | None) -> dict[str, Observation]:
-    twin = clone(model, device=device)
-    for module in twin.modules():
-        module.training = False
-    choose_experts: Any = getattr(twin, "set_experts_implementation", None)
-    if device == "meta" and choose_experts is not None:
-        choose_experts("batched_mm")  # the others look at values, or are for half precision only
+    twin, args, kwargs = _prepared(model, example_inputs, device)
     recorder = Recorder(twin)
-    shapes = _record_attention(twin)
-    args, kwargs = call_arguments(example_inputs if device is None else _to(example_inputs, device))
+    shapes = record_shapes(twin)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), recorder.recording():
         twin(*args, **kwargs)
     seen = recorder.result()
     return seen | {fqn: replace(seen[fqn], attention=shape) for fqn, shape in shapes.items()}
 
 
-def _record_attention(twin: nn.Module) -> dict[str, AttentionShape]:
-    """Have a copy of a model note, by FQN, what its attention functions are given (those that we can take)."""
-    shapes: dict[str, AttentionShape] = {}
-    for fqn, module in twin.named_modules():
-        if is_routable(module):
-            router = Router(type(module))
-            if router.takes(module.config._attn_implementation):
-                register()
-                router.route(module, [_noting(shapes, fqn)])
-    return shapes
+def _idle(model: nn.Module, example_inputs: Any, device: str | None) -> set[str]:
+    """Name the modules whose output the model does not use."""
+    twin, args, kwargs = _prepared(model, example_inputs, device)
+    try:
+        return idle_modules(twin, args, kwargs)
+    except Exception:  # a stranger's forward may not be made for gradients
+        return set()
 
 
-def _noting(shapes: dict[str, AttentionShape], fqn: str) -> Hook:
-    def note(query: Tensor, key: Tensor, value: Tensor, base: Attention) -> Any:
-        shapes[fqn] = AttentionShape(key.shape[1], key.shape[-1], value.shape[-1])
-        return base(query, key, value)
-
-    return note
+def _prepared(
+    model: nn.Module, example_inputs: Any, device: str | None
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Give a copy of the model that can be run, and its arguments."""
+    twin = clone(model, device=device)
+    for module in twin.modules():
+        module.training = False
+    choose_experts: Any = getattr(twin, "set_experts_implementation", None)
+    if device == "meta" and choose_experts is not None:
+        choose_experts("batched_mm")  # the others look at values, or are for half precision only
+    return twin, *call_arguments(example_inputs if device is None else _to(example_inputs, device))
 
 
 def _first(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:

@@ -118,7 +118,7 @@ def _content(group: Group) -> str:
     text = f"{group.sites} × {tensors} = {group.trainable:,}"
     if group.params:
         text += f"; override: {_assignments(group.params)}"
-    return text + "; through the weight, which is read without a call" * group.bypassed
+    return text + "; through the weight, not around a call" * group.bypassed
 
 
 def _model(plan: Plan) -> str:

@@ -181,7 +181,7 @@ class Programmer:
     def region_of(self, host: str, visits: list[Visit], links: tuple[Link, ...], lowered: int = 0) -> Region:
         """Give the region of a host: what is called, and the links around it."""
         kind = type(self.modules[host])
-        argument, hidden = call_form(kind, visits[0].planned.site.kind)
+        argument, hidden = call_form(kind, visits[0].planned.site)
         named = _arguments(kind.forward) if any(_arguments_asked(visit) for visit in visits) else ()
         owned = self.originals[host] is None and gives_new_tensor(kind)
         return region(RegionKey(links, argument, hidden, lowered, named, owned))
@@ -195,9 +195,9 @@ class Programmer:
             module = self.modules[str(node.target)]
             links = tuple(self.link(visit, module)[0] for visit in visits)
             names = tuple(self._names(visit) for visit in visits)
-            kind = visits[0].planned.site.kind
-            _, hidden = call_form(type(module), kind)
-            rewrite_site(graph, node, links, names, kind == "other", hidden)
+            site = visits[0].planned.site
+            _, hidden = call_form(type(module), site)
+            rewrite_site(graph, node, links, names, site.kind == "other" or not site.row.faithful, hidden)
         run_passes(graph, home=self._home, modules=self.modules)
         function, code = compile_graph(graph)
         program.regions[""] = Region(None, graph, code, function, ())
@@ -226,13 +226,14 @@ def form_of(site: Site, tensors: tuple[str, ...]) -> Form:
     return Form(site.kind, dims, dims - 2 if site.kind == "conv" else 0, site.row.conv_groups, tensors, site.row.parts)
 
 
-def call_form(kind: type[nn.Module], site_kind: str) -> tuple[str | None, str]:
+def call_form(kind: type[nn.Module], site: Site) -> tuple[str | None, str]:
     """Tell how a host is called: (its only argument's name, or None where anything is passed through; the first's
     name).
     """
     names = _arguments(kind.forward)
     first = names[0] if names and not names[0].startswith("*") else "hidden_states"
-    single = site_kind != "other" and len(names) == 1 and not names[0].startswith("*")
+    known = site.kind != "other" and site.row.faithful
+    single = known and len(names) == 1 and not names[0].startswith("*")
     return (first if single else None), first
 
 

@@ -153,7 +153,7 @@ def _refusal(programmer: Programmer, visit: Visit) -> str | None:
         return f"{visit.method} is not usable for single rows"
     site = visit.planned.site
     kind = type(programmer.modules[host_of(site)])
-    if methods()[visit.method].substitutes(site, visit.planned.params) and call_form(kind, site.kind)[0] is None:
+    if methods()[visit.method].substitutes(site, visit.planned.params) and call_form(kind, site)[0] is None:
         return f"it runs {site.fqn} on other weights, and that is called with more than the hidden state"
     if any(spec.buffer and spec.name.startswith("running_") for spec in visit.planned.tensors):
         return f"it has statistics of its own for {site.fqn}, which are those of a whole batch"
@@ -167,7 +167,7 @@ def _is_simple(programmer: Programmer, visit: Visit) -> bool:
     """Tell whether a lowered site is its own host, a module that is given the hidden state alone."""
     site = visit.planned.site
     itself = site.host in (None, site.row.fqn) and site.kind != "other"
-    return itself and call_form(type(programmer.modules[host_of(site)]), site.kind)[0] is not None
+    return itself and call_form(type(programmer.modules[host_of(site)]), site)[0] is not None
 
 
 def _sequence_first(programmer: Programmer, fqn: str) -> str | None:

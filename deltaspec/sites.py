@@ -173,6 +173,8 @@ class Placer:
             around = seen.called and self.method.promises.weight is None
             host = None if around else seen.host
             site = Site(row, parameter, in_width, width, host, seen.reads, seen.attention, seen.dims, moves=seen.moves)
+        if not row.faithful and site.host is None and parameter is None and self.method.promises.weight is not None:
+            site = replace(site, host=row.fqn)  # only its weight can be changed, not what its kind makes of it
         return as_matrices(site) if parameter is not None and self.method.matrices else site
 
     def _tied_places(self, sites: list[Candidate]) -> list[Candidate]:
@@ -216,6 +218,9 @@ class Placer:
             return why
         if refusal := self.method.refuse(site, params):
             return "DS402", refusal.reason, refusal.suggestion
+        if self.method.promises.weight != "replace" and any(p.dtype.startswith("complex") for p in site.row.parameters):
+            reason = f"the parameters of this {site.row.type} are complex, and {self.method.name} is real"
+            return "DS402", reason, "leave it out, or use method full"
         if not self._reached(site.row):
             called = self._tied_and_reached(site)
             shared = site.stack is None and all(t.key is not None for t in self.method.tensors(site, params))
@@ -225,6 +230,10 @@ class Placer:
                 if called:
                     hint = f"its weight is tied to that of {called[0]}, which runs: select that one"
                 return "DS403", reason, hint
+        seen = self.observations.of(site.row)
+        if seen is not None and not seen.used:
+            reason = f"nothing that the model gives is computed from what leaves this {site.row.type}"
+            return "DS403", f"{reason}, so a delta there would do nothing", "leave it out, or pass other example_inputs"
         if site.host is not None and self.method.promises.weight is None:
             host = site.host or self.table.model_class
             reason = (

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
 import torch
 from models import ARCHITECTURES
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import parametrizations, parametrize
 
+import deltaspec
 from deltaspec.clone import clone
 from deltaspec.diagnostics import DeltaSpecError
 from deltaspec.observe import call_arguments
 from deltaspec.snapshot import differences, snapshot
-from deltaspec.trial import floats, same
+from deltaspec.trial import disturb, floats, same
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -67,6 +69,30 @@ def test_a_module_in_two_places_stays_one():
     shared = nn.Linear(3, 3)
     twin = clone(nn.ModuleDict({"a": shared, "b": shared, "c": nn.Sequential(shared)}))
     assert twin["a"] is twin["b"] is twin["c"][0]
+
+
+@pytest.mark.parametrize(("nested", "capture"), [(False, "symbolic"), (False, "modules"), (True, "modules")])
+def test_a_graph_module_keeps_its_hooks_attributes_and_deltas(nested, capture):
+    torch.manual_seed(0)
+    inner = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    inner.note = {"kept": [1]}
+    inner.register_forward_hook(lambda module, args, output: output * 2)
+    model = nn.Sequential(nn.Linear(4, 4), inner) if nested else inner
+    x = torch.randn(3, 4)
+    delta = {"name": "one", "method": "lora", "params": {"rank": 2}, "target": {"type": "Linear"}}
+    compiled = deltaspec.compile(model, {"deltaspec": 1, "deltas": [delta]}, capture=capture)
+    disturb(compiled)
+    attached, twin = compiled(x), copy.deepcopy(compiled)
+    assert not torch.equal(attached, model(x))
+    assert torch.equal(twin(x), attached)
+    assert torch.allclose(compiled.merge("one")(x), attached, atol=1e-5)
+    disturb(twin)
+    assert torch.equal(compiled(x), attached)
+    for each in (compiled, twin):
+        each.detach()
+        assert torch.equal(each(x), model(x))
+    copied = twin.backbone[1] if nested else twin.backbone
+    assert copied.note == inner.note and copied.note is not inner.note and copied.graph is not inner.graph
 
 
 def test_meta_copies_have_no_storage():

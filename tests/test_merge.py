@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, ids
+from models import ARCHITECTURES, VOCABULARY, ids
 from torch import Tensor, nn
+from transformers import UMT5Config, UMT5ForConditionalGeneration
 
 import deltaspec
 from deltaspec.compiled import CompiledModel
@@ -130,6 +131,17 @@ def test_a_tied_head_that_is_changed_alone_is_untied_and_stays_so(architecture, 
     back = type(merged).from_pretrained(tmp_path).eval()
     assert same(run(back, architecture), run(merged, architecture))
     assert model.config.tie_word_embeddings is not False and compiled.config.tie_word_embeddings is not False
+
+
+def test_a_forward_that_asks_whether_the_head_is_tied_computes_as_before(tmp_path):
+    small = {"d_model": 32, "num_layers": 1, "num_heads": 4, "d_ff": 64, "d_kv": 8, "decoder_start_token_id": 0}
+    model = UMT5ForConditionalGeneration(UMT5Config(vocab_size=VOCABULARY, **small)).eval()
+    compiled = build("t5", {"name": "head", "method": "lora", "params": {"rank": 2}, "target": "lm_head"}, model=model)
+    merged = compiled.merge()
+    for left, right in zip(run(merged, "t5"), run(compiled, "t5"), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    assert same(run(type(merged).from_pretrained(tmp_path).eval(), "t5"), run(merged, "t5"))
 
 
 def test_a_tied_weight_trained_together_stays_tied():

@@ -240,6 +240,12 @@ def test_lazy_modules_are_refused_with_a_way_out():
     assert caught.value.diagnostics[0].code == "DS310" and "0.weight is lazy" in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_modules_are_refused_with_a_way_out():
+    with pytest.raises(DeltaSpecError, match=r"DS311\] 0 is a torch.jit.ScriptModule"):
+        tabulate(nn.Sequential(torch.jit.script(nn.Linear(2, 2)), nn.Linear(2, 2)))
+
+
 def test_buffers_that_are_not_saved_are_left_out():
     module = nn.Module()
     module.register_buffer("kept", torch.zeros(2))

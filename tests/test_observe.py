@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from deltaspec.diagnostics import DeltaSpecError
 from deltaspec.inputs import dummy_inputs
 from deltaspec.observe import Observation, observe
 from deltaspec.snapshot import differences, snapshot
+from deltaspec.trial import disturb
 
 INPUTS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
 
@@ -44,6 +46,58 @@ class Reader(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(F.linear(x, self.read.weight))
         return F.linear(torch.tanh(self.both(x)), self.both.weight)
+
+
+class Squashed(nn.Linear):
+    """A Linear that gives something else than a Linear does, and a second tensor."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        logits = super().forward(input)
+        return torch.tanh(logits), logits
+
+
+class Plain(nn.Linear):
+    """A Linear that computes what a Linear does, in its own words."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T + self.bias
+
+
+class First(nn.LayerNorm):
+    """A LayerNorm with its channels first."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features.transpose(1, 2)).transpose(1, 2)
+
+
+class Subclasses(nn.Module):
+    """Subclasses of torch's layers with forwards of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squashed, self.plain, self.first = Squashed(16, 16), Plain(16, 16), First(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, logits = self.squashed(x)
+        return self.first(self.plain(scores) + logits)
+
+
+class Idle(nn.Module):
+    """Calls a block and does not use what it gives, beside layers whose outputs are used in ways of their own."""
+
+    def __init__(self, use: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.used, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.pooler = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+        self.kept: list[Tensor] = []
+        self.use = use
+
+    def forward(self, x: Tensor) -> Any:
+        self.pooler(x)
+        found = self.use(self.other(x))
+        if found is None:
+            self.kept = [self.other(x)]
+        return self.used(x) if found is None else (self.used(x), found)
 
 
 class Lists(nn.Module):
@@ -307,3 +361,78 @@ def test_a_forward_that_fails_is_told_and_raises_nothing():
     assert isinstance(seen, dict)
     model = clone(build(Reader), device="meta")
     assert observe(model, INPUTS)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [("lora", {"type": "Linear"}), ("ia3", {"type": "Linear"}), ("bitfit", {"type": ["Linear", "LayerNorm"]}),
+     ("ssf", {"type": "LayerNorm"}), ("norm", {"type": "LayerNorm"}), ("full", {"type": "Linear"})],
+)  # fmt: skip
+def test_a_subclass_with_a_forward_of_its_own_is_changed_through_its_weight(method, target):
+    torch.manual_seed(0)
+    model = Subclasses().eval()
+    spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": method, "target": target}]}
+    compiled = deltaspec.compile(model, spec, example_inputs=INPUTS)
+    through = {site.site.row.fqn: site.site.host for delta in compiled.plan.deltas for site in delta.sites}
+    assert all(through[fqn] == (None if fqn == "plain" else fqn) for fqn in through)
+    assert torch.equal(compiled(INPUTS), model(INPUTS))
+    disturb(compiled)
+    attached = compiled(INPUTS)
+    assert not torch.equal(attached, model(INPUTS))
+    torch.testing.assert_close(compiled.merge("d")(INPUTS), attached, rtol=1e-4, atol=1e-5)
+    attached.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in compiled.trainable_parameters())
+
+
+def test_an_adapter_takes_the_first_output_of_such_a_linear_and_no_such_norm():
+    model = Subclasses().eval()
+
+    def compile(target: str) -> CompiledModel:
+        delta = {"name": "d", "method": "adapter", "params": {"width": 2}, "target": target}
+        return deltaspec.compile(model, {"deltaspec": 1, "deltas": [delta]}, example_inputs=INPUTS)
+
+    compiled = compile("squashed")
+    assert torch.equal(compiled(INPUTS), model(INPUTS))
+    disturb(compiled)
+    assert not torch.equal(compiled(INPUTS), model(INPUTS))
+    with pytest.raises(DeltaSpecError, match="channels first"):
+        compile("first")
+
+
+def test_real_methods_refuse_complex_parameters_and_trained_copies_do_not():
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64))
+
+    def plan(method: str) -> Any:
+        delta = {"name": "d", "method": method, "target": {"type": "Linear"}}
+        return deltaspec.plan(model, {"deltaspec": 1, "deltas": [delta]})
+
+    assert plan("full").trainable == 20
+    with pytest.raises(DeltaSpecError, match="the parameters of this Linear are complex, and lora is real"):
+        plan("lora")
+
+
+USES: dict[str, Callable[[Tensor], Any]] = {
+    "computed": lambda y: y * 2,
+    "in place": lambda y: y.relu_().mul_(2) + 1,
+    "written to a view": lambda y: torch.zeros(2, 2, 5, 16)[0].copy_(y),
+    "detached": lambda y: y.detach() + 1,
+    "an index": lambda y: y.argmax(-1),
+    "a condition": lambda y: torch.ones(1) if (y.sum() > 0) else torch.zeros(1),
+    "an object": lambda y: types.SimpleNamespace(inside=[y]),
+    "kept": lambda y: None,
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_module_whose_output_nothing_uses_is_refused_and_no_other(use):
+    model = Idle(use).eval()
+
+    def plan(target: str) -> Any:
+        delta = {"name": "d", "method": "lora", "target": target}
+        return deltaspec.plan(model, {"deltaspec": 1, "deltas": [delta]}, example_inputs=INPUTS)
+
+    assert plan("used").trainable and plan("other").trainable
+    with pytest.raises(DeltaSpecError, match="DS403.*nothing that the model gives is computed from what leaves this"):
+        plan("pooler.0")
+    seen, _ = observe(model, INPUTS)
+    assert {fqn for fqn, found in seen.items() if not found.used} == {"pooler", "pooler.0", "pooler.1"}

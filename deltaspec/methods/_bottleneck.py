@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from deltaspec.methods._base import MethodParams, Refusal, Site
-from deltaspec.methods._shapes import CHANNELS_FIRST_NORMS, hidden_width
+from deltaspec.methods._shapes import channels_first, hidden_width
 
 Width = Annotated[int, Field(ge=1, le=65536)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
@@ -64,7 +64,7 @@ def refuse_serial(method: str, site: Site, position: str) -> Refusal | None:
     """Take whatever gives (or takes) a hidden state with its width in the last dimension."""
     if site.parameter is not None:
         return Refusal(f"{method} takes modules, not the parameter {site.parameter!r}", "select the module")
-    if site.kind == "conv" or not set(site.row.bases).isdisjoint(CHANNELS_FIRST_NORMS):
+    if channels_first(site):
         return Refusal(
             f"the output of {site.row.type} has its channels first; {method} works on the last dimension",
             "select modules that give [..., width] hidden states, or use method lora on the convolution",

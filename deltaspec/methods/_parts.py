@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from deltaspec.methods._base import Refusal, Site
+from deltaspec.methods._weights import reader
 
 if TYPE_CHECKING:
     from deltaspec.parts import Parts
@@ -56,7 +57,7 @@ def refuse_parts(site: Site, parts: tuple[str, ...]) -> Refusal | None:
         )
     if site.host is not None:
         return Refusal(
-            f"{site.host or 'the model'} reads this weight without calling the module",
+            f"{reader(site)} reads this weight by itself",
             "leave `parts` out for this site",
         )
     return None

@@ -39,6 +39,16 @@ def static_widths(row: Row) -> tuple[int | None, int | None]:
     return None, None
 
 
+def channels_first(site: Site) -> bool:
+    """Tell whether what leaves a convolution or a norm has its channels elsewhere than in the last dimension.
+
+    A norm with a forward of its own does, unless it was seen to give `[batch, positions, width]`.
+    """
+    if site.kind == "norm" and not site.row.faithful and site.row.has_parameter("weight"):
+        return site.dims != 3 or site.width != site.row.shape_of("weight")[-1]
+    return site.kind == "conv" or not set(site.row.bases).isdisjoint(CHANNELS_FIRST_NORMS)
+
+
 def along_channels(vector: Any, form: Form) -> Any:
     """Shape a `[channels]` vector so that it broadcasts over the output of a module of this form."""
     if form.channel_dims:

@@ -44,11 +44,15 @@ def refuse_weight(
         return Refusal(f"{method} has no form for the transposed convolution {row.type}", "use method full")
     if site.host is not None and dropout:
         return Refusal(
-            f"{site.host or 'the model'} reads this weight without calling the module, "
-            "so dropout on its input has no place",
+            f"{reader(site)} reads this weight by itself, so dropout on its input has no place",
             "set dropout: 0 for this site in overrides",
         )
     return None
+
+
+def reader(site: Site) -> str:
+    """Name whose forward reads the weight of a site in its own way."""
+    return "its own forward" if site.host == site.row.fqn and site.stack is None else site.host or "the model"
 
 
 def refuse_parameter(site: Site, method: str) -> Refusal:

@@ -10,6 +10,7 @@ from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, 
 from deltaspec.methods._parts import PartNames, fused_roles_of, refuse_parts, split_vector, spread
 from deltaspec.methods._scales import shift_outputs
 from deltaspec.methods._shapes import CHANNELS_FIRST_NORMS, along_channels, output_width
+from deltaspec.methods._weights import reader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,13 +63,11 @@ class Bitfit(Method):
                 "select the linear, convolution and norm layers inside it",
             )
         if not site.is_read("bias") and site.row.has_parameter("bias"):
-            return Refusal(
-                f"{site.host or 'the model'} reads this module's weight, not its bias", "leave this module out"
-            )
+            return Refusal(f"{reader(site)} reads this module's weight, not its bias", "leave this module out")
         if not site.row.has_parameter("bias"):
             if site.host is not None:
                 return Refusal(
-                    f"{site.host} reads this module's parameters without calling it, and there is no bias to read",
+                    f"{reader(site)} reads this module's parameters by itself, and there is no bias to read",
                     "leave this module out",
                 )
             if not params.add_missing:

@@ -11,6 +11,7 @@ from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, 
 from deltaspec.methods._parts import PartNames, fused_roles_of, refuse_parts, split_vector, spread
 from deltaspec.methods._scales import scale_inputs, scale_outputs
 from deltaspec.methods._shapes import along_channels
+from deltaspec.methods._weights import reader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +68,7 @@ class Ia3(Method):
             return Refusal("an embedding takes ids, which cannot be scaled", "set position: after")
         if not before and site.row.has_parameter("bias") and not site.is_read("bias"):
             return Refusal(
-                f"{site.host or 'the model'} reads this module's weight, not its bias, so only part of what leaves it "
+                f"{reader(site)} reads this module's weight, not its bias, so only part of what leaves it "
                 "could be scaled",
                 "set position: before for this site in overrides",
             )

@@ -13,7 +13,7 @@ from deltaspec.methods._dora import decompose, decomposed_output, squared_norms
 from deltaspec.methods._parts import PartNames, add_to_parts, fused_roles_of, refuse_parts, spread
 from deltaspec.methods._shapes import along_channels
 from deltaspec.methods._starts import orthogonal, principal
-from deltaspec.methods._weights import canonical, refuse_weight, wasted_rank, weight_shape
+from deltaspec.methods._weights import canonical, reader, refuse_weight, wasted_rank, weight_shape
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -89,9 +89,7 @@ class Lora(Method):
                 f"use a rank that is a multiple of {row.conv.groups}, or leave grouped convolutions out",
             )
         if site.host is not None and params.bias and not (row.has_parameter("bias") and site.is_read("bias")):
-            return Refusal(
-                f"{site.host or 'the model'} reads no bias here", "set bias: false for this site in overrides"
-            )
+            return Refusal(f"{reader(site)} reads no bias here", "set bias: false for this site in overrides")
         if params.bias and site.kind == "embedding":
             return Refusal(f"{row.type} adds no bias, so a learned one could not be merged", "set bias: false")
         if params.use_dora and params.dropout and site.kind != "embedding" and self.lowers(site, params):

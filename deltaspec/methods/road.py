@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods._weights import reader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,7 @@ class Road(Method):
             return Refusal(f"the output width {width} is not a multiple of group_size {params.group_size}", hint)
         if site.row.has_parameter("bias") and not site.is_read("bias"):
             return Refusal(
-                f"{site.host or 'the model'} reads this module's weight, not its bias, so only part of what leaves it "
+                f"{reader(site)} reads this module's weight, not its bias, so only part of what leaves it "
                 "could be rotated",
                 "leave this module out",
             )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from deltaspec.methods._base import Form, Init, Method, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods._scales import scale_outputs, shift_outputs
 from deltaspec.methods._shapes import CHANNELS_FIRST_NORMS, along_channels, output_width
+from deltaspec.methods._weights import reader
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -54,7 +55,7 @@ class Ssf(Method):
             return Refusal(f"this {row.type} has no parameters", "select norms with a weight, or other layers")
         if site.host is not None and not (row.has_parameter("bias") and site.is_read("bias")):
             return Refusal(
-                f"{site.host or 'the model'} reads this module's weight without calling it, and no bias to shift by",
+                f"{reader(site)} reads this module's weight by itself, and no bias to shift by",
                 "leave this module out, or use method ia3",
             )
         return None

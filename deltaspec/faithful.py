@@ -1,0 +1,87 @@
+"""Modules of a known kind whose class has a forward of its own, which may compute something else than torch's class.
+
+A method that is written for a Linear adds to what leaves a Linear. A router that is a Linear but returns scores, or a
+LayerNorm that has its channels first, takes a change of its weight all the same, and only that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_BATCH, _IN, _OUT = (2, 5), 4, 3
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_faithful(module: nn.Module, kind: str) -> bool:
+    """Tell whether a module computes what torch's (or transformers') class of its kind does.
+
+    A forward of its own is tried on random values, in a small copy; what cannot be tried counts as another computation.
+    Norms that are known by name only have no such class, and count as faithful. So do quantised layers, whose weight
+    has another form.
+    """
+    known: Any = next((base for base in type(module).__mro__ if _is_known(base)), None)
+    weight = module._parameters.get("weight")
+    if known is None or type(module).forward is known.forward:
+        return True
+    if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
+        return True
+    if module._modules:  # which the copy would share, with what they write
+        return False
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(0)
+            return _agree(_small(module, kind), known, kind)
+    except Exception:  # whatever a stranger's forward raises on inputs that its class takes
+        return False
+
+
+def _is_known(kind: type) -> bool:
+    home = kind.__module__
+    return kind is not nn.Module and (home.startswith("torch.nn.modules.") or home == "transformers.pytorch_utils")
+
+
+def _small(module: nn.Module, kind: str) -> nn.Module:
+    """Copy a module with random parameters; a linear layer becomes a small one."""
+    twin: nn.Module = type(module).__new__(type(module))
+    own = {name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()}
+    twin.__dict__.update(own)
+    shapes = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
+    if kind == "linear":
+        shapes = {**dict.fromkeys(shapes, (_OUT,)), "weight": (_OUT, _IN)}
+        twin.__dict__.update(in_features=_IN, out_features=_OUT)
+    elif kind == "conv1d":
+        shapes = {**dict.fromkeys(shapes, (_OUT,)), "weight": (_IN, _OUT)}
+        twin.__dict__.update(nx=_IN, nf=_OUT)
+    for name, shape in shapes.items():
+        twin._parameters[name] = nn.Parameter(torch.randn(shape), requires_grad=False)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            twin._buffers[name] = torch.rand(buffer.shape).to(buffer.dtype)
+    twin.training = False
+    return twin
+
+
+def _agree(twin: nn.Module, known: Any, kind: str) -> bool:
+    for shape in _inputs(twin, kind):
+        x = torch.randn(shape)
+        try:
+            wanted: Tensor = known.forward(twin, x.clone())
+        except (RuntimeError, ValueError):  # another number of dimensions, for norms with channels first
+            continue
+        found: Any = type(twin).forward(twin, x.clone())
+        same = isinstance(found, Tensor) and found.shape == wanted.shape and found.dtype == wanted.dtype
+        return same and torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    return False
+
+
+def _inputs(twin: nn.Module, kind: str) -> list[tuple[int, ...]]:
+    weight = twin._parameters["weight"]
+    assert weight is not None
+    if kind != "norm":
+        return [(*_BATCH, _IN)]
+    if isinstance(twin, nn.LayerNorm | nn.RMSNorm):
+        return [(2, 5 if weight.shape[0] != 5 else 7, *weight.shape)]
+    return [(2, *weight.shape, *(5, 3, 2)[:dims]) for dims in (1, 2, 3, 0)]

@@ -1,0 +1,119 @@
+"""What becomes of what leaves a module: whether anything that a model gives was computed from it.
+
+The graph that autograd keeps of one forward tells. What it does not follow (indices, comparisons, values that Python
+looks at, tensors that modules keep) counts as used, so a module is called idle only where nothing took up its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
+
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, nn.Module)
+_REGISTRIES = nn.Module().__dict__.keys() - {"_buffers"}
+_MOST = 100_000
+"""Objects that are looked through for tensors."""
+
+
+METADATA = frozenset(
+    "__get__ __set__ __len__ size dim numel stride element_size data_ptr is_contiguous is_floating_point".split()
+)
+"""Functions that look at a tensor's form, not at its values."""
+
+
+def idle_modules(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+    """Run a copy of a model, whose parameters all get gradients: give the names of the modules whose output is idle."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad = True
+    flow = _Flow()
+    handles = [module.register_forward_hook(flow.leave) for module in model.modules()]
+    try:
+        # A model whose methods carry `torch.compile` is run as it is written.
+        with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=[]), torch.enable_grad(), flow:
+            output = model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    kept = [{n: v for n, v in m.__dict__.items() if n not in _REGISTRIES} for m in model.modules()]
+    idle = flow.idle([output, kept])
+    return {fqn for fqn, module in model.named_modules(remove_duplicate=False) if id(module) in idle}
+
+
+class _Flow(TorchFunctionMode):
+    """Follows one forward of a model, in which gradients are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left: dict[int, list[Any]] = {}
+        """Nodes of autograd's graph that gave what left each module, by the module's identity."""
+        self._untold: set[int] = set()
+        """Modules whose output autograd did not follow."""
+        self._used: list[Any] = []
+        """Nodes whose values something took that autograd does not follow."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.requires_grad:
+            return result
+        results = list(tree_iter(result))
+        tensors = [value for value in results if isinstance(value, Tensor)]
+        looks = getattr(func, "__name__", "") in METADATA
+        followed = all(tensor.requires_grad for tensor in tensors)
+        if not (followed and (looks or len(tensors) == len(results) > 0)):
+            given = tree_iter((args, kwargs or {}))
+            self._used += [v.grad_fn for v in given if isinstance(v, Tensor) and v.grad_fn is not None]
+        return result
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Note what leaves a module: a forward hook."""
+        tensors, complete = _tensors(output)
+        nodes = [tensor.grad_fn for tensor in tensors]
+        if not complete or not nodes or None in nodes:
+            self._untold.add(id(module))
+        # Writing into a view puts another node in the place of its own one.
+        bases = [tensor._base.grad_fn for tensor in tensors if tensor._base is not None]
+        self._left.setdefault(id(module), []).extend((*nodes, *bases))
+
+    def idle(self, given: Any) -> set[int]:
+        """Tell, by identity, from which modules' output nothing of all that is given was computed."""
+        tensors, complete = _tensors(given)
+        waiting = [*self._used, *(tensor.grad_fn for tensor in tensors)]
+        if not complete or all(node is None for node in waiting):
+            return set()
+        seen = set()
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting += [before for before, _ in node.next_functions]
+        return {key for key, nodes in self._left.items() if key not in self._untold and seen.isdisjoint(nodes)}
+
+
+def _tensors(value: Any) -> tuple[list[Tensor], bool]:
+    """Give the tensors in a value, through containers and the attributes of objects; and whether these are all."""
+    found: list[Tensor] = []
+    waiting: list[Any] = [value]
+    known: dict[int, Any] = {}
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif not isinstance(value, _PLAIN) and id(value) not in known:
+            known[id(value)] = value
+            if len(known) > _MOST:
+                return found, False
+            if isinstance(value, Mapping):
+                waiting += value.values()
+            elif isinstance(value, list | tuple | set | frozenset):
+                waiting += value
+            else:
+                slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+                waiting += [*getattr(value, "__dict__", {}).values(), *(getattr(value, n, None) for n in slots)]
+    return found, True
