@@ -216,6 +216,29 @@ def test_one_compiled_graph_serves_a_hundred_assignments():
         assert len(graphs) == 1
 
 
+def test_switches_and_other_kinds_in_between_compile_nothing_anew():
+    torch._dynamo.reset()
+    low = [entry(name, "lora", "**.q_proj", rank=rank) for name, rank in (("a", 2), ("b", 2), ("c", 3))]
+    compiled = build(BUILDERS["short llama"]().eval(), *low, entry("d", "ssf", "**.q_proj"))
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    fast, rows = torch.compile(compiled, fullgraph=True, backend=count), ["a", None, "b", {"a": 0.5}, None]
+    with torch.no_grad():
+        expected = compiled(ids(), deltas=rows).logits
+        for between in ((), ("a",), ({"b": 0.5},), ("c",)):
+            assert close(fast(ids(), deltas=compiled.rows(rows, among=["c"])).logits, expected)
+            compiled.only(*between)
+        for other in ("c", "d"):
+            compiled(ids(), deltas=[other, None, "a", None, None])
+            assert close(fast(ids(), deltas=compiled.rows(rows, among=["c"])).logits, expected)
+            compiled.detach()
+    assert len(graphs) == 1
+
+
 def test_under_compile_rows_must_be_made_outside():
     torch._dynamo.reset()
     compiled = build(BUILDERS["short llama"]().eval(), entry("a", "lora"))
