@@ -193,10 +193,17 @@ class FoldedRows:
 def fold_into(
     module: nn.Module, fold: Fold, own: Any, folded: dict[str, Tensor], strength: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Compute the new own parameters of a module under one delta, by its strength, rounded once to the module's dtype.
+    """Compute the new own parameters of a module under one delta, by its strength, rounded to the module's dtype.
 
     `folded` are those that deltas before it changed.
     """
+    return rounded(module, fold_widely(module, fold, own, folded, strength))
+
+
+def fold_widely(
+    module: nn.Module, fold: Fold, own: Any, folded: dict[str, Tensor], strength: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Do `fold_into` without rounding: the result has the wider dtype of the module and the delta."""
     weights = {name: value for name, value in module._parameters.items() if value is not None} | folded
     if fold.site.stack is None:
         new = fold.method.fold(fold.site, fold.params, own, weights)
@@ -204,9 +211,14 @@ def fold_into(
         parameter = fold.site.parameter
         assert parameter is not None
         new = {parameter: fold_matrices(fold, own, weights[parameter])}
-    if strength is not None:
-        new = {name: _scaled(weights.get(name), value, strength) for name, value in new.items()}
-    dtype = next((w.dtype for w in weights.values()), None)
+    if strength is None:
+        return new
+    return {name: _scaled(weights.get(name), value, strength) for name, value in new.items()}
+
+
+def rounded(module: nn.Module, new: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give new parameters of a module in its dtype."""
+    dtype = next((p.dtype for p in module._parameters.values() if p is not None), None)
     return {
         name: value if dtype is None or not value.is_floating_point() or value.dtype == dtype else value.to(dtype)
         for name, value in new.items()
