@@ -96,9 +96,10 @@ def load(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
     saved = SavedSet(directory)
     findings = saved.check_backbone(compiled.plan.structure, compiled.backbone, compiled.plan.model_class)
     staged: list[tuple[Tensor, Tensor]] = []
+    own = [delta.name for delta in compiled.plan.deltas]  # those of libraries are no place for other tensors
     for name in saved.names:
-        if name not in compiled.deltas:
-            known = ", ".join(compiled.deltas)
+        if name not in own:
+            known = ", ".join(own)
             findings.append(
                 saved.finding("DS524", f"the model has no delta {name!r}", f"it has: {known}; compile its spec too")
             )
