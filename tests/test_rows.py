@@ -239,6 +239,24 @@ def test_switches_and_other_kinds_in_between_compile_nothing_anew():
     assert len(graphs) == 1
 
 
+def test_one_compiled_graph_serves_batches_of_any_size():
+    torch._dynamo.reset()
+    compiled = build(BUILDERS["short llama"]().eval(), entry("a", "lora"), entry("b", "lora"))
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    fast = torch.compile(compiled, fullgraph=True, backend=count, dynamic=True)
+    with torch.no_grad():
+        for size in (2, 3, 5, 7):
+            rows = [(None, "a", "b")[number % 3] for number in range(size)]
+            mixed = fast(ids(size, 4 + size), deltas=compiled.rows(rows)).logits
+            assert close(mixed, compiled(ids(size, 4 + size), deltas=rows).logits)
+    assert len(graphs) == 1
+
+
 def test_under_compile_rows_must_be_made_outside():
     torch._dynamo.reset()
     compiled = build(BUILDERS["short llama"]().eval(), entry("a", "lora"))
