@@ -562,3 +562,14 @@ def test_the_trial_leaves_buffers_as_they_were():
     compiled(torch.randn(4, 8), deltas=["a", None, "a", None])
     compiled.detach()
     assert compiled.backbone.calls == model.calls == 0
+
+
+def test_stacking_leaves_no_second_copy_of_the_deltas():
+    compiled = build(base("llama"), entry("a", "lora"), entry("b", "lora"))
+    compiled(ids(), deltas=ROWS)
+    assert not any(compiled._attachments.stacks._left)
+    compiled = build(base("llama"), entry("a", "lora"), entry("b", "lora"))
+    view = compiled.view()
+    view(ids(), deltas=ROWS)
+    view(ids(), deltas=ROWS)  # no kernel can still be reading what was left
+    assert not any(compiled._attachments.stacks._left)
