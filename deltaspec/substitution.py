@@ -187,7 +187,14 @@ class FoldedRows:
             message = f"a {kind} whose weight changes row by row gives a {type(leaving).__name__}, and no hidden state"
             hint = "run its rows one delta at a time: with c.only(name)"
             raise DeltaSpecError([Diagnostic("DS442", message, suggestion=hint)])
-        return leaving.squeeze(0) if alone else leaving
+        return no_gradient_of_padding(self.module, x, leaving.squeeze(0) if alone else leaving)
+
+
+def no_gradient_of_padding(module: nn.Module, x: Tensor, leaving: Tensor) -> Tensor:
+    """Let what an embedding gives for its `padding_idx` have no gradient: under vmap torch forgets it."""
+    if not isinstance(module, nn.Embedding) or module.padding_idx is None or not torch.is_grad_enabled():
+        return leaving
+    return torch.where((x == module.padding_idx).unsqueeze(-1), leaving.detach(), leaving)
 
 
 def fold_into(

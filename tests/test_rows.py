@@ -564,6 +564,22 @@ def test_the_trial_leaves_buffers_as_they_were():
     assert compiled.backbone.calls == model.calls == 0
 
 
+@pytest.mark.parametrize("method", ["lora", "full", "loha", "trainable_tokens"])
+def test_padding_has_no_gradient_in_a_mixed_batch_either(method):
+    model = nn.Sequential(nn.Embedding(20, 8, padding_idx=0), nn.Linear(8, 8)).eval()
+    compiled = build(model, entry("a", method, "0"), entry("b", "lora", "1"))
+    tokens = torch.randint(0, 3, (4, 6), generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(4, 6, 8)
+    (compiled(tokens, deltas=["a", "b", ("a", "b"), None]) * weights).sum().backward()
+    mixed = [p.grad for p in compiled.trainable_parameters("a")]
+    compiled.zero_grad()
+    for row, names in ((0, ("a",)), (2, ("a", "b"))):
+        with compiled.only(*names):
+            (compiled(tokens[row : row + 1])[0] * weights[row]).sum().backward()
+    for left, right in zip(mixed, compiled.trainable_parameters("a"), strict=True):
+        torch.testing.assert_close(left, right.grad)
+
+
 def test_stacking_leaves_no_second_copy_of_the_deltas():
     compiled = build(base("llama"), entry("a", "lora"), entry("b", "lora"))
     compiled(ids(), deltas=ROWS)
