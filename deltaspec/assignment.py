@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from deltaspec.stacks import Kind
+
+_LARGEST = torch.finfo(torch.float32).max
+"""Strengths are float32 where they are data."""
 
 Row = Mapping[str, float]
 """The deltas of one row, in order of application, with their strengths."""
@@ -77,11 +81,16 @@ def parse_rows(deltas: Sequence[Any], order: Mapping[str, int]) -> list[dict[str
 
 def checked_strength(name: str, strength: Any) -> float:
     """Give a strength as a float. Raises TypeError or ValueError where it is none."""
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
+    if isinstance(strength, bool) or not isinstance(strength, Real):
         raise TypeError(f"the strength of {name!r} is a number, not {strength!r}")
-    if not math.isfinite(strength):
-        raise ValueError(f"the strength of {name!r} is {strength}; give a finite number, 0 for none of it, 1 for all")
-    return float(strength)
+    try:
+        value = float(strength)
+    except OverflowError:
+        value = math.inf
+    if not abs(value) <= _LARGEST:
+        hint = "give a number that is finite in float32, 0 for none of it, 1 for all"
+        raise ValueError(f"the strength of {name!r} is {value}; {hint}")
+    return value
 
 
 def chain(rows: Iterable[tuple[Kind, ...]], number: Callable[[Kind], int]) -> list[Kind]:

@@ -50,7 +50,7 @@ class Attachments(Known):
             """Those that are in memory: the plan's, and what was loaded from libraries."""
             self.order = {name: index for index, name in enumerate(self.planned)}
             """Of application, of all known names."""
-            self.stacks = Stacks(deltas, self.planned, self.family.is_read)
+            self.stacks = Stacks(deltas, self.planned, self.family.is_read, self.family.is_idle)
             self.libraries = Libraries(self.family)
             self._rivals = Rivals(plan.deltas)
             self.unproven = set() if plan.proven else set(self.order)
@@ -100,7 +100,7 @@ class Attachments(Known):
             if name not in ("mixer", "_installed"):
                 twin.__dict__[name] = value if name in shared else {} if name in made else copy.deepcopy(value, memo)
         twin.mixer, twin._installed = Mixer(twin), None
-        twin.stacks.is_read = family.is_read
+        twin.stacks.is_read, twin.stacks.is_idle = family.is_read, family.is_idle
         twin._join()
         twin._flags.moved = twin._buffers.moved = True
         return twin

@@ -22,7 +22,7 @@ class Batch:
     """Number of assigned rows."""
     size: int = 0
     """Length of the first dimension: the rows, times the beams of each."""
-    totals: frozenset[int] = frozenset()
+    totals: tuple[int, ...] = ()  # no set: its numbers would be constants in a compiled graph
     """Numbers of tokens that a batch flattened to `[tokens, width]` may have."""
     images: bool = False
     """The model was given images, which it may cut into windows along the first dimension."""
@@ -50,7 +50,7 @@ class Batch:
         if size % self.rows:
             raise DeltaSpecError([_other_size(size, self.rows)])
         self.size = size
-        self.totals = frozenset(t.shape[0] * t.shape[1] for t in tensors if t.dim() > 1 and t.shape[0] == size)
+        self.totals = tuple([t.shape[0] * t.shape[1] for t in tensors if t.dim() > 1 and t.shape[0] == size])
         self.images = any(t.dim() == 4 for t in tensors)
 
 

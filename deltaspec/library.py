@@ -118,10 +118,13 @@ class Libraries:
     def close(self, opened: Opened) -> None:
         """Forget a directory. Raises DeltaSpecError (DS532) where deltas of it are in use."""
         with self._lock:
+            if opened not in self.opened:
+                return
             self.drop(opened, tuple(opened.loaded))
             self.opened.remove(opened)
             for name in opened.entries:
                 del self._of[name], self._attachments.order[name]
+            opened.entries = {}
 
     def require(self, names: Iterable[str], *, leaving: Attachments | None = None) -> None:
         """Load those of these deltas that are in libraries and not in memory; all or none.

@@ -15,10 +15,11 @@ from deltaspec.clone import clone, deep_copy, norm_limited
 from deltaspec.deltas import remove, storage_key
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.methods import methods
-from deltaspec.substitution import Fold, Own, fold_into
+from deltaspec.substitution import Fold, Own, fold_widely, rounded
 
 if TYPE_CHECKING:
     from deltaspec.attach import Attachments
+    from deltaspec.planned import PlannedSite
 
 _TIED = "tie_word_embeddings"
 
@@ -43,27 +44,35 @@ def merge(attachments: Attachments, names: Collection[str]) -> nn.Module:
     """Give a new plain model with these deltas folded in; it shares no storage with the backbone.
 
     Weights are folded in float32 where the delta is float32, and rounded once. Tied parameters that a delta changes at
-    one end only are untied in the result. Raises DeltaSpecError (DS435) where a delta cannot be expressed in weights.
+    one end only are untied in the result. Raises DeltaSpecError (DS435) where a delta cannot be expressed in weights,
+    (DS436) where two exclude each other.
     """
+    names = tuple(sorted(set(names), key=attachments.order.__getitem__))
     attachments.libraries.require(names)
     _refuse(attachments, names)
+    attachments.refuse_rivals(names)
     strengths = attachments.strengths.as_dict(names)
     attachments.derive(name for name in names if name not in attachments.active)
     training = attachments.trained_in_backbone()
     plain = deep_copy(without_deltas(attachments), {})
     copies: dict[int, nn.Parameter] = {}
-    for delta in sorted((attachments.planned[name] for name in names), key=lambda d: attachments.order[d.name]):
-        for planned in delta.sites:
-            held, row = attachments.deltas[delta.name], planned.site.row
-            tensor_names = tuple(spec.name for spec in planned.tensors)
-            own = Own(tensor_names, [held.tensor(storage_key(row.fqn, spec)) for spec in planned.tensors])
-            fold = Fold((), methods()[delta.method], planned.params, planned.site, tensor_names)
-            module = plain.get_submodule(row.fqn)
-            strength = torch.tensor(strengths[delta.name]) if delta.name in strengths else None
-            for name, value in fold_into(module, fold, own, {}, strength).items():
-                _put(module, name, value, copies)
-                if any(p.name == name and p.tied for p in row.parameters):
-                    _mark_untied(plain, row.fqn, name)
+    changes: dict[str, list[tuple[str, PlannedSite]]] = {}
+    for name in names:
+        for planned in attachments.planned[name].sites:
+            changes.setdefault(planned.site.row.fqn, []).append((name, planned))
+    for fqn, deltas in changes.items():
+        module, row = plain.get_submodule(fqn), deltas[0][1].site.row
+        folded: dict[str, Tensor] = {}
+        for name, planned in deltas:
+            held, tensor_names = attachments.deltas[name], tuple(spec.name for spec in planned.tensors)
+            own = Own(tensor_names, [held.tensor(storage_key(fqn, spec)) for spec in planned.tensors])
+            fold = Fold((), methods()[attachments.planned[name].method], planned.params, planned.site, tensor_names)
+            strength = torch.tensor(strengths[name]) if name in strengths else None
+            folded |= fold_widely(module, fold, own, folded, strength)
+        for name, value in rounded(module, folded).items():
+            _put(module, name, value, copies)
+            if any(p.name == name and p.tied for p in row.parameters):
+                _mark_untied(plain, fqn, name)
     for name, parameter in plain.named_parameters():
         parameter.requires_grad = parameter.requires_grad or name in training
     return plain

@@ -39,17 +39,19 @@ _NEXT = count(1)
 class Dispatch:
     """The forward of a host while rows are armed."""
 
-    __signature__ = property(lambda self: inspect.signature(self._own))  # generate passes what a forward takes by name
+    __signature__ = property(lambda self: inspect.signature(self.own))  # generate passes what a forward takes by name
 
-    def __init__(self, mixer: Mixer, plain: Forward, own: Forward, mixed: Mapping[Kinds, Forward]) -> None:
-        self._mixer, self._plain, self._own, self._mixed = mixer, plain, own, mixed
+    def __init__(self, mixer: Mixer, own: Forward, mixed: Mapping[Kinds, Forward]) -> None:
+        self._mixer, self.own, self._mixed = mixer, own, mixed
+        self.plain = own
+        """What is attached."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the host: by rows if this forward has some, else as it is attached."""
         kinds = self._mixer.running
         if kinds is None:
-            return self._plain(*args, **kwargs)
-        return self._mixed.get(kinds, self._own)(*args, **kwargs)
+            return self.plain(*args, **kwargs)
+        return self._mixed.get(kinds, self.own)(*args, **kwargs)
 
 
 class Entering:
@@ -75,7 +77,9 @@ class Mixer:
         self._slots: list[Slot] = []
         self._mixed: dict[str, dict[Kinds, Forward]] = {}
         """By host."""
-        self._made: set[Kinds] = set()
+        self._dispatchers: dict[str, Dispatch] = {}
+        """By host; the same ones whenever rows are armed, or compiled graphs would be compiled anew."""
+        self._made: dict[Kinds, None] = {}  # no set: Dynamo would compile a graph anew whenever one grows
         self._mixable: set[Kind] = set()
         self._placed: dict[Kind, int] = {}
         self._tried: set[str] = set()
@@ -156,7 +160,7 @@ class Mixer:
             made[""] = Entering(self, made.get("") or programmer.own_forward(""))
             for host, forward in made.items():
                 self._mixed.setdefault(host, {})[kinds] = forward
-            self._made.add(kinds)
+            self._made[kinds] = None
             if self.armed:
                 self.disarm()
                 self.arm()
@@ -164,6 +168,7 @@ class Mixer:
     def forget(self) -> None:
         """Forget all that holds tensors, after they moved; nothing is armed."""
         self._mixed.clear()
+        self._dispatchers.clear()
         self._made.clear()
 
     def arm(self) -> None:
@@ -175,9 +180,12 @@ class Mixer:
         for host in self._mixed.keys() | {""} | touched(programmer, self._attachments.active):
             attributes = programmer.modules[host].__dict__
             before = attributes.get("forward")
-            own = programmer.own_forward(host)
+            if (dispatch := self._dispatchers.get(host)) is None:
+                dispatch = Dispatch(self, programmer.own_forward(host), self._mixed.setdefault(host, {}))
+                self._dispatchers[host] = dispatch
+            dispatch.plain = before or dispatch.own
             self._installed.append((attributes, before))
-            attributes["forward"] = Dispatch(self, before or own, own, self._mixed.setdefault(host, {}))
+            attributes["forward"] = dispatch
 
     def disarm(self) -> bool:
         """Take the dispatchers out; tell whether there were some."""

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from deltaspec.lifted import new_graph, to_function
 from deltaspec.row_formula import formula
 from deltaspec.slots import add_linear_rows, align, linear_rows, rows_in, rows_out, take, toward_rows
+from deltaspec.substitution import no_gradient_of_padding
 
 if TYPE_CHECKING:
     from deltaspec.rewrite import Inputs, Link
@@ -242,6 +243,7 @@ def _one_row(swapped: Callable[..., Any], parameters: dict[str, Any], x: Tensor)
     own = {n: p.to(like) if isinstance(p, Tensor) and p.is_floating_point() else p for n, p in parameters.items()}
     entering = x.to(like) if x.is_floating_point() else x
     leaving: Tensor = swapped(own, entering.unsqueeze(0)).squeeze(0)
+    leaving = no_gradient_of_padding(swapped.module, entering, leaving)  # type: ignore[attr-defined]
     return leaving.to(x.dtype) if x.is_floating_point() else leaving
 
 

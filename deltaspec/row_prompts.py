@@ -142,7 +142,7 @@ class PromptedRows(Prompted):
             if given.get("cache_position") is not None:
                 given["cache_position"] = given["cache_position"] + most
             return self._run(given, gap, fresh=False)
-        self.front.parts[0][0].batch.totals |= {size * (length + most)}
+        self.front.parts[0][0].batch.totals += (size * (length + most),)
         self.front.entering = True
         try:
             self._fill(given, gap, entering, self.front.ids(size, entering.device)[:, :most])

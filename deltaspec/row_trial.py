@@ -1,11 +1,13 @@
 """A trial of what mixed batches stand on: that modules are given the rows of the batch, in order, along dimension 0.
 
 Nothing in a module's shape says so: a model may put time first, sort its rows, or share one input among them. So the
-model is run on a few rows, and on the same rows in another order: what enters each host must change place with them.
+model is run on a few rows, and on the same rows in other orders: what enters each host must change place with them.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+from deltaspec.frozen import BufferGuard
 from deltaspec.inputs import dummy_inputs
 
 _ROWS = 3
 _CLOSE = 1e-3
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Seen = tuple[Tensor, list[Tensor], list[Tensor]]
+"""An order of the rows, what entered a host in the first order, and what entered it in this one."""
 
 
 def rows_lead(
@@ -40,16 +45,17 @@ def rows_lead(
     if small is not None:
         used: Arguments = ((), small)
         with suppress(Exception):  # whatever a model does not like about made-up inputs; it is tried on its own then
-            seen = _both(backbone, hosts, forward, used)
+            seen = _in_orders(backbone, hosts, forward, used)
     if seen is None:
         if any(hasattr(value, "get_seq_length") for value in kwargs.values()):
             return False
-        used = (args, {**kwargs, **({"use_cache": False} if "use_cache" in kwargs else {})})
-        seen = _both(backbone, hosts, forward, used)
+        used = _told_apart((args, {**kwargs, **({"use_cache": False} if "use_cache" in kwargs else {})}))
+        seen = _in_orders(backbone, hosts, forward, used)
     findings = []
-    for fqn, (rows, before, after) in seen.items():
-        shared = all(x.shape[:1] == (1,) for x in before)
-        if not _moved(rows, before, after) or (shared and not _spreads(backbone, hosts[fqn], forward, used, rows)):
+    for fqn, orders in seen.items():
+        shared = all(x.shape[:1] == (1,) for _, before, _ in orders for x in before)
+        moved = all(_moved(*one) for one in orders)
+        if not moved or (shared and not _spreads(backbone, hosts[fqn], forward, used, len(orders[0][0]))):
             message = f"{fqn} is not given the rows of the batch along its input's first dimension"
             hint = "its rows cannot be told apart: run them one delta at a time, with c.only(name)"
             findings.append(Diagnostic("DS442", message, suggestion=hint))
@@ -75,40 +81,104 @@ def _small_inputs(backbone: nn.Module) -> dict[str, Tensor] | None:
     return made
 
 
-def _both(
+def _in_orders(
     backbone: nn.Module, hosts: Mapping[str, nn.Module], forward: Callable[..., Any], given: Arguments
-) -> dict[str, tuple[int, list[Tensor], list[Tensor]]]:
-    """Run the rows as they are, and moved on by one: by host (rows, what entered at first, what entered then)."""
-    args, kwargs = given
-    rows = next((v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), 1)
+) -> dict[str, list[Seen]]:
+    """Run the rows as they are and in other orders, and note what enters each host that is reached."""
+    rows = _size(given)
     if rows == 1:
         return {}
-
-    def roll(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.roll(1, 0) if value.dim() and value.shape[0] == rows else value
-        if isinstance(value, Mapping):
-            return type(value)(**{name: roll(inner) for name, inner in value.items()})
-        return value
-
     runs = []
-    for arguments in (given, (tuple(map(roll, args)), {name: roll(value) for name, value in kwargs.items()})):
+    orders = _orders(rows)
+    for order in (torch.arange(rows), *orders):
+        args, kwargs = _each(given, functools.partial(_ordered, order))
         with _evaluating(backbone), _noting(hosts) as entered:
-            forward(*arguments[0], **arguments[1])
+            forward(*args, **kwargs)
         runs.append(entered)
-    return {fqn: (rows, runs[0][fqn], runs[1][fqn]) for fqn in hosts if runs[0][fqn] or runs[1][fqn]}
+    first, *others = runs
+    return {
+        fqn: [(order, first[fqn], other[fqn]) for order, other in zip(orders, others, strict=True)]
+        for fqn in hosts
+        if any(run[fqn] for run in runs)
+    }
+
+
+def _ordered(order: Tensor, x: Tensor) -> Tensor:
+    return x[order.to(x.device)] if len(x) == len(order) else x
+
+
+def _orders(rows: int) -> list[Tensor]:
+    """Give orders such that only a model that keeps rows in place commutes with all of them."""
+    moved_on, swapped = torch.arange(rows).roll(1), torch.arange(rows)
+    swapped[:2] = torch.tensor([1, 0] if rows > 2 else [1, 1])  # two rows have one other order: one in both places
+    return [moved_on, swapped]
+
+
+def _size(given: Arguments) -> int:
+    sizes: list[int] = []
+    _each(given, lambda x: sizes.append(len(x)))
+    return sizes[0] if sizes else 1
+
+
+def _each(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Put a function's results in the place of the tensors of at least one dimension, in a structure like this one."""
+    if isinstance(value, Tensor):
+        return function(value) if value.dim() else value
+    if isinstance(value, Mapping):
+        made: Any = copy.copy(value)
+        for name, inner in value.items():
+            made[name] = _each(inner, function)
+        return made
+    if type(value) in (tuple, list):
+        return type(value)(_each(inner, function) for inner in value)
+    return value
+
+
+def _told_apart(given: Arguments) -> Arguments:
+    """Give rows that are alike, or are no numbers, other values, since they look the same in any order.
+
+    Raises DeltaSpecError (DS442) where all rows stay alike.
+    """
+    rows, differs = _size(given), []
+
+    def vary(x: Tensor) -> Tensor:
+        if len(x) != rows:
+            return x
+        if x.is_floating_point() and not x.isfinite().all():
+            x = torch.where(x.isfinite(), x, torch.zeros_like(x))
+        if not _distinct(x):
+            x = torch.stack([row.flatten().roll(number).view_as(row) for number, row in enumerate(x)])
+        if x.is_floating_point() and not _distinct(x):
+            x = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        differs.append(_distinct(x))
+        return x
+
+    varied: Arguments = _each(given, vary)
+    if rows > 1 and not any(differs):
+        message = "nothing shows where the rows of the batch are inside the model, since they are all alike"
+        hint = "let the first batch under different deltas have different rows"
+        raise DeltaSpecError([Diagnostic("DS442", message, suggestion=hint)])
+    return varied
+
+
+def _distinct(x: Tensor) -> bool:
+    numbers = torch.view_as_real(x) if x.is_complex() else x
+    return len(x) < 2 or len(torch.unique(numbers.reshape(len(x), -1), dim=0)) == len(x)
 
 
 @contextmanager
 def _evaluating(backbone: nn.Module) -> Iterator[None]:
     """Run without dropout and gradients, and put all as it was."""
     modules = [(module, module.training) for module in backbone.modules()]
+    buffers = BufferGuard(module for module, _ in modules)
+    buffers.watch()
     try:
         for module, _ in modules:
             module.training = False
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             yield
     finally:
+        buffers.restore()
         for module, training in modules:
             module.training = training
 
@@ -133,11 +203,11 @@ def _noting(hosts: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]
             handle.remove()
 
 
-def _moved(rows: int, before: list[Tensor], after: list[Tensor]) -> bool:
-    """Tell whether all that entered moved on with the rows; what is the same for all rows may stay."""
+def _moved(order: Tensor, before: list[Tensor], after: list[Tensor]) -> bool:
+    """Tell whether all that entered changed place with the rows; what is the same for all rows may stay."""
     if len(before) != len(after) or len({x.shape[0] == 1 for x in before if x.dim()}) > 1:
         return False  # an input that rows share cannot become one a row beside inputs that are one a row already
-    return all(_moved_on(x, y, rows) for x, y in zip(before, after, strict=True))
+    return all(_moved_along(order, x, y) for x, y in zip(before, after, strict=True))
 
 
 def _spreads(backbone: nn.Module, host: nn.Module, forward: Callable[..., Any], given: Arguments, rows: int) -> bool:
@@ -157,16 +227,19 @@ def _spreads(backbone: nn.Module, host: nn.Module, forward: Callable[..., Any], 
     return True
 
 
-def _moved_on(before: Tensor, after: Tensor, rows: int) -> bool:
+def _moved_along(order: Tensor, before: Tensor, after: Tensor) -> bool:
     if before.shape != after.shape or not before.dim():
         return False
+    rows = len(order)
     if before.shape[0] == 1:
         expected = before
     elif before.shape[0] % rows == 0:
-        expected = before.reshape(rows, -1, *before.shape[1:]).roll(1, 0).reshape(before.shape)
+        expected = before.reshape(rows, -1, *before.shape[1:])[order.to(before.device)].reshape(before.shape)
     else:
         return False
     if not before.is_floating_point():
         return torch.equal(expected, after)
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    return torch.allclose(expected.float(), after.float(), rtol=_CLOSE, atol=_CLOSE * (scale + 1e-6))
+    finite = expected[expected.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    close = _CLOSE * (scale + 1e-6)
+    return torch.allclose(expected.float(), after.float(), rtol=_CLOSE, atol=close, equal_nan=True)

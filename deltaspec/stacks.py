@@ -69,13 +69,19 @@ class Stacks:
     """
 
     def __init__(
-        self, deltas: Deltas, planned: Mapping[str, PlannedDelta], is_read: Callable[[], bool] = lambda: False
+        self,
+        deltas: Deltas,
+        planned: Mapping[str, PlannedDelta],
+        is_read: Callable[[], bool] = lambda: False,
+        is_idle: Callable[[], bool] = lambda: True,
     ) -> None:
         self._deltas, self._planned = deltas, planned
         self.home = deltas
         """The modules of the first view; those of others have the same tensors."""
         self.is_read = is_read
         """Tells whether other threads may be reading the deltas' memory now."""
+        self.is_idle = is_idle
+        """Tells whether none does."""
         self._left: tuple[list[Tensor], list[Tensor]] = [], []
         """Memory that tensors lay in before they moved here, lately and before that: a kernel may be reading it."""
         self._kinds: dict[int, tuple[tuple[PlannedSite, ...], Kind]] = {}
@@ -121,6 +127,8 @@ class Stacks:
     def ensure(self, names: Iterable[str]) -> None:
         """Stack deltas that are not stacked, or whose tensors were moved, cast or replaced since."""
         missing = [name for name in names if not self._is_current(name)]
+        if any(self._left) and self.is_idle():  # what runs from now on finds the tensors where they are now
+            self._left = [], []
         if not missing:
             return
         self._settle()

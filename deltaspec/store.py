@@ -139,10 +139,11 @@ def _settled(directory: str | PathLike[str], read: Callable[[SavedSet], _Read]) 
 def _load(compiled: CompiledModel, saved: SavedSet) -> None:
     findings = saved.check_backbone(compiled.plan.structure, compiled.backbone, compiled.plan.model_class)
     staged: list[tuple[Tensor, Tensor]] = []
+    own = [delta.name for delta in compiled.plan.deltas]  # those of libraries are no place for other tensors
     for name in saved.names:
         findings += saved.read(name, "lock")[1]
-        if name not in compiled.deltas:
-            known = ", ".join(compiled.deltas)
+        if name not in own:
+            known = ", ".join(own)
             findings.append(
                 saved.finding("DS524", f"the model has no delta {name!r}", f"it has: {known}; compile its spec too")
             )

@@ -34,7 +34,7 @@ def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
     for name, tensor in tensors.items():
         home = attributes["_buffers"] if name in module._buffers else attributes["_parameters"]
         home[name] = tensor
-    if attributes.get("sparse") is True and not tensors["weight"].is_leaf:
+    if attributes.get("sparse") is True and "weight" in tensors and not tensors["weight"].is_leaf:
         # An embedding's sparse gradients are for an optimizer; what computed this weight takes dense ones.
         attributes["sparse"] = False
     if "_flat_weights_names" in attributes:
@@ -190,16 +190,30 @@ class FoldedRows:
             message = f"a {kind} whose weight changes row by row gives a {type(leaving).__name__}, and no hidden state"
             hint = "run its rows one delta at a time: with c.only(name)"
             raise DeltaSpecError([Diagnostic("DS442", message, suggestion=hint)])
-        return leaving.squeeze(0) if alone else leaving
+        return no_gradient_of_padding(self.module, x, leaving.squeeze(0) if alone else leaving)
+
+
+def no_gradient_of_padding(module: nn.Module, x: Tensor, leaving: Tensor) -> Tensor:
+    """Let what an embedding gives for its `padding_idx` have no gradient: under vmap torch forgets it."""
+    if not isinstance(module, nn.Embedding) or module.padding_idx is None or not torch.is_grad_enabled():
+        return leaving
+    return torch.where((x == module.padding_idx).unsqueeze(-1), leaving.detach(), leaving)
 
 
 def fold_into(
     module: nn.Module, fold: Fold, own: Any, folded: dict[str, Tensor], strength: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Compute the new own parameters of a module under one delta, by its strength, rounded once to the module's dtype.
+    """Compute the new own parameters of a module under one delta, by its strength, rounded to the module's dtype.
 
     `folded` are those that deltas before it changed.
     """
+    return rounded(module, fold_widely(module, fold, own, folded, strength))
+
+
+def fold_widely(
+    module: nn.Module, fold: Fold, own: Any, folded: dict[str, Tensor], strength: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Do `fold_into` without rounding: the result has the wider dtype of the module and the delta."""
     weights = {name: value for name, value in module._parameters.items() if value is not None} | folded
     if fold.site.stack is None:
         new = fold.method.fold(fold.site, fold.params, own, weights)
@@ -207,10 +221,15 @@ def fold_into(
         parameter = fold.site.parameter
         assert parameter is not None
         new = {parameter: fold_matrices(fold, own, weights[parameter])}
-    if strength is not None:
-        before = {name: value for name, value in module._buffers.items() if value is not None} | weights
-        new = {name: _scaled(before.get(name), value, strength) for name, value in new.items()}
-    dtype = next((w.dtype for w in weights.values()), None)
+    if strength is None:
+        return new
+    before = {name: value for name, value in module._buffers.items() if value is not None} | weights
+    return {name: _scaled(before.get(name), value, strength) for name, value in new.items()}
+
+
+def rounded(module: nn.Module, new: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give new parameters of a module in its dtype."""
+    dtype = next((p.dtype for p in module._parameters.values() if p is not None), None)
     return {
         name: value if dtype is None or not value.is_floating_point() or value.dtype == dtype else value.to(dtype)
         for name, value in new.items()

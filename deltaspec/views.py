@@ -61,12 +61,12 @@ class Family:
 
     def is_read(self) -> bool:
         """Tell whether other threads may be reading the deltas' memory now."""
-        views = self.views()
-        return len(views) > 1 or any(view.turns.running or view.turns.rows is not None for view in views)
+        return len(self.views()) > 1 or not self.is_idle()
 
     def is_idle(self) -> bool:
-        """Tell whether no forward runs in any view."""
-        return not any(view.turns.running or view.turns.rows is not None for view in self.views())
+        """Tell whether no forward runs in any view; one with rows that this thread prepares does not run yet."""
+        me = threading.get_ident()
+        return not any(view.turns.running or view.turns.rows not in (None, me) for view in self.views())
 
     def bind_others(self, view: Attachments) -> None:
         """Let the other views follow, where parameters of the deltas were replaced by other objects."""

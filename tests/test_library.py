@@ -387,8 +387,11 @@ def test_dropping_and_closing(saved):
         library.close()
     compiled.detach()
     library.close()
-    with pytest.raises(UnknownDeltaError):
-        compiled.only("french")
+    library.close()
+    assert library.names == ()
+    for act in (library.load, library.drop, compiled.only):
+        with pytest.raises(UnknownDeltaError):
+            act("french")
     assert list(compiled.deltas) == ["own"]
     assert all(stack.capacity == 0 for stacks in compiled._attachments.stacks._stacks.values() for stack in stacks)
     compiled.library(directory)
@@ -503,6 +506,9 @@ def test_saving_is_about_compiled_deltas_alone(saved, tmp_path):
         with pytest.raises(DeltaSpecError) as error:
             act()
         assert codes(error) == ["DS533"]
+    with pytest.raises(DeltaSpecError) as error:
+        compiled.load(directory)
+    assert set(codes(error)) == {"DS524"}
     compiled.only("own")
     again = pickle.loads(pickle.dumps(compiled))
     assert torch.equal(run(again, "own"), run(compiled, "own"))

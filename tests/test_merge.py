@@ -201,6 +201,31 @@ def test_a_chain_merges_in_its_order():
     torch.testing.assert_close(compiled.merge().get_submodule(target).weight, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_weights_of_a_chain_are_rounded_once():
+    model = ARCHITECTURES["llama"].model().bfloat16()
+    target = "model.layers.0.self_attn.q_proj"
+    deltas = [{"name": n, "method": "lora", "params": {"rank": r}, "target": target} for n, r in (("a", 2), ("b", 4))]
+    compiled = build("llama", *deltas, model=model)
+    compiled.only({"a": 1.0, "b": 0.5})
+    exact = model.get_submodule(target).weight.detach().float()
+    for name, scale in (("a", 8.0), ("b", 2.0)):
+        tensors = {key: value.detach() for key, value in compiled.deltas[name].tensors()}
+        exact = exact + scale * tensors[f"{target}.up"] @ tensors[f"{target}.down"]
+    merged = compiled.merge().get_submodule(target).weight
+    assert float((merged != exact.bfloat16()).float().mean()) < 0.01  # two roundings: a fifth of them
+
+
+def test_a_delta_named_twice_is_folded_once():
+    compiled = build("bert", linears("bert", LOW))
+    assert same(run(compiled.merge("low", "low"), "bert"), run(compiled.merge("low"), "bert"))
+
+
+def test_deltas_that_exclude_each_other_do_not_merge():
+    compiled = build("bert", NORMS, {**NORMS, "name": "others", "attached": False})
+    with pytest.raises(DeltaSpecError, match="DS436"):
+        compiled.merge("norms", "others")
+
+
 def test_a_merged_model_can_be_compiled_again():
     merged = build("bert", linears("bert", LOW)).merge()
     again = build("bert", linears("bert", LOW), model=merged)

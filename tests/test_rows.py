@@ -216,6 +216,47 @@ def test_one_compiled_graph_serves_a_hundred_assignments():
         assert len(graphs) == 1
 
 
+def test_switches_and_other_kinds_in_between_compile_nothing_anew():
+    torch._dynamo.reset()
+    low = [entry(name, "lora", "**.q_proj", rank=rank) for name, rank in (("a", 2), ("b", 2), ("c", 3))]
+    compiled = build(BUILDERS["short llama"]().eval(), *low, entry("d", "ssf", "**.q_proj"))
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    fast, rows = torch.compile(compiled, fullgraph=True, backend=count), ["a", None, "b", {"a": 0.5}, None]
+    with torch.no_grad():
+        expected = compiled(ids(), deltas=rows).logits
+        for between in ((), ("a",), ({"b": 0.5},), ("c",)):
+            assert close(fast(ids(), deltas=compiled.rows(rows, among=["c"])).logits, expected)
+            compiled.only(*between)
+        for other in ("c", "d"):
+            compiled(ids(), deltas=[other, None, "a", None, None])
+            assert close(fast(ids(), deltas=compiled.rows(rows, among=["c"])).logits, expected)
+            compiled.detach()
+    assert len(graphs) == 1
+
+
+def test_one_compiled_graph_serves_batches_of_any_size():
+    torch._dynamo.reset()
+    compiled = build(BUILDERS["short llama"]().eval(), entry("a", "lora"), entry("b", "lora"))
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    fast = torch.compile(compiled, fullgraph=True, backend=count, dynamic=True)
+    with torch.no_grad():
+        for size in (2, 3, 5, 7):
+            rows = [(None, "a", "b")[number % 3] for number in range(size)]
+            mixed = fast(ids(size, 4 + size), deltas=compiled.rows(rows)).logits
+            assert close(mixed, compiled(ids(size, 4 + size), deltas=rows).logits)
+    assert len(graphs) == 1
+
+
 def test_under_compile_rows_must_be_made_outside():
     torch._dynamo.reset()
     compiled = build(BUILDERS["short llama"]().eval(), entry("a", "lora"))
@@ -399,10 +440,15 @@ class Misplaced(nn.Module):
             return flat.view(length, batch, width).transpose(0, 1)
         if self.way == "turned round":
             return self.inner(x.flip(0)).flip(0)
+        if self.way == "moved on":
+            return self.inner(x.roll(1, 0)).roll(-1, 0)
+        if self.way == "sorted":
+            order = x.sum((1, 2)).argsort()
+            return self.inner(x[order])[order.argsort()]
         return torch.cat([self.inner(row[None]) for row in x])
 
 
-@pytest.mark.parametrize("way", ["time first", "time first, flat", "turned round", "one by one"])
+@pytest.mark.parametrize("way", ["time first", "time first, flat", "turned round", "moved on", "sorted", "one by one"])
 @pytest.mark.parametrize("length", [4, 5])
 def test_rows_that_are_not_along_the_first_dimension_are_refused_before_anything_runs(way, length):
     compiled = build(Misplaced(way).eval(), entry("a", "lora", "inner"))
@@ -456,3 +502,90 @@ def test_a_single_row_shows_nothing_so_the_next_batch_is_still_tried():
     compiled(torch.randn(1, 1, 8), deltas=["a"])
     with pytest.raises(DeltaSpecError, match="DS442.*inner"):
         compiled(torch.randn(4, 4, 8), deltas=["a", None, "a", None])
+
+
+@pytest.mark.parametrize("way", ["time first, flat", "turned round", "moved on", "sorted"])
+def test_a_first_batch_that_shows_little_hides_nothing(way):
+    x = torch.randn(4, 4, 8)
+    for first in (x[:1].repeat(4, 1, 1), torch.zeros(4, 4, 8), x * float("nan"), x[:2], torch.cat([x[:2], x[:2]])):
+        compiled = build(Misplaced(way).eval(), entry("a", "lora", "inner"))
+        with pytest.raises(DeltaSpecError, match="DS442.*inner"):
+            compiled(first, deltas=["a", None, "a", None][: len(first)])
+
+
+def test_rows_that_are_alike_or_no_numbers_are_tried_on_others():
+    compiled = build(Traceable().eval(), entry("a", "lora", "up"))
+    compiled(torch.zeros(2, 3, 8, 8), deltas=["a", None])
+    compiled = build(Traceable().eval(), entry("a", "lora", "up"))
+    x = torch.randn(3, 3, 8, 8)
+    x[1] = float("nan")
+    assert compiled(x, deltas=["a", "a", None])[[0, 2]].isfinite().all()
+
+
+def test_rows_inside_of_a_structure_are_tried_too():
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, given: Any) -> Tensor:
+            x = given["x"] if isinstance(given, dict) else given[0]
+            return self.inner(x.flip(0)).flip(0)
+
+    for given in ({"x": torch.randn(4, 8)}, [torch.randn(4, 8)], (torch.randn(4, 8),)):
+        compiled = build(Inside().eval(), entry("a", "lora", "inner"))
+        with pytest.raises(DeltaSpecError, match="DS442.*inner"):
+            compiled(given, deltas=["a", None, "a", None])
+
+
+def test_rows_of_whole_numbers_that_are_all_alike_show_nothing():
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8)).eval()
+    compiled = build(model, entry("a", "lora", "1"))
+    with pytest.raises(DeltaSpecError, match="DS442.*alike"):
+        compiled(torch.ones(3, 4, dtype=torch.long), deltas=["a", None, "a"])
+    compiled(torch.tensor([[1, 2], [2, 1], [3, 3]]), deltas=["a", None, "a"])
+
+
+def test_the_trial_leaves_buffers_as_they_were():
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.inner(x)
+
+    model = Counting().eval()
+    compiled = build(model, entry("a", "lora", "inner"))
+    compiled(torch.randn(4, 8), deltas=["a", None, "a", None])
+    compiled.detach()
+    assert compiled.backbone.calls == model.calls == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "loha", "trainable_tokens"])
+def test_padding_has_no_gradient_in_a_mixed_batch_either(method):
+    model = nn.Sequential(nn.Embedding(20, 8, padding_idx=0), nn.Linear(8, 8)).eval()
+    compiled = build(model, entry("a", method, "0"), entry("b", "lora", "1"))
+    tokens = torch.randint(0, 3, (4, 6), generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(4, 6, 8)
+    (compiled(tokens, deltas=["a", "b", ("a", "b"), None]) * weights).sum().backward()
+    mixed = [p.grad for p in compiled.trainable_parameters("a")]
+    compiled.zero_grad()
+    for row, names in ((0, ("a",)), (2, ("a", "b"))):
+        with compiled.only(*names):
+            (compiled(tokens[row : row + 1])[0] * weights[row]).sum().backward()
+    for left, right in zip(mixed, compiled.trainable_parameters("a"), strict=True):
+        torch.testing.assert_close(left, right.grad)
+
+
+def test_stacking_leaves_no_second_copy_of_the_deltas():
+    compiled = build(base("llama"), entry("a", "lora"), entry("b", "lora"))
+    compiled(ids(), deltas=ROWS)
+    assert not any(compiled._attachments.stacks._left)
+    compiled = build(base("llama"), entry("a", "lora"), entry("b", "lora"))
+    view = compiled.view()
+    view(ids(), deltas=ROWS)
+    view(ids(), deltas=ROWS)  # no kernel can still be reading what was left
+    assert not any(compiled._attachments.stacks._left)

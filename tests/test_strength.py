@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from models import Traceable
@@ -140,12 +142,19 @@ def test_training_in_part_trains_the_delta():
     assert gradients[0] > 0 and gradients[1] > 0 and gradients[2] == 0
 
 
-@pytest.mark.parametrize("strength", [float("nan"), float("inf"), "much", True, None])
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), 1e39, 10**400, "much", True, None])
 def test_wrong_strengths_are_refused(strength):
     compiled = build(base("llama"), entry("a", "lora"))
     with pytest.raises((TypeError, ValueError), match="strength of 'a'"):
         compiled.only({"a": strength})
     assert compiled.attached == ()
+
+
+@pytest.mark.parametrize("strength", [numpy.float32(0.5), numpy.float64(0.5), Fraction(1, 2)])
+def test_any_real_number_is_a_strength(strength):
+    compiled = build(base("llama"), entry("a", "lora"))
+    compiled.only({"a": strength})
+    assert compiled.strengths == {"a": 0.5}
 
 
 def test_it_works_on_a_traced_model():
