@@ -76,6 +76,7 @@ CODES: dict[str, str] = {
     "DS408": "budget that is too small",
     "DS409": "sources that cannot be combined",
     "DS410": "text that cannot be made into tokens",
+    "DS411": "model that uses the name of the deltas itself",
     "DS430": "model that cannot be copied",
     "DS431": "model that is compiled already",
     "DS432": "model that cannot be captured as symbolic",

@@ -139,9 +139,13 @@ class ModuleTable:
 def tabulate(model: nn.Module) -> ModuleTable:
     """Describe every module of a model once, with real or meta weights; nothing is run or changed.
 
-    Raises DeltaSpecError for lazy modules, which have no shapes before their first forward.
+    Raises DeltaSpecError for lazy modules, which have no shapes before their first forward, and for TorchScript.
     """
     nodes, model_types, maps = walk(model)
+    if scripted := [node for node in nodes if isinstance(node.module, torch.jit.ScriptModule)]:
+        message = f"{scripted[0].fqn or 'the model'} is TorchScript, whose forward cannot be overridden"
+        hint = "give the model that was scripted or traced"
+        raise DeltaSpecError([Diagnostic("DS430", message, "<model>", suggestion=hint)])
     holders: dict[int, list[str]] = {}
     for node in nodes:
         for name, parameter in own(node.module._parameters):

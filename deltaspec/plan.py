@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from deltaspec import derived
+from deltaspec.deltas import refuse_backbone
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic, in_order
 from deltaspec.expectations import delta_checks, spec_checks
 from deltaspec.methods import methods
@@ -38,6 +39,7 @@ def plan(
         raise TypeError(f"a plan needs a torch.nn.Module, not {type(model).__name__}")
     loaded = load_all(specs)
     table = tabulate(model)
+    refuse_backbone(model)
     return resolve(loaded, table, Observations(model, example_inputs))
 
 
