@@ -378,6 +378,16 @@ def test_selection_over_two_thousand_rows_takes_milliseconds():
     assert min(times) < 0.1  # five atoms: about 12 ms on an idle machine
 
 
+def test_selectors_that_refer_to_each_other_are_resolved_once():
+    layers = {f"s{i}": {"any": [{"ref": f"s{i + 1}"}, {"ref": f"s{i + 1}"}]} for i in range(11)}
+    start = time.process_time()
+    for _ in range(5):
+        assert len(run("bert", {"ref": "s0"}, {**layers, "s11": "**.query"})[0]) == 4
+    _, findings = run("bert", {"ref": "s0"}, {**layers, "s11": "**.nix"})
+    assert [f.code for f in findings] == ["DS302"]
+    assert time.process_time() - start < 0.5
+
+
 def test_explain_says_atom_by_atom():
     target = {
         "role": ["attn.q", "attn.v"],
