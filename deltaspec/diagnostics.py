@@ -191,6 +191,7 @@ def show_value(value: object) -> str:
     if value is None:
         return "nothing (null)"
     text = dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else str(value)
+    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[:61])
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
