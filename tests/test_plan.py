@@ -402,6 +402,14 @@ def test_a_backbone_that_cannot_be_one() -> None:
         assert finding.code == code and message in finding.message
 
 
+def test_a_named_selector_that_nothing_uses_must_match_too() -> None:
+    document = spec({"target": "head"}, selectors={"ups": "**.upp", "more": {"any": ["**.up", {"ref": "ups"}]}})
+    (finding,) = refused(Net(), document)
+    assert finding.code == "DS302" and finding.where == "selectors.ups.path"
+    document["selectors"]["ups"] = {"path": "**.upp", "optional": True}
+    assert plan(Net(), document)
+
+
 def test_no_spec_is_a_usage_error() -> None:
     with pytest.raises(TypeError, match="no spec"):
         plan(Net())
