@@ -16,7 +16,6 @@ from deltaspec.deltas import Deltas, place
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.initial import build_delta
 from deltaspec.symbolic import reads_around_calls, trace
-from deltaspec.walk import every
 
 if TYPE_CHECKING:
     from deltaspec.planned import Plan
@@ -72,12 +71,8 @@ def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: 
 
 
 def refuse_unusable(model: nn.Module, capture: str) -> None:
-    """Refuse a capture that there is not, and what is no model or a compiled one."""
+    """Refuse a capture that there is not, and what is no model."""
     if capture not in ("auto", "modules", "symbolic"):
         raise ValueError(f"capture is 'auto', 'modules' or 'symbolic', not {capture!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if isinstance(model, CompiledModel) or any(isinstance(module, Deltas) for module in every(model)):
-        message = f"{type(model).__name__} is compiled already"
-        hint = "compile the original model with all specs at once: compile(model, spec_a, spec_b)"
-        raise DeltaSpecError([Diagnostic("DS431", message, suggestion=hint)])

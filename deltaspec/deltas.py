@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.methods._base import TensorSpec
-
-if TYPE_CHECKING:
-    pass
+from deltaspec.walk import every
 
 RESERVED = "deltaspec"
 """Name of the submodule of the backbone that holds all deltas."""
@@ -152,11 +151,26 @@ def place(backbone: nn.Module, deltas: Deltas) -> None:
 
     An `nn.Sequential` runs its children, has a length and an index; a part of ours among them would show.
     """
-    home = backbone
+    _home(backbone)._modules[RESERVED] = deltas
+
+
+def refuse_backbone(model: nn.Module) -> None:
+    """Raise DeltaSpecError for a model that holds deltas already, or something else under their name."""
+    if any(isinstance(module, Deltas) for module in every(model)):
+        message = f"{type(model).__name__} is compiled already"
+        hint = "take the original model, with all specs at once: compile(model, spec_a, spec_b)"
+        raise DeltaSpecError([Diagnostic("DS431", message, "<model>", suggestion=hint)])
+    home = _home(model)
+    if RESERVED in {*home._modules, *home._parameters, *home._buffers, *home.__dict__} or hasattr(type(home), RESERVED):
+        message = f"{type(home).__name__} has an attribute {RESERVED!r} of its own, which is the name of the deltas"
+        raise DeltaSpecError([Diagnostic("DS411", message, "<model>", suggestion="rename it in the model")])
+
+
+def _home(backbone: nn.Module) -> nn.Module:
     if isinstance(backbone, _CONTAINERS) or not _ITERATES.isdisjoint(_names_in_forward(type(backbone))):
         leaves = [m for m in backbone.modules() if not m._modules and not isinstance(m, _CONTAINERS)]
-        home = leaves[-1] if leaves else backbone
-    home._modules[RESERVED] = deltas
+        return leaves[-1] if leaves else backbone
+    return backbone
 
 
 def find(backbone: nn.Module) -> tuple[str, Deltas] | None:

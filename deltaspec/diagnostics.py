@@ -77,6 +77,7 @@ CODES: dict[str, str] = {
     "DS408": "budget that is too small",
     "DS409": "sources that cannot be combined",
     "DS410": "text that cannot be made into tokens",
+    "DS411": "model that uses the name of the deltas itself",
     "DS430": "model that cannot be copied",
     "DS431": "model that is compiled already",
     "DS432": "model that cannot be captured as symbolic",
@@ -192,6 +193,7 @@ def show_value(value: object) -> str:
     if value is None:
         return "nothing (null)"
     text = dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else str(value)
+    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[:61])
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 

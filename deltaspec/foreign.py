@@ -111,6 +111,10 @@ VALUES: Mapping[tuple[str, str], str] = {
     ("init", "random"): "uniform",
     ("init", "sample_vocab"): "vocabulary",
     ("combine", "weighted"): "linear",
+    **{("dtype", word): "float16" for word in ("fp16", "half", "f16")},
+    **{("dtype", word): "bfloat16" for word in ("bf16", "bfloat")},
+    **{("dtype", word): "float32" for word in ("fp32", "float", "single", "f32")},
+    **{("dtype", word): "float64" for word in ("fp64", "double", "f64")},
 }
 """Values that are called otherwise: (key, value in small letters)."""
 

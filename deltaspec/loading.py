@@ -117,6 +117,7 @@ def _build(reference: str, source: str, local: bool) -> nn.Module:
             message = f"no such directory here, and no configuration on the hub: {_brief(error)}"
             _fail("DS321", message, reference, f"check the id, or {_WAYS}")
         named = getattr(config, "architectures", None) or ["AutoModel"]
+        named = [named] if isinstance(named, str) else named
         maker = _model_class(reference, str(named[0]), config)
         try:
             with torch.device("meta"):
@@ -222,8 +223,8 @@ def _where(error: BaseException) -> str:
 
 
 def _brief(error: BaseException) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    text = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    said = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
     return text if len(text) <= 300 else f"{text[:299]}…"
 
 

@@ -34,6 +34,7 @@ def lock(plan: Plan) -> str:
 
 def lock_data(plan: Plan) -> dict[str, Any]:
     """Give the content of a plan's lock file."""
+    dtypes = {entry.name: entry.dtype for spec in plan.specs for entry in spec.deltas}
     return {
         "lock": VERSION,
         "specs": [f"sha256:{spec.digest}" for spec in plan.specs],
@@ -43,7 +44,7 @@ def lock_data(plan: Plan) -> dict[str, Any]:
             "parameters": plan.base_parameters,
             "structure": plan.structure,
         },
-        "deltas": {delta.name: _delta_data(delta) for delta in plan.deltas},
+        "deltas": {delta.name: _delta_data(delta, dtypes[delta.name]) for delta in plan.deltas},
         "sites": len(plan.sites),
         "trainable": plan.trainable,
         "plan": plan.fingerprint,
@@ -113,12 +114,13 @@ def _typed(data: dict[str, Any], kinds: Mapping[str, type], where: str) -> None:
             raise ValueError(f"{place} is missing or not of type {kind.__name__}")
 
 
-def _delta_data(delta: PlannedDelta) -> dict[str, Any]:
+def _delta_data(delta: PlannedDelta, dtype: str | None) -> dict[str, Any]:
     return {
         "method": delta.method,
         **({} if delta.derived is None else {"derived": delta.derived.to_data()}),
         "attached": delta.attached,
         "seed": delta.seed,
+        **({} if dtype is None else {"dtype": dtype}),
         "params": delta.params.model_dump(mode="json"),
         "groups": [
             {

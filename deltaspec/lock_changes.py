@@ -51,7 +51,8 @@ def lock_changes(plan: Plan, current: dict[str, Any], locked: dict[str, Any], lo
 def _model_changes(old: dict[str, Any], new: dict[str, Any], lock_name: str) -> Iterator[str]:
     keys = [key for key in ("class", "type", "parameters") if old.get(key) != new[key]]
     for key in keys:
-        yield f"the backbone's {key} is {_shown(new[key])}, and {lock_name} was made for {_shown(old.get(key))}"
+        noun = "number of parameters" if key == "parameters" else key
+        yield f"the backbone's {noun} is {_shown(new[key])}, and {lock_name} was made for {_shown(old.get(key))}"
     if not keys and old.get("structure") != new["structure"]:
         yield f"the backbone's structure (names, classes, shapes, ties) is not the one that {lock_name} was made for"
 
@@ -61,7 +62,7 @@ def _delta_changes(old: dict[str, Any] | None, new: dict[str, Any], lock_name: s
     if old is None:
         yield "DS513", f"it is not in {lock_name}"
         return
-    for key in ("method", "derived", "attached", "seed"):
+    for key in ("method", "derived", "attached", "seed", "dtype"):
         if (before := old.get(key)) != (after := new.get(key)):
             yield "DS514", f"{key} is {_shown(after)}, was {_shown(before)}"
     if old["method"] == new["method"]:

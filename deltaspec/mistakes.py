@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
+from unicodedata import name
 
-from deltaspec.diagnostics import Path, closest
+from deltaspec.diagnostics import Path, closest, show_value
 from deltaspec.foreign import RENAMES, VALUES, parameter_hint, place_hint
+from deltaspec.reading import MAX_NUMBER
 
 _KEYS: Mapping[str, Mapping[str, str]] = {
     "spec": {
@@ -109,7 +111,7 @@ def unknown_key_hint(key: str, path: Path, known: Sequence[str], siblings: Mappi
         return f"{key} belongs to one delta: write it in an entry of deltas"
     ours = _KEYS.get(kind, {}).get(plain) or closest(key, known)
     if ours is not None:
-        return f'did you mean "{ours}"?'
+        return _meant(ours, key)
     return f"known keys: {', '.join(known)}" if known else "this method has no parameters"
 
 
@@ -136,7 +138,7 @@ def method_hint(method: str, known: Sequence[str]) -> str:
     alias = _METHODS.get(plain)
     near = alias if alias in known else closest(plain, known)
     if near:
-        return f'did you mean "{near}"?'
+        return _meant(near, method)
     return f"installed methods: {', '.join(known)}; others come with packages that provide them"
 
 
@@ -144,7 +146,14 @@ def choice_hint(key: str, value: str, known: Sequence[str]) -> str:
     """Say what was meant by an unknown value of a key that knows the values `known`."""
     alias = VALUES.get((key, value.lower()))
     near = alias if alias in known else closest(value, known)
-    return f'did you mean "{near}"?' if near else f"known values: {', '.join(known)}"
+    return _meant(near, value) if near else f"known values: {', '.join(known)}"
+
+
+def _meant(near: str, written: str) -> str:
+    """Suggest a word, and name a character of the written one that may look like a letter of it and is another."""
+    odd = next((c for c in written if not c.isascii()), None)
+    told = f" yours has U+{ord(odd):04X} {name(odd, '')}".rstrip() if odd else ""
+    return f'did you mean "{near}"?{told}'
 
 
 def value_hint(value: object, kinds: Iterable[str], path: Path) -> str | None:
@@ -153,6 +162,12 @@ def value_hint(value: object, kinds: Iterable[str], path: Path) -> str | None:
     if value is None:
         return "delete the key, or give it a value"
     if isinstance(value, str):
+        if path == ("model",):
+            return f"write {{type: {value}}}, or {{architecture: …}} for one class"
+        if kinds == ("array",):
+            return f"write a list: [{show_value(value)}]"
+        if path[-1:] == ("max_fraction",) and (share := _share(value)) is not None:
+            return f"write {share:g}"
         if "boolean" in kinds and value.lower() in (*_YES, *_NO):
             return f"write {'true' if value.lower() in _YES else 'false'}"
         if path[-1:] == ("bias",) and value in ("none", "all", "lora_only"):
@@ -168,7 +183,7 @@ def value_hint(value: object, kinds: Iterable[str], path: Path) -> str | None:
             if number.is_integer() or ("number" in kinds and isfinite(number)):
                 return f"write {plain}, without quotes" if plain == value else f"write {plain}"
         return None
-    if isinstance(value, float) and "integer" in kinds and value.is_integer():
+    if isinstance(value, float) and "integer" in kinds and value.is_integer() and abs(value) < MAX_NUMBER:
         return f"write {int(value)}"
     if path[-1:] == ("budget",):
         return 'a share of the backbone is written with a per cent sign: "0.5%"'
@@ -178,6 +193,17 @@ def value_hint(value: object, kinds: Iterable[str], path: Path) -> str | None:
         return f'quote it: "{value}"'
     if "array" in kinds and isinstance(value, dict):
         return "write a list: begin each item with -"
+    if path[-1:] == ("expect",) and len(path) > 1 and type(value) is int:
+        return f"write {{sites: {value}}}"
     if isinstance(value, list) and kinds == ("object",):
         return "write a mapping: key: value"
     return None
+
+
+def _share(text: str) -> float | None:
+    """Read a percentage; None where it is none."""
+    try:
+        share = float(text.strip().removesuffix("%")) / 100
+    except ValueError:
+        return None
+    return share if text.strip().endswith("%") and 0 < share <= 1 else None

@@ -13,7 +13,7 @@ from deltaspec.diagnostics import closest
 from deltaspec.folding import fold
 from deltaspec.methods import builtin_methods
 from deltaspec.patterns import PatternError, compile_glob, compile_regex, fullmatch
-from deltaspec.roles import architectures, fused_parts, fused_role
+from deltaspec.roles import architectures, fused_parts, fused_role, roles_called
 
 _MOST = 8
 _HINT_SECONDS = 0.2
@@ -62,10 +62,13 @@ def _path_hint(text: str, index: Index) -> str | None:
     if text == index.table.model_class or set(text) <= {"*", "."}:
         return "the model itself is no module to select: name one inside it"
     for segment, glob in _out_of_range(text):
-        if _count(glob, names):
-            stack = glob[: -len(".*")]
-            numbers = sorted({int(n.rpartition(".")[2]) for n in names if fullmatch(compile_glob(glob), n)})
-            return f"there is no {segment} in {stack}: it has {numbers[0]}..{numbers[-1]}"
+        there = {name.rpartition(".")[2] for name in names if fullmatch(compile_glob(glob), name)}
+        numbers = sorted(int(own) for own in there if own.isdecimal())
+        if numbers and segment not in there:
+            return f"there is no {segment} in {glob[: -len('.*')]}: it has {numbers[0]}..{numbers[-1]}"
+    own = text.rpartition(".")[2]
+    if not _count(f"**.{own}", names) and (hint := _role_called(own, index)):
+        return hint
     for glob in _near_globs(text, names):
         if found := _count(glob, names):
             return f"did you mean {dumps(glob)} ({counted(found)})?"
@@ -73,6 +76,16 @@ def _path_hint(text: str, index: Index) -> str | None:
     if found := _count(text, parameters):
         return f"this names {counted(found, 'parameter')}: write parameter: {dumps(text)}"
     return _inside(text, names)
+
+
+def _role_called(name: str, index: Index) -> str | None:
+    """Suggest the role that modules of this own name have in other architectures, where it is one and is here."""
+    meant = {role if role in index.roles else fused_role(role, index.roles) for role in roles_called(name)} - {None}
+    plain = sorted(role for role in meant if role is not None and not role.startswith("cross_"))
+    if len(plain) != 1:
+        return None
+    found = counted(sum(plain[0] in row.roles for row in index.rows))
+    return f"{name} is another architecture's name: did you mean role: {plain[0]} ({found})?"
 
 
 def _near_globs(text: str, names: list[str]) -> Iterator[str]:
@@ -111,7 +124,7 @@ def _out_of_range(text: str) -> Iterator[tuple[str, str]]:
     """Give each number in a path, and the glob over all numbers in its place."""
     segments = text.split(".")
     for place, segment in enumerate(segments):
-        if segment.isdigit() and place:
+        if segment.isdigit() and place and segments[place - 1] != "**":
             yield segment, ".".join([*segments[:place], "*"])
 
 
@@ -125,6 +138,9 @@ def _inside(text: str, names: list[str]) -> str | None:
         below = compile_glob(f"{head}.*")
         children = dict.fromkeys(name.rpartition(".")[2] for name in names if fullmatch(below, name))
         return f"{head} has {_listed(children)}" if children else f"{head} has nothing inside"
+    if segments[0] == "**":
+        own = dict.fromkeys(name.rpartition(".")[2] for name in names)
+        return f"own names here: {_listed(name for name in own if not name.isdigit())}" if own else "the model is empty"
     top = dict.fromkeys(name.partition(".")[0] for name in names)
     return f"the model has {_listed(top)}" if top else "the model has no modules inside"
 

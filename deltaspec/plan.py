@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from deltaspec import derived
+from deltaspec.deltas import refuse_backbone
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic, in_order
 from deltaspec.expectations import delta_checks, spec_checks
 from deltaspec.methods import methods
@@ -17,6 +18,7 @@ from deltaspec.methods._base import Method, Refusal
 from deltaspec.modules import ModuleTable, tabulate
 from deltaspec.observe import Observations
 from deltaspec.planned import Plan, PlannedDelta, PlannedSite, structure_fingerprint
+from deltaspec.select import select
 from deltaspec.sites import Placer, counted, shown
 from deltaspec.spec import DeltaSpec, load
 
@@ -40,6 +42,7 @@ def plan(
         raise TypeError(f"a plan needs a torch.nn.Module, not {type(model).__name__}")
     loaded = load_all(specs)
     table = tabulate(model)
+    refuse_backbone(model)
     return resolve(loaded, table, Observations(model, example_inputs))
 
 
@@ -66,7 +69,7 @@ def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observ
     checks: list[str] = []
     resolved: list[DeltaSpec] = []
     for spec in specs:
-        own_findings, placed = _contract(spec, table), dict[str, PlannedDelta]()
+        own_findings, placed = [*_contract(spec, table), *_unused(spec, table)], dict[str, PlannedDelta]()
         for index in derived.order(spec):
             if spec.deltas[index].sources:
                 delta, found = derived.place(spec, index, placed)
@@ -132,6 +135,16 @@ def _contract(spec: DeltaSpec, table: ModuleTable) -> list[Diagnostic]:
         hint = "load the model with the class that the spec names, or change `model`"
         findings.append(spec.diagnostic("DS401", message, ("model", "architecture"), hint))
     return findings
+
+
+def _unused(spec: DeltaSpec, table: ModuleTable) -> list[Diagnostic]:
+    """Match the named selectors that nothing refers to, too: what is wrong in them would go unseen."""
+    targets = [delta.target for delta in spec.deltas if delta.target is not None]
+    matches = [override.match for delta in spec.deltas for override in delta.overrides]
+    untouched = spec.expect.untouched if spec.expect is not None else ()
+    used = {part.ref for whole in (*targets, *matches, *untouched, *spec.selectors.values()) for part in whole.walk()}
+    idle = (selector for name, selector in spec.selectors.items() if name not in used)
+    return [finding for selector in idle for finding in select(selector, table, spec.selectors, spec)[1]]
 
 
 def _repeated_names(specs: Sequence[DeltaSpec]) -> list[Diagnostic]:

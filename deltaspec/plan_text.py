@@ -236,7 +236,8 @@ def markdown(plan: Plan) -> str:
         out.append(f"| {name} | {_cell(method)} | {sites:,} | {trainable:,} | {share} |")
     for delta in plan.deltas:
         start = "" if delta.attached else ", starts detached"
-        out += ["", f"<details><summary>{delta.name}: {len(delta.sites)} sites{start}</summary>", ""]
+        number = "1 site" if len(delta.sites) == 1 else f"{len(delta.sites):,} sites"
+        out += ["", f"<details><summary>{delta.name}: {number}{start}</summary>", ""]
         out += ["| sites | tensors |", "|---|---|"]
         for group in groups(delta):
             names = "<br>".join(f"`{_cell(pattern or '(the model itself)')}`" for pattern, _ in group.patterns)

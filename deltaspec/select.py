@@ -70,6 +70,7 @@ class _Search:
     spec: DeltaSpec
     with_parameters: bool
     findings: list[Diagnostic] = field(default_factory=list)
+    _known: dict[tuple[str, bool], tuple[_Part, list[Diagnostic]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.members: list[tuple[Item, ...]] = []
@@ -87,7 +88,7 @@ class _Search:
         if picked := parameter_atoms(selector):
             parts.append(self._parameters(picked, optional))
         if selector.ref is not None:
-            named = self.resolve(self.selectors[selector.ref], optional)
+            named = self._named(selector.ref, optional)
             parts.append(_Part(f"ref {selector.ref}", named.items, named.excused))
         if selector.any_of:
             options = [self.resolve(nested, optional) for nested in selector.any_of]
@@ -104,6 +105,16 @@ class _Search:
         if not items and not excused and len(self.findings) == before:
             self._empty(parts, selector.location)
         return _Part(" and ".join(part.text for part in parts), items, excused)
+
+    def _named(self, name: str, optional: bool) -> _Part:
+        """Give the set of a named selector, resolved once: those that refer to each other unfold to thousands."""
+        if (name, optional) not in self._known:
+            before = len(self.findings)
+            part = self.resolve(self.selectors[name], optional)
+            self._known[name, optional] = part, self.findings[before : before + 1]
+        part, wrong = self._known[name, optional]
+        self.findings += wrong  # again: whoever refers to it must know that it has been said why there is nothing
+        return part
 
     def _leaf(self, group: tuple[Atom, ...], optional: bool) -> _Part:
         found: set[Item] = set()

@@ -63,6 +63,17 @@ def test_plan_as_json_and_markdown(run: Run) -> None:
     assert "| french | lora rank=2 alpha=16 dropout=0 | 4 | 256 |" in text and "<details>" in text
 
 
+def test_what_a_factory_prints_is_no_part_of_the_report(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("noisy_model.py").write_text(
+        "print('importing')\nfrom torch import nn\n"
+        "def build():\n    print('building')\n    return nn.Sequential(nn.Linear(2, 2))\n"
+    )
+    Path("noisy.deltaspec.yaml").write_text('deltaspec: 1\ndeltas: [{name: d, method: bitfit, target: "0"}]\n')
+    result = run("plan", "noisy_model:build", "noisy.deltaspec.yaml", "--format", "json")
+    assert json.loads(result.stdout)["trainable"] == 2 and "building" in result.stderr
+    monkeypatch.delitem(sys.modules, "noisy_model")
+
+
 @pytest.mark.parametrize("output_format", ["text", "json", "markdown", "github", "sarif"])
 def test_findings_in_every_format(run: Run, output_format: str) -> None:
     change("sites: 4", "sites: 5")

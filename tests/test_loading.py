@@ -128,6 +128,9 @@ def test_directories_and_configurations_that_cannot_be_used(here):
     found = finding(configured(here / "typo", **LLAMA, architectures=["LamaForCausalLM"]))
     assert found.code == "DS322" and "has no model class LamaForCausalLM" in found.message
     assert found.suggestion == "did you mean LlamaForCausalLM?"
+    assert "LamaForCausalLM" in finding(configured(here / "text", **LLAMA, architectures="LamaForCausalLM")).message
+    wrong = finding(configured(here / "value", **{**LLAMA, "hidden_size": "wide"})).message
+    assert "hidden_size" in wrong and "expected int, got str" in wrong
     assert finding(configured(here / "odd", **LLAMA, architectures=["logging"])).code == "DS322"
     found = finding(configured(here / "unfit", model_type="bert", hidden_size=10, num_attention_heads=3))
     assert found.code == "DS322" and "not a multiple of the number of attention heads" in found.message

@@ -97,6 +97,7 @@ def test_the_locked_sites_are_all_sites(locked: Path) -> None:
     [
         ({"params": {"rank": 2, "alpha": 8.0}}, [("DS514", "params.alpha is 8.0, was 16.0")]),
         ({"attached": False}, [("DS514", "attached is false, was true")]),
+        ({"dtype": "float64"}, [("DS514", 'dtype is "float64", was absent')]),
         (
             {"method": "bitfit", "params": {}},
             [("DS514", 'method is "bitfit", was "lora"'), ("DS516", ""), ("DS516", "")],

@@ -23,6 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import deltaspec
 from deltaspec.diagnostics import CODES, DeltaSpecError, Diagnostic
 from deltaspec.initial import build_delta
 from deltaspec.plan import Plan, plan
@@ -382,6 +383,31 @@ def test_all_findings_come_at_once_in_document_order(tmp_path: Path) -> None:
         ("one", 15, "DS504"),
     ]
     assert len(found) == 6 and found[2][:2] == ("one", 9)
+
+
+def test_a_backbone_that_cannot_be_one() -> None:
+    document = spec({"target": {"type": "Linear"}})
+    taken = Net()
+    taken.deltaspec = nn.Linear(8, 8)  # a delta would take its place, unseen
+    compiled = deltaspec.compile(Net(), document)
+    scripted = nn.Sequential(torch.jit.script(nn.Linear(3, 3)), nn.Linear(3, 3))
+    for model, code, message in (
+        (taken, "DS411", "Net has an attribute 'deltaspec' of its own"),
+        (type("Named", (Net,), {"deltaspec": "1.0"})(), "DS411", "Named has an attribute"),
+        (compiled, "DS431", "is compiled already"),
+        (compiled.backbone, "DS431", "is compiled already"),
+        (scripted, "DS311", "0 is a torch.jit.ScriptModule"),
+    ):
+        (finding,) = refused(model, document)
+        assert finding.code == code and message in finding.message
+
+
+def test_a_named_selector_that_nothing_uses_must_match_too() -> None:
+    document = spec({"target": "head"}, selectors={"ups": "**.upp", "more": {"any": ["**.up", {"ref": "ups"}]}})
+    (finding,) = refused(Net(), document)
+    assert finding.code == "DS302" and finding.where == "selectors.ups.path"
+    document["selectors"]["ups"] = {"path": "**.upp", "optional": True}
+    assert plan(Net(), document)
 
 
 def test_no_spec_is_a_usage_error() -> None:

@@ -374,6 +374,13 @@ def test_an_encoder_decoder_of_two_architectures():
     assert roles["decoder.transformer.h.1.crossattention.c_attn"] == ("cross_attn.kv",)
 
 
+def test_norms_that_some_configurations_add():
+    deberta = tabulate(
+        build("deberta-v2", dict(BERT_SIZES, conv_kernel_size=3, relative_attention=True), "DebertaV2Model")
+    )
+    assert {row.fqn for row in deberta.rows if row.kind == "norm" and "norm" not in row.roles} == set()
+
+
 def test_fused_roles():
     assert fused_role("attn.q", {"attn.qkv"}) == "attn.qkv"
     assert fused_role("cross_attn.k", {"cross_attn.q", "cross_attn.kv"}) == "cross_attn.kv"

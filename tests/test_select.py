@@ -248,9 +248,15 @@ WRONG = [
     ("bare", "bert.encoder.layer.1", "DS302", "", '"encoder.layer.1" (1 module)'),
     ("bert", "bert.encoder.*.query", "DS302", "", '"bert.encoder.**.query" (4 modules)'),
     ("bert", "bert.encoder.layer.9.output", "DS302", "", "there is no 9 in bert.encoder.layer: it has 0..3"),
+    ("bert", "bert.9", "DS302", "", "bert has embeddings, encoder"),
+    ("bert", "**.99", "DS302", "", "own names here: bert"),
     ("bert", "bert.encodr.layer.*.output", "DS302", "", '"bert.encoder.layer.*.output" (4 modules)'),
     ("bert", "**.QUERY", "DS302", "", '"**.query" (4 modules)'),
     ("bert", "bert.encoder.layer.*.zzz", "DS302", "", "bert.encoder.layer.* has attention, intermediate, output"),
+    ("bert", "bert.encoder.layer.0.attention.self.query.weight", "DS302", "", "this names 1 parameter"),
+    ("bert", "**.q_proj", "DS302", "", "q_proj is another architecture's name: did you mean role: attn.q (4 modules)?"),
+    ("gpt2", "**.q_proj", "DS302", "", "did you mean role: attn.qkv (2 modules)?"),
+    ("bert", "**.zzz", "DS302", "", "own names here: bert, embeddings, word_embeddings"),
     ("bert", "zzz", "DS302", "", "the model has bert, dropout, classifier"),
     ("bert", "classifier.weight", "DS302", "", 'this names 1 parameter: write parameter: "classifier.weight"'),
     ("bert", {"type": "Linaer"}, "DS302", "no module matches type Linaer", "did you mean Linear"),
@@ -370,6 +376,16 @@ def test_selection_over_two_thousand_rows_takes_milliseconds():
         times.append(time.process_time() - start)
     assert len(matches) == 77 and findings == []
     assert min(times) < 0.1  # five atoms: about 12 ms on an idle machine
+
+
+def test_selectors_that_refer_to_each_other_are_resolved_once():
+    layers = {f"s{i}": {"any": [{"ref": f"s{i + 1}"}, {"ref": f"s{i + 1}"}]} for i in range(11)}
+    start = time.process_time()
+    for _ in range(5):
+        assert len(run("bert", {"ref": "s0"}, {**layers, "s11": "**.query"})[0]) == 4
+    _, findings = run("bert", {"ref": "s0"}, {**layers, "s11": "**.nix"})
+    assert [f.code for f in findings] == ["DS302"]
+    assert time.process_time() - start < 0.5
 
 
 def test_explain_says_atom_by_atom():

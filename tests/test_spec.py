@@ -228,6 +228,11 @@ OF_ONE_DELTA = [
     ("name: d, method: lora, target: []", "s:2:42: error[DS209] target is an empty list", "leave target out for the method's default roles, or say where"),
     ("name: d, method: lora, target: {}", "s:2:42: error[DS209] target is an empty mapping", "leave target out for the method's default roles, or say where"),
     ("name: d, method: lora, target: {any: []}", "s:2:48: error[DS209] any is an empty list", "delete it, or put something into it"),
+    ("name: d, method: lora, params: {rank: 1e308}", "s:2:49: error[DS203] rank must be an integer or a mapping with budget, not 1e+308", None),
+    ("name: d, method: lora, expect: 13", "s:2:42: error[DS203] expect must be a mapping, not 13", "write {sites: 13}"),
+    ("name: d, method: lora, dtype: bf16", 's:2:41: error[DS205] dtype knows no value "bf16"', 'did you mean "bfloat16"?'),
+    ("name: d, method: l\u043era", 's:2:28: error[DS206] unknown method "l\u043era"', 'did you mean "lora"? yours has U+043E CYRILLIC SMALL LETTER O'),
+    ("name: d, method: lora\u202e", 's:2:28: error[DS206] unknown method "lora\\u202e"', 'did you mean "lora"? yours has U+202E RIGHT-TO-LEFT OVERRIDE'),
     # selectors
     ("name: d, method: lora, target: {ref: up}", 's:2:48: error[DS212] no selector is named "up"', "name it under selectors"),
     ('name: d, method: lora, target: {not: "**.q"}', "s:2:42: error[DS214] a selector needs an atom that chooses, not only one that excludes", 'say what to choose from, such as path: "**"'),
@@ -256,7 +261,7 @@ OF_A_SPEC = [
     ("deltaspec: 2\nfoo: 1", ["s:1:12: error[DS207] version 2 of the format is not known; this deltaspec reads version 1", "  = help: upgrade deltaspec"]),
     ("deltaspec: 0\nfoo: 1", ["s:1:12: error[DS207] version 0 of the format is not known; this deltaspec reads version 1", "  = help: write deltaspec: 1"]),
     ('deltaspec: "1"\ndeltas: [{name: d, method: lora}]', ['s:1:12: error[DS203] deltaspec must be an integer, not the text "1"', "  = help: write 1, without quotes"]),
-    ("deltaspec: 1\nmodel: bert\ndeltas: [{name: d, method: lora}]", ['s:2:8: error[DS203] model must be a mapping, not the text "bert"']),
+    ("deltaspec: 1\nmodel: bert\ndeltas: [{name: d, method: lora}]", ['s:2:8: error[DS203] model must be a mapping, not the text "bert"', "  = help: write {type: bert}, or {architecture: …} for one class"]),
     ("deltaspec: 1\nmodel: {model_type: bert}\ndeltas: [{name: d, method: lora}]", ['s:2:9: error[DS201] unknown key "model_type"', '  = help: did you mean "type"?']),
     ("deltaspec: 1\nname: x\ndeltas: [{name: d, method: lora}]", ['s:2:1: error[DS201] unknown key "name"', "  = help: name belongs to one delta: write it in an entry of deltas"]),
     ("deltaspec: 1\nseed: -1\ndeltas: [{name: d, method: lora}]", ["s:2:7: error[DS204] seed must be at least 0, not -1"]),
@@ -268,6 +273,8 @@ OF_A_SPEC = [
     ("deltaspec: 1\nselectors: {upper: x}\ndeltas: [{name: d, method: lora, target: {ref: uper}}]", ['s:3:48: error[DS212] no selector is named "uper"', '  = help: did you mean "upper"?']),
     ('deltaspec: 1\nselectors: {"a b": x}\ndeltas: [{name: d, method: lora}]', ['s:2:13: error[DS208] "a b" is not a name', "  = help: names are letters, digits, - and _, at most 64, and begin with a letter"]),
     ("deltaspec: 1\ndeltas: [{name: d, method: lora}]\nexpect: {trainable: {max_fraction: 2}}", ["s:3:36: error[DS204] max_fraction must be at most 1, not 2"]),
+    ("deltaspec: 1\ndeltas: [{name: d, method: lora}]\nexpect: {trainable: {max_fraction: 1%}}", ['s:3:36: error[DS203] max_fraction must be a number, not the text "1%"', "  = help: write 0.01"]),
+    ("deltaspec: 1\ndeltas: [{name: d, method: lora}]\nexpect: {untouched: '**.q'}", ['s:3:21: error[DS203] untouched must be a list, not the text "**.q"', '  = help: write a list: ["**.q"]']),
     ("deltaspec: 1\ndeltas: [{name: d, method: lora}]\nexpect: {untouched: [{role: hed}]}", ['s:3:29: error[DS205] role knows no value "hed"', '  = help: did you mean "head"?']),
 ]  # fmt: skip
 

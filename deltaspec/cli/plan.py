@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 import click
@@ -66,7 +68,8 @@ def plan_from(model: str, specs: tuple[str, ...]) -> Plan:
     from deltaspec.loading import model_from
     from deltaspec.plan import plan
 
-    return plan(model_from(model), *specs)
+    with redirect_stdout(sys.stderr):  # what a factory or a forward prints is no part of a report
+        return plan(model_from(model), *specs)
 
 
 def _report(diagnostics: tuple[Diagnostic, ...] | list[Diagnostic], output_format: str) -> None:

@@ -84,6 +84,17 @@ def fused_parts(role: str) -> str:
     return f"{', '.join(parts)} and {last}"
 
 
+def roles_called(name: str) -> frozenset[str]:
+    """Give the roles that some architecture has in modules of this own name (`q_proj` -> `attn.q`, `cross_attn.q`)."""
+    maps = _role_maps().values()
+    return frozenset(
+        role
+        for found in maps
+        for role, globs in found.patterns.items()
+        if name != "*" and any(glob.rpartition(".")[2] == name for glob in globs)
+    )
+
+
 @cache
 def _role_maps() -> dict[str, RoleMap]:
     found: dict[str, RoleMap] = {}
