@@ -70,7 +70,7 @@ def _tensor(backbone: nn.Module, fqn: str) -> Tensor:
 
 
 class _Weights(Mapping[str, Tensor]):
-    """A host's own parameters on the CPU, in float32 or finer, each brought there once asked for: most starts ask none."""
+    """A host's own parameters in float32 or finer on the CPU, each brought there when it is asked for: most are not."""
 
     def __init__(self, own: Mapping[str, Tensor]) -> None:
         self._own = own
