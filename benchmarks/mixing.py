@@ -12,9 +12,9 @@ import deltaspec
 from benchmarks.harness import Item, Row, interleave, ratio, seconds, verdict
 from benchmarks.models import LLAMA_LINEAR, llama, peft, spec
 from benchmarks.profiles import difference
-from deltaspec.batch import Batch
 from deltaspec.passes.fuse_rows import add_low_rank_rows_
-from deltaspec.slots import Slot, Source, add_linear_rows, linear_rows
+from deltaspec.rows.batch import Batch
+from deltaspec.rows.slots import Slot, Source, add_linear_rows, linear_rows
 
 ROWS = 8
 SITES = 32

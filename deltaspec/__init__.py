@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from deltaspec.diagnostics import DeltaSpecError as DeltaSpecError
     from deltaspec.diagnostics import Diagnostic as Diagnostic
     from deltaspec.plan import plan as plan
-    from deltaspec.planned import Plan as Plan
+    from deltaspec.planning.planned import Plan as Plan
     from deltaspec.spec import DeltaSpec as DeltaSpec
     from deltaspec.spec import load as load
     from deltaspec.store import restore as restore
@@ -27,7 +27,7 @@ _HOME = {
     "DeltaSpec": "spec",
     "DeltaSpecError": "diagnostics",
     "Diagnostic": "diagnostics",
-    "Plan": "planned",
+    "Plan": "planning.planned",
     "compile": "compiler",
     "load": "spec",
     "plan": "plan",

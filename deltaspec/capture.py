@@ -11,7 +11,7 @@ from torch import fx, nn
 from deltaspec.signatures import arguments_of
 
 if TYPE_CHECKING:
-    from deltaspec.attach import Attachments
+    from deltaspec.running.attach import Attachments
 
 _PLAIN = (int, float, bool, str, type(None))
 

@@ -27,10 +27,10 @@ from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.initial import seeded
 from deltaspec.methods import methods
 from deltaspec.methods._weights import canonical
-from deltaspec.substitution import Own
+from deltaspec.running.substitution import Own
 
 if TYPE_CHECKING:
-    from deltaspec.planned import Plan, PlannedSite
+    from deltaspec.planning.planned import Plan, PlannedSite
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import fx, nn
 
-from deltaspec.assignment import Rows, checked_strength
-from deltaspec.attach import Attachments
 from deltaspec.capture import Entry, root_graph
 from deltaspec.clone import deep_copy
 from deltaspec.deltas import Delta, Deltas, find
 from deltaspec.diagnostics import UnknownDeltaError as UnknownDeltaError
 from deltaspec.diagnostics import require_known
-from deltaspec.generation import generating
-from deltaspec.handles import DeltasView, Restore
+from deltaspec.rows.assignment import Rows, checked_strength
+from deltaspec.running.attach import Attachments
+from deltaspec.running.generation import generating
+from deltaspec.running.handles import DeltasView, Restore
 
 if TYPE_CHECKING:
-    from deltaspec.library_view import LibraryView
-    from deltaspec.planned import Plan
+    from deltaspec.library.view import LibraryView
+    from deltaspec.planning.planned import Plan
     from deltaspec.regions import Region
 
 
@@ -180,7 +180,7 @@ class CompiledModel(torch.fx.GraphModule):
         what is trained, loaded or opened (`library`) through one view is so for all. While there are several views none
         can be moved or cast: that raises DeltaSpecError (DS455).
         """
-        from deltaspec.views import view_of
+        from deltaspec.running.views import view_of
 
         return view_of(self)
 
@@ -280,7 +280,7 @@ class CompiledModel(torch.fx.GraphModule):
                 self.__dict__[name] = copy.deepcopy(value, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from deltaspec.pickling import reduced
+        from deltaspec.files.pickling import reduced
 
         return reduced(self)
 

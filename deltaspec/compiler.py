@@ -18,7 +18,7 @@ from deltaspec.initial import build_delta
 from deltaspec.symbolic import reads_around_calls, trace
 
 if TYPE_CHECKING:
-    from deltaspec.planned import Plan
+    from deltaspec.planning.planned import Plan
     from deltaspec.spec import DeltaSpec
 
 Spec: TypeAlias = "str | PathLike[str] | Mapping[str, Any] | DeltaSpec"

@@ -18,7 +18,7 @@ from deltaspec.diagnostics import Diagnostic, Path, closest, show_value
 from deltaspec.methods._base import Init, Method, MethodParams, Site, TensorSpec
 from deltaspec.methods._rank import MAX_RANK
 from deltaspec.methods._weights import weight_shape
-from deltaspec.planned import PlannedDelta, PlannedSite
+from deltaspec.planning.planned import PlannedDelta, PlannedSite
 
 if TYPE_CHECKING:
     from deltaspec.source import Document

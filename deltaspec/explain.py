@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from deltaspec.atoms import Index, atoms, parameter_atoms
 from deltaspec.diagnostics import Path
 from deltaspec.modules import ModuleTable, Row
-from deltaspec.patterns import BacktrackingError
+from deltaspec.selection.atoms import Index, atoms, parameter_atoms
+from deltaspec.selection.patterns import BacktrackingError
 from deltaspec.selectors import Selector
 
 

@@ -17,7 +17,7 @@ from deltaspec.methods import methods
 from deltaspec.methods._base import Init, Method, MethodParams, Site, TensorSpec
 
 if TYPE_CHECKING:
-    from deltaspec.planned import PlannedDelta
+    from deltaspec.planning.planned import PlannedDelta
 
 
 def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module, *, drawn: bool = True) -> Delta:

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deltaspec.atomic import write_atomically
 from deltaspec.diagnostics import Diagnostic
-from deltaspec.lock_changes import lock_changes
-from deltaspec.plan_text import groups
-from deltaspec.planned import Plan, PlannedDelta
+from deltaspec.files.atomic import write_atomically
+from deltaspec.planning.lock_changes import lock_changes
+from deltaspec.planning.planned import Plan, PlannedDelta
+from deltaspec.planning.text import groups
 
 VERSION = 1
 _MAX_BYTES = 16 << 20

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deltaspec import turns
 from deltaspec.clone import clone, deep_copy, norm_limited
 from deltaspec.deltas import remove, storage_key
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.methods import methods
-from deltaspec.substitution import Fold, Own, fold_widely, rounded
+from deltaspec.running import turns
+from deltaspec.running.substitution import Fold, Own, fold_widely, rounded
 
 if TYPE_CHECKING:
-    from deltaspec.attach import Attachments
-    from deltaspec.planned import PlannedSite
+    from deltaspec.planning.planned import PlannedSite
+    from deltaspec.running.attach import Attachments
 
 _TIED = "tie_word_embeddings"
 

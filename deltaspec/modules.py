@@ -17,11 +17,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from deltaspec.attention import is_routable
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
-from deltaspec.entrances import Entrance, entrances
-from deltaspec.faithful import is_faithful
 from deltaspec.parts import Parts
+from deltaspec.planning.entrances import Entrance, entrances
+from deltaspec.planning.faithful import is_faithful
+from deltaspec.running.attention import is_routable
 from deltaspec.signatures import arguments_of
 from deltaspec.walk import Node, model_type_of, own, subtree_sizes, walk
 

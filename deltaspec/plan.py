@@ -12,14 +12,14 @@ from torch import nn
 from deltaspec import derived
 from deltaspec.deltas import refuse_backbone
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic, in_order
-from deltaspec.expectations import delta_checks, spec_checks
 from deltaspec.methods import methods
 from deltaspec.methods._base import Method, Refusal
 from deltaspec.modules import ModuleTable, tabulate
-from deltaspec.observe import Observations
-from deltaspec.planned import Plan, PlannedDelta, PlannedSite, structure_fingerprint
+from deltaspec.planning.expectations import delta_checks, spec_checks
+from deltaspec.planning.observe import Observations
+from deltaspec.planning.planned import Plan, PlannedDelta, PlannedSite, structure_fingerprint
+from deltaspec.planning.sites import Placer, counted, shown
 from deltaspec.select import select
-from deltaspec.sites import Placer, counted, shown
 from deltaspec.spec import DeltaSpec, load
 
 __all__ = ["Plan", "PlannedDelta", "PlannedSite", "plan", "resolve", "structure_fingerprint"]

@@ -16,8 +16,8 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from deltaspec.methods import methods
 from deltaspec.methods._base import Form, MethodParams
-from deltaspec.per_row import emit_per_row
-from deltaspec.slots import toward
+from deltaspec.rows.per_row import emit_per_row
+from deltaspec.rows.slots import toward
 
 Call = Callable[..., fx.Node]
 """Emits one call of the host: (input node, replaced parameters by own name) -> node of what leaves."""

@@ -17,9 +17,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
-from deltaspec.accept import CODED
-from deltaspec.accept import COMMITTED as COMMITTED
-from deltaspec.coded import coded
+from deltaspec.checking.accept import CODED
+from deltaspec.checking.accept import COMMITTED as COMMITTED
+from deltaspec.checking.coded import coded
 from deltaspec.derived import OTHERS, DerivedParams
 from deltaspec.methods._base import Method, MethodParams
 from deltaspec.spec import DeltaSpec

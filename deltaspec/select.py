@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from deltaspec import nearest
-from deltaspec.atoms import Atom, Index, ParameterAtom, atoms, parameter_atoms
 from deltaspec.diagnostics import Diagnostic, Path
 from deltaspec.explain import Reason, explain
 from deltaspec.modules import ModuleTable, Row
-from deltaspec.patterns import BacktrackingError
+from deltaspec.selection import nearest
+from deltaspec.selection.atoms import Atom, Index, ParameterAtom, atoms, parameter_atoms
+from deltaspec.selection.patterns import BacktrackingError
 from deltaspec.selectors import Selector
 from deltaspec.spec import DeltaSpec
 

@@ -10,9 +10,9 @@ import torch
 
 from deltaspec.deltas import storage_key
 from deltaspec.methods import methods
-from deltaspec.planned import Plan, PlannedDelta, PlannedSite
+from deltaspec.planning.planned import Plan, PlannedDelta, PlannedSite
+from deltaspec.running.substitution import Own
 from deltaspec.spec import DeltaEntry, DeltaSpec, load
-from deltaspec.substitution import Own
 
 if TYPE_CHECKING:
     from deltaspec.deltas import Delta

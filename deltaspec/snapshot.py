@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaspec.turns import COUNTING
+from deltaspec.running.turns import COUNTING
 
 
 def snapshot(model: nn.Module, *, identity: bool = False, skip: str | None = None) -> dict[str, Any]:

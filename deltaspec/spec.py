@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PrivateAttr, SerializeAsAny, WithJsonSchema
 
-from deltaspec.checks import read_params
+from deltaspec.checking.checks import read_params
 from deltaspec.derived import METHOD, Combine, DerivedParams, Weight, written
 from deltaspec.diagnostics import Diagnostic, Path
 from deltaspec.methods._base import Method, MethodParams

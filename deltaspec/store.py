@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from deltaspec.atomic import alone_in, sync, write_atomically
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
-from deltaspec.fingerprint import weights_fingerprint
+from deltaspec.files.atomic import alone_in, sync, write_atomically
+from deltaspec.files.fingerprint import weights_fingerprint
+from deltaspec.files.saved import ENDINGS, FORMAT, MANIFEST, SavedSet, digest, file_names, strays
 from deltaspec.methods import methods
 from deltaspec.methods._base import Method
-from deltaspec.saved import ENDINGS, FORMAT, MANIFEST, SavedSet, digest, file_names, strays
 
 if TYPE_CHECKING:
     from deltaspec.compiled import CompiledModel
@@ -165,7 +165,7 @@ def _restore(model: nn.Module, saved: SavedSet, capture: str, example_inputs: An
     from deltaspec.compiler import compile_plan
     from deltaspec.modules import tabulate
     from deltaspec.plan import plan
-    from deltaspec.planned import structure_fingerprint
+    from deltaspec.planning.planned import structure_fingerprint
     from deltaspec.spec import load as load_spec
 
     try:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaspec.contract import CLAUSES
+from deltaspec.contract.clauses import CLAUSES
+from deltaspec.contract.trial import Case, ContractError
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
-from deltaspec.planned import Plan
+from deltaspec.planning.planned import Plan
 from deltaspec.snapshot import differences, snapshot
-from deltaspec.trial import Case, ContractError
 
 __all__ = ["CLAUSES", "ContractError", "check_method"]
 

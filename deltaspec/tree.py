@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from deltaspec.diagnostics import Diagnostic
-from deltaspec.folding import ranges
 from deltaspec.methods import methods
 from deltaspec.modules import ModuleTable, Row
+from deltaspec.planning.folding import ranges
 from deltaspec.select import Match, select
 from deltaspec.spec import DeltaSpec
 

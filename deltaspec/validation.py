@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from deltaspec.accept import accepts, is_coded
-from deltaspec.checks import check
+from deltaspec.checking.accept import accepts, is_coded
+from deltaspec.checking.checks import check
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic, in_order
 from deltaspec.methods import builtin_methods, methods
 from deltaspec.migrate import check_version
@@ -51,7 +51,7 @@ def check_document(document: Document) -> Mapping[str, Method]:
     if accepts(document.data):
         findings = in_order([*findings, *problems, *check(document, known, [], is_coded)])
     else:
-        from deltaspec.gate import gate
+        from deltaspec.checking.gate import gate
 
         refused = gate(document, known)
         findings = in_order([*findings, *problems, *refused, *check(document, known, refused, lambda _: True)])

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import field_validator, model_validator
 
-from deltaspec import accept
-from deltaspec.accept import accepts, is_coded, is_valid, shipped
-from deltaspec.checks import check, read_params
-from deltaspec.coded import coded
-from deltaspec.gate import _validator, gate
+from deltaspec.checking import accept
+from deltaspec.checking.accept import accepts, is_coded, is_valid, shipped
+from deltaspec.checking.checks import check, read_params
+from deltaspec.checking.coded import coded
+from deltaspec.checking.gate import _validator, gate
 from deltaspec.methods import builtin_methods
 from deltaspec.methods._base import MethodParams
 from deltaspec.source import from_data

@@ -18,12 +18,12 @@ import deltaspec
 from deltaspec.clone import clone
 from deltaspec.compiled import CompiledModel, UnknownDeltaError
 from deltaspec.compiler import compile_plan
+from deltaspec.contract.trial import floats, same, seed
 from deltaspec.deltas import RESERVED
 from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.inputs import call_arguments
 from deltaspec.plan import Plan, plan
+from deltaspec.planning.inputs import call_arguments
 from deltaspec.snapshot import differences, snapshot
-from deltaspec.trial import floats, same, seed
 
 NAMES = ("norms", "low", "wide", "bias", "spare")
 TARGETS: dict[str, dict[str, Any]] = {

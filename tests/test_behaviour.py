@@ -25,9 +25,9 @@ from transformers import (
 
 from deltaspec.compiled import CompiledModel
 from deltaspec.compiler import compile_plan
+from deltaspec.contract.trial import disturb
 from deltaspec.methods import builtin_methods
 from deltaspec.plan import Plan, plan
-from deltaspec.trial import disturb
 
 COMMON: dict[str, Any] = {"vocab_size": 48, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
 BASIC = COMMON | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

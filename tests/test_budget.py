@@ -11,13 +11,13 @@ from models import ARCHITECTURES
 from torch import nn
 
 import deltaspec
-from deltaspec.budget import largest
 from deltaspec.diagnostics import DeltaSpecError
 from deltaspec.lock import check_lock, lock, lock_data
 from deltaspec.methods import methods
 from deltaspec.methods._rank import MAX_RANK, Budget
 from deltaspec.plan import plan
-from deltaspec.plan_text import markdown
+from deltaspec.planning.budget import largest
+from deltaspec.planning.text import markdown
 
 
 class Net(nn.Module):

@@ -13,10 +13,10 @@ from torch.nn.utils import parametrizations, parametrize
 
 import deltaspec
 from deltaspec.clone import clone
+from deltaspec.contract.trial import disturb, floats, same
 from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.observe import call_arguments
+from deltaspec.planning.observe import call_arguments
 from deltaspec.snapshot import differences, snapshot
-from deltaspec.trial import disturb, floats, same
 
 
 @pytest.mark.parametrize("training", [False, True])

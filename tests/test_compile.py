@@ -16,11 +16,11 @@ from torch import Tensor, fx, nn
 import deltaspec
 from deltaspec.clone import clone
 from deltaspec.compiled import CompiledModel
+from deltaspec.contract.trial import floats, same
 from deltaspec.deltas import home
 from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.observe import call_arguments
+from deltaspec.planning.observe import call_arguments
 from deltaspec.snapshot import differences, snapshot
-from deltaspec.trial import floats, same
 
 LINEARS = {"gpt2": {"type": "Conv1D"}}
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import deltaspec
 from deltaspec.compiled import CompiledModel
-from deltaspec.trial import disturb
+from deltaspec.contract.trial import disturb
 
 NAMES = ("a", "b", "c", "d")
 METHODS = ("lora", "lora", "ia3", "bitfit")

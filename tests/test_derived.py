@@ -482,9 +482,9 @@ def test_grouped_convolutions_and_norms_have_no_derived_form():
 
 def test_tree_and_explain_show_it_where_its_sources_are():
     from deltaspec.modules import tabulate
-    from deltaspec.observe import Observations
+    from deltaspec.planning.observe import Observations
+    from deltaspec.selection.verdicts import find_row, verdicts
     from deltaspec.tree import targets
-    from deltaspec.verdicts import find_row, verdicts
 
     model, loaded = Net(), deltaspec.load(spec(target="a"))
     table = tabulate(model)

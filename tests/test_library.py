@@ -442,7 +442,7 @@ def test_what_is_in_training_is_not_dropped(saved):
 
 
 def test_programs_are_bounded(saved, monkeypatch):
-    monkeypatch.setattr("deltaspec.attach._PROGRAMS", 3)
+    monkeypatch.setattr("deltaspec.running.attach._PROGRAMS", 3)
     directory, wanted = saved
     compiled = build(OWN)
     compiled.library(directory, limit=2)

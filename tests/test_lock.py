@@ -12,10 +12,10 @@ from torch import nn
 
 from deltaspec import lock as lock_module
 from deltaspec.diagnostics import CODES, Diagnostic
-from deltaspec.folding import unfold
 from deltaspec.lock import check_lock, lock, lock_path, write_lock
 from deltaspec.plan import plan
-from deltaspec.planned import Plan
+from deltaspec.planning.folding import unfold
+from deltaspec.planning.planned import Plan
 
 
 class Block(nn.Module):

@@ -14,11 +14,11 @@ from transformers import UMT5Config, UMT5ForConditionalGeneration
 
 import deltaspec
 from deltaspec.compiled import CompiledModel
+from deltaspec.contract.trial import floats, same, storages
 from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.observe import call_arguments
+from deltaspec.planning.observe import call_arguments
 from deltaspec.snapshot import differences, snapshot
 from deltaspec.testing import check_method
-from deltaspec.trial import floats, same, storages
 
 
 def build(architecture: str, *deltas: dict[str, Any], model: nn.Module | None = None) -> CompiledModel:

@@ -11,8 +11,8 @@ from test_contract import PARAMS
 
 import deltaspec
 from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.inputs import call_arguments
 from deltaspec.methods import methods
+from deltaspec.planning.inputs import call_arguments
 
 CHOSEN = ("llama", "bert")
 RELOAD = """

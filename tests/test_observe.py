@@ -15,11 +15,11 @@ from torch.nn import functional as F
 import deltaspec
 from deltaspec.clone import clone
 from deltaspec.compiled import CompiledModel
+from deltaspec.contract.trial import disturb
 from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.inputs import dummy_inputs
-from deltaspec.observe import Observation, observe
+from deltaspec.planning.inputs import dummy_inputs
+from deltaspec.planning.observe import Observation, observe
 from deltaspec.snapshot import differences, snapshot
-from deltaspec.trial import disturb
 
 INPUTS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
 

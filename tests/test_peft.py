@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import deltaspec
 from deltaspec.compiled import CompiledModel
-from deltaspec.inputs import call_arguments
+from deltaspec.planning.inputs import call_arguments
 
 RANK, ALPHA = 4, 7.0
 SUFFIXES = {

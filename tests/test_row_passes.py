@@ -11,9 +11,9 @@ from test_rows import alone, batch, build, close, entry
 from torch import fx
 
 import deltaspec
+from deltaspec.contract.trial import disturb
 from deltaspec.passes.fuse_rows import add_low_rank_rows, add_low_rank_rows_
 from deltaspec.regions import RegionKey, region
-from deltaspec.trial import disturb
 
 ROWS = ["a", None, "b", {"a": 0.5}, "a"]
 
@@ -37,7 +37,7 @@ REGIONS: dict[RegionKey, Any] = {}
 
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch):
-    from deltaspec import programs
+    from deltaspec.running import programs
 
     def recording(key: RegionKey) -> Any:
         REGIONS[key] = region(key)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import deltaspec
 from deltaspec.compiled import CompiledModel
+from deltaspec.contract.trial import disturb
 from deltaspec.diagnostics import DeltaSpecError
 from deltaspec.methods import builtin_methods, methods
-from deltaspec.trial import disturb
 
 PROMPTS = ("prefix", "soft_prompt", "p_tuning")
 """Tested in test_rows_prompts.py."""

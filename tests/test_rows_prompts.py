@@ -12,7 +12,7 @@ from transformers import GPT2Model
 
 import deltaspec
 from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.numbering import Numbering, numbering_of
+from deltaspec.rows.numbering import Numbering, numbering_of
 
 sys.path.insert(0, str(Path(__file__).parent / "methods"))
 

@@ -343,7 +343,7 @@ def test_all_findings_at_once_at_their_places(tmp_path):
 
 
 def test_a_regex_has_a_time_limit_on_the_whole_table(monkeypatch):
-    monkeypatch.setattr("deltaspec.atoms.REGEX_SECONDS", 0.0)
+    monkeypatch.setattr("deltaspec.selection.atoms.REGEX_SECONDS", 0.0)
     found = finding("bert", {"regex": ".*e.*e.*e.*query"})
     assert found.code == "DS307" and "takes more than 0.0 s on the names of this model" in found.message
 

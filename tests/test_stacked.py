@@ -15,8 +15,8 @@ from torch import Tensor
 
 import deltaspec
 from deltaspec.compiled import CompiledModel
-from deltaspec.stacks import kind_of
-from deltaspec.stacks_rows import Layout, Stack
+from deltaspec.library.stack import Layout, Stack
+from deltaspec.library.stacks import kind_of
 
 LLAMA = ARCHITECTURES["llama"]
 ALIKE = ("a", "b", "c")

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations
 import deltaspec
 from deltaspec.compiled import CompiledModel
 from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.saved import SavedSet
+from deltaspec.files.saved import SavedSet
 from deltaspec.snapshot import differences, snapshot
 
 CHOSEN = ARCHITECTURES["traceable-modules"]

@@ -6,7 +6,7 @@ from torch import nn
 
 from deltaspec.initial import _tensor
 from deltaspec.modules import tabulate
-from deltaspec.subtree import Subtrees, is_inside
+from deltaspec.selection.subtree import Subtrees, is_inside
 from deltaspec.walk import every
 
 

@@ -25,9 +25,9 @@ from transformers import (
 
 import deltaspec
 from deltaspec.compiled import CompiledModel
+from deltaspec.contract.trial import seed
 from deltaspec.diagnostics import DeltaSpecError
 from deltaspec.snapshot import differences, snapshot
-from deltaspec.trial import seed
 
 DELTAS = {
     "bert": {"role": ["attn.q", "attn.v"]},

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import deltaspec
 from deltaspec.compiled import CompiledModel
+from deltaspec.contract.trial import disturb
 from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.trial import disturb
 
 
 @contextmanager

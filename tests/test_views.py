@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import deltaspec
 from deltaspec.compiled import CompiledModel
+from deltaspec.contract.trial import disturb
 from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.trial import disturb
 
 LLAMA = ARCHITECTURES["llama"]
 KINDS = ("llama", "bert", "t5", "traceable-symbolic", "branching")

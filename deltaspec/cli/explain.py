@@ -26,8 +26,8 @@ def command(model: str, spec: str, name: str) -> None:
     loaded = load(spec)
     from deltaspec.loading import model_from
     from deltaspec.modules import tabulate
-    from deltaspec.observe import Observations
-    from deltaspec.verdicts import find_row, verdicts
+    from deltaspec.planning.observe import Observations
+    from deltaspec.selection.verdicts import find_row, verdicts
 
     backbone = model_from(model)
     table = tabulate(backbone)

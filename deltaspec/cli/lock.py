@@ -17,7 +17,7 @@ def command(model: str, specs: tuple[str, ...]) -> None:
     have drifted from it. Exit codes: 0 written, 1 findings (nothing is written), 2 usage.
     """
     from deltaspec.lock import lock_path, write_lock
-    from deltaspec.sites import counted
+    from deltaspec.planning.sites import counted
 
     planned = plan_from(model, specs)
     paths = [lock_path(spec) for spec in specs]

@@ -15,7 +15,7 @@ from deltaspec.diagnostics import DeltaSpecError, Diagnostic
 from deltaspec.formats import FORMATS
 
 if TYPE_CHECKING:
-    from deltaspec.planned import Plan
+    from deltaspec.planning.planned import Plan
 
 
 @click.command()
@@ -91,7 +91,7 @@ def _json(planned: Plan) -> str:
 
 
 def _markdown(planned: Plan) -> str:
-    from deltaspec.plan_text import markdown
+    from deltaspec.planning.text import markdown
 
     return markdown(planned)
 

@@ -19,9 +19,9 @@ from deltaspec.methods._rank import Rank as Rank
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from deltaspec.attention import AttentionShape
     from deltaspec.modules import Row
     from deltaspec.parts import Parts
+    from deltaspec.running.attention import AttentionShape
 
 InitKind = Literal["zeros", "ones", "normal", "kaiming_uniform", "xavier_uniform", "constant", "copy"]
 

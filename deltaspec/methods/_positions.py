@@ -40,7 +40,7 @@ def real_tokens(hidden: Tensor, ends: bool, mask: Any, *caches: Any) -> Tokens:
     """
     from torch import Tensor
 
-    from deltaspec.generation import prompt_length
+    from deltaspec.running.generation import prompt_length
 
     if hidden.dim() != 3:
         raise TypeError(f"chosen positions need hidden states [batch, positions, width], not {tuple(hidden.shape)}")
@@ -74,7 +74,7 @@ def edges(tokens: Tokens, hidden: Tensor, first: int | None, last: int | None) -
     """
     import torch
 
-    from deltaspec.generation import pieces
+    from deltaspec.running.generation import pieces
 
     batch, length, _ = hidden.shape
     if tokens.real is None:

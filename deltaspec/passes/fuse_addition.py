@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from deltaspec.passes._scope import Scope, gives_new_tensor
-from deltaspec.slots import toward
+from deltaspec.rows.slots import toward
 
 _MANY = 32
 """Rows from which the narrow product is faster as `down xᵀ` than as `x downᵀ` (measured with MKL, float32)."""

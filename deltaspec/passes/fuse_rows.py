@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from deltaspec.passes._scope import Scope
-from deltaspec.slots import Slot, Source, add_linear_rows, linear_rows, rows_in, rows_out, take
+from deltaspec.rows.slots import Slot, Source, add_linear_rows, linear_rows, rows_in, rows_out, take
 
 _MANY = 4
 """Tokens a row from which the narrow product is faster as `down xᵀ` than as `x downᵀ` (measured with MKL, float32)."""

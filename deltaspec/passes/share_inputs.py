@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from deltaspec.hosts import gives_new_tensor as is_plain_host
 from deltaspec.passes._scope import Scope, gives_new_tensor
 from deltaspec.passes.fuse_addition import add_low_rank, add_low_rank_, add_product, add_product_
 from deltaspec.passes.share_products import Matrices, Strengths, add_low_ranks, add_low_ranks_, joined
+from deltaspec.running.hosts import gives_new_tensor as is_plain_host
 
 _MANY = 32
 """Rows from which one product, its matrices joined first, is faster than one a site (measured with MKL, float32)."""

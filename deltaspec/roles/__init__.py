@@ -22,7 +22,7 @@ from importlib.resources import files
 from typing import Any
 
 from deltaspec.parts import Parts, resolve
-from deltaspec.patterns import Pattern, compile_glob, fullmatch
+from deltaspec.selection.patterns import Pattern, compile_glob, fullmatch
 from deltaspec.selectors import ROLES
 
 _FUSED = {

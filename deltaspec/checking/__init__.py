@@ -1,0 +1,1 @@
+"""Checking a document: what is wrong with it, in the author's words. Never imports torch."""

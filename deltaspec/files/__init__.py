@@ -1,0 +1,1 @@
+"""Deltas on disk: atomic writes, saved directories, pickles, and what identifies a backbone."""

@@ -1,0 +1,271 @@
+"""What a directory of saved deltas offers a model: names, and for each what it is on this backbone and its tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from mmap import mmap
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+from deltaspec.files.fingerprint import weights_fingerprint
+from deltaspec.files.saved import MANIFEST, SavedSet
+from deltaspec.initial import build_delta
+from deltaspec.library.stack import Layout
+from deltaspec.store import match
+
+if TYPE_CHECKING:
+    from deltaspec.planning.planned import PlannedDelta
+    from deltaspec.running.attach import Attachments
+    from deltaspec.running.views import Family
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One saved delta."""
+
+    name: str
+    """What the model knows it by."""
+    own: str
+    """Its name in the manifest."""
+    saved: SavedSet
+
+    @property
+    def place(self) -> str:
+        """The directory, for messages."""
+        return str(self.saved.folder)
+
+
+def entries_in(directory: str | PathLike[str], attachments: Attachments, by: str) -> dict[str, Entry]:
+    """Read the manifests of a directory written by `save`, or of all such directories in it, in their order.
+
+    Raises DeltaSpecError with the findings of all: a manifest that is broken (DS521, DS522) or for another backbone
+    (DS523), two deltas of one name (DS530).
+    """
+    root = Path(directory)
+    folders = [root]
+    if not (root / MANIFEST).exists() and root.is_dir():
+        folders = sorted(path for path in root.iterdir() if (path / MANIFEST).exists()) or [root]
+    backbone, plan = attachments.backbone, attachments.plan
+    weights: list[str | None] = []
+
+    def weights_of() -> str | None:
+        if not weights:
+            weights.append(weights_fingerprint(backbone))
+        return weights[0]
+
+    findings: list[Diagnostic] = []
+    found: dict[str, Entry] = {}
+    for folder in folders:
+        try:
+            saved = SavedSet(folder)
+        except DeltaSpecError as error:
+            findings += error.diagnostics
+            continue
+        findings += saved.check_fingerprints(plan.structure, weights_of, plan.model_class)
+        for own in saved.names:
+            name = own
+            if by == "folder":
+                name = folder.name if len(saved.names) == 1 else f"{folder.name}/{own}"
+            if name in found:
+                message = f"the delta {own!r} is in {found[name].place}, too"
+                hint = 'name them by their directories: c.library(dir, by="folder")'
+                findings.append(saved.finding("DS530", message, hint))
+            found.setdefault(name, Entry(name, own, saved))
+    if findings:
+        raise DeltaSpecError(findings)
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Template:
+    """Saved deltas alike but for name and values, as planned on a backbone."""
+
+    planned: PlannedDelta
+    tensors: dict[str, Tensor]
+    """What such a delta has, by storage key; on the meta device."""
+    layout: Layout
+    """Of its rows, on the backbone's device."""
+    buffers: frozenset[str]
+    """Keys of those that are no parameters."""
+    size: int
+    """Bytes of its tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where values lie in a file, and where they belong."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    """In bytes, from the start of the file."""
+    count: int
+    """Number of values."""
+
+    @property
+    def flat(self) -> Piece:
+        """The same values in one dimension."""
+        return replace(self, shape=(self.count,))
+
+    def is_before(self, other: Piece) -> bool:
+        """Tell whether another piece follows at once, in the same dtype."""
+        return self.dtype == other.dtype and self.begin + self.count * self.dtype.itemsize == other.begin
+
+    def with_next(self, other: Piece) -> Piece:
+        """Give both as one flat piece."""
+        return replace(self, shape=(self.count + other.count,), count=self.count + other.count)
+
+    def of(self, content: mmap) -> Tensor:
+        """Give the tensor, without copying it."""
+        if not self.count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(content, dtype=self.dtype, count=self.count, offset=self.begin).view(self.shape)
+
+
+class Contents:
+    """Where everything lies in files of one header."""
+
+    def __init__(self, pieces: tuple[Piece, ...]) -> None:
+        self.pieces = pieces
+        self.runs = _runs(pieces)
+        """All values as few flat pieces."""
+        self._moves: dict[Layout, list[tuple[Piece, int, int]]] = {}
+
+    def moves(self, layout: Layout) -> list[tuple[Piece, int, int]]:
+        """Say how to fill a row: (piece, group, offset), as few as possible."""
+        found = self._moves.get(layout)
+        if found is None:
+            found = self._moves[layout] = []
+            for piece in self.pieces:
+                slot = layout.slots[piece.key]
+                if found:
+                    last, group, offset = found[-1]
+                    if group == slot.group and offset + last.count == slot.offset and last.is_before(piece):
+                        found[-1] = last.with_next(piece), group, offset
+                        continue
+                found.append((piece.flat, slot.group, slot.offset))
+        return found
+
+
+class Reader:
+    """Reads and checks entries; what many have in common is looked at once."""
+
+    def __init__(self, family: Family, example_inputs: Any) -> None:
+        self._family, self.inputs = family, example_inputs
+        self._templates: dict[str, Template] = {}
+        self._contents: dict[tuple[bytes, Template], Contents] = {}
+        """By header of the file."""
+        self._observations: Any = None
+
+    def moved(self) -> None:
+        """Forget what depends on the backbone's device and dtype."""
+        self._templates.clear()
+        self._contents.clear()
+
+    @property
+    def proven(self) -> bool:
+        """Whether a forward showed that the planned sites are reached."""
+        return self._observations is None or self._observations.failure is None
+
+    def template(self, entry: Entry, findings: list[Diagnostic]) -> Template | None:
+        """Plan an entry's saved spec onto the backbone; None, with findings, where that fails."""
+        content, problems = entry.saved.read(entry.own, "spec")
+        findings += problems
+        if content is None:
+            return None
+        file = entry.saved.entry(entry.own)["spec"]
+        try:
+            data = json.loads(content)
+            deltas = [delta["name"] for delta in data["deltas"]]
+            if entry.own not in deltas:
+                raise KeyError(entry.own)
+            if len(deltas) == 1:  # alone in its spec, it may be called anything
+                data["deltas"][0] = {**data["deltas"][0], "name": "delta"}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            findings.append(entry.saved.finding("DS522", f"is no resolved spec: {error}", "save again", file))
+            return None
+        wanted = entry.own if len(deltas) > 1 else "delta"
+        identity = json.dumps([wanted, data], sort_keys=True)
+        found = self._templates.get(identity)
+        if found is None:
+            try:
+                found = self._templates[identity] = self._planned(data, wanted)
+            except DeltaSpecError as error:
+                path = str(entry.saved.path(file))
+                findings += [replace(d, file=path, line=0, column=0) for d in error.diagnostics]
+        return found
+
+    def _planned(self, data: dict[str, Any], name: str) -> Template:
+        from deltaspec.plan import resolve
+        from deltaspec.spec import load
+
+        attachments = self._family.one()
+        spec = load(data)
+        plan = resolve((spec,), attachments.plan.table, self._observed())
+        # What a derived delta was computed to be is in its tensors.
+        planned = replace(plan[name], attached=False, derived=None)
+        delta = build_delta(planned, 0, attachments.backbone, drawn=False)
+        tensors = dict(delta.tensors())
+        buffers = frozenset(key for key, tensor in tensors.items() if not isinstance(tensor, nn.Parameter))
+        empty = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        return Template(planned, empty, Layout.of(tensors), buffers, size)
+
+    def _observed(self) -> Any:
+        from deltaspec.merge import without_deltas
+        from deltaspec.planning.observe import Observations
+
+        if self._observations is None:
+            self._observations = Observations(without_deltas(self._family.one()), self.inputs)
+        return self._observations
+
+    def read(self, entry: Entry, template: Template, findings: list[Diagnostic]) -> tuple[mmap, Contents] | None:
+        """Map an entry's tensors, all checked: (file, where each lies in it); None, with findings, where that fails."""
+        file, problems = entry.saved.map(entry.own)
+        findings += problems
+        if file is None:
+            return None
+        length = 8 + int.from_bytes(file[:8], "little")
+        header = file[:length]
+        contents = self._contents.get((header, template))
+        if contents is not None and all(_finite(piece.of(file)) for piece in contents.runs):
+            return file, contents
+        # The first of its kind, or something is wrong: every key is accounted for.
+        before = len(findings)
+        match(entry.saved, entry.own, template.tensors, findings)
+        if len(findings) > before:
+            return None
+        values = entry.saved.tensors(entry.own, findings)
+        if values is None:
+            return None
+        begins = {
+            key: length + about["data_offsets"][0] for key, about in json.loads(header[8:]).items() if key in values
+        }
+        pieces = [Piece(key, v.dtype, tuple(v.shape), begins[key], v.numel()) for key, v in values.items()]
+        contents = Contents(tuple(sorted(pieces, key=lambda piece: piece.begin)))
+        self._contents[header, template] = contents
+        return file, contents
+
+
+def _runs(pieces: tuple[Piece, ...]) -> list[Piece]:
+    joined: list[Piece] = []
+    for piece in pieces:
+        if joined and joined[-1].is_before(piece):
+            joined[-1] = joined[-1].with_next(piece)
+        else:
+            joined.append(piece.flat)
+    return joined
+
+
+def _finite(values: Tensor) -> bool:
+    if not values.is_floating_point() or not values.numel():
+        return True
+    low, high = values.aminmax()  # NaN comes through, and one pass is enough
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))

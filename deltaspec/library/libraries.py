@@ -1,0 +1,295 @@
+"""Libraries: directories of saved deltas whose names a model knows, and whose tensors it loads when they are needed.
+
+`c.library(dir)` reads manifests alone. What `attach`, `only` and the like name is then loaded: planned once for all
+saved deltas that are alike, checked like `c.load` checks, and put into a row of its kind's stack. Those that were not
+used for longest, and are not attached, are dropped again when there are more than `limit`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deltaspec.deltas import Delta
+from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+from deltaspec.library.entries import Reader, Template, entries_in
+from deltaspec.library.opened import Opened, Staged, limits
+from deltaspec.library.view import LibraryView
+
+if TYPE_CHECKING:
+    from deltaspec.running.attach import Attachments
+    from deltaspec.running.views import Family
+
+
+class Libraries:
+    """All libraries of one model, and of all its views."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self.opened: list[Opened] = []
+        self._of: dict[str, Opened] = {}
+        """The directory of each known name."""
+        self._exposed: set[str] = set()
+        """Names whose tensors a user was given."""
+        self._pinned: dict[int, tuple[str, ...]] = {}
+        """What each prepared assignment to rows names."""
+        self._lock = family.lock
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Libraries:
+        """Copy with what is loaded; directories are shared."""
+        twin = type(self)(memo[id(self._family)])
+        memo[id(self)] = twin
+        for opened in self.opened:
+            reader = Reader(twin._family, opened.reader.inputs)
+            copied = replace(opened, reader=reader, loaded=OrderedDict(opened.loaded))
+            twin.opened.append(copied)
+            twin._of.update(dict.fromkeys(copied.entries, copied))
+        return twin
+
+    @property
+    def _attachments(self) -> Attachments:
+        """Those of some view: what is used here is common to all."""
+        return self._family.one()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._of
+
+    @property
+    def loaded(self) -> list[str]:
+        """Names in memory, in the order of application."""
+        return [name for opened in self.opened for name in opened.entries if name in opened.loaded]
+
+    def open(self, directory: str | PathLike[str], limit: int | str | None, by: str, example_inputs: Any) -> Opened:
+        """Make the names of a directory known. Raises DeltaSpecError with all findings, and then none is."""
+        if by not in ("delta", "folder"):
+            raise ValueError(f"by is 'delta' or 'folder', not {by!r}")
+        count, size = limits(limit)
+        with self._lock:
+            attachments = self._attachments
+            entries = entries_in(directory, attachments, by)
+            findings = []
+            for name, entry in entries.items():
+                other = self._of.get(name)
+                if other is not None or name in attachments.order:
+                    where = "was compiled into this model" if other is None else f"is in the library {other.directory}"
+                    message = f"the delta {name!r} of {entry.place} has the name of one that {where}"
+                    hint = 'name them by their directories: c.library(dir, by="folder")'
+                    if other is not None:
+                        hint += "; or close the other library first"
+                    findings.append(entry.saved.finding("DS530", message, hint))
+            if findings:
+                raise DeltaSpecError(findings)
+            opened = Opened(str(directory), entries, Reader(self._family, example_inputs), count, size)
+            self.opened.append(opened)
+            self._of.update(dict.fromkeys(entries, opened))
+            first = max(attachments.order.values(), default=-1) + 1
+            attachments.order.update({name: first + index for index, name in enumerate(entries)})
+            return opened
+
+    def view(
+        self, directory: str | PathLike[str], limit: int | str | None, preload: bool, by: str, example_inputs: Any
+    ) -> LibraryView:
+        """Open a directory for a user; where preloading fails, it is not opened."""
+        with self._lock:
+            view = LibraryView(self, self.open(directory, limit, by, example_inputs))
+            if preload:
+                try:
+                    view.load()
+                except BaseException:
+                    view.close()
+                    raise
+            return view
+
+    def refuse_attached(self, active: Iterable[str], what: str) -> None:
+        """Raise DeltaSpecError (DS533) where a delta of a library is attached: the result would lack it."""
+        found = [name for name in active if name in self._of]
+        if found:
+            names = ", ".join(map(repr, found))
+            message = f"the model cannot be {what} with {names} attached, which a library holds"
+            raise DeltaSpecError([Diagnostic("DS533", message, suggestion=f"c.detach({names}) first")])
+
+    def close(self, opened: Opened) -> None:
+        """Forget a directory. Raises DeltaSpecError (DS532) where deltas of it are in use."""
+        with self._lock:
+            if opened not in self.opened:
+                return
+            self.drop(opened, tuple(opened.loaded))
+            self.opened.remove(opened)
+            for name in opened.entries:
+                del self._of[name], self._attachments.order[name]
+            opened.entries = {}
+
+    def require(self, names: Iterable[str], *, leaving: Attachments | None = None) -> None:
+        """Load those of these deltas that are in libraries and not in memory; all or none.
+
+        `leaving`: what is attached in this view will not be in a moment, unless it is among these.
+
+        Raises DeltaSpecError with the findings of all: files missing, damaged or malformed, specs that do not fit this
+        backbone, tensors missing, surplus, of another shape or dtype, or not finite; a limit that is too small (DS531).
+        """
+        if not self.opened:
+            return
+        with self._lock:
+            asked: dict[Opened, dict[str, None]] = {}
+            for name in names:
+                if (opened := self._of.get(name)) is not None:
+                    asked.setdefault(opened, {})[name] = None
+            staged: dict[Opened, list[Staged]] = {}
+            findings: list[Diagnostic] = []
+            for opened, wanted in asked.items():
+                staged[opened] = self._staged(opened, wanted, findings, leaving)
+            if findings:
+                raise DeltaSpecError(findings)
+            for opened, new in staged.items():
+                if new:
+                    kept = {*asked[opened], *self._kept(opened)}
+                    self._make_way(opened, kept, [one.template for one in new])
+                    self._take_in(opened, new)
+                self.touch(asked[opened])
+
+    @contextmanager
+    def in_memory(self, names: Iterable[str], view: Attachments) -> Iterator[None]:
+        """Have these deltas in memory for what attaches them in a view; those that leave go afterwards."""
+        if not self.opened:
+            yield
+            return
+        self.require(names, leaving=view)
+        try:
+            yield
+        finally:
+            self._trim()
+
+    def _staged(
+        self, opened: Opened, wanted: Iterable[str], findings: list[Diagnostic], leaving: Attachments | None
+    ) -> list[Staged]:
+        """Read and check what is not in memory."""
+        staged, before = [], len(findings)
+        for name in [name for name in wanted if name not in opened.loaded]:
+            entry = opened.entries[name]
+            template = opened.reader.template(entry, findings)
+            found = None if template is None else opened.reader.read(entry, template, findings)
+            if template is not None and found is not None:
+                staged.append(Staged(name, template, *found))
+        if len(findings) == before:
+            kept = {*wanted, *self._kept(opened, leaving)}
+            templates = [opened.loaded[name] for name in list(opened.loaded) if name in kept]
+            if opened.exceeds([*templates, *(new.template for new in staged)]):
+                message = f"{len(templates) + len(staged)} deltas at once are more than the limit of {opened.directory}"
+                hint = "raise the limit, or detach some first"
+                findings.append(Diagnostic("DS531", message, file=opened.directory, suggestion=hint))
+        return staged
+
+    def _make_way(self, opened: Opened, kept: set[str], coming: list[Template]) -> None:
+        """Drop those that were not used for longest, until there is room."""
+        for name in [name for name in list(opened.loaded) if name not in kept]:
+            if not opened.exceeds([*opened.loaded.values(), *coming]):
+                break
+            self._forget(opened, name)
+
+    def _trim(self) -> None:
+        """Drop what is beyond the limits, now that it may be."""
+        with self._lock:
+            for opened in self.opened:
+                if opened.exceeds(list(opened.loaded.values())):
+                    self._make_way(opened, self._kept(opened), [])
+
+    @torch.no_grad()
+    def _take_in(self, opened: Opened, new: list[Staged]) -> None:
+        attachments = self._attachments
+        left = Counter(staged.template for staged in new)
+        for staged in new:
+            template = staged.template
+            planned = replace(template.planned, name=staged.name)
+            attachments.add(planned, proven=opened.reader.proven)
+            stack, row = attachments.stacks.hold(staged.name, template.layout, left[template], opened.count)
+            left[template] -= 1
+            for piece, group, offset in staged.contents.moves(template.layout):
+                stack.flats[group][row, offset : offset + piece.count].copy_(piece.of(staged.file))
+            opened.loaded[staged.name] = template
+
+    def drop(self, opened: Opened, names: tuple[str, ...]) -> None:
+        """Take deltas out of memory. Raises DeltaSpecError (DS532) for those in use, and then drops none."""
+        with self._lock:
+            findings: list[Diagnostic] = []
+            kept, trained = self._kept(opened), self._trained(opened)
+            for name in names:
+                if name not in kept:
+                    continue
+                reason, hint = "is attached", f"c.detach({name!r}) first"
+                if name in trained:
+                    reason = "has parameters that require a gradient, and what they learned would be lost"
+                    hint = "p.requires_grad_(False) first"
+                elif name in self._in_rows():
+                    reason, hint = "is in rows that were prepared", "let go of what c.rows(...) gave first"
+                message = f"the delta {name!r} {reason}"
+                findings.append(Diagnostic("DS532", message, file=opened.directory, suggestion=hint))
+            if findings:
+                raise DeltaSpecError(findings)
+            for name in names:
+                if name in opened.loaded:
+                    self._forget(opened, name)
+
+    def _forget(self, opened: Opened, name: str) -> None:
+        if not self._attachments.discard(name):
+            return
+        del opened.loaded[name]
+        self._attachments.stacks.drop(name, again=name not in self._exposed)
+        self._exposed.discard(name)
+
+    def _trained(self, opened: Opened) -> list[str]:
+        """Give the names of loaded deltas that a user has put into training."""
+        return [
+            name
+            for name in self._exposed
+            if name in opened.loaded and any(p.requires_grad for p in self.delta(name).parameters())
+        ]
+
+    def pin(self, holder: object, names: Iterable[str]) -> None:
+        """Keep deltas in memory for as long as an object lives that knows where they lie."""
+        names = tuple(name for name in names if name in self._of)
+        if names:
+            key = id(holder)
+            self._pinned[key] = names
+            weakref.finalize(holder, self._pinned.pop, key, None)
+
+    def _in_rows(self) -> set[str]:
+        return {name for names in list(self._pinned.values()) for name in names}
+
+    def _kept(self, opened: Opened, leaving: Attachments | None = None) -> set[str]:
+        """Give the names of loaded deltas that must not be dropped."""
+        active = self._family.attached(leaving)
+        return {*active, *self._in_rows(), *self._trained(opened)} & opened.loaded.keys()
+
+    def touch(self, names: Iterable[str]) -> None:
+        """Note that deltas are used now. Switches call this without the lock, so readers take `loaded` in one step."""
+        for name in names:
+            if (opened := self._of.get(name)) is not None:
+                opened.use(name)
+
+    def delta(self, name: str) -> Delta:
+        """Give a loaded delta as a module; KeyError where it is not loaded."""
+        with self._lock:
+            opened = self._of.get(name)
+            template = None if opened is None else opened.loaded.get(name)
+            if template is None:
+                raise KeyError(name)
+            return self._attachments.stacks.show(name, template.buffers)
+
+    def expose(self, name: str) -> Delta:
+        """Give a loaded delta to a user, who may keep its tensors: their memory is not written again."""
+        with self._lock:
+            delta = self.delta(name)
+            self._exposed.add(name)
+            return delta
+
+    def moved(self) -> None:
+        """Follow the backbone to another device or dtype."""
+        for opened in self.opened:
+            opened.reader.moved()

@@ -1,0 +1,117 @@
+"""`expect`: what a spec's author counts on, compared with what the plan comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import floor
+
+from deltaspec.diagnostics import Diagnostic
+from deltaspec.modules import ModuleTable, Row
+from deltaspec.planning.planned import PlannedDelta, PlannedSite, fraction
+from deltaspec.planning.sites import counted, shown
+from deltaspec.select import Match, select
+from deltaspec.selection.subtree import is_inside
+from deltaspec.spec import Count, DeltaSpec
+
+Result = tuple[tuple[str, ...], list[Diagnostic]]
+"""Expectations that were met, in words, and findings for those that were not."""
+
+
+def delta_checks(spec: DeltaSpec, index: int, delta: PlannedDelta) -> Result:
+    """Compare one delta with its `expect`."""
+    expect = spec.deltas[index].expect
+    met: list[str] = []
+    findings: list[Diagnostic] = []
+    if expect is None:
+        return (), []
+    names = shown((site.fqn for site in delta.sites), most=8)
+    for key, code, bounds, actual, noun in (
+        ("sites", "DS501", expect.sites, len(delta.sites), "site"),
+        ("trainable", "DS502", expect.trainable, delta.trainable, "trainable parameter"),
+    ):
+        if bounds is None:
+            continue
+        words = f"{_plural(actual, noun)}, expected {_bounds(bounds)}"
+        if _holds(bounds, actual):
+            met.append(words)
+        else:
+            hint = f"change the selector or the expectation; the sites are {names}" if names else "it has no site"
+            path = ("deltas", index, "expect", key)
+            findings.append(spec.diagnostic(code, f"delta {delta.name!r} has {words}", path, hint))
+    return tuple(met), findings
+
+
+def spec_checks(spec: DeltaSpec, deltas: Sequence[PlannedDelta], table: ModuleTable, broken: bool) -> Result:
+    """Compare a spec's own deltas with its `expect`; where a delta is `broken`, counts are left alone."""
+    if spec.expect is None:
+        return (), []
+    met: list[str] = []
+    findings: list[Diagnostic] = []
+    if spec.expect.trainable is not None and not broken:
+        for words, holds in _trainable(spec, sum(delta.trainable for delta in deltas), table):
+            if holds:
+                met.append(words)
+            else:
+                shares = ", ".join(f"{delta.name} {delta.trainable:,}" for delta in deltas)
+                hint = f"by delta: {shares}"
+                findings.append(spec.diagnostic("DS503", words, ("expect", "trainable"), hint))
+    for selector in spec.expect.untouched:
+        matches, wrong = select(selector, table, spec.selectors, spec)
+        findings += wrong
+        clashes = 0
+        for delta in deltas:
+            inside = [site.fqn for site in delta.sites if any(_touches(site, match) for match in matches)]
+            if inside:
+                clashes += 1
+                where = f"{counted(inside)}: {shown(inside)}"
+                message = f"delta {delta.name!r} changes what should stay untouched ({where})"
+                hint = f"leave it out of the delta's target: not: …; untouched are {shown(_names(matches))}"
+                findings.append(spec.diagnostic("DS504", message, selector.location, hint))
+        if not clashes and not wrong:
+            met.append(f"untouched: {shown(_names(matches))}" if matches else "untouched: nothing matches (optional)")
+    return tuple(met), findings
+
+
+def _trainable(spec: DeltaSpec, actual: int, table: ModuleTable) -> list[tuple[str, bool]]:
+    assert spec.expect is not None and spec.expect.trainable is not None
+    bounds, base = spec.expect.trainable, table.parameters
+    found = []
+    if bounds.min is not None or bounds.max is not None:
+        words = f"{_plural(actual, 'trainable parameter')} in all, expected {_bounds(bounds)}"
+        found.append((words, _holds(bounds, actual)))
+    if bounds.max_fraction is not None:
+        share, most = fraction(actual, base), bounds.max_fraction
+        words = (
+            f"{_plural(actual, 'trainable parameter')} are {100 * share:.4g} % of the base's {base:,}, "
+            f"expected at most {100 * most:.4g} % ({floor(most * base):,})"
+        )
+        found.append((words, share <= most))
+    return found
+
+
+def _touches(site: PlannedSite, match: Match) -> bool:
+    """Tell whether a site lies in a module, or changes a parameter, that should stay as it is."""
+    row: Row = site.site.row
+    if match.parameter is None:
+        return any(is_inside(name, match.row.fqn) for name in (row.fqn, *row.aliases))
+    return row.fqn == match.row.fqn and site.site.parameter in (None, match.parameter)
+
+
+def _names(matches: Sequence[Match]) -> list[str]:
+    return [f"{m.row.fqn}.{m.parameter}".removeprefix(".") if m.parameter else m.row.fqn for m in matches]
+
+
+def _holds(bounds: Count, actual: int) -> bool:
+    return (bounds.min is None or actual >= bounds.min) and (bounds.max is None or actual <= bounds.max)
+
+
+def _bounds(bounds: Count) -> str:
+    if bounds.min == bounds.max and bounds.min is not None:
+        return f"{bounds.min:,}"
+    if bounds.min is not None and bounds.max is not None:
+        return f"{bounds.min:,} to {bounds.max:,}"
+    return f"at least {bounds.min:,}" if bounds.min is not None else f"at most {bounds.max:,}"
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
