@@ -435,4 +435,25 @@ def test_a_module_whose_output_nothing_uses_is_refused_and_no_other(use):
     with pytest.raises(DeltaSpecError, match="DS403.*nothing that the model gives is computed from what leaves this"):
         plan("pooler.0")
     seen, _ = observe(model, INPUTS)
-    assert {fqn for fqn, found in seen.items() if not found.used} == {"pooler", "pooler.0", "pooler.1"}
+    assert {fqn for fqn, found in seen.items() if found.fate == "idle"} == {"pooler", "pooler.0", "pooler.1"}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_weight_in_a_forward_without_gradients_is_refused_and_an_adapter_is_not(method):
+    class Table(nn.Embedding):
+        """As the sinusoidal positions of Marian and Pegasus."""
+
+        @torch.no_grad()
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input)
+
+    model = nn.Sequential(Table(20, 16), nn.Linear(16, 16)).eval()
+    inputs = torch.arange(6).reshape(2, 3)
+
+    def plan(method: str) -> Any:
+        delta = {"name": "d", "method": method, "target": "0"}
+        return deltaspec.plan(model, {"deltaspec": 1, "deltas": [delta]}, example_inputs=inputs)
+
+    with pytest.raises(DeltaSpecError, match="this Table runs without gradients, so a delta of its weights"):
+        plan(method)
+    assert plan("adapter").trainable

@@ -196,7 +196,9 @@ def test_position_tables_that_take_more_than_ids(architecture, method):
     try:
         compiled = deltaspec.compile(model.eval(), {"deltaspec": 1, "deltas": [delta]})
     except DeltaSpecError as error:
-        assert {finding.code for finding in error.diagnostics} <= {"DS402"}
+        # Pegasus looks its table up without gradients, so only a method around the call could be trained.
+        still = architecture == "pegasus" and method != "adapter"
+        assert {finding.code for finding in error.diagnostics} <= {"DS402", "DS403" if still else "DS402"}
         assert all(finding.suggestion for finding in error.diagnostics)
         return
     with torch.no_grad():

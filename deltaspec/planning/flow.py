@@ -1,4 +1,4 @@
-"""What becomes of what leaves a module: whether anything that a model gives was computed from it.
+"""What becomes of what leaves a module: whether anything that a model gives was computed from it, and with gradients.
 
 The graph that autograd keeps of one forward tells. What it does not follow (indices, comparisons, values that Python
 looks at, tensors that modules keep) counts as used, so a module is called idle only where nothing took up its output.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,15 @@ METADATA = frozenset(
 """Functions that look at a tensor's form, not at its values."""
 
 
-def idle_modules(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
-    """Run a copy of a model, whose parameters all get gradients: give the names of the modules whose output is idle."""
+Fate = Literal["used", "idle", "still"]
+"""Of a module's output: something was computed from it; nothing was; it has no gradients, for the module keeps none."""
+
+
+def fates(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Fate]:
+    """Run a copy of a model, whose parameters all get gradients: give by name what became of modules' outputs.
+
+    Modules that are not named are used as usual.
+    """
     for parameter in model.parameters():
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad = True
@@ -42,8 +49,9 @@ def idle_modules(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         for handle in handles:
             handle.remove()
     kept = [{n: v for n, v in m.__dict__.items() if n not in _REGISTRIES} for m in model.modules()]
-    idle = flow.idle([output, kept])
-    return {fqn for fqn, module in model.named_modules(remove_duplicate=False) if id(module) in idle}
+    found = flow.fates([output, kept])
+    named = model.named_modules(remove_duplicate=False)
+    return {fqn: found[id(module)] for fqn, module in named if id(module) in found}
 
 
 class _Flow(TorchFunctionMode):
@@ -55,6 +63,8 @@ class _Flow(TorchFunctionMode):
         """Nodes of autograd's graph that gave what left each module, by the module's identity."""
         self._untold: set[int] = set()
         """Modules whose output autograd did not follow."""
+        self._still: dict[int, bool] = {}
+        """Whether all that left a module with parameters was without gradients."""
         self._used: list[Any] = []
         """Nodes whose values something took that autograd does not follow."""
 
@@ -77,23 +87,30 @@ class _Flow(TorchFunctionMode):
         nodes = [tensor.grad_fn for tensor in tensors]
         if not complete or not nodes or None in nodes:
             self._untold.add(id(module))
+        # Where the caller keeps none, as a reversible layer does, it may run the module once more for its backward.
+        learns = any(p is not None and p.requires_grad for p in module._parameters.values()) and torch.is_grad_enabled()
+        if tensors and learns:
+            still = all(tensor.is_floating_point() and not tensor.requires_grad for tensor in tensors)
+            self._still[id(module)] = still and self._still.get(id(module), True)
         # Writing into a view puts another node in the place of its own one.
         bases = [tensor._base.grad_fn for tensor in tensors if tensor._base is not None]
         self._left.setdefault(id(module), []).extend((*nodes, *bases))
 
-    def idle(self, given: Any) -> set[int]:
-        """Tell, by identity, from which modules' output nothing of all that is given was computed."""
+    def fates(self, given: Any) -> dict[int, Fate]:
+        """Tell of modules, by identity, what of all that is given was computed from their output."""
         tensors, complete = _tensors(given)
         waiting = [*self._used, *(tensor.grad_fn for tensor in tensors)]
         if not complete or all(node is None for node in waiting):
-            return set()
+            return {}
         seen = set()
         while waiting:
             node = waiting.pop()
             if node is not None and node not in seen:
                 seen.add(node)
                 waiting += [before for before, _ in node.next_functions]
-        return {key for key, nodes in self._left.items() if key not in self._untold and seen.isdisjoint(nodes)}
+        found: dict[int, Fate] = {key: "still" for key, still in self._still.items() if still}
+        idle = (key for key, nodes in self._left.items() if key not in self._untold and seen.isdisjoint(nodes))
+        return found | dict.fromkeys(idle, "idle")
 
 
 def _tensors(value: Any) -> tuple[list[Tensor], bool]:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from deltaspec.clone import clone
 from deltaspec.modules import Row
-from deltaspec.planning.flow import METADATA, idle_modules
+from deltaspec.planning.flow import METADATA, Fate, fates
 from deltaspec.planning.inputs import call_arguments, dummy_inputs
 from deltaspec.running.attention import AttentionShape, record_shapes
 
@@ -41,8 +41,18 @@ class Observation:
     """Number of dimensions of the hidden state that left."""
     moves: bool = False
     """What left has other positions (all dimensions but the last) than what entered."""
-    used: bool = True
-    """False: nothing that the model gives was computed from what left it (or its host)."""
+    fate: Fate = "used"
+    """What became of what left it (or its host)."""
+
+    def useless(self, kind: str, weight: bool) -> tuple[str, str] | None:
+        """Say why a delta at a module of this kind, in its `weight` or around it, is for nothing, and the way out."""
+        if self.fate == "idle":
+            reason = f"nothing that the model gives is computed from what leaves this {kind}"
+            return f"{reason}, so a delta there would do nothing", "leave it out, or pass other example_inputs"
+        if self.fate == "still" and weight:
+            reason = f"this {kind} runs without gradients, so a delta of its weights could not be trained"
+            return reason, "leave it out, or use a method around the call (adapter)"
+        return None
 
 
 class Observations:
@@ -203,10 +213,10 @@ def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Obs
             for fqn, observation in known.items():
                 found = seen.get(fqn, Observation(True))
                 seen[fqn] = replace(found, called=False, host=observation.host, reads=None)
-            idle = _idle(model, example_inputs, device)
-            for fqn, found in seen.items() if idle else ():
-                if (fqn if found.host is None else found.host) in idle:
-                    seen[fqn] = replace(found, used=False)
+            known_fates = _fates(model, example_inputs, device)
+            for fqn, found in seen.items() if known_fates else ():
+                if fate := known_fates.get(fqn if found.host is None else found.host):
+                    seen[fqn] = replace(found, fate=fate)
             return seen, None
     return known, failures[-1]
 
@@ -238,13 +248,13 @@ def _run(model: nn.Module, example_inputs: Any, device: str | None) -> dict[str,
     return seen | {fqn: replace(seen[fqn], attention=shape) for fqn, shape in shapes.items()}
 
 
-def _idle(model: nn.Module, example_inputs: Any, device: str | None) -> set[str]:
-    """Name the modules whose output the model does not use."""
+def _fates(model: nn.Module, example_inputs: Any, device: str | None) -> dict[str, Fate]:
+    """Tell of modules, by name, that the model uses their output in no way, or without gradients."""
     twin, args, kwargs = _prepared(model, example_inputs, device)
     try:
-        return idle_modules(twin, args, kwargs)
+        return fates(twin, args, kwargs)
     except Exception:  # a stranger's forward may not be made for gradients
-        return set()
+        return {}
 
 
 def _prepared(

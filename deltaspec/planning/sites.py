@@ -170,8 +170,7 @@ class Placer:
             in_width = in_width if seen.in_width is None else seen.in_width
             width = width if seen.width is None else seen.width
             # A module that is called and read besides takes a method around its call; a changed weight must reach both.
-            around = seen.called and self.method.promises.weight is None
-            host = None if around else seen.host
+            host = None if seen.called and self.method.promises.weight is None else seen.host
             site = Site(row, parameter, in_width, width, host, seen.reads, seen.attention, seen.dims, moves=seen.moves)
         if not row.faithful and site.host is None and parameter is None and self.method.promises.weight is not None:
             site = replace(site, host=row.fqn)  # only its weight can be changed, not what its kind makes of it
@@ -231,9 +230,8 @@ class Placer:
                     hint = f"its weight is tied to that of {called[0]}, which runs: select that one"
                 return "DS403", reason, hint
         seen = self.observations.of(site.row)
-        if seen is not None and not seen.used:
-            reason = f"nothing that the model gives is computed from what leaves this {site.row.type}"
-            return "DS403", f"{reason}, so a delta there would do nothing", "leave it out, or pass other example_inputs"
+        if seen is not None and (useless := seen.useless(site.row.type, self.method.promises.weight is not None)):
+            return "DS403", *useless
         if site.host is not None and self.method.promises.weight is None:
             host = site.host or self.table.model_class
             reason = (
