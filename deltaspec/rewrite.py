@@ -16,7 +16,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from deltaspec.methods import methods
 from deltaspec.methods._base import Form, MethodParams
-from deltaspec.rows.per_row import emit_per_row
+from deltaspec.rows.per_row import emit_per_row, widened
 from deltaspec.rows.slots import toward
 
 Call = Callable[..., fx.Node]
@@ -31,7 +31,9 @@ class Link:
     params: MethodParams
     form: Form
     compute: str | None = None
-    """dtype to compute in where it is not the host's own (`float32`), without the torch prefix."""
+    """dtype to compute in where the delta's is not the host's own (`float32`), without the torch prefix: the wider."""
+    narrow: bool = False
+    """The delta's tensors have another dtype than `compute`."""
     scaled: bool = False
     """What it adds is scaled by a strength, which is data."""
     per_row: bool = False
@@ -55,11 +57,12 @@ class Inputs:
 class _Tensors:
     """What a formula sees as `t`: the delta's tensors as proxies, dropout, the host's other arguments."""
 
-    def __init__(self, tracer: GraphAppendingTracer, inputs: Inputs) -> None:
-        self._tracer, self._inputs = tracer, inputs
+    def __init__(self, tracer: GraphAppendingTracer, inputs: Inputs, widen: torch.dtype | None) -> None:
+        self._tracer, self._inputs, self._widen = tracer, inputs, widen
 
     def __getattr__(self, name: str) -> fx.Proxy:
-        return fx.Proxy(self._inputs.tensors[name], self._tracer)
+        tensor = fx.Proxy(self._inputs.tensors[name], self._tracer)
+        return tensor if self._widen is None else self.call(widened, tensor, self._widen)
 
     def dropout(self, value: fx.Proxy) -> fx.Proxy:
         if self._inputs.dropout is None:
@@ -110,7 +113,8 @@ def emit_chain(graph: fx.Graph, x: fx.Node, links: tuple[Link, ...], inputs: tup
                 without.append(out)
             return out
 
-        result: fx.Proxy = methods()[link.method].apply(link.form, link.params, _Tensors(tracer, given), cast, base)
+        tensors = _Tensors(tracer, given, compute if link.narrow else None)
+        result: fx.Proxy = methods()[link.method].apply(link.form, link.params, tensors, cast, base)
         if link.scaled:
             plain = without[0] if without else base(cast)
             result = tracer.create_proxy("call_function", toward, (plain, result, strength), {})

@@ -6,6 +6,7 @@ from torch import nn
 
 import deltaspec
 from deltaspec import DeltaSpecError
+from deltaspec.trial import disturb
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 
@@ -56,3 +57,22 @@ def test_it_is_saved(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4))
     deltaspec.compile(model, spec(dtype="bfloat16")).save(tmp_path)
     assert dtypes(deltaspec.restore(model, tmp_path)) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("backbone", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("method", ["lora", "adapter", "bitfit", "full", "ssf"])
+def test_a_narrower_delta_rounds_nothing_but_its_own(backbone, method):
+    model = nn.Sequential(nn.Linear(4, 4)).to(backbone)
+    compiled = deltaspec.compile(model, spec(method, dtype="bfloat16"))
+    disturb(compiled)
+    x = torch.randn(3, 4).to(backbone)
+    with torch.no_grad():
+        bare, whole = model(x), compiled(x)
+        compiled.only({"d": 0.0})
+        assert torch.equal(compiled(x), bare)
+        compiled.only({"d": 1.0})
+        assert torch.equal(compiled(x), whole)
+        compiled.detach()
+        mixed = compiled(x, deltas=["d", None, {"d": 0.0}])
+        close = 1e-2 if backbone is torch.float16 else 1e-6
+        torch.testing.assert_close(mixed, torch.stack([whole[0], *bare[1:]]), rtol=close, atol=close)

@@ -589,3 +589,24 @@ def test_stacking_leaves_no_second_copy_of_the_deltas():
     view(ids(), deltas=ROWS)
     view(ids(), deltas=ROWS)  # no kernel can still be reading what was left
     assert not any(compiled._attachments.stacks._left)
+
+
+def test_a_model_that_wants_its_rows_in_one_order_is_refused_and_its_own_errors_are_raised():
+    class Packing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.rnn = nn.Linear(8, 8), nn.LSTM(8, 4, batch_first=True)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(self.inner(x), lengths, batch_first=True)
+            return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0]
+
+    x, lengths = torch.randn(3, 5, 8), torch.tensor([5, 3, 2])
+    model = Packing().eval()
+    spec = {"deltaspec": 1, "deltas": [entry("a", "lora", "inner")]}
+    compiled = deltaspec.compile(model, spec, example_inputs=(x, lengths))
+    with pytest.raises(DeltaSpecError, match="DS442.*another order"):
+        compiled(x, lengths, deltas=["a", None, "a"])
+    with pytest.raises(RuntimeError, match="sorted"):
+        compiled(x, lengths.flip(0), deltas=["a", None, "a"])
+    assert torch.equal(compiled.detach()(x, lengths), model(x, lengths))

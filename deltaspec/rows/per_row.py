@@ -184,7 +184,8 @@ class _Emitter:
         if (node, zeros) not in self._taken:
             name = next(name for name, known in self.formula.tensors.items() if known is node)
             source, x = self.inputs.tensors[name], self.env[self.formula.x]
-            self._taken[node, zeros] = self.call(take, self.slot, source, x, zeros)
+            taken = self.call(take, self.slot, source, x, zeros)
+            self._taken[node, zeros] = self.call(widened, taken, self.compute) if self.link.narrow else taken
         return self._taken[node, zeros]
 
     # Everything else
@@ -245,6 +246,11 @@ def _one_row(swapped: Callable[..., Any], parameters: dict[str, Any], x: Tensor)
     leaving: Tensor = swapped(own, entering.unsqueeze(0)).squeeze(0)
     leaving = no_gradient_of_padding(swapped.module, entering, leaving)  # type: ignore[attr-defined]
     return leaving.to(x.dtype) if x.is_floating_point() else leaving
+
+
+def widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give a delta's tensor in a wider dtype; whole numbers stay."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:

@@ -49,8 +49,20 @@ def rows_lead(
     if seen is None:
         if any(hasattr(value, "get_seq_length") for value in kwargs.values()):
             return False
-        used = _told_apart((args, {**kwargs, **({"use_cache": False} if "use_cache" in kwargs else {})}))
-        seen = _in_orders(backbone, hosts, forward, used)
+        own: Arguments = (args, {**kwargs, **({"use_cache": False} if "use_cache" in kwargs else {})})
+        used = _told_apart(own)
+        try:
+            seen = _in_orders(backbone, hosts, forward, used)
+        except Exception as error:
+            with _evaluating(backbone):
+                forward(*own[0], **own[1])  # what this raises is about the call, and not about the trial
+            raised = f"{type(error).__name__}: {error}"
+            message = (
+                "nothing shows where the rows of the batch are inside the model: in another order, or of other values, "
+                f"they raise {raised}"
+            )
+            hint = "run these rows one delta at a time, with c.only(name)"
+            raise DeltaSpecError([Diagnostic("DS442", message, suggestion=hint)]) from error
     findings = []
     for fqn, orders in seen.items():
         shared = all(x.shape[:1] == (1,) for _, before, _ in orders for x in before)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from deltaspec.deltas import Delta, Deltas, attribute_name, home, storage_key
@@ -208,7 +209,7 @@ class Programmer:
         planned, delta = visit.planned, self._deltas[visit.delta]
         names = tuple(spec.name for spec in planned.tensors)
         tensors = [delta.tensor(storage_key(planned.site.row.fqn, spec)) for spec in planned.tensors]
-        link = Link(visit.method, planned.params, form_of(planned.site, names), _compute(tensors, module))
+        link = Link(visit.method, planned.params, form_of(planned.site, names), *_compute(tensors, module))
         probability = getattr(planned.params, "dropout", 0)
         return link, tensors, [delta.dropout(probability)] if probability else []
 
@@ -244,11 +245,17 @@ def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(stars.get(p.kind.name, "") + p.name for p in parameters)
 
 
-def _compute(tensors: list[Tensor], module: nn.Module) -> str | None:
-    """Give the delta's dtype where it is not the host's own; the formula then computes in it."""
+def _compute(tensors: list[Tensor], module: nn.Module) -> tuple[str | None, bool]:
+    """Give the wider of the delta's dtype and the host's where they differ, and whether the delta's is another.
+
+    The formula computes in it: what the host gives goes through it, and must come back as it was without the delta.
+    """
     own = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     delta = next((t.dtype for t in tensors if t.is_floating_point()), None)
-    return None if own is None or delta is None or own == delta else str(delta).removeprefix("torch.")
+    if own is None or delta is None or own == delta:
+        return None, False
+    wide = torch.promote_types(own, delta)
+    return str(wide).removeprefix("torch."), wide != delta
 
 
 def _owns_statistics(visits: list[Visit]) -> bool:

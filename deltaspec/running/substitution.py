@@ -240,8 +240,9 @@ def _scaled(without: Tensor | None, with_it: Tensor, strength: Tensor) -> Tensor
     """Go from a module's tensor (a missing one counts as zero) to what a delta makes of it; integers are not scaled."""
     if not with_it.is_floating_point():
         return with_it
-    start = torch.zeros_like(with_it) if without is None else without.to(with_it.dtype)
-    return toward(start, with_it, strength)
+    if without is None:
+        return toward(torch.zeros_like(with_it), with_it, strength)
+    return toward(without, with_it.to(torch.promote_types(without.dtype, with_it.dtype)), strength)
 
 
 def fold_matrices(fold: Fold, own: Any, weight: Tensor) -> Tensor:
