@@ -26,12 +26,15 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:
         return None
     names = set(inspect.signature(model.forward).parameters)
     ids = torch.zeros(1, 4, dtype=torch.long)
+    end, size = getattr(config, "eos_token_id", None), getattr(config, "vocab_size", 0)
+    if isinstance(end, int) and isinstance(size, int) and end < size:
+        ids[0, -1] = end  # BART classifies what stands there
     inputs: dict[str, Tensor] = {}
     if "input_ids" in names:
         inputs["input_ids"] = ids
     if "decoder_input_ids" in names:
         inputs["decoder_input_ids"] = ids
-    vision = getattr(config, "vision_config", config)
+    vision = next((part for name in ("vision_config", "encoder") if (part := getattr(config, name, None))), config)
     if "pixel_values" in names and hasattr(vision, "image_size"):
         size = vision.image_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)

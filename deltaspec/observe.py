@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from deltaspec.attention import Attention, AttentionShape, Hook, Router, is_routable, register
-from deltaspec.clone import clone
+from deltaspec.clone import clone, hollow
 from deltaspec.inputs import call_arguments, dummy_inputs
 from deltaspec.modules import Row
 
@@ -64,6 +64,9 @@ class Observations:
             self._seen, self.failure = observe(self._model, self._inputs)
         return self._seen.get(row.fqn)
 
+
+_MOST_HOLLOW = 2_000_000_000
+"""Parameters up to which a model without values is run on zeros: a few seconds on a CPU."""
 
 _METADATA = frozenset(
     "__get__ __set__ __len__ size dim numel stride element_size data_ptr is_contiguous is_floating_point".split()
@@ -183,10 +186,10 @@ def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Obs
     """Run the model once on meta tensors, in evaluation mode and without gradients, on a copy of its structure.
 
     Give (observation by FQN, None), or (static knowledge about torch's own modules, why nothing could be run). Where
-    the forward looks at values, which meta tensors do not have, it is run once on the model's own weights instead.
-    `example_inputs` are what the model's forward takes: a mapping of keywords, a tuple or list of positional arguments,
-    or one tensor; without them a transformers model is given its own dummy inputs. Nothing of the model is written and
-    the global random state stays.
+    the forward looks at values, which meta tensors do not have, it is run once on the model's own weights instead, or
+    on zeros where it has none. `example_inputs` are what the model's forward takes: a mapping of keywords, a tuple or
+    list of positional arguments, or one tensor; without them a transformers model is given its own dummy inputs.
+    Nothing of the model is written and the global random state stays.
     """
     known = _static(model)
     if example_inputs is None:
@@ -194,8 +197,9 @@ def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Obs
         if example_inputs is None:
             return known, "no example inputs"
     failures = []
-    for device in ("meta", None):
-        if device is None and any(p.is_meta for p in model.parameters()):
+    bare = any(p.is_meta for p in model.parameters())
+    for device in ("meta", "cpu" if bare else None):
+        if device == "cpu" and sum(p.numel() for p in model.parameters()) > _MOST_HOLLOW:
             break
         try:
             seen = _run(model, example_inputs, device)
@@ -228,7 +232,7 @@ def _static(model: nn.Module) -> dict[str, Observation]:
 
 
 def _run(model: nn.Module, example_inputs: Any, device: str | None) -> dict[str, Observation]:
-    twin = clone(model, device=device)
+    twin = hollow(model) if device == "cpu" else clone(model, device=device)
     for module in twin.modules():
         module.training = False
     choose_experts: Any = getattr(twin, "set_experts_implementation", None)
@@ -288,4 +292,8 @@ def _hidden(value: Any) -> Tensor | None:
 
 
 def _to(inputs: Any, device: str) -> Any:
-    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, inputs)
+    return tree_map(lambda v: _moved(v, device) if isinstance(v, Tensor) else v, inputs)
+
+
+def _moved(value: Tensor, device: str) -> Tensor:
+    return torch.zeros_like(value, device=device) if value.is_meta else value.to(device)
