@@ -215,7 +215,9 @@ class Placer:
         if why := _computed_weight(self.method, site, params):
             return why
         if refusal := self.method.refuse(site, params):
-            return "DS402", refusal.reason, refusal.suggestion
+            failed = self.observations.failure if "example_inputs" in refusal.suggestion else None
+            told = f"; no forward could be run here: {failed}" if failed else ""
+            return "DS402", refusal.reason, f"{refusal.suggestion}{told}"
         if not self._reached(site.row):
             called = self._tied_and_reached(site)
             shared = site.stack is None and all(t.key is not None for t in self.method.tensors(site, params))
