@@ -49,6 +49,30 @@ def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any
         raise _not_copied(model, str(error)) from error
 
 
+def hollow(model: nn.Module) -> nn.Module:
+    """Copy the structure of a model that has no values onto the CPU, with zeros in their place.
+
+    All values of a parameter are one element of memory, so that a forward can look at values that depend on its inputs
+    alone, such as those of a mask.
+    """
+    twin = clone(model, device="meta")
+    made: dict[int, torch.Tensor] = {}
+
+    def filled(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            zero = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+            made[id(tensor)] = nn.Parameter(zero, False) if isinstance(tensor, nn.Parameter) else zero.clone()
+        return made[id(tensor)]
+
+    for module in every(twin):
+        registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        for members in registries:
+            for name, value in members.items():
+                if isinstance(value, torch.Tensor) and value.is_meta:
+                    members[name] = filled(value)
+    return twin
+
+
 def _not_copied(model: nn.Module, reason: str) -> DeltaSpecError:
     hint = "build the model anew, or remove what cannot be copied (a lock, a stream, a cached result) before compiling"
     return DeltaSpecError([Diagnostic("DS430", f"{type(model).__name__} cannot be copied: {reason}", suggestion=hint)])

@@ -457,3 +457,20 @@ def test_a_weight_in_a_forward_without_gradients_is_refused_and_an_adapter_is_no
     with pytest.raises(DeltaSpecError, match="this Table runs without gradients, so a delta of its weights"):
         plan(method)
     assert plan("adapter").trainable
+
+
+@pytest.mark.parametrize("kind", ["BartForSequenceClassification", "BartForConditionalGeneration", "DebertaV2Model"])
+def test_a_forward_that_looks_at_values_is_seen_without_weights(kind):
+    import transformers
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    if kind.startswith("Bart"):
+        halves = {f"{half}_{name}": 2 for half in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+        sizes = {"vocab_size": 50, "d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, **halves}
+    made = getattr(transformers, kind)
+    config = made.config_class(**sizes, num_hidden_layers=2)
+    with torch.device("meta"):
+        bare = made(config)
+    seen, failure = observe(bare)
+    assert failure is None and seen == observe(made(config))[0]
+    assert all(p.is_meta for p in bare.parameters())

@@ -410,6 +410,14 @@ def test_a_named_selector_that_nothing_uses_must_match_too() -> None:
     assert plan(Net(), document)
 
 
+def test_a_width_that_no_forward_could_tell_says_why() -> None:
+    document = spec({"method": "reft", "target": "blocks.0"})
+    (finding,) = refused(Net(), document, example_inputs=torch.zeros(2, 3))
+    assert finding.code == "DS402" and "no forward could be run here: RuntimeError" in str(finding.suggestion)
+    (finding,) = refused(Net(), document)
+    assert str(finding.suggestion).endswith("no forward could be run here: no example inputs")
+
+
 def test_no_spec_is_a_usage_error() -> None:
     with pytest.raises(TypeError, match="no spec"):
         plan(Net())

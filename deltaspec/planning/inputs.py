@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 
 def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -26,12 +27,15 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:
         return None
     names = set(inspect.signature(model.forward).parameters)
     ids = torch.zeros(1, 4, dtype=torch.long)
+    end, size = getattr(config, "eos_token_id", None), getattr(config, "vocab_size", 0)
+    if isinstance(end, int) and isinstance(size, int) and end < size:
+        ids[0, -1] = end  # BART classifies what stands there
     inputs: dict[str, Tensor] = {}
     if "input_ids" in names:
         inputs["input_ids"] = ids
     if "decoder_input_ids" in names:
         inputs["decoder_input_ids"] = ids
-    vision = getattr(config, "vision_config", config)
+    vision = next((part for name in ("vision_config", "encoder") if (part := getattr(config, name, None))), config)
     if "pixel_values" in names and hasattr(vision, "image_size"):
         size = vision.image_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -40,3 +44,12 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:
         frames = 2 * config.max_source_positions if hasattr(config, "max_source_positions") else 100
         inputs["input_features"] = torch.zeros(1, config.num_mel_bins, frames)
     return inputs or None
+
+
+def moved_to(inputs: Any, device: str) -> Any:
+    """Give the same inputs on a device; those without values become zeros."""
+    return tree_map(lambda v: _moved(v, device) if isinstance(v, Tensor) else v, inputs)
+
+
+def _moved(value: Tensor, device: str) -> Tensor:
+    return torch.zeros_like(value, device=device) if value.is_meta else value.to(device)

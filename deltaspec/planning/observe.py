@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_iter
 
-from deltaspec.clone import clone
+from deltaspec.clone import clone, hollow
 from deltaspec.modules import Row
 from deltaspec.planning.flow import METADATA, Fate, fates
-from deltaspec.planning.inputs import call_arguments, dummy_inputs
+from deltaspec.planning.inputs import call_arguments, dummy_inputs, moved_to
 from deltaspec.running.attention import AttentionShape, record_shapes
 
 
@@ -76,6 +76,10 @@ class Observations:
         if self._seen is None:
             self._seen, self.failure = observe(self._model, self._inputs)
         return self._seen.get(row.fqn)
+
+
+_MOST_HOLLOW = 2_000_000_000
+"""Parameters up to which a model without values is run on zeros: a few seconds on a CPU."""
 
 
 class _Reads(TorchFunctionMode):
@@ -190,10 +194,11 @@ def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Obs
     """Run the model once on meta tensors, in evaluation mode, on a copy of its structure.
 
     Give (observation by FQN, None), or (static knowledge about torch's own modules, why nothing could be run). Where
-    the forward looks at values, which meta tensors do not have, it is run once on the model's own weights instead.
-    A second run, in which gradients are kept, tells which outputs are used; where it fails, nothing is known of that.
-    `example_inputs`: a mapping of keywords, a tuple or list of positional arguments, or one tensor; without them a
-    transformers model is given its own dummy inputs. Nothing of the model is written; the global random state stays.
+    the forward looks at values, which meta tensors do not have, it is run once on the model's own weights instead, or
+    on zeros where it has none. A second run, in which gradients are kept, tells which outputs are used; where it fails,
+    nothing is known of that. `example_inputs`: a mapping of keywords, a tuple or list of positional arguments, or one
+    tensor; without them a transformers model is given its own dummy inputs. Nothing of the model is written; the global
+    random state stays.
     """
     known = _static(model)
     if example_inputs is None:
@@ -201,8 +206,9 @@ def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Obs
         if example_inputs is None:
             return known, "no example inputs"
     failures = []
-    for device in ("meta", None):
-        if device is None and any(p.is_meta for p in model.parameters()):
+    bare = any(p.is_meta for p in model.parameters())
+    for device in ("meta", "cpu" if bare else None):
+        if device == "cpu" and sum(p.numel() for p in model.parameters()) > _MOST_HOLLOW:
             break
         try:
             seen = _run(model, example_inputs, device)
@@ -261,13 +267,13 @@ def _prepared(
     model: nn.Module, example_inputs: Any, device: str | None
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """Give a copy of the model that can be run, and its arguments."""
-    twin = clone(model, device=device)
+    twin = hollow(model) if device == "cpu" else clone(model, device=device)
     for module in twin.modules():
         module.training = False
     choose_experts: Any = getattr(twin, "set_experts_implementation", None)
     if device == "meta" and choose_experts is not None:
         choose_experts("batched_mm")  # the others look at values, or are for half precision only
-    return twin, *call_arguments(example_inputs if device is None else _to(example_inputs, device))
+    return twin, *call_arguments(example_inputs if device is None else moved_to(example_inputs, device))
 
 
 def _first(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
@@ -292,7 +298,3 @@ def _hidden(value: Any) -> Tensor | None:
     elif isinstance(value, tuple | list):
         value = value[0] if value else None
     return value if isinstance(value, Tensor) and value.dim() >= 2 and value.is_floating_point() else None
-
-
-def _to(inputs: Any, device: str) -> Any:
-    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, inputs)

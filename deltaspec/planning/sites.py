@@ -216,7 +216,9 @@ class Placer:
         if why := _computed_weight(self.method, site, params):
             return why
         if refusal := self.method.refuse(site, params):
-            return "DS402", refusal.reason, refusal.suggestion
+            failed = self.observations.failure if "example_inputs" in refusal.suggestion else None
+            told = f"; no forward could be run here: {failed}" if failed else ""
+            return "DS402", refusal.reason, f"{refusal.suggestion}{told}"
         if self.method.promises.weight != "replace" and any(p.dtype.startswith("complex") for p in site.row.parameters):
             reason = f"the parameters of this {site.row.type} are complex, and {self.method.name} is real"
             return "DS402", reason, "leave it out, or use method full"
