@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from deltaspec.lifted import new_graph, to_function
 from deltaspec.row_formula import formula
 from deltaspec.slots import add_linear_rows, align, linear_rows, rows_in, rows_out, take, toward_rows
+from deltaspec.substitution import Swapped, run_row, stand_in
 
 if TYPE_CHECKING:
     from deltaspec.rewrite import Inputs, Link
@@ -236,12 +237,13 @@ def _over_rows(function: Callable[..., Any], modules: int, name: str) -> Callabl
     return run
 
 
-def _one_row(swapped: Callable[..., Any], parameters: dict[str, Any], x: Tensor) -> Tensor:
+def _one_row(swapped: Swapped, parameters: dict[str, Any], x: Tensor) -> Tensor:
     """Run a host on other parameters, on one row."""
-    like = next((p.dtype for p in swapped.module.parameters() if p.is_floating_point()), x.dtype)  # type: ignore[attr-defined]
+    module = swapped.module
+    like = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
     own = {n: p.to(like) if isinstance(p, Tensor) and p.is_floating_point() else p for n, p in parameters.items()}
     entering = x.to(like) if x.is_floating_point() else x
-    leaving: Tensor = swapped(own, entering.unsqueeze(0)).squeeze(0)
+    leaving: Tensor = run_row(stand_in(module, own), type(module).forward, entering.unsqueeze(0)).squeeze(0)
     return leaving.to(x.dtype) if x.is_floating_point() else leaving
 
 

@@ -8,7 +8,7 @@ training flags are always current. Dynamo and torch.export trace through it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,21 @@ def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
         # nn.LSTM and its kin compute from this list, not from their attributes.
         attributes["_flat_weights"] = [getattr(shadow, name) for name in attributes["_flat_weights_names"]]
     return shadow
+
+
+def run_row(shadow: nn.Module, code: Callable[..., Any], x: Tensor) -> Any:
+    """Run a stand-in on one row, under torch.vmap.
+
+    There, torch keeps gradients from an embedding's padding in the first row alone, so it is done here.
+    """
+    padding = shadow.__dict__.get("padding_idx")
+    if padding is None or x.is_floating_point():
+        return code(shadow, x)
+    shadow.__dict__["padding_idx"] = None
+    leaving = code(shadow, x)
+    if not isinstance(leaving, Tensor) or leaving.shape[:-1] != x.shape:  # what it looks up is not what it is given
+        return leaving
+    return torch.where((x == padding).unsqueeze(-1), leaving.detach(), leaving)
 
 
 class Swapped:
@@ -184,7 +199,7 @@ class FoldedRows:
         shadow = stand_in(self.module, folded)
         if self.frozen:
             shadow.training = False
-        leaving = self.code(shadow, x.unsqueeze(0) if alone else x)
+        leaving = run_row(shadow, self.code, x.unsqueeze(0) if alone else x)
         if not isinstance(leaving, Tensor):
             kind = type(self.module).__name__
             message = f"a {kind} whose weight changes row by row gives a {type(leaving).__name__}, and no hidden state"

@@ -456,3 +456,27 @@ def test_a_single_row_shows_nothing_so_the_next_batch_is_still_tried():
     compiled(torch.randn(1, 1, 8), deltas=["a"])
     with pytest.raises(DeltaSpecError, match="DS442.*inner"):
         compiled(torch.randn(4, 4, 8), deltas=["a", None, "a", None])
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [("lora", {}), ("lora", {"use_dora": True}), ("loha", {}), ("trainable_tokens", {"token_ids": [0, 1]})],
+)
+def test_padding_gets_no_gradient_in_any_row(method, params):
+    """`torch.vmap` alone would keep it from the first row's padding only."""
+    torch.manual_seed(0)
+    model, tokens = nn.Sequential(nn.Embedding(5, 6, padding_idx=1), nn.Linear(6, 4)), torch.randint(0, 3, (4, 5))
+    deltas = [
+        {"name": name, "method": method, "params": params, "target": "0", "attached": False} for name in ("a", "b")
+    ]
+    compiled = deltaspec.compile(model.eval(), {"deltaspec": 1, "deltas": deltas}, example_inputs=tokens)
+    disturb(compiled)
+    places = {"a": [0, 3], "b": [1, 2]}
+    compiled(tokens, deltas=["a", "b", "b", "a"]).square().sum().backward()
+    mixed = {name: [parameter.grad for parameter in compiled.deltas[name].parameters()] for name in places}
+    compiled.zero_grad()
+    for name, rows in places.items():
+        compiled.only(name)
+        compiled(tokens[rows]).square().sum().backward()
+        for one, parameter in zip(mixed[name], compiled.deltas[name].parameters(), strict=True):
+            torch.testing.assert_close(one, parameter.grad)
