@@ -43,12 +43,13 @@ def command(model: str, specs: tuple[str, ...], check: bool, output_format: str)
         return
     if check:
         from deltaspec.lock import check_lock, lock_path
+        from deltaspec.sites import counted
 
         parts = list(zip(planned.parts(), map(lock_path, specs), strict=True))
         _report([finding for part, path in parts for finding in check_lock(part, path)], output_format)
         if output_format == "text":
             for part, path in parts:
-                click.echo(f"{path}: up to date, {len(part.sites)} sites, {part.trainable:,} trainable parameters")
+                click.echo(f"{path}: up to date, {counted(part.sites)}, {part.trainable:,} trainable parameters")
     elif output_format == "text":
         from rich.console import Console
 
