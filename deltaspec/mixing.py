@@ -6,7 +6,6 @@ then the region of the rows' kinds. So one installation serves every assignment,
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import count
@@ -18,6 +17,7 @@ import torch
 from deltaspec.assignment import Rows, chain, parse_rows, places, to_tensors
 from deltaspec.batch import Batch
 from deltaspec.diagnostics import DeltaSpecError, Diagnostic
+from deltaspec.dispatch import Dispatch, Entering, Kinds
 from deltaspec.frozen import FrozenStatistics
 from deltaspec.programs import Forward
 from deltaspec.proving import watched
@@ -30,40 +30,8 @@ if TYPE_CHECKING:
     from deltaspec.attach import Attachments
     from deltaspec.stacks import Kind
 
-Kinds = tuple[str, ...]
-"""The kind in each slot, by a key that no other kind of this process has."""
 _NUMBERS: WeakKeyDictionary[Kind, int] = WeakKeyDictionary()
 _NEXT = count(1)
-
-
-class Dispatch:
-    """The forward of a host while rows are armed."""
-
-    __signature__ = property(lambda self: inspect.signature(self.own))  # generate passes what a forward takes by name
-
-    def __init__(self, mixer: Mixer, own: Forward, mixed: Mapping[Kinds, Forward]) -> None:
-        self._mixer, self.own, self._mixed = mixer, own, mixed
-        self.plain = own
-        """What is attached."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the host: by rows if this forward has some, else as it is attached."""
-        kinds = self._mixer.running
-        if kinds is None:
-            return self.plain(*args, **kwargs)
-        return self._mixed.get(kinds, self.own)(*args, **kwargs)
-
-
-class Entering:
-    """The forward of the whole model under rows: takes the size of the batch, and proves that sites are reached."""
-
-    def __init__(self, mixer: Mixer, forward: Forward) -> None:
-        self._mixer, self._forward = mixer, forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
-        self._mixer.batch.measure(args, kwargs)
-        return self._mixer.proving(self._forward, *args, **kwargs)
 
 
 class Mixer:
