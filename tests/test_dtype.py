@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from deltaspec.trial import disturb
 from torch import nn
 
 import deltaspec
 from deltaspec import DeltaSpecError
+from deltaspec.contract.trial import disturb
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 

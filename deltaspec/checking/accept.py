@@ -53,7 +53,7 @@ def is_coded(delta: Mapping[str, Any]) -> bool:
 @cache
 def shipped() -> dict[str, Any] | None:
     """Give the schema file of the repository or of the installed package; None where there is none."""
-    package = os.path.dirname(__file__)
+    package = os.path.dirname(os.path.dirname(__file__))
     for folder in (package, os.path.dirname(package)):
         try:
             with open(os.path.join(folder, COMMITTED), encoding="utf-8") as file:

@@ -43,7 +43,7 @@ def command(model: str, specs: tuple[str, ...], check: bool, output_format: str)
         return
     if check:
         from deltaspec.lock import check_lock, lock_path
-        from deltaspec.sites import counted
+        from deltaspec.planning.sites import counted
 
         parts = list(zip(planned.parts(), map(lock_path, specs), strict=True))
         _report([finding for part, path in parts for finding in check_lock(part, path)], output_format)
