@@ -102,12 +102,12 @@ def test_all_ways_of_serving_give_the_same_answers(minilm_dir, example, toys, tm
     example.run(console, tmp_path, toys, settings, together=True)
     printed = console.export_text()
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "│" in line]
-    (one, mixed), ways = rows[:2], rows[2:]
+    (one, mixed), costs, answers = rows[:2], rows[2:7], rows[7:]
     assert (one[0], mixed[0]) == ("each by itself", "all in mixed batches")
-    assert len(ways) == 5
-    assert {way[-1] for way in ways} == {"0"}
-    assert {tuple(way[-4:-1]) for way in ways} == {tuple(one[1:])}
-    memory = {way[0]: float(way[5]) for way in ways}
+    assert [way[0] for way in costs] == [way[0] for way in answers]
+    assert {way[-1] for way in answers} == {"0"}
+    assert {tuple(way[1:-1]) for way in answers} == {tuple(one[1:])}
+    memory = {way[0]: float(way[5]) for way in costs}
     assert memory["one by one, a model each"] > 2.9 * memory["mixed batches, a delta a row"]
 
     saved = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
