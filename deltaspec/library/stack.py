@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]  # torch's __all__ leaves it out
 
 Place = tuple[torch.dtype, torch.device]
 _STEP = 16

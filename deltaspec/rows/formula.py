@@ -31,8 +31,10 @@ class Formula:
 class _Formal:
     """What a formula sees as `t` while it is traced apart."""
 
-    def __init__(self, tracer: GraphAppendingTracer, names: tuple[str, ...], open_call: bool) -> None:
-        self._tracer, self._open = tracer, open_call
+    def __init__(
+        self, tracer: GraphAppendingTracer, names: tuple[str, ...], open_call: bool, has_dropout: bool
+    ) -> None:
+        self._tracer, self._open, self._has_dropout = tracer, open_call, has_dropout
         self.nodes = {name: tracer.graph.placeholder(name) for name in names}
         self.arguments: dict[str, fx.Node] = {}
 
@@ -40,6 +42,8 @@ class _Formal:
         return fx.Proxy(self.nodes[name], self._tracer)
 
     def dropout(self, value: fx.Proxy) -> fx.Proxy:
+        if not self._has_dropout:
+            return value
         return fx.Proxy(self._tracer.graph.call_module("dropout", (value.node,)), self._tracer)
 
     def argument(self, name: str) -> fx.Proxy | None:
@@ -59,10 +63,8 @@ def formula(link: Link, open_call: bool) -> Formula:
     graph = fx.Graph()
     tracer = GraphAppendingTracer(graph)
     x = graph.placeholder("x")
-    given = _Formal(tracer, link.form.tensors, open_call)
     has_dropout = bool(getattr(link.params, "dropout", 0))
-    if not has_dropout:
-        given.dropout = lambda value: value  # type: ignore[method-assign]
+    given = _Formal(tracer, link.form.tensors, open_call, has_dropout)
 
     def base(inner: fx.Proxy, **parameters: Any) -> fx.Proxy:
         if not parameters:

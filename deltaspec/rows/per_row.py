@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from deltaspec.lifted import new_graph, to_function
 from deltaspec.rows.formula import formula
 from deltaspec.rows.slots import add_linear_rows, align, linear_rows, rows_in, rows_out, take, toward_rows
-from deltaspec.running.substitution import no_gradient_of_padding
+from deltaspec.running.substitution import Swapped, no_gradient_of_padding
 
 if TYPE_CHECKING:
     from deltaspec.rewrite import Inputs, Link
@@ -176,7 +176,8 @@ class _Emitter:
                 if rule == "binary" and any(map(self._is_vector, node.args)):
                     vector = 0 if self._is_vector(node.args[0]) else 1
                     args[vector] = self.call(align, args[vector], args[1 - vector])
-                new = self.graph.call_function(node.target, tuple(args), dict(node.kwargs))  # type: ignore[arg-type]
+                function: Any = node.target
+                new = self.graph.call_function(function, tuple(args), dict(node.kwargs))
         done[node] = new
         return new
 
@@ -238,13 +239,13 @@ def _over_rows(function: Callable[..., Any], modules: int, name: str) -> Callabl
     return run
 
 
-def _one_row(swapped: Callable[..., Any], parameters: dict[str, Any], x: Tensor) -> Tensor:
+def _one_row(swapped: Swapped, parameters: dict[str, Any], x: Tensor) -> Tensor:
     """Run a host on other parameters, on one row."""
-    like = next((p.dtype for p in swapped.module.parameters() if p.is_floating_point()), x.dtype)  # type: ignore[attr-defined]
+    like = next((p.dtype for p in swapped.module.parameters() if p.is_floating_point()), x.dtype)
     own = {n: p.to(like) if isinstance(p, Tensor) and p.is_floating_point() else p for n, p in parameters.items()}
     entering = x.to(like) if x.is_floating_point() else x
     leaving: Tensor = swapped(own, entering.unsqueeze(0)).squeeze(0)
-    leaving = no_gradient_of_padding(swapped.module, entering, leaving)  # type: ignore[attr-defined]
+    leaving = no_gradient_of_padding(swapped.module, entering, leaving)
     return leaving.to(x.dtype) if x.is_floating_point() else leaving
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,8 @@ _HOW = "generate with use_cache=True, in one piece (no prefill_chunk_size) and w
 
 def generating(planned: Mapping[str, PlannedDelta], active: Iterable[str], backbone: nn.Module) -> Callable[..., Any]:
     """Give the `generate` of a backbone under these deltas. Raises DeltaSpecError (DS450), before it generates."""
-    generate: Callable[..., Any] = backbone.generate  # type: ignore[assignment]
+    whole: Any = backbone  # nn.Module does not say what it generates
+    generate: Callable[..., Any] = whole.generate
     names = [name for name in active if _ends_matter(planned[name])]
     if not names:
         return generate
@@ -113,11 +115,11 @@ def _is_plain_decoder(backbone: Any) -> bool:
 
 
 def _generates_without_cache() -> bool:
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == _UTILS:
             return getattr(frame.f_locals.get("generation_config"), "use_cache", None) is False
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 
