@@ -13,11 +13,11 @@ from torch.nn import functional as F
 import deltaspec
 from benchmarks.harness import Row, excess, interleave, many, ratio, seconds
 from benchmarks.models import LLAMA_LINEAR, llama, peft, spec
-from deltaspec.passes.fuse_addition import add_low_rank, add_low_rank_, add_product
-from deltaspec.passes.share_inputs import narrow_products
-from deltaspec.passes.share_products import add_low_ranks_
-from deltaspec.rows.slots import toward
-from deltaspec.running.hosts import own_forward
+from deltaspec.backbone.forwards import own_forward
+from deltaspec.graphs.passes.fuse_addition import add_low_rank, add_low_rank_, add_product
+from deltaspec.graphs.passes.share_inputs import narrow_products
+from deltaspec.graphs.passes.share_products import add_low_ranks_
+from deltaspec.graphs.row_ops import toward
 
 SIZES = ((1, 1), (1, 16), (8, 128))
 

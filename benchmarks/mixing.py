@@ -12,9 +12,10 @@ import deltaspec
 from benchmarks.harness import Item, Row, interleave, ratio, seconds, verdict
 from benchmarks.models import LLAMA_LINEAR, llama, peft, spec
 from benchmarks.profiles import difference
-from deltaspec.passes.fuse_rows import add_low_rank_rows_
-from deltaspec.rows.batch import Batch
-from deltaspec.rows.slots import Slot, Source, add_linear_rows, linear_rows
+from deltaspec.graphs.passes.fuse_rows import add_low_rank_rows_
+from deltaspec.graphs.row_ops import add_linear_rows, linear_rows
+from deltaspec.serving.dispatch import Batch
+from deltaspec.serving.slots import Slot, Source
 
 ROWS = 8
 SITES = 32

@@ -5,47 +5,34 @@ Importing this package imports no torch: each public name loads its module when 
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deltaspec.compiled import CompiledModel as CompiledModel
-    from deltaspec.compiler import compile as compile
-    from deltaspec.diagnostics import DeltaSpecError as DeltaSpecError
-    from deltaspec.diagnostics import Diagnostic as Diagnostic
-    from deltaspec.plan import plan as plan
-    from deltaspec.planning.planned import Plan as Plan
-    from deltaspec.spec import DeltaSpec as DeltaSpec
-    from deltaspec.spec import load as load
-    from deltaspec.store import restore as restore
-    from deltaspec.validation import validate as validate
+    from deltaspec.compiler.compile import compile as compile
+    from deltaspec.compiler.compiled import CompiledModel as CompiledModel
+    from deltaspec.compiler.restore import restore as restore
+    from deltaspec.diagnostics.findings import DeltaSpecError as DeltaSpecError
+    from deltaspec.diagnostics.findings import Diagnostic as Diagnostic
+    from deltaspec.language.load import load as load
+    from deltaspec.language.model import DeltaSpec as DeltaSpec
+    from deltaspec.language.validate import validate as validate
+    from deltaspec.planning.plan import Plan as Plan
+    from deltaspec.planning.resolve import plan as plan
 
 _HOME = {
-    "CompiledModel": "compiled",
-    "DeltaSpec": "spec",
-    "DeltaSpecError": "diagnostics",
-    "Diagnostic": "diagnostics",
-    "Plan": "planning.planned",
-    "compile": "compiler",
-    "load": "spec",
-    "plan": "plan",
-    "restore": "store",
-    "validate": "validation",
+    "CompiledModel": "compiler.compiled",
+    "DeltaSpec": "language.model",
+    "DeltaSpecError": "diagnostics.findings",
+    "Diagnostic": "diagnostics.findings",
+    "Plan": "planning.plan",
+    "compile": "compiler.compile",
+    "load": "language.load",
+    "plan": "planning.resolve",
+    "restore": "compiler.restore",
+    "validate": "language.validate",
 }
 __all__ = sorted(_HOME)
-
-
-class _Package(ModuleType):
-    """Keeps a public name from being hidden by the module of the same name, which importing would put in its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,7 @@
 """Run the command line with `python -m deltaspec`."""
 
+from __future__ import annotations
+
 from deltaspec.cli import main
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from deltaspec.deltas import storage_key
+from deltaspec.deltas.modules import storage_key
 
 if TYPE_CHECKING:
-    from deltaspec.compiled import CompiledModel
+    from torch import Tensor
+
+    from deltaspec.compiler.compiled import CompiledModel
+
 
 NAMES = ("down", "singular", "up")
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from deltaspec.contract.clauses import CLAUSES
+from deltaspec.contract.snapshot import differences, snapshot
 from deltaspec.contract.trial import Case, ContractError
-from deltaspec.diagnostics import DeltaSpecError, Diagnostic
-from deltaspec.planning.planned import Plan
-from deltaspec.snapshot import differences, snapshot
+from deltaspec.diagnostics.findings import DeltaSpecError
 
-__all__ = ["CLAUSES", "ContractError", "check_method"]
+if TYPE_CHECKING:
+    from deltaspec.diagnostics.findings import Diagnostic
+    from deltaspec.planning.plan import Plan
 
 
 def check_method(

@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import field_validator, model_validator
 
-from deltaspec.checking import accept
-from deltaspec.checking.accept import accepts, is_coded, is_valid, shipped
-from deltaspec.checking.checks import check, read_params
-from deltaspec.checking.coded import coded
-from deltaspec.checking.gate import _validator, gate
-from deltaspec.methods import builtin_methods
-from deltaspec.methods._base import MethodParams
-from deltaspec.source import from_data
-from deltaspec.spec import load
-from deltaspec.validation import validate
+from deltaspec.documents.document import from_data
+from deltaspec.language.checks.gate import _validator, gate
+from deltaspec.language.checks.whole import check
+from deltaspec.language.load import load
+from deltaspec.language.params import read_params
+from deltaspec.language.schema import accept
+from deltaspec.language.schema.accept import accepts, is_coded, is_valid, shipped
+from deltaspec.language.schema.coded import coded
+from deltaspec.language.validate import validate
+from deltaspec.methods.declarations import MethodParams
+from deltaspec.methods.registry import builtin_methods
 
 ROOT = Path(__file__).parent.parent
 SPECS = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "specs").glob("*.deltaspec.yaml"))]

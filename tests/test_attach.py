@@ -15,15 +15,16 @@ from models import ARCHITECTURES
 from torch import Tensor, nn
 
 import deltaspec
-from deltaspec.clone import clone
-from deltaspec.compiled import CompiledModel, UnknownDeltaError
-from deltaspec.compiler import compile_plan
+from deltaspec.backbone.clone import clone
+from deltaspec.backbone.inputs import call_arguments
+from deltaspec.backbone.reserved import RESERVED
+from deltaspec.compiler.build import compile_plan
+from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.contract.snapshot import differences, snapshot
 from deltaspec.contract.trial import floats, same, seed
-from deltaspec.deltas import RESERVED
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.plan import Plan, plan
-from deltaspec.planning.inputs import call_arguments
-from deltaspec.snapshot import differences, snapshot
+from deltaspec.diagnostics.findings import DeltaSpecError, UnknownDeltaError
+from deltaspec.planning.plan import Plan
+from deltaspec.planning.resolve import plan
 
 NAMES = ("norms", "low", "wide", "bias", "spare")
 TARGETS: dict[str, dict[str, Any]] = {

@@ -23,11 +23,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from deltaspec.compiled import CompiledModel
-from deltaspec.compiler import compile_plan
+from deltaspec.compiler.build import compile_plan
+from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.contract.trial import disturb
-from deltaspec.methods import builtin_methods
-from deltaspec.plan import Plan, plan
+from deltaspec.methods.registry import builtin_methods
+from deltaspec.planning.plan import Plan
+from deltaspec.planning.resolve import plan
 
 COMMON: dict[str, Any] = {"vocab_size": 48, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
 BASIC = COMMON | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

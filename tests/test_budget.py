@@ -11,12 +11,12 @@ from models import ARCHITECTURES
 from torch import nn
 
 import deltaspec
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.lock import check_lock, lock, lock_data
-from deltaspec.methods import methods
-from deltaspec.methods._rank import MAX_RANK, Budget
-from deltaspec.plan import plan
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.methods.registry import methods
+from deltaspec.methods.shared.rank import MAX_RANK, Budget
 from deltaspec.planning.budget import largest
+from deltaspec.planning.lock import check_lock, lock, lock_data
+from deltaspec.planning.resolve import plan
 from deltaspec.planning.text import markdown
 
 

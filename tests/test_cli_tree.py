@@ -8,9 +8,9 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+from deltaspec.backbone.tabulate import tabulate
 from deltaspec.cli import main
-from deltaspec.modules import tabulate
-from deltaspec.tree import Mark, Tree, drawn, human
+from deltaspec.reports.tree import Mark, Tree, drawn, human
 
 BERT = dict(
     model_type="bert", architectures=["BertForSequenceClassification"], hidden_size=8, num_hidden_layers=4,

@@ -12,11 +12,11 @@ from torch import fx, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import deltaspec
-from deltaspec.clone import clone
+from deltaspec.backbone.clone import clone
+from deltaspec.backbone.inputs import call_arguments
+from deltaspec.contract.snapshot import differences, snapshot
 from deltaspec.contract.trial import disturb, floats, same
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.planning.observe import call_arguments
-from deltaspec.snapshot import differences, snapshot
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 
 @pytest.mark.parametrize("training", [False, True])

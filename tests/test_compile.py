@@ -14,13 +14,13 @@ from models import ARCHITECTURES, Branching, Traceable
 from torch import Tensor, fx, nn
 
 import deltaspec
-from deltaspec.clone import clone
-from deltaspec.compiled import CompiledModel
+from deltaspec.backbone.clone import clone
+from deltaspec.backbone.inputs import call_arguments
+from deltaspec.backbone.reserved import home
+from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.contract.snapshot import differences, snapshot
 from deltaspec.contract.trial import floats, same
-from deltaspec.deltas import home
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.planning.observe import call_arguments
-from deltaspec.snapshot import differences, snapshot
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 LINEARS = {"gpt2": {"type": "Conv1D"}}
 

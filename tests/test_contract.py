@@ -11,12 +11,13 @@ import torch
 from models import ARCHITECTURES, TRANSFORMERS, Architecture
 from torch import nn
 
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.methods import GROUP, methods
-from deltaspec.methods._base import Init, Refusal
-from deltaspec.methods.adapter import Adapter
-from deltaspec.methods.lora import Lora
-from deltaspec.testing import ContractError, check_method
+from deltaspec.contract.trial import ContractError
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.methods.builtin.adapter import Adapter
+from deltaspec.methods.builtin.lora import Lora
+from deltaspec.methods.declarations import Init, Refusal
+from deltaspec.methods.registry import GROUP, methods
+from deltaspec.testing import check_method
 
 # Sizes that suit models this small; methods that are not here are checked with their defaults.
 PARAMS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -79,7 +80,7 @@ def test_every_method_keeps_the_contract_wherever_it_has_a_place(method, params,
 
 @pytest.mark.parametrize("method", methods())
 def test_every_method_has_a_place_by_its_default_roles_on_some_transformer(method):
-    from deltaspec import plan
+    from deltaspec.planning import resolve as plan
 
     params = PARAMS.get(method, ({},))[0]
     places = {}
@@ -96,7 +97,7 @@ def test_every_method_has_a_place_by_its_default_roles_on_some_transformer(metho
     ("method", "architecture"), [(m, a) for m in ("lora", "adapter", "bitfit", "full") for a in ARCHITECTURES]
 )
 def test_the_first_four_methods_have_a_place_everywhere(method, architecture):
-    from deltaspec import plan
+    from deltaspec.planning import resolve as plan
 
     chosen = ARCHITECTURES[architecture]
     params = PARAMS.get(method, ({},))[0]

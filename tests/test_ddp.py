@@ -12,7 +12,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import deltaspec
-from deltaspec.compiled import CompiledModel
+from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.contract.trial import disturb
 
 NAMES = ("a", "b", "c", "d")

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import deltaspec
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.initial import seeded
-from deltaspec.lock import check_lock, lock, lock_data
-from deltaspec.methods import methods
-from deltaspec.plan import plan
+from deltaspec.deltas.initial import seeded
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.methods.registry import methods
+from deltaspec.planning.lock import check_lock, lock, lock_data
+from deltaspec.planning.resolve import plan
 
 X = torch.linspace(-1, 1, 3 * 8).reshape(3, 8)
 
@@ -481,10 +481,10 @@ def test_grouped_convolutions_and_norms_have_no_derived_form():
 
 
 def test_tree_and_explain_show_it_where_its_sources_are():
-    from deltaspec.modules import tabulate
-    from deltaspec.planning.observe import Observations
-    from deltaspec.selection.verdicts import find_row, verdicts
-    from deltaspec.tree import targets
+    from deltaspec.backbone.observe import Observations
+    from deltaspec.backbone.tabulate import tabulate
+    from deltaspec.reports.tree import targets
+    from deltaspec.reports.verdicts import find_row, verdicts
 
     model, loaded = Net(), deltaspec.load(spec(target="a"))
     table = tabulate(model)
@@ -556,7 +556,7 @@ def test_circles_and_methods():
 def test_the_published_schema_tells_derived_deltas_apart():
     from jsonschema import Draft7Validator, Draft202012Validator
 
-    from deltaspec.schema import schema
+    from deltaspec.language.schema.generate import schema
 
     for kind in (Draft7Validator, Draft202012Validator):
         validator = kind(schema(methods()))

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 import deltaspec
-from deltaspec.diagnostics import CODES, DeltaSpecError, Diagnostic, closest, in_order, show_path, show_value
+from deltaspec.diagnostics.codes import CODES
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, in_order
+from deltaspec.diagnostics.wording import closest, show_path, show_value
 
 
 def test_the_text_of_a_finding():

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaspec.planning.folding import fold, ranges, unfold
+from deltaspec.names.folding import fold, ranges, unfold
 
 
 def test_layers_and_last_segments_fold() -> None:

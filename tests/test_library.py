@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import deltaspec
-from deltaspec.compiled import CompiledModel, UnknownDeltaError
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.methods import methods
+from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.diagnostics.findings import DeltaSpecError, UnknownDeltaError
+from deltaspec.methods.registry import methods
 
 LLAMA = ARCHITECTURES["llama"]
 OWN = {"name": "own", "method": "lora", "params": {"rank": 3}, "target": {"role": "attn.q"}, "attached": False}
@@ -192,7 +192,7 @@ def test_alike_deltas_are_planned_once_and_share_their_graphs(saved, monkeypatch
     compiled = build(OWN)
     library = compiled.library(directory)
     planned = []
-    home = importlib.import_module("deltaspec.plan")
+    home = importlib.import_module("deltaspec.planning.resolve")
     resolve = home.resolve
     monkeypatch.setattr(home, "resolve", lambda *given: planned.append(1) or resolve(*given))
     library.load()
@@ -442,7 +442,7 @@ def test_what_is_in_training_is_not_dropped(saved):
 
 
 def test_programs_are_bounded(saved, monkeypatch):
-    monkeypatch.setattr("deltaspec.running.attach._PROGRAMS", 3)
+    monkeypatch.setattr("deltaspec.runtime.active._PROGRAMS", 3)
     directory, wanted = saved
     compiled = build(OWN)
     compiled.library(directory, limit=2)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.loading import model_from
+from deltaspec.backbone.loading import model_from
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 LLAMA = dict(model_type="llama", hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
 FACTORIES = """
@@ -151,8 +151,8 @@ def test_an_unreachable_hub_is_said_at_once(here, monkeypatch):
     def fails(*_):
         raise socket.gaierror("no such name")
 
-    monkeypatch.setattr("deltaspec.loading.socket.getaddrinfo", fails)
-    monkeypatch.setattr("deltaspec.loading.getproxies", dict)
+    monkeypatch.setattr("deltaspec.backbone.loading.socket.getaddrinfo", fails)
+    monkeypatch.setattr("deltaspec.backbone.loading.getproxies", dict)
     start = time.perf_counter()
     found = finding("no-such-org-anywhere/no-such-model")
     assert found.code == "DS321" and "the hub cannot be reached" in found.message
@@ -170,7 +170,7 @@ def test_a_hub_id_uses_the_cache_and_the_same_code(here, monkeypatch):
         asked.append((source, options))
         return config
 
-    monkeypatch.setattr("deltaspec.loading._cached", lambda reference: True)
+    monkeypatch.setattr("deltaspec.backbone.loading._cached", lambda reference: True)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", gives)
     assert type(model_from("org/model")).__name__ == "LlamaForCausalLM"
     assert asked == [("org/model", {"trust_remote_code": False, "local_files_only": False})]

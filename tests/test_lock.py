@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from deltaspec import lock as lock_module
-from deltaspec.diagnostics import CODES, Diagnostic
-from deltaspec.lock import check_lock, lock, lock_path, write_lock
-from deltaspec.plan import plan
-from deltaspec.planning.folding import unfold
-from deltaspec.planning.planned import Plan
+from deltaspec.diagnostics.codes import CODES
+from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.names.folding import unfold
+from deltaspec.planning import lock as lock_module
+from deltaspec.planning.lock import check_lock, lock, lock_path, write_lock
+from deltaspec.planning.plan import Plan
+from deltaspec.planning.resolve import plan
 
 
 class Block(nn.Module):

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 import deltaspec
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.methods import methods
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.methods.registry import methods
 from deltaspec.testing import check_method
 
 IDS = torch.tensor([[5, 3, 9, 17, 4, 8], [1, 2, 30, 4, 22, 6]])
@@ -187,7 +187,7 @@ def test_every_method_for_matrices_keeps_its_contract_on_them(method, parameter)
 @pytest.mark.parametrize("method", MATRIX)
 def test_a_stack_is_folded_as_its_matrices_are_one_by_one(method):
     """Each expert alone, as the weight of a Linear with the same tensors, gives the same weight."""
-    from deltaspec.deltas import storage_key
+    from deltaspec.deltas.modules import storage_key
 
     stack = made(lambda: Outer(Bare()))
     x = torch.linspace(-1, 1, 16).reshape(2, 8)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5ForConditionalGeneration
 
 import deltaspec
-from deltaspec.compiled import CompiledModel
+from deltaspec.backbone.inputs import call_arguments
+from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.contract.snapshot import differences, snapshot
 from deltaspec.contract.trial import floats, same, storages
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.planning.observe import call_arguments
-from deltaspec.snapshot import differences, snapshot
+from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.testing import check_method
 
 

@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 import deltaspec
 from deltaspec.contract.trial import disturb, floats, run, same
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.methods import builtin_methods, methods
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.methods.registry import builtin_methods, methods
 
 HEADER = "li su c1 k1 k2 k3 gr dw tr em te th ln rm bn gn mo mi ls at la ma st ve"
 """li Linear, su a subclass of it with code of its own, c1 transformers' Conv1D; k1 k2 k3 Conv1d, Conv2d, Conv3d,

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.modules import tabulate
+from deltaspec.backbone.tabulate import tabulate
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 TINY = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=32)
 

@@ -10,9 +10,9 @@ from models import ARCHITECTURES
 from test_contract import PARAMS
 
 import deltaspec
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.methods import methods
-from deltaspec.planning.inputs import call_arguments
+from deltaspec.backbone.inputs import call_arguments
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.methods.registry import methods
 
 CHOSEN = ("llama", "bert")
 RELOAD = """

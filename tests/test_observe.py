@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deltaspec
-from deltaspec.clone import clone
-from deltaspec.compiled import CompiledModel
+from deltaspec.backbone.clone import clone
+from deltaspec.backbone.inputs import dummy_inputs
+from deltaspec.backbone.observe import Observation, observe
+from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.contract.snapshot import differences, snapshot
 from deltaspec.contract.trial import disturb
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.planning.inputs import dummy_inputs
-from deltaspec.planning.observe import Observation, observe
-from deltaspec.snapshot import differences, snapshot
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 INPUTS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
 

@@ -10,9 +10,9 @@ import transformers
 from torch import Tensor, nn
 
 import deltaspec
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.modules import tabulate
-from deltaspec.parts import Parts, resolve
+from deltaspec.backbone.tabulate import tabulate
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.roles.parts import Parts, resolve
 from deltaspec.testing import check_method
 
 IDS = torch.tensor([[5, 3, 9, 17, 4, 8], [1, 2, 30, 4, 22, 6]])

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import deltaspec
-from deltaspec.passes import run_passes
-from deltaspec.passes.fuse_addition import add_low_rank, add_low_rank_, add_product, add_product_
-from deltaspec.passes.share_products import add_low_ranks, add_low_ranks_
-from deltaspec.rows.slots import toward
-from deltaspec.running.hosts import gives_new_tensor, own_forward
+from deltaspec.backbone.forwards import gives_new_tensor, own_forward
+from deltaspec.graphs.passes.fuse_addition import add_low_rank, add_low_rank_, add_product, add_product_
+from deltaspec.graphs.passes.run import run_passes
+from deltaspec.graphs.passes.share_products import add_low_ranks, add_low_ranks_
+from deltaspec.graphs.row_ops import toward
 
 SHAPES = ((5,), (1, 5), (3, 5), (1, 1, 5), (2, 3, 5), (2, 1, 40, 5), (64, 5), (0, 5), (2, 0, 5))
 ROUND_OFF = {

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaspec.selection.patterns import BacktrackingError, PatternError, compile_glob, compile_regex, fullmatch
+from deltaspec.names.patterns import BacktrackingError, PatternError, compile_glob, compile_regex, fullmatch
 
 
 def plainly(glob: tuple[str, ...], name: tuple[str, ...]) -> bool:

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import deltaspec
-from deltaspec.compiled import CompiledModel
-from deltaspec.planning.inputs import call_arguments
+from deltaspec.backbone.inputs import call_arguments
+from deltaspec.compiler.compiled import CompiledModel
 
 RANK, ALPHA = 4, 7.0
 SUFFIXES = {

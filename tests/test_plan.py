@@ -24,9 +24,11 @@ from transformers import (
 )
 
 import deltaspec
-from deltaspec.diagnostics import CODES, DeltaSpecError, Diagnostic
-from deltaspec.initial import build_delta
-from deltaspec.plan import Plan, plan
+from deltaspec.deltas.initial import build_delta
+from deltaspec.diagnostics.codes import CODES
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.planning.plan import Plan
+from deltaspec.planning.resolve import plan
 
 QV = ["**.query", "**.value"]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
-from deltaspec.modules import tabulate
-from deltaspec.roles import architectures, fused_parts, fused_role, role_map
-from deltaspec.selectors import ROLES
+from deltaspec.backbone.tabulate import tabulate
+from deltaspec.roles.maps import architectures, fused_parts, fused_role, role_map
+from deltaspec.roles.vocabulary import ROLES
 
 SIZES = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=32)
 BERT_SIZES = dict(SIZES, max_position_embeddings=16)

@@ -12,8 +12,8 @@ from torch import fx
 
 import deltaspec
 from deltaspec.contract.trial import disturb
-from deltaspec.passes.fuse_rows import add_low_rank_rows, add_low_rank_rows_
-from deltaspec.regions import RegionKey, region
+from deltaspec.graphs.passes.fuse_rows import add_low_rank_rows, add_low_rank_rows_
+from deltaspec.graphs.regions import RegionKey, region
 
 ROWS = ["a", None, "b", {"a": 0.5}, "a"]
 
@@ -37,7 +37,7 @@ REGIONS: dict[RegionKey, Any] = {}
 
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch):
-    from deltaspec.running import programs
+    from deltaspec.runtime import programs
 
     def recording(key: RegionKey) -> Any:
         REGIONS[key] = region(key)

@@ -13,10 +13,10 @@ from test_behaviour import ARCHITECTURES, BUILDERS, PARAMS, base
 from torch import Tensor, nn
 
 import deltaspec
-from deltaspec.compiled import CompiledModel
+from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.contract.trial import disturb
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.methods import builtin_methods, methods
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.methods.registry import builtin_methods, methods
 
 PROMPTS = ("prefix", "soft_prompt", "p_tuning")
 """Tested in test_rows_prompts.py."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import GPT2Model
 
 import deltaspec
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.rows.numbering import Numbering, numbering_of
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.serving.numbering import Numbering, numbering_of
 
 sys.path.insert(0, str(Path(__file__).parent / "methods"))
 

@@ -12,11 +12,14 @@ from pydantic import Field
 
 import deltaspec.methods
 from deltaspec.cli import main
-from deltaspec.methods import builtin_methods
-from deltaspec.methods._base import Method, MethodParams
-from deltaspec.migrate import CURRENT, migrate
-from deltaspec.schema import COMMITTED, schema, schema_text
-from deltaspec.spec import load, validate
+from deltaspec.language.load import load
+from deltaspec.language.migrate import CURRENT, migrate
+from deltaspec.language.schema.accept import COMMITTED
+from deltaspec.language.schema.generate import schema, schema_text
+from deltaspec.language.validate import validate
+from deltaspec.methods.base import Method
+from deltaspec.methods.declarations import MethodParams
+from deltaspec.methods.registry import builtin_methods
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,7 +54,7 @@ class Plugin(Method):
 def plugin(monkeypatch):
     found = {**builtin_methods(), "zz_plugin": Plugin()}
     monkeypatch.setattr(deltaspec.methods, "methods", lambda: found)
-    monkeypatch.setattr("deltaspec.validation.methods", lambda: found)
+    monkeypatch.setattr("deltaspec.language.validate.methods", lambda: found)
     return found
 
 
@@ -141,7 +144,7 @@ def test_a_plugin_that_cannot_be_loaded_is_a_finding(monkeypatch):
     def broken():
         raise ImportError("no such thing")
 
-    monkeypatch.setattr("deltaspec.validation.methods", broken)
+    monkeypatch.setattr("deltaspec.language.validate.methods", broken)
     found = validate({"deltaspec": 1, "deltas": [{"name": "d", "method": "theirs"}]})
     assert [d.code for d in found] == ["DS219", "DS206"]
     assert "ImportError: no such thing" in found[0].message

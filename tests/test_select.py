@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from deltaspec.explain import explain
-from deltaspec.modules import tabulate
-from deltaspec.select import Match, select
-from deltaspec.spec import load
+from deltaspec.backbone.tabulate import tabulate
+from deltaspec.language.load import load
+from deltaspec.selection.explain import explain
+from deltaspec.selection.select import Match, select
 
 SIZES = dict(hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, vocab_size=32)
 BART = dict(d_model=8, vocab_size=32, encoder_layers=4, decoder_layers=2, max_position_embeddings=16)

@@ -10,8 +10,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.source import from_data, from_text, read
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.documents.document import from_data, from_text, read
 
 
 def findings(text: str, name: str = "t.yaml") -> list[str]:

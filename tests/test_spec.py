@@ -11,10 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaspec.diagnostics import CODES, DeltaSpecError
-from deltaspec.selectors import ROLES
-from deltaspec.source import from_text
-from deltaspec.spec import DeltaSpec, load, parse, validate
+from deltaspec.diagnostics.codes import CODES
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.documents.document import from_text
+from deltaspec.language.load import load, parse
+from deltaspec.language.model import DeltaSpec
+from deltaspec.language.validate import validate
+from deltaspec.roles.vocabulary import ROLES
 
 FULL = """\
 deltaspec: 1

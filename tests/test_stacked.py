@@ -14,9 +14,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 import deltaspec
-from deltaspec.compiled import CompiledModel
-from deltaspec.library.stack import Layout, Stack
-from deltaspec.library.stacks import kind_of
+from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.deltas.stack import Layout, Stack
+from deltaspec.deltas.stacks import kind_of
 
 LLAMA = ARCHITECTURES["llama"]
 ALIKE = ("a", "b", "c")

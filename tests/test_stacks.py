@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import deltaspec
 from deltaspec import DeltaSpecError
-from deltaspec.methods import builtin_methods
+from deltaspec.methods.registry import builtin_methods
 
 PARAMS = {
     "dora": ("lora", {"rank": 2, "use_dora": True}),

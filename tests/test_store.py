@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import deltaspec
-from deltaspec.compiled import CompiledModel
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.files.saved import SavedSet
-from deltaspec.snapshot import differences, snapshot
+from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.contract.snapshot import differences, snapshot
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.storage.saved import SavedSet
 
 CHOSEN = ARCHITECTURES["traceable-modules"]
 INPUTS = CHOSEN.inputs()

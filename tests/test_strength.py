@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import deltaspec
 from deltaspec.contract.trial import disturb
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.methods import builtin_methods
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.methods.registry import builtin_methods
 from deltaspec.testing import check_method
 
 METHODS = tuple(name for name in builtin_methods() if name not in ("soft_prompt", "p_tuning"))

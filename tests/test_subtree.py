@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from deltaspec.initial import _tensor
-from deltaspec.modules import tabulate
-from deltaspec.selection.subtree import Subtrees, is_inside
-from deltaspec.walk import every
+from deltaspec.backbone.tabulate import tabulate
+from deltaspec.backbone.walk import every
+from deltaspec.deltas.initial import _tensor
+from deltaspec.names.paths import is_inside
+from deltaspec.selection.subtree import Subtrees
 
 
 class Part(nn.Module):

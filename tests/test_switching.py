@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import deltaspec
-from deltaspec.compiled import CompiledModel
-from deltaspec.diagnostics import DeltaSpecError
+from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 DELTAS = {"a": ("lora", "0"), "b": ("lora", "0"), "c": ("lora", ["0", "2"]), "d": ("bitfit", "2")}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deltaspec
-from deltaspec.compiled import CompiledModel
-from deltaspec.diagnostics import DeltaSpecError
+from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 

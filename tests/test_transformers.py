@@ -24,10 +24,10 @@ from transformers import (
 )
 
 import deltaspec
-from deltaspec.compiled import CompiledModel
+from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.contract.snapshot import differences, snapshot
 from deltaspec.contract.trial import seed
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.snapshot import differences, snapshot
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 DELTAS = {
     "bert": {"role": ["attn.q", "attn.v"]},

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import deltaspec
-from deltaspec.compiled import CompiledModel
+from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.contract.trial import disturb
-from deltaspec.diagnostics import DeltaSpecError
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from test_switching import Counting
 from torch import Tensor, nn
 
 import deltaspec
-from deltaspec.compiled import CompiledModel
+from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.contract.trial import disturb
-from deltaspec.diagnostics import DeltaSpecError
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 LLAMA = ARCHITECTURES["llama"]
 KINDS = ("llama", "bert", "t5", "traceable-symbolic", "branching")

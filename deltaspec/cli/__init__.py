@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from deltaspec.cli._shared import show
-from deltaspec.diagnostics import DeltaSpecError
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 _EXTRAS = {"torch": "torch", "safetensors": "torch", "transformers": "transformers"}
 """What an installation for `validate` alone lacks, and the extra that has it."""
@@ -37,7 +37,7 @@ class _Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        from deltaspec.diagnostics import closest
+        from deltaspec.diagnostics.wording import closest
 
         known = self.list_commands(ctx)
         if args and not args[0].startswith("-") and args[0] not in known and (near := closest(args[0], known)):

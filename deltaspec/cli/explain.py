@@ -9,7 +9,7 @@ import click
 from deltaspec.cli._shared import wants_color
 
 if TYPE_CHECKING:
-    from deltaspec.modules import Row
+    from deltaspec.backbone.table import Row
 
 
 @click.command()
@@ -21,13 +21,13 @@ def command(model: str, spec: str, name: str) -> None:
 
     Exit codes: 0 explained, 1 the spec is invalid or there is no such module, 2 usage.
     """
-    from deltaspec.spec import load
+    from deltaspec.language.load import load
 
     loaded = load(spec)
-    from deltaspec.loading import model_from
-    from deltaspec.modules import tabulate
-    from deltaspec.planning.observe import Observations
-    from deltaspec.selection.verdicts import find_row, verdicts
+    from deltaspec.backbone.loading import model_from
+    from deltaspec.backbone.observe import Observations
+    from deltaspec.backbone.tabulate import tabulate
+    from deltaspec.reports.verdicts import find_row, verdicts
 
     backbone = model_from(model)
     table = tabulate(backbone)

@@ -16,7 +16,7 @@ def command(model: str, specs: tuple[str, ...]) -> None:
     Commit the locks: a review then sees what a change of a spec does, and `plan --check` fails where model and spec
     have drifted from it. Exit codes: 0 written, 1 findings (nothing is written), 2 usage.
     """
-    from deltaspec.lock import lock_path, write_lock
+    from deltaspec.planning.lock import lock_path, write_lock
     from deltaspec.planning.sites import counted
 
     planned = plan_from(model, specs)

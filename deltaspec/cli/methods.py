@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from deltaspec.cli._shared import report
-from deltaspec.diagnostics import Diagnostic
+from deltaspec.diagnostics.findings import Diagnostic
 
 
 @click.command()
@@ -18,8 +18,8 @@ def command(path: Path | None, check: bool) -> None:
 
     PATH is a Markdown file with the marks that stand around the table.
     """
-    from deltaspec.methods import builtin_methods, methods
-    from deltaspec.methods_table import methods_table, with_table
+    from deltaspec.methods.registry import builtin_methods, methods
+    from deltaspec.reports.methods_table import methods_table, with_table
 
     if path is None:
         if check:

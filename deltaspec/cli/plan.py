@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from deltaspec.cli._shared import report, show, wants_color
-from deltaspec.diagnostics import DeltaSpecError, Diagnostic
-from deltaspec.formats import FORMATS
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.diagnostics.render import FORMATS
 
 if TYPE_CHECKING:
-    from deltaspec.planning.planned import Plan
+    from deltaspec.diagnostics.findings import Diagnostic
+    from deltaspec.planning.plan import Plan
 
 
 @click.command()
@@ -42,7 +43,7 @@ def command(model: str, specs: tuple[str, ...], check: bool, output_format: str)
         _report(error.diagnostics, output_format)
         return
     if check:
-        from deltaspec.lock import check_lock, lock_path
+        from deltaspec.planning.lock import check_lock, lock_path
         from deltaspec.planning.sites import counted
 
         parts = list(zip(planned.parts(), map(lock_path, specs), strict=True))
@@ -62,12 +63,12 @@ def command(model: str, specs: tuple[str, ...], check: bool, output_format: str)
 
 def plan_from(model: str, specs: tuple[str, ...]) -> Plan:
     """Plan specs on a model, both as the command line names them. The specs are read first: that is quick."""
-    from deltaspec.spec import validate
+    from deltaspec.language.validate import validate
 
     if findings := [finding for spec in specs for finding in validate(spec)]:
         raise DeltaSpecError(findings)
-    from deltaspec.loading import model_from
-    from deltaspec.plan import plan
+    from deltaspec.backbone.loading import model_from
+    from deltaspec.planning.resolve import plan
 
     with redirect_stdout(sys.stderr):  # what a factory or a forward prints is no part of a report
         return plan(model_from(model), *specs)

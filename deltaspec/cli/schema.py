@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from deltaspec.cli._shared import report
-from deltaspec.diagnostics import Diagnostic
-from deltaspec.schema import COMMITTED, schema_text
+from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.language.schema.accept import COMMITTED
+from deltaspec.language.schema.generate import schema_text
 
 
 @click.command()

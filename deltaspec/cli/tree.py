@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from deltaspec.cli._shared import report, wants_color
-from deltaspec.diagnostics import Diagnostic
+
+if TYPE_CHECKING:
+    from deltaspec.diagnostics.findings import Diagnostic
 
 
 @click.command()
@@ -23,10 +26,10 @@ def command(model: str, specs: tuple[str, ...], depth: int | None, everything: b
     """
     from rich.console import Console
 
-    from deltaspec.loading import model_from
-    from deltaspec.modules import tabulate
-    from deltaspec.spec import load
-    from deltaspec.tree import Mark, Tree, drawn, human, targets
+    from deltaspec.backbone.loading import model_from
+    from deltaspec.backbone.tabulate import tabulate
+    from deltaspec.language.load import load
+    from deltaspec.reports.tree import Mark, Tree, drawn, human, targets
 
     loaded = [load(spec) for spec in specs]
     table = tabulate(model_from(model))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import click
 
 from deltaspec.cli._shared import format_option, report
-from deltaspec.validation import validate
+from deltaspec.language.validate import validate
 
 ENDINGS = (".deltaspec.yaml", ".deltaspec.yml", ".deltaspec.json")
 

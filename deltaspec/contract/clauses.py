@@ -5,19 +5,24 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from deltaspec.clone import clone
-from deltaspec.compiler import compile_plan
+from deltaspec.backbone.clone import clone
+from deltaspec.backbone.reserved import home
+from deltaspec.compiler.build import compile_plan
+from deltaspec.compiler.restore import restore
 from deltaspec.contract import sharing
-from deltaspec.contract.trial import Case, ContractError, Outputs, disturb, floats, require, same, seed, storages
-from deltaspec.deltas import home, storage_key
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.methods import methods
-from deltaspec.snapshot import differences, snapshot
-from deltaspec.store import restore
+from deltaspec.contract.snapshot import differences, snapshot
+from deltaspec.contract.trial import Case, ContractError, disturb, floats, require, same, seed, storages
+from deltaspec.deltas.modules import storage_key
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.methods.registry import methods
+
+if TYPE_CHECKING:
+    from deltaspec.contract.trial import Outputs
 
 
 def _counts(case: Case) -> None:

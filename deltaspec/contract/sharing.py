@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from deltaspec.clone import clone
-from deltaspec.contract.trial import Case, Outputs, floats, require, same
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.methods import methods
-from deltaspec.planning.inputs import call_arguments
+from deltaspec.backbone.clone import clone
+from deltaspec.backbone.inputs import call_arguments
+from deltaspec.contract.trial import floats, require, same
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.methods.registry import methods
+
+if TYPE_CHECKING:
+    from deltaspec.contract.trial import Case, Outputs
 
 
 def strength(case: Case) -> None:

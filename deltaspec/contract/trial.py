@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from deltaspec.compiled import CompiledModel
-from deltaspec.compiler import compile_plan
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.methods import methods
-from deltaspec.plan import plan
-from deltaspec.planning.inputs import call_arguments
-from deltaspec.planning.planned import Plan
+from deltaspec.backbone.inputs import call_arguments
+from deltaspec.compiler.build import compile_plan
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.methods.registry import methods
+from deltaspec.planning.plan import Plan
+from deltaspec.planning.resolve import plan
+
+if TYPE_CHECKING:
+    from deltaspec.compiler.compiled import CompiledModel
+
 
 Outputs = list[Tensor]
 

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deltaspec.diagnostics import DeltaSpecError, Diagnostic
-from deltaspec.files.fingerprint import weights_fingerprint
-from deltaspec.files.saved import MANIFEST, SavedSet
-from deltaspec.initial import build_delta
-from deltaspec.library.stack import Layout
-from deltaspec.store import match
+from deltaspec.backbone.fingerprint import weights_fingerprint
+from deltaspec.deltas.initial import build_delta
+from deltaspec.deltas.stack import Layout
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.storage.load import match
+from deltaspec.storage.saved import MANIFEST, SavedSet
 
 if TYPE_CHECKING:
+    from deltaspec.diagnostics.findings import Diagnostic
     from deltaspec.planning.planned import PlannedDelta
-    from deltaspec.running.attach import Attachments
-    from deltaspec.running.views import Family
+    from deltaspec.runtime.active import Attachments
+    from deltaspec.runtime.shared import Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +204,8 @@ class Reader:
         return found
 
     def _planned(self, data: dict[str, Any], name: str) -> Template:
-        from deltaspec.plan import resolve
-        from deltaspec.spec import load
+        from deltaspec.language.load import load
+        from deltaspec.planning.resolve import resolve
 
         attachments = self._family.one()
         spec = load(data)
@@ -219,8 +220,8 @@ class Reader:
         return Template(planned, empty, Layout.of(tensors), buffers, size)
 
     def _observed(self) -> Any:
-        from deltaspec.merge import without_deltas
-        from deltaspec.planning.observe import Observations
+        from deltaspec.backbone.observe import Observations
+        from deltaspec.transforms.merge import without_deltas
 
         if self._observations is None:
             self._observations = Observations(without_deltas(self._family.one()), self.inputs)

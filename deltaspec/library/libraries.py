@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deltaspec.deltas import Delta
-from deltaspec.diagnostics import DeltaSpecError, Diagnostic
-from deltaspec.library.entries import Reader, Template, entries_in
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.library.entries import Reader, entries_in
 from deltaspec.library.opened import Opened, Staged, limits
 from deltaspec.library.view import LibraryView
 
 if TYPE_CHECKING:
-    from deltaspec.running.attach import Attachments
-    from deltaspec.running.views import Family
+    from deltaspec.deltas.modules import Delta
+    from deltaspec.library.entries import Template
+    from deltaspec.runtime.active import Attachments
+    from deltaspec.runtime.shared import Family
 
 
 class Libraries:

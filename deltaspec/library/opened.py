@@ -14,6 +14,7 @@ from deltaspec.library.entries import Contents, Entry, Reader, Template
 if TYPE_CHECKING:
     from mmap import mmap
 
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]i?)?B")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from deltaspec.diagnostics import require_known
+from deltaspec.diagnostics.findings import require_known
 
 if TYPE_CHECKING:
     from deltaspec.library.libraries import Libraries

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import floor
+from typing import TYPE_CHECKING
 
-from deltaspec.diagnostics import Diagnostic
-from deltaspec.modules import ModuleTable, Row
-from deltaspec.planning.planned import PlannedDelta, PlannedSite, fraction
+from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.names.paths import is_inside
+from deltaspec.planning.planned import fraction
 from deltaspec.planning.sites import counted, shown
-from deltaspec.select import Match, select
-from deltaspec.selection.subtree import is_inside
-from deltaspec.spec import Count, DeltaSpec
+from deltaspec.selection.select import select
+
+if TYPE_CHECKING:
+    from deltaspec.backbone.table import ModuleTable, Row
+    from deltaspec.language.model import Count, DeltaSpec
+    from deltaspec.planning.planned import PlannedDelta, PlannedSite
+    from deltaspec.selection.select import Match
+
 
 Result = tuple[tuple[str, ...], list[Diagnostic]]
 """Expectations that were met, in words, and findings for those that were not."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deltaspec.diagnostics import Diagnostic
-from deltaspec.planning.folding import unfold
-from deltaspec.planning.planned import Plan
+from deltaspec.names.folding import unfold
 from deltaspec.planning.sites import counted, shown
+
+if TYPE_CHECKING:
+    from deltaspec.diagnostics.findings import Diagnostic
+    from deltaspec.planning.plan import Plan
+
 
 _MOST_SITES = 1_000_000
 _HINT = "if the change is intended, run `deltaspec lock` and commit the file"

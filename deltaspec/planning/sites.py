@@ -5,21 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from deltaspec.diagnostics import Diagnostic, Path
-from deltaspec.matrices import as_matrices, site_tensors
-from deltaspec.methods import methods
-from deltaspec.methods._base import Method, MethodParams, Site, TensorSpec
-from deltaspec.methods._shapes import static_widths
-from deltaspec.modules import ModuleTable, Row
+from deltaspec.backbone.observe import Observations
+from deltaspec.backbone.table import ModuleTable, Row
+from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.language.model import DeltaSpec
+from deltaspec.methods.declarations import MethodParams, Site
+from deltaspec.methods.matrices import as_matrices, site_tensors
+from deltaspec.methods.registry import methods
+from deltaspec.methods.shared.shapes import static_widths
+from deltaspec.names.folding import fold
 from deltaspec.planning.budget import choose_rank
-from deltaspec.planning.folding import fold
-from deltaspec.planning.observe import Observations
 from deltaspec.planning.planned import PlannedDelta, PlannedSite
-from deltaspec.select import select
+from deltaspec.selection.select import select
 from deltaspec.selection.subtree import Subtrees
-from deltaspec.selectors import Selector
-from deltaspec.spec import DeltaEntry, DeltaSpec
+
+if TYPE_CHECKING:
+    from deltaspec.diagnostics.findings import Path
+    from deltaspec.language.model import DeltaEntry
+    from deltaspec.language.selectors import Selector
+    from deltaspec.methods.base import Method
+    from deltaspec.methods.declarations import TensorSpec
+
 
 Place = tuple[Row, str | None]
 """A module, or one parameter of it."""

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deltaspec.planning.folding import fold, unfold
-from deltaspec.planning.planned import Plan, PlannedDelta, PlannedSite, count_trainable, fraction
+from deltaspec.names.folding import fold, unfold
+from deltaspec.planning.planned import count_trainable, fraction
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from deltaspec.methods._base import MethodParams
+    from deltaspec.methods.declarations import MethodParams
+    from deltaspec.planning.plan import Plan
+    from deltaspec.planning.planned import PlannedDelta, PlannedSite
+
 
 WIDTH = 100
 _GLUE = "\u00a0"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from itertools import islice, takewhile
+from typing import TYPE_CHECKING
 
-from deltaspec.modules import ModuleTable, Row
+from deltaspec.names.paths import is_inside
+
+if TYPE_CHECKING:
+    from deltaspec.backbone.table import ModuleTable, Row
 
 
 class Subtrees:
@@ -22,8 +26,3 @@ class Subtrees:
         # shared with another part of the model may have its first name there.
         below = takewhile(lambda r: is_inside(r.fqn, row.fqn), islice(self._rows, self.order[row.fqn], None))
         return [*below, *(r for r in self._aliased if any(is_inside(alias, row.fqn) for alias in r.aliases))]
-
-
-def is_inside(fqn: str, container: str) -> bool:
-    """Tell whether a name is a module's own or lies below it; everything lies in the root."""
-    return not container or fqn == container or fqn.startswith(container + ".")

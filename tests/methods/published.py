@@ -9,7 +9,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 
 import deltaspec
-from deltaspec.planning.planned import Plan
+from deltaspec.planning.plan import Plan
 
 SUBLAYERS = {"role": ["attn.o", "mlp.down"]}
 """Where the Compacter paper puts adapters: not after the decoder's cross-attention."""

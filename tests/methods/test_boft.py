@@ -8,7 +8,7 @@ import torch
 from peft.tuners.boft.layer import BOFTLayer
 from weight_methods import agree, bert, check, check_bypassed, check_training, compiled, gpt2, llama, net, refusal, stir
 
-from deltaspec.methods.boft import butterfly, turn
+from deltaspec.methods.builtin.boft import butterfly, turn
 
 QV = ["**.query", "**.value"]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from weight_methods import agree, bert, check, check_bypassed, check_training, compiled, gpt2, llama, net, refusal
 
-from deltaspec.methods.c3a import _convolve
+from deltaspec.methods.builtin.c3a import _convolve
 
 QV = ["**.query", "**.value"]
 

@@ -7,7 +7,7 @@ import pytest
 from peft.tuners.lokr.layer import factorization
 from weight_methods import agree, bert, check, check_bypassed, check_training, compiled, gpt2, llama, net, refusal
 
-from deltaspec.methods.lokr import split
+from deltaspec.methods.builtin.lokr import split
 
 QV = ["**.query", "**.value"]
 

@@ -9,7 +9,7 @@ from prompt_models import build, llama, t5, tokens
 from torch import Tensor
 
 import deltaspec
-from deltaspec.diagnostics import DeltaSpecError
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 ENCODERS = [{"encoder": "mlp"}, {"encoder": "lstm"}, {"encoder": "lstm", "layers": 1}]
 

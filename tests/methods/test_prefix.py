@@ -24,9 +24,9 @@ from transformers import (
 )
 
 import deltaspec
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.snapshot import differences, snapshot
-from deltaspec.store import restore
+from deltaspec.compiler.restore import restore
+from deltaspec.contract.snapshot import differences, snapshot
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 
 def distilbert() -> nn.Module:

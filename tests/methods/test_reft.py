@@ -18,8 +18,8 @@ from transformers import (
 from weight_methods import bert, check_training, compiled, gpt2, llama, refusal, run, stir
 
 import deltaspec
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.methods._positions import real_tokens
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.methods.shared.positions import real_tokens
 
 CASES = [{"first": 2}, {"last": 2}, {"first": 2, "last": 1}, {"first": 1, "last": 2, "tied": False}]
 REAL = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]])

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 import deltaspec
-from deltaspec.diagnostics import DeltaSpecError
-from deltaspec.snapshot import differences, snapshot
-from deltaspec.store import restore
+from deltaspec.compiler.restore import restore
+from deltaspec.contract.snapshot import differences, snapshot
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 
 def compiled(model: nn.Module, *tokens: int, **params: Any) -> Any:
@@ -391,7 +391,7 @@ def test_a_text_gives_the_number_of_tokens_where_none_is_given(tmp_path: Any, mo
     with torch.no_grad():
         prompt(c).mul_(2)
     c.save(tmp_path)
-    monkeypatch.setattr("deltaspec.methods.soft_prompt.ids_of", None)  # from here on, no tokenizer is needed
+    monkeypatch.setattr("deltaspec.methods.builtin.soft_prompt.ids_of", None)  # from here on, no tokenizer is needed
     back = restore(model, tmp_path)
     assert torch.equal(prompt(back), prompt(c))
 

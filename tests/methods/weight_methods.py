@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import deltaspec
-from deltaspec.deltas import storage_key
+from deltaspec.deltas.modules import storage_key
 
 Tensors = Mapping[str, Any]
 """Our tensor name -> PEFT's parameter, or (parameter, function from its layout to ours)."""

@@ -1,0 +1,79 @@
+"""What identifies a backbone: its structure exactly, its weights and saved buffers by a fixed sample of their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from deltaspec.backbone.reserved import find, is_inside
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from deltaspec.backbone.table import ModuleTable
+
+
+SAMPLE = 256
+"""Values read of each tensor."""
+
+
+def weights_fingerprint(backbone: nn.Module) -> str | None:
+    """Digest a fixed, evenly spaced sample of the bytes (at most 256 values) of each parameter and each floating-point
+    buffer that a checkpoint holds, such as BatchNorm's statistics; None on the meta device.
+
+    Fast on any size, and enough to tell two checkpoints apart; it does not prove that they are equal in every value.
+    Of a compiled backbone the values are those without any delta.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in _tensors(backbone):
+        if tensor.device.type == "meta":
+            return None
+        digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+        digest.update(_sample(tensor.detach()))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _tensors(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    found = find(backbone)
+    home = None if found is None else found[0]
+    yield from ((n, p) for n, p in backbone.named_parameters(remove_duplicate=False) if not _is_delta(n, home))
+    # A forward may have written into buffers since something was attached; then they count as they were.
+    kept = {} if found is None else found[1].attachments.buffers_without_deltas()
+    for fqn, module in backbone.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is None or name in module._non_persistent_buffers_set or not buffer.is_floating_point():
+                continue
+            place = f"{fqn}.{name}" if fqn else name
+            if not _is_delta(place, home):
+                yield place, kept.get((fqn, name), buffer)
+
+
+def _is_delta(name: str, home: str | None) -> bool:
+    return home is not None and is_inside(name, home)
+
+
+def _sample(tensor: Tensor) -> bytes:
+    flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.contiguous().reshape(-1)
+    if flat.numel() > SAMPLE:
+        # Integer arithmetic: the same positions on every machine.
+        flat = flat[torch.arange(SAMPLE, device=flat.device) * (flat.numel() - 1) // (SAMPLE - 1)]
+    return bytes(flat.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+
+
+def structure_fingerprint(table: ModuleTable) -> str:
+    """Hash module names and classes, parameter names, shapes and ties: `sha256:…`."""
+    rows = [
+        [row.fqn, row.type, sorted(row.aliases), [[p.name, p.shape, sorted(p.tied)] for p in row.parameters]]
+        for row in table.rows
+    ]
+    return digest([table.model_type, rows])
+
+
+def digest(data: object) -> str:
+    """Hash JSON data in its canonical form: `sha256:…`."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,240 @@
+"""The model that a command line names: a directory, a config.json, a hub id or `package.module:factory`.
+
+Configurations are built on the meta device, so no weights are needed. Code from a hub is never run; a factory is the
+caller's own code, imported with the current directory on the path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import torch
+from torch import nn
+
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics.wording import closest
+
+_FACTORY = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
+_WAYS = "name a directory with a config.json, a config.json, a hub id (org/name) or package.module:factory"
+
+
+def model_from(reference: str) -> nn.Module:
+    """Build the model that a reference names, on the meta device where possible.
+
+    Raises DeltaSpecError (DS321 to DS324) with one finding about the reference.
+    """
+    if "\0" not in reference and os.path.isdir(os.path.expanduser(reference)):
+        return _from_directory(reference, os.path.expanduser(reference))
+    if "\0" not in reference and os.path.isfile(os.path.expanduser(reference)):
+        return _from_config_file(reference, os.path.expanduser(reference))
+    if found := _FACTORY.fullmatch(reference):
+        return _from_factory(reference, found[1], found[2])
+    if reference.endswith((".json", ".py")) or not _HUB_ID.fullmatch(reference):
+        _fail("DS321", "there is no such file or directory", reference, _WAYS)
+    return _from_hub(reference)
+
+
+def _from_directory(reference: str, path: str) -> nn.Module:
+    file = os.path.join(path, "config.json")
+    if os.path.isfile(file):
+        return _from_config_file(reference, file)
+    hint = _WAYS
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        hint = "this directory holds a PEFT adapter: name the directory of its base model"
+    _fail("DS321", "this directory has no config.json", reference, hint)
+
+
+def _from_config_file(reference: str, file: str) -> nn.Module:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            data = json.load(stream)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        _fail("DS322", f"{os.path.basename(file)} cannot be read: {_brief(error)}", reference, _WAYS)
+    if not isinstance(data, dict) or "model_type" not in data:
+        message = f"{os.path.basename(file)} names no model_type, so it is no configuration of a transformers model"
+        _fail("DS322", message, reference, _WAYS)
+    return _build(reference, file, local=True)
+
+
+def _from_hub(reference: str) -> nn.Module:
+    if not _cached(reference) and not reachable():
+        message = "no such file or directory here, and the hub cannot be reached"
+        _fail("DS321", message, reference, f"check the name and the network, or {_WAYS}")
+    return _build(reference, reference, local=False)
+
+
+def _cached(reference: str) -> bool:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        return isinstance(try_to_load_from_cache(reference, "config.json"), str)
+    except (ModuleNotFoundError, HFValidationError):
+        return False
+
+
+def reachable() -> bool:
+    """Look up the hub's name, since its client retries for half a minute; behind a proxy, leave it to the client."""
+    if getproxies():
+        return True
+    try:
+        from huggingface_hub.constants import ENDPOINT
+
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
+    except ModuleNotFoundError:
+        return True  # transformers is missing too, which is the better message
+    except OSError:
+        return False
+    return True
+
+
+def _build(reference: str, source: str, local: bool) -> nn.Module:
+    """Build the class that a configuration names, on the meta device."""
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        _fail("DS322", "transformers is not installed", reference, "pip install 'deltaspec[transformers]'")
+    with _quiet(transformers):
+        try:
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        except Exception as error:  # whatever the hub's client or a configuration class raises
+            if local or _remedy(error):
+                message = f"transformers cannot use this configuration: {_brief(error)}"
+                if _remedy(error):
+                    message = "this configuration needs model code of its own, which is never run from here"
+                _fail("DS322", message, reference, _remedy(error))
+            message = f"no such directory here, and no configuration on the hub: {_brief(error)}"
+            _fail("DS321", message, reference, f"check the id, or {_WAYS}")
+        named = getattr(config, "architectures", None) or ["AutoModel"]
+        named = [named] if isinstance(named, str) else named
+        maker = _model_class(reference, str(named[0]), config)
+        try:
+            with torch.device("meta"):
+                model = maker(config)
+        except Exception as error:  # a configuration can fail in any line of any model's constructor
+            message = f"{named[0]} cannot be built from this configuration: {_brief(error)}"
+            _fail("DS322", message, reference, _remedy(error))
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+def _model_class(reference: str, name: str, config: Any) -> Callable[[Any], Any]:
+    import transformers
+
+    found: Any = getattr(transformers, name, None)
+    if name == "AutoModel":
+        make: Callable[[Any], Any] = found.from_config
+        return make
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found._from_config  # unlike the constructor, it follows the configuration's dtype
+    siblings = type(config).__name__.removesuffix("Config")
+    near = closest(name, (known for known in dir(transformers) if known.startswith(siblings)))
+    message = f"transformers {transformers.__version__} has no model class {name}, which `architectures` names"
+    _fail("DS322", message, reference, f"did you mean {near}?" if near else "write a factory, package.module:factory")
+
+
+def _remedy(error: Exception) -> str | None:
+    if "trust_remote_code" in str(error):
+        return "write a factory that loads it, and name it as package.module:factory"
+    return None
+
+
+def _from_factory(reference: str, module_name: str, attribute: str) -> nn.Module:
+    with _current_directory_first():
+        made: Any = _imported(reference, module_name)
+        for step in attribute.split("."):
+            if not hasattr(made, step):
+                near = closest(step, (name for name in dir(made) if not name.startswith("_")))
+                message = f"{getattr(made, '__name__', module_name)} has no {step}"
+                _fail("DS323", message, reference, f"did you mean {near}?" if near else None)
+            made = getattr(made, step)
+        if isinstance(made, nn.Module):
+            return made
+        if not callable(made):
+            _fail("DS324", f"{attribute} is {_article(made)}, neither a module nor a factory", reference)
+        try:
+            with torch.device("meta"):
+                model = made()
+        except (Exception, SystemExit):
+            # Some constructors compute with values; their failure on real weights is the one that counts.
+            model = _made_for_real(reference, attribute, made)
+    if not isinstance(model, nn.Module):
+        _fail("DS324", f"{attribute}() gave {_article(model)}, not a torch.nn.Module", reference)
+    return model
+
+
+def _imported(reference: str, name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            hint = "it is looked for in the current directory and in the environment that deltaspec runs in"
+            _fail("DS323", f"there is no module {error.name}", reference, hint)
+        _fail("DS323", f"importing {name} failed: {_brief(error)}{_where(error)}", reference)
+    except (Exception, SystemExit) as error:  # the caller's own code
+        _fail("DS323", f"importing {name} failed: {_brief(error)}{_where(error)}", reference)
+
+
+def _made_for_real(reference: str, attribute: str, factory: Any) -> Any:
+    try:
+        return factory()
+    except (Exception, SystemExit) as error:  # the caller's own code
+        message = f"{attribute}() failed: {_brief(error)}{_where(error)}"
+        _fail("DS324", message, reference, "a factory is called without arguments and gives a torch.nn.Module")
+
+
+@contextmanager
+def _current_directory_first() -> Iterator[None]:
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    # It logs configurations at length, on standard error, when a model is built without weights.
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def _where(error: BaseException) -> str:
+    """Name the innermost line of the caller's own code that an exception came from."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    own = [frame for frame in frames if "importlib" not in frame.filename]
+    return f" ({os.path.relpath(own[-1].filename)}:{own[-1].lineno})" if own else ""
+
+
+def _brief(error: BaseException) -> str:
+    said = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return text if len(text) <= 300 else f"{text[:299]}…"
+
+
+def _article(value: object) -> str:
+    return f"an object of class {type(value).__name__}"
+
+
+def _fail(code: str, message: str, reference: str, suggestion: str | None = None) -> NoReturn:
+    from deltaspec.documents.builder import printable
+
+    place = printable(reference) or "(no model)"
+    raise DeltaSpecError([Diagnostic(code, message, place, suggestion=suggestion)]) from None

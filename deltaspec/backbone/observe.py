@@ -1,0 +1,302 @@
+"""One forward on meta tensors: which modules a model calls, how wide their hidden states are, whose weights it reads
+without calling them, and whose output it does not use.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
+
+from deltaspec.backbone.attention import AttentionShape, record_shapes
+from deltaspec.backbone.clone import clone, hollow
+from deltaspec.backbone.flow import METADATA, Fate, fates
+from deltaspec.backbone.inputs import call_arguments, dummy_inputs, moved_to
+
+if TYPE_CHECKING:
+    from deltaspec.backbone.table import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What one forward showed of one module."""
+
+    called: bool
+    in_width: int | None = None
+    """Last dimension of the hidden state that entered."""
+    width: int | None = None
+    """Last dimension of the hidden state that left."""
+    host: str | None = None
+    """FQN of the module whose forward read this one's parameters, instead of calling it or besides."""
+    reads: tuple[str, ...] | None = None
+    """Own names of the parameters that are read, where there is a host; None: all."""
+    attention: AttentionShape | None = None
+    """What its attention function was given."""
+    dims: int | None = None
+    """Number of dimensions of the hidden state that left."""
+    moves: bool = False
+    """What left has other positions (all dimensions but the last) than what entered."""
+    fate: Fate = "used"
+    """What became of what left it (or its host)."""
+
+    def useless(self, kind: str, weight: bool) -> tuple[str, str] | None:
+        """Say why a delta at a module of this kind, in its `weight` or around it, is for nothing, and the way out."""
+        if self.fate == "idle":
+            reason = f"nothing that the model gives is computed from what leaves this {kind}"
+            return f"{reason}, so a delta there would do nothing", "leave it out, or pass other example_inputs"
+        if self.fate == "still" and weight:
+            reason = f"this {kind} runs without gradients, so a delta of its weights could not be trained"
+            return reason, "leave it out, or use a method around the call (adapter)"
+        return None
+
+
+class Observations:
+    """What one forward of a model shows of its modules. The forward runs when it is first needed.
+
+    Where no inputs are given, it is not needed for the linear and norm layers that have a role in an architecture of
+    transformers: the test suite observes each of those architectures.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
+        self._model, self._inputs = model, example_inputs
+        self._vouched = example_inputs is None and type(model).__module__.startswith("transformers.models.")
+        self._seen: dict[str, Observation] | None = None
+        self.failure: str | None = None
+        """Why a forward was needed and could not run; static knowledge about torch's own modules is there even so."""
+
+    def of(self, row: Row) -> Observation | None:
+        """Give what is known of a module; None where the forward could not run."""
+        if self._vouched and row.roles and row.kind in ("linear", "conv1d", "norm"):
+            return Observation(True)
+        if self._seen is None:
+            self._seen, self.failure = observe(self._model, self._inputs)
+        return self._seen.get(row.fqn)
+
+
+_MOST_HOLLOW = 2_000_000_000
+"""Parameters up to which a model without values is run on zeros: a few seconds on a CPU."""
+
+
+class _Reads(TorchFunctionMode):
+    """Notes which parameters functions take, and in whose forward."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in METADATA:
+            for value in tree_iter((args, kwargs or {})):
+                if isinstance(value, nn.Parameter):
+                    self.recorder.read(value)
+        return func(*args, **(kwargs or {}))
+
+
+class Recorder:
+    """Records one forward of a model: a context manager around the call. It leaves no hook behind."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._stack: list[str] = []
+        self._entered: list[Any] = []
+        """What entered the modules on the stack."""
+        self._seen: dict[str, Observation] = {}
+        self._readers: dict[str, set[str]] = {}
+        self._reads: dict[str, set[str]] = {}
+        self._names = {id(m): fqn for fqn, m in reversed(list(model.named_modules(remove_duplicate=False)))}
+        self._owners: dict[int, dict[str, str]] = {}
+        for fqn, module in model.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._owners.setdefault(id(parameter), {})[fqn] = name
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what runs inside this context."""
+        handles = []
+        try:
+            for module in self._model.modules():
+                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
+                handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+            # A model whose methods carry `torch.compile` is run as it is written.
+            with torch.compiler.set_stance("force_eager"), _Reads(self):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def read(self, parameter: nn.Parameter) -> None:
+        """Note that the module whose forward runs now reads a parameter."""
+        reader = self._stack[-1] if self._stack else ""
+        owners = self._owners.get(id(parameter), {})
+        for owner, name in owners.items() if reader not in owners else ():
+            self._readers.setdefault(owner, set()).add(reader)
+            self._reads.setdefault(owner, set()).add(name)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        fqn = self._names.get(id(module))
+        if fqn is None:  # a stand-in for a module: what it reads, it reads for whoever runs it
+            self._stack.append(self._stack[-1] if self._stack else "")
+            return
+        self._stack.append(fqn)
+        entering = args[0] if args else _first(type(module).forward, kwargs)
+        self._entered.append(_positions(entering))
+        width = _width(entering)
+        before = self._seen.get(fqn)
+        self._seen[fqn] = Observation(True, before.in_width if before else width, before.width if before else None)
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        fqn = self._stack.pop()
+        if id(module) not in self._names:
+            return
+        hidden, entered = _hidden(output), self._entered.pop()
+        dims = None if hidden is None else hidden.dim()
+        moves = entered is not None and hidden is not None and entered != _positions(output)
+        self._seen[fqn] = Observation(True, self._seen[fqn].in_width, _width(output), dims=dims, moves=moves)
+
+    def result(self) -> dict[str, Observation]:
+        """Give what was seen of every module, by each of its names."""
+        result: dict[str, Observation] = {}
+        for fqn, module in self._model.named_modules(remove_duplicate=False):
+            name = self._names[id(module)]
+            found = self._seen.get(name, Observation(False))
+            # A parametrisation, for one, hands its own parameters to its children.
+            if readers := {r for r in self._readers.get(name, ()) if not _is_below(r, name)}:
+                # Whoever stands above both the module and all its readers can run with another weight in its place.
+                host = _common([fqn.rpartition(".")[0], *readers])
+                reads = None if found.called else tuple(sorted(self._reads[name]))
+                found = replace(found, host=host, reads=reads)
+            result[fqn] = found
+        return result
+
+
+def _is_below(fqn: str, module: str) -> bool:
+    return not module or fqn.startswith(module + ".")
+
+
+def _common(names: list[str]) -> str:
+    """Give the innermost module that holds all of these."""
+    split = [name.split(".") if name else [] for name in names]
+    shared = []
+    for segments in zip(*split, strict=False):
+        if len(set(segments)) > 1:
+            break
+        shared.append(segments[0])
+    return ".".join(shared)
+
+
+def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Observation], str | None]:
+    """Run the model once on meta tensors, in evaluation mode, on a copy of its structure.
+
+    Give (observation by FQN, None), or (static knowledge about torch's own modules, why nothing could be run). Where
+    the forward looks at values, which meta tensors do not have, it is run once on the model's own weights instead, or
+    on zeros where it has none. A second run, in which gradients are kept, tells which outputs are used; where it fails,
+    nothing is known of that. `example_inputs`: a mapping of keywords, a tuple or list of positional arguments, or one
+    tensor; without them a transformers model is given its own dummy inputs. Nothing of the model is written; the global
+    random state stays.
+    """
+    known = _static(model)
+    if example_inputs is None:
+        example_inputs = dummy_inputs(model)
+        if example_inputs is None:
+            return known, "no example inputs"
+    failures = []
+    bare = any(p.is_meta for p in model.parameters())
+    for device in ("meta", "cpu" if bare else None):
+        if device == "cpu" and sum(p.numel() for p in model.parameters()) > _MOST_HOLLOW:
+            break
+        try:
+            seen = _run(model, example_inputs, device)
+        except Exception as error:
+            # Whatever a stranger's forward raises: the plan then says that nothing could be observed.
+            failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
+        else:
+            for fqn, observation in known.items():
+                found = seen.get(fqn, Observation(True))
+                seen[fqn] = replace(found, called=False, host=observation.host, reads=None)
+            known_fates = _fates(model, example_inputs, device)
+            for fqn, found in seen.items() if known_fates else ():
+                if fate := known_fates.get(fqn if found.host is None else found.host):
+                    seen[fqn] = replace(found, fate=fate)
+            return seen, None
+    return known, failures[-1]
+
+
+def _static(model: nn.Module) -> dict[str, Observation]:
+    """Modules that torch's own classes read without calling, at least in evaluation mode."""
+    found: dict[str, Observation] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for fqn, module in modules.items():
+        if type(module).forward is nn.TransformerEncoderLayer.forward:
+            # Its fast path reads every parameter below it in one kernel call.
+            inside = [name for name in modules if name.startswith(fqn + "." if fqn else "") and name != fqn]
+            found |= {name: Observation(False, host=fqn) for name in inside}
+        elif isinstance(module, nn.MultiheadAttention) and fqn not in found:
+            name = f"{fqn}.out_proj" if fqn else "out_proj"
+            found[name] = Observation(False, host=fqn)
+        elif isinstance(module, nn.ParameterList | nn.ParameterDict):
+            found[fqn] = Observation(False, host=fqn.rpartition(".")[0])
+    return found
+
+
+def _run(model: nn.Module, example_inputs: Any, device: str | None) -> dict[str, Observation]:
+    twin, args, kwargs = _prepared(model, example_inputs, device)
+    recorder = Recorder(twin)
+    shapes = record_shapes(twin)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), recorder.recording():
+        twin(*args, **kwargs)
+    seen = recorder.result()
+    return seen | {fqn: replace(seen[fqn], attention=shape) for fqn, shape in shapes.items()}
+
+
+def _fates(model: nn.Module, example_inputs: Any, device: str | None) -> dict[str, Fate]:
+    """Tell of modules, by name, that the model uses their output in no way, or without gradients."""
+    twin, args, kwargs = _prepared(model, example_inputs, device)
+    try:
+        return fates(twin, args, kwargs)
+    except Exception:  # a stranger's forward may not be made for gradients
+        return {}
+
+
+def _prepared(
+    model: nn.Module, example_inputs: Any, device: str | None
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Give a copy of the model that can be run, and its arguments."""
+    twin = hollow(model) if device == "cpu" else clone(model, device=device)
+    for module in twin.modules():
+        module.training = False
+    choose_experts: Any = getattr(twin, "set_experts_implementation", None)
+    if device == "meta" and choose_experts is not None:
+        choose_experts("batched_mm")  # the others look at values, or are for half precision only
+    return twin, *call_arguments(example_inputs if device is None else moved_to(example_inputs, device))
+
+
+def _first(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
+    """Give the argument that a forward takes first, whatever the order of the keywords in a call."""
+    names = list(inspect.signature(forward).parameters)[1:2]
+    return kwargs[names[0]] if names and names[0] in kwargs else next(iter(kwargs.values()), None)
+
+
+def _width(value: Any) -> int | None:
+    hidden = _hidden(value)
+    return None if hidden is None else hidden.shape[-1]
+
+
+def _positions(value: Any) -> tuple[int, ...] | None:
+    hidden = _hidden(value)
+    return None if hidden is None else tuple(hidden.shape[:-1])
+
+
+def _hidden(value: Any) -> Tensor | None:
+    if isinstance(value, Mapping):
+        value = next(iter(value.values()), None)
+    elif isinstance(value, tuple | list):
+        value = value[0] if value else None
+    return value if isinstance(value, Tensor) and value.dim() >= 2 and value.is_floating_point() else None

@@ -1,0 +1,75 @@
+"""Taken out of deltas."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+from deltaspec.backbone.walk import every
+from deltaspec.deltas.modules import Deltas
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+
+RESERVED = "deltaspec"
+"""Name of the submodule of the backbone that holds all deltas."""
+
+
+def place(backbone: nn.Module, deltas: Deltas) -> None:
+    """Register the deltas on a backbone: under its root, or, where the root goes through its children, under a leaf.
+
+    An `nn.Sequential` runs its children, has a length and an index; a part of ours among them would show.
+    """
+    _home(backbone)._modules[RESERVED] = deltas
+
+
+def refuse_backbone(model: nn.Module) -> None:
+    """Raise DeltaSpecError for a model that holds deltas already, or something else under their name."""
+    if any(isinstance(module, Deltas) for module in every(model)):
+        message = f"{type(model).__name__} is compiled already"
+        hint = "take the original model, with all specs at once: compile(model, spec_a, spec_b)"
+        raise DeltaSpecError([Diagnostic("DS431", message, "<model>", suggestion=hint)])
+    home = _home(model)
+    if RESERVED in {*home._modules, *home._parameters, *home._buffers, *home.__dict__} or hasattr(type(home), RESERVED):
+        message = f"{type(home).__name__} has an attribute {RESERVED!r} of its own, which is the name of the deltas"
+        raise DeltaSpecError([Diagnostic("DS411", message, "<model>", suggestion="rename it in the model")])
+
+
+def _home(backbone: nn.Module) -> nn.Module:
+    if isinstance(backbone, _CONTAINERS) or not _ITERATES.isdisjoint(_names_in_forward(type(backbone))):
+        leaves = [m for m in backbone.modules() if not m._modules and not isinstance(m, _CONTAINERS)]
+        return leaves[-1] if leaves else backbone
+    return backbone
+
+
+def find(backbone: nn.Module) -> tuple[str, Deltas] | None:
+    """Find the deltas of a backbone: (their FQN, themselves); None where there are none."""
+    if isinstance(at_root := backbone._modules.get(RESERVED), Deltas):
+        return RESERVED, at_root
+    return next(((fqn, m) for fqn, m in backbone.named_modules() if isinstance(m, Deltas)), None)
+
+
+def home(backbone: nn.Module) -> str:
+    """Give the FQN under which a compiled backbone holds its deltas."""
+    found = find(backbone)
+    assert found is not None
+    return found[0]
+
+
+def remove(backbone: nn.Module) -> None:
+    """Take the deltas out of a backbone."""
+    parent, _, name = home(backbone).rpartition(".")
+    del backbone.get_submodule(parent)._modules[name]
+
+
+def is_inside(fqn: str, deltas: str) -> bool:
+    """Tell whether a name of a module or tensor is the deltas' own."""
+    return fqn == deltas or fqn.startswith(deltas + ".")
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_ITERATES = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
+
+
+def _names_in_forward(kind: type[nn.Module]) -> frozenset[str]:
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return frozenset(code.co_names if code else ())

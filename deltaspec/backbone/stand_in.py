@@ -1,0 +1,50 @@
+"""Taken out of running.substitution."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
+    """Make a shallow copy of a module, without its instance-level forward, that holds `tensors` by own name."""
+    shadow = module.__class__.__new__(module.__class__)
+    attributes = shadow.__dict__
+    attributes.update(module.__dict__)
+    attributes.pop("forward", None)
+    attributes["_parameters"] = {**module._parameters}
+    attributes["_buffers"] = {**module._buffers}
+    attributes["_modules"] = {**module._modules}
+    for name, tensor in tensors.items():
+        home = attributes["_buffers"] if name in module._buffers else attributes["_parameters"]
+        home[name] = tensor
+    if attributes.get("sparse") is True and "weight" in tensors and not tensors["weight"].is_leaf:
+        # An embedding's sparse gradients are for an optimizer; what computed this weight takes dense ones.
+        attributes["sparse"] = False
+    if "_flat_weights_names" in attributes:
+        # nn.LSTM and its kin compute from this list, not from their attributes.
+        attributes["_flat_weights"] = [getattr(shadow, name) for name in attributes["_flat_weights_names"]]
+    return shadow
+
+
+class Swapped:
+    """The module's own forward, with parameters given at each call."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, parameters: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the module."""
+        return stand_in(self.module, parameters).forward(*args, **kwargs)
+
+
+def no_gradient_of_padding(module: nn.Module, x: Tensor, leaving: Tensor) -> Tensor:
+    """Let what an embedding gives for its `padding_idx` have no gradient: under vmap torch forgets it."""
+    if not isinstance(module, nn.Embedding) or module.padding_idx is None or not torch.is_grad_enabled():
+        return leaving
+    return torch.where((x == module.padding_idx).unsqueeze(-1), leaving.detach(), leaving)

@@ -1,0 +1,173 @@
+"""The module table: every module and parameter of a model as plain data (real or meta weights alike)."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+
+from deltaspec.backbone.attention import is_routable
+from deltaspec.backbone.entrances import entrances
+from deltaspec.backbone.faithful import is_faithful
+from deltaspec.backbone.forwards import arguments_of
+from deltaspec.backbone.table import ConvInfo, ModuleTable, ParameterInfo, Row
+from deltaspec.backbone.walk import model_type_of, own, subtree_sizes, walk
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+
+if TYPE_CHECKING:
+    from deltaspec.backbone.table import Entrance
+    from deltaspec.backbone.walk import Node
+
+
+_NORM_CLASSES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+_NORM_NAME = re.compile(r".*Norm(\dd)?")
+
+
+def tabulate(model: nn.Module) -> ModuleTable:
+    """Describe every module of a model once, with real or meta weights; nothing is run or changed.
+
+    Raises DeltaSpecError for lazy modules, which have no shapes before their first forward, and for scripted or traced
+    ones (torch.jit), whose forward cannot be changed.
+    """
+    nodes, model_types, maps = walk(model)
+    if scripted := [node.fqn for node in nodes if isinstance(node.module, torch.jit.ScriptModule)]:
+        message = f"{scripted[0] or 'the model'} is a torch.jit.ScriptModule, whose forward cannot be changed"
+        raise DeltaSpecError([Diagnostic("DS311", message, "<model>", suggestion="give the module it was made of")])
+    holders: dict[int, list[str]] = {}
+    for node in nodes:
+        for name, parameter in own(node.module._parameters):
+            holders.setdefault(id(parameter), []).append(_join(node.fqn, name))
+    sizes = subtree_sizes(nodes, holders)
+    classes: dict[type, tuple[tuple[str, ...], str]] = {}
+    vocabulary = _vocabulary(model)
+    doors = entrances([(node.fqn, node.module) for node in nodes])
+    rows = tuple(
+        [_row(node, holders, sizes, classes, node.module is vocabulary, doors.get(id(node.module))) for node in nodes]
+    )
+    root_type = model_type_of(getattr(model, "config", None)) or (model_types[0] if len(model_types) == 1 else None)
+    return ModuleTable(
+        rows, type(model).__name__, type(model).__module__, root_type, rows[0].subtree_parameters, tuple(sorted(maps))
+    )
+
+
+def _row(
+    node: Node,
+    holders: dict[int, list[str]],
+    sizes: dict[int, int],
+    classes: dict[type, tuple[tuple[str, ...], str]],
+    vocabulary: bool,
+    entrance: Entrance | None,
+) -> Row:
+    module, kind_of = node.module, type(node.module)
+    if kind_of not in classes:
+        classes[kind_of] = _bases(kind_of), _kind(kind_of)
+    bases, kind = classes[kind_of]
+    parameters: tuple[ParameterInfo, ...] = ()
+    buffers: tuple[ParameterInfo, ...] = ()
+    if module._parameters:
+        parameters = tuple([_info(name, node.fqn, p, holders[id(p)]) for name, p in own(module._parameters)])
+    if module._buffers:
+        transient = module._non_persistent_buffers_set
+        buffers = tuple([_info(name, node.fqn, b, []) for name, b in own(module._buffers) if name not in transient])
+    if kind == "norm?":
+        one = any(p.name == "weight" and len(p.shape) == 1 for p in (*parameters, *buffers))
+        kind = "norm" if one else "other"
+    wide: Any = module
+    conv, into, out = None, None, None
+    if kind == "linear":
+        into, out = wide.in_features, wide.out_features
+    elif kind == "conv1d":
+        into, out = wide.nx, wide.nf
+    elif kind == "embedding":
+        into, out = wide.num_embeddings, wide.embedding_dim
+    elif kind == "conv":
+        into, out = wide.in_channels, wide.out_channels
+        conv = ConvInfo(wide.groups, isinstance(module, _ConvTransposeNd))
+    return Row(
+        fqn=node.fqn,
+        type=kind_of.__name__,
+        bases=bases,
+        kind=kind,
+        roles=node.roles,
+        stack=node.stack,
+        layer=node.layer,
+        parameters=parameters,
+        buffers=buffers,
+        subtree_parameters=sizes[id(module)],
+        children=len(module._modules),
+        in_features=into,
+        out_features=out,
+        conv=conv,
+        aliases=tuple(node.aliases),
+        attends="config" in module.__dict__ and is_routable(module),
+        entrance=entrance,
+        computed=_computed(module) if module._forward_pre_hooks else (),
+        arguments=_arguments(kind_of.forward),
+        transposed=(module.__dict__.get("is_transposed") or getattr(kind_of, "is_transposed", None)) is True,
+        parts=None if node.map is None or out is None else node.map.parts_of(node.roles, node.config, out),
+        faithful=kind not in ("linear", "conv1d", "norm") or is_faithful(module, kind),
+        vocabulary=vocabulary,
+    )
+
+
+def _computed(module: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, value in module.__dict__.items() if isinstance(value, Tensor))
+
+
+@cache
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = arguments_of(forward)
+    return tuple(p.name for p in parameters if p.kind not in stars)
+
+
+def _vocabulary(model: nn.Module) -> nn.Module | None:
+    """Ask a transformers model for its input embeddings; None where it has none."""
+    ask = getattr(model, "get_input_embeddings", None)
+    try:
+        found = None if ask is None else ask()
+    except (AttributeError, NotImplementedError):  # what transformers raises for a model without
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _kind(kind: type) -> str:
+    # Conv1D without importing transformers: a model can hold one only where it is loaded.
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
+    for name, classes in (("linear", nn.Linear), ("conv1d", conv1d), ("embedding", nn.Embedding), ("conv", _ConvNd)):
+        if issubclass(kind, classes):
+            return name
+    if issubclass(kind, _NORM_CLASSES):
+        return "norm"
+    return "norm?" if any(_NORM_NAME.fullmatch(base) for base in _bases(kind)) else "other"
+
+
+def _bases(kind: type) -> tuple[str, ...]:
+    return tuple(base.__name__ for base in kind.__mro__ if base not in (nn.Module, object))
+
+
+def _info(name: str, fqn: str, tensor: torch.Tensor, holders: list[str]) -> ParameterInfo:
+    place = _join(fqn, name)
+    if is_lazy(tensor):
+        message = f"{place} is lazy: it has no shape before the first forward"
+        raise DeltaSpecError([Diagnostic("DS310", message, "<model>", suggestion="run the model once on real inputs")])
+    tied = tuple(other for other in holders if other != place) if len(holders) > 1 else ()
+    return ParameterInfo(name, place, tuple(tensor.shape), _dtype_name(tensor.dtype), tied)
+
+
+@cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _join(fqn: str, name: str) -> str:
+    return f"{fqn}.{name}" if fqn else name

@@ -1,0 +1,181 @@
+"""A walk over a model: its modules, the names each is found under, their roles and the repeated layers they lie in."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from deltaspec.roles.maps import RoleMap, role_map
+
+# A module shared at n levels has exponentially many names; nobody asks for the rest.
+_MOST_NAMES = 1024
+_LISTS = (nn.ModuleList, nn.Sequential)
+
+
+@dataclass(slots=True)
+class Node:
+    """One module and its place."""
+
+    fqn: str
+    module: nn.Module
+    roles: tuple[str, ...]
+    stack: str | None
+    """FQN of the outermost container of repeated layers it lies in."""
+    layer: int | None
+    aliases: list[str]
+    map: RoleMap | None
+    """The role map that named its roles."""
+    config: object
+    """The config of the architecture it is part of."""
+
+
+def walk(model: nn.Module) -> tuple[list[Node], list[str], set[str]]:
+    """Visit every module under every name, in `named_modules` order; a second name becomes an alias."""
+    nodes: dict[int, Node] = {}
+    model_types: list[str] = []
+    maps: set[str] = set()
+    above: set[int] = set()
+
+    def visit(
+        fqn: str,
+        module: nn.Module,
+        model_type: str | None,
+        roles: RoleMap | None,
+        config: object,
+        stack: str | None,
+        layer: int | None,
+    ) -> None:
+        if id(module) in above:  # a module that holds its own parent
+            return
+        own_type = model_type_of(module.__dict__["config"]) if "config" in module.__dict__ else None
+        if own_type is not None and own_type != model_type:  # part of a composite has roles of its own
+            model_type, roles, config = own_type, role_map(own_type), module.__dict__["config"]
+            if own_type not in model_types:
+                model_types.append(own_type)
+            if roles is not None:
+                maps.add(roles.model_type)
+        node = nodes.get(id(module))
+        if node is None:
+            named = roles.roles_of(fqn) if roles is not None and fqn else ()
+            if named and isinstance(module, nn.Identity):  # stands where a layer has nothing
+                named = ()
+            nodes[id(module)] = Node(fqn, module, named, stack, layer, [], roles, config)
+        elif len(node.aliases) < _MOST_NAMES:
+            node.aliases.append(fqn)
+        else:
+            return
+        above.add(id(module))
+        prefix = f"{fqn}." if fqn else ""
+        layered = stack is None and _is_stack(module, prefix, roles)
+        for index, (name, child) in enumerate(own(module._modules)):
+            place = (fqn, index) if layered else (stack, layer)
+            visit(f"{prefix}{name}", child, model_type, roles, config, *place)
+        above.remove(id(module))
+
+    root = getattr(model, "config", None)
+    root_type = model_type_of(root)
+    visit("", model, None, None if root_type is None else role_map(root_type), root, None, None)
+    return list(nodes.values()), model_types, maps
+
+
+def _is_stack(module: nn.Module, prefix: str, roles: RoleMap | None) -> bool:
+    """Tell whether a module holds the repeated layers: those with role `block`, else any list of like modules."""
+    if not isinstance(module, _LISTS) or not len(module):
+        return False
+    if roles is not None and "block" in roles.patterns:
+        return any("block" in roles.roles_of(f"{prefix}{name}") for name in module._modules)
+    if len(module) == 1:  # a model of one layer, but not a wrapper around the real list
+        return type(module) is nn.ModuleList and not any(_alike(m) for m in module.modules())
+    return _alike(module)
+
+
+def _alike(module: nn.Module) -> bool:
+    if not isinstance(module, _LISTS) or len(module) < 2:
+        return False
+    first, *others = (type(child) for child in module)
+    if all(kind is first for kind in others):
+        return True
+    # Hybrid stacks (attention and state-space layers in turn) share a base class of their own.
+    bases = [base for base in first.__mro__ if base.__module__ != nn.Module.__module__ and issubclass(base, nn.Module)]
+    return isinstance(module, nn.ModuleList) and any(
+        all(issubclass(kind, base) for kind in others) for base in bases if not base.__module__.startswith("torch.nn.")
+    )
+
+
+def every(model: nn.Module, without: Container[int] = ()) -> list[nn.Module]:
+    """Give what `model.modules()` does, without a generator a level; not modules of these ids, nor what is in them."""
+    found: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found and id(module) not in without:
+            found[id(module)] = module
+            if module._modules:
+                waiting += [child for child in list(module._modules.values())[::-1] if child is not None]
+    return list(found.values())
+
+
+def named(model: nn.Module, but: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what `model.named_modules(remove_duplicate=False)` does, but for one module and what is in it."""
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        yield name, module
+        prefix = f"{name}." if name else ""
+        waiting += [
+            (prefix + own_name, child)
+            for own_name, child in list(module._modules.items())[::-1]
+            if child is not None and prefix + own_name != but
+        ]
+
+
+def own(members: Any) -> list[tuple[str, Any]]:
+    """Give the entries of a module's own registry (`_modules`, `_parameters`, `_buffers`) that are set."""
+    return [entry for entry in members.items() if entry[1] is not None] if members else []
+
+
+def model_type_of(config: object) -> str | None:
+    """Give `config.model_type` of a transformers model; None for anything else."""
+    found = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    return found if isinstance(found, str) and found else None
+
+
+def subtree_sizes(nodes: list[Node], holders: dict[int, list[str]]) -> dict[int, int]:
+    """Give, by the identity of a module, the number of values in all parameters at and below it, tied ones once."""
+    if sum(len(own(node.module._modules)) for node in nodes) >= len(nodes):  # a module stands in two places
+        parts: dict[int, dict[int, int]] = {}
+        _parts(nodes[0].module, parts)
+        return {module: sum(found.values()) for module, found in parts.items()}
+    sizes: dict[int, int] = {}
+    tied: dict[int, dict[int, int]] = {}
+    for node in reversed(nodes):  # children before their parents
+        module, size, shared = node.module, 0, dict[int, int]()
+        for _, parameter in own(module._parameters):
+            if len(holders[id(parameter)]) > 1:
+                shared[id(parameter)] = _count(parameter)
+            else:
+                size += _count(parameter)
+        for _, child in own(module._modules):
+            size += sizes[id(child)] - sum(tied.get(id(child), {}).values())
+            shared |= tied.get(id(child), {})
+        sizes[id(module)] = size + sum(shared.values())
+        if shared:
+            tied[id(module)] = shared
+    return sizes
+
+
+def _parts(module: nn.Module, parts: dict[int, dict[int, int]]) -> dict[int, int]:
+    """Fill in, for each module, the sizes of all parameters at and below it by identity."""
+    if id(module) not in parts:
+        found = parts[id(module)] = {id(p): _count(p) for _, p in own(module._parameters)}
+        for _, child in own(module._modules):
+            found.update(_parts(child, parts))
+    return parts[id(module)]
+
+
+def _count(parameter: nn.Parameter) -> int:
+    return 0 if is_lazy(parameter) else parameter.numel()

@@ -1,0 +1,63 @@
+"""Taken out of compiled, compiler."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from deltaspec.backbone.clone import clone
+from deltaspec.backbone.reserved import place
+from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.deltas.initial import build_delta
+from deltaspec.deltas.modules import Deltas
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.graphs.symbolic import reads_around_calls, trace
+from deltaspec.runtime.active import Attachments
+
+if TYPE_CHECKING:
+    from torch import fx, nn
+
+    from deltaspec.planning.plan import Plan
+
+
+def assemble(
+    backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | None, capture: str, reason: str
+) -> CompiledModel:
+    """Make a compiled model of a backbone that holds its deltas already; nothing is attached yet."""
+    attachments = Attachments(backbone, deltas, plan, graph)
+    deltas.attachments = attachments
+    return CompiledModel(backbone, attachments, capture, reason)
+
+
+def places(plan: Plan) -> tuple[set[str], set[str]]:
+    """Give the FQNs of all sites, and of the modules whose forwards their deltas need."""
+    sites = [site.site for delta in plan.deltas for site in delta.sites]
+    return {s.row.fqn for s in sites}, {s.row.fqn if s.host is None else s.host for s in sites}
+
+
+@torch.inference_mode(False)  # parameters made in inference mode could never be trained, nor loaded outside of it
+def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: bool = True) -> CompiledModel:
+    """Compile a valid plan onto a clone of the model it was made for; `drawn` as for `build_delta`."""
+    backbone = clone(model)
+    graph, reason = None, "asked for"
+    if capture != "modules":
+        graph, why = trace(backbone, *places(plan))
+        if graph is None and capture == "symbolic":
+            message = f"{type(model).__name__} cannot be captured as symbolic: {why}"
+            hint = 'use capture="modules" (or "auto"), which runs the model\'s own code'
+            raise DeltaSpecError([Diagnostic("DS432", message, suggestion=hint)])
+        if capture == "auto":
+            capture, reason = ("modules" if graph is None else "symbolic"), why
+        if graph is not None and not reads_around_calls(graph, backbone, places(plan)[0]):
+            plan = replace(plan, proven=True)  # the trace calls every site
+    deltas = Deltas()
+    for planned in plan.deltas:
+        deltas.add(build_delta(planned, planned.seed, backbone, drawn=drawn))
+    deltas.train(model.training)
+    place(backbone, deltas)
+    compiled = assemble(backbone, deltas, plan, graph, capture, reason)
+    compiled._attachments.activate(planned.name for planned in plan.deltas if planned.attached)
+    compiled._attachments.derive_detached()
+    return compiled

@@ -1,0 +1,46 @@
+"""`deltaspec.compile`: from a model and specs to a compiled model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import nn
+
+from deltaspec.compiler.build import compile_plan
+
+if TYPE_CHECKING:
+    from deltaspec.compiler.compiled import CompiledModel
+    from deltaspec.language.model import DeltaSpec
+
+
+Spec: TypeAlias = "str | PathLike[str] | Mapping[str, Any] | DeltaSpec"
+
+
+def compile(
+    model: nn.Module, spec: Spec, *more_specs: Spec, capture: str = "auto", example_inputs: Any = None
+) -> CompiledModel:
+    """Compile one or several specs onto a model; the model is not changed.
+
+    A spec is a path, a dict or a DeltaSpec; the names of the deltas of several specs must differ. The result shares the
+    storage of the model's weights. `capture`: `modules` runs the model's own code, with one small graph per site;
+    `symbolic` traces the whole model into one graph; `auto` takes `symbolic` where that is safe (see `.capture`,
+    `.capture_reason`). `example_inputs` are inputs of the model's forward (keywords in a dict, positional arguments in
+    a tuple, or one tensor), for one forward on meta tensors that proves that each site is reached; transformers models
+    need none.
+
+    Raises DeltaSpecError with all findings, before anything is made.
+    """
+    from deltaspec.planning.resolve import plan
+
+    refuse_unusable(model, capture)
+    return compile_plan(model, plan(model, spec, *more_specs, example_inputs=example_inputs), capture)
+
+
+def refuse_unusable(model: nn.Module, capture: str) -> None:
+    """Refuse a capture that there is not, and what is no model."""
+    if capture not in ("auto", "modules", "symbolic"):
+        raise ValueError(f"capture is 'auto', 'modules' or 'symbolic', not {capture!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")

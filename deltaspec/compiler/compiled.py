@@ -1,0 +1,309 @@
+"""The compiled model: a transformed GraphModule over a clone of the backbone, whose deltas attach and detach."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from deltaspec.backbone.clone import deep_copy
+from deltaspec.backbone.reserved import find
+from deltaspec.compiler.handles import DeltasView, Restore
+from deltaspec.diagnostics.findings import require_known
+from deltaspec.graphs.root import Entry, root_graph
+from deltaspec.runtime.generation import generating
+from deltaspec.runtime.twin import _deltas_beside, _twin
+from deltaspec.serving.assignment import Rows, checked_strength
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deltaspec.deltas.modules import Delta
+    from deltaspec.graphs.regions import Region
+    from deltaspec.library.view import LibraryView
+    from deltaspec.planning.plan import Plan
+    from deltaspec.runtime.active import Attachments
+
+
+class CompiledModel(torch.fx.GraphModule):
+    """A backbone with its deltas. Made by `deltaspec.compile`.
+
+    Call it as the backbone is called. Attributes that it does not have itself (`config`, `generate`, `device` …) are
+    the backbone's.
+
+    Threads: any number may run forwards at once, all under what is attached. A switch (`attach`, `detach`, `only`, and
+    what else changes the active set) raises DeltaSpecError (DS456) while a forward runs, in whatever thread, and a
+    forward with rows (`deltas=`) runs alone, or raises it (DS445). Threads that need different deltas at once each take
+    a `view()`.
+    """
+
+    def __init__(self, backbone: nn.Module, attachments: Attachments, capture: str, capture_reason: str) -> None:
+        super().__init__({"entry": Entry(backbone, attachments)}, root_graph(backbone), class_name="CompiledModel")
+        # The graph calls `entry` only, so GraphModule took only that; the keys are to be the backbone's.
+        self.add_module("backbone", backbone)
+        self.training = backbone.training
+        self.__dict__["_attachments"] = attachments
+        self.__dict__["capture"] = capture
+        self.__dict__["capture_reason"] = capture_reason
+
+    # What there is
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that this model was compiled from."""
+        plan: Plan = self._attachments.plan
+        return plan
+
+    @property
+    def attached(self) -> tuple[str, ...]:
+        """Names of the attached deltas, in the order in which they apply."""
+        active: tuple[str, ...] = self._attachments.active
+        return active
+
+    @property
+    def strengths(self) -> Mapping[str, float]:
+        """How strong each attached delta is; 1 is what was trained."""
+        return {name: self._attachments.strengths[name] for name in self.attached}
+
+    @property
+    def deltas(self) -> Mapping[str, Delta]:
+        """All deltas by name, attached or not: the compiled ones, and those of libraries that are in memory."""
+        return DeltasView(self._attachments)
+
+    @property
+    def regions(self) -> Mapping[str, Region]:
+        """The rewritten regions of the active set, by the FQN of the module each belongs to ("": the whole model)."""
+        return MappingProxyType(self._attachments.program(self.attached).regions)
+
+    def trainable_parameters(self, *names: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters of these deltas; by default those that training would change now, of what is attached.
+
+        Deltas that train together, a row each (see `rows`), need not be attached: name them.
+        """
+        for name in self._known(names) if names else self.attached:
+            yield from (p for p in self.deltas[name].parameters() if p.requires_grad)
+
+    # Attach and detach
+
+    def attach(self, *names: str, strength: float | None = None) -> Self:
+        """Attach deltas by name, or all; attached ones stay. Raises UnknownDeltaError.
+
+        `strength` scales what these add: 0 is as if they were not there, 1, the default, what was trained; other finite
+        numbers lie between or beyond. It is data: changing it rebuilds and recompiles nothing. Raises DeltaSpecError
+        (DS446) where a method has none.
+        """
+        attachments = self._attachments
+        with attachments.turns.lock:
+            if strength is None and attachments.switch((*self.attached, *(names or self._known(names)))):
+                return self
+            known, strengths = self._known(names), attachments.strengths.as_dict()
+            if strength is not None:
+                strengths |= {name: checked_strength(name, strength) for name in known}
+            attachments.activate((*self.attached, *known), anew=known, strengths=strengths)
+        return self
+
+    def detach(self, *names: str) -> Self:
+        """Detach deltas by name, or all; detached ones stay so. Raises UnknownDeltaError."""
+        attachments = self._attachments
+        with attachments.turns.lock:
+            gone = set(self._known(names)) if names else self.attached
+            left = tuple(name for name in self.attached if name not in gone)
+            attachments.activate(left, strengths=attachments.strengths.as_dict(left))
+        return self
+
+    def only(self, *names: str | Mapping[str, float]) -> Restore:
+        """Attach exactly these deltas, at once; in a `with`, what was attached before comes back, on an error too.
+
+        Names, or one dict of names and strengths: `c.only({"french": 0.7, "legal": 0.3})`; see `attach`.
+        """
+        attachments = self._attachments
+        restore = Restore(attachments)
+        if not attachments.switch(names):
+            given = names[0] if len(names) == 1 and isinstance(names[0], Mapping) else None
+            strengths = {} if given is None else {n: checked_strength(n, value) for n, value in given.items()}
+            wanted: tuple[Any, ...] = names if given is None else tuple(given)
+            attachments.activate(self._known(wanted) if wanted else (), anew=wanted, strengths=strengths)
+        return restore
+
+    def detached(self) -> Restore:
+        """Detach all deltas, at once; in a `with`, what was attached before comes back, on an error too."""
+        return self.only()
+
+    def refresh(self, *names: str) -> Self:
+        """Compute derived deltas, by name or all, from their sources as they are now, as `attach` and `only` do."""
+        self._attachments.derive(self._known(names))
+        return self
+
+    def _known(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise TypeError(f"names of deltas are given one by one, as in attach('a', 'b'), not {wrong[0]!r}")
+        self._attachments.require_known(names)
+        return names or tuple(delta.name for delta in self.plan.deltas)
+
+    # A delta for each row of a batch
+
+    def rows(self, deltas: Sequence[Any], *, among: Sequence[str] = ()) -> Rows:
+        """Turn an assignment of deltas to rows into tensors, to be passed as `deltas=`.
+
+        One entry a row: None (the bare backbone), a name, a tuple of names, or a dict of names and strengths; deltas of
+        one row apply in the order of the spec. `c(**batch, deltas=[...])` and `c.generate(..., deltas=[...])` take the
+        list itself; under torch.compile they take what this makes of it, outside of the compiled code, since the
+        assignment is then data: one graph serves all that use the same kinds of deltas (method, sites and shapes), and
+        those that `among` names are counted as used. Until the next `detach()` the model stays prepared for rows.
+
+        Raises UnknownDeltaError, DeltaSpecError (DS441) for deltas that cannot be mixed, TypeError, ValueError.
+        """
+        rows: Rows = self._attachments.mixer.rows(deltas, among)
+        self._attachments.prepare()
+        return rows
+
+    def _generate(self, *args: Any, deltas: Sequence[Any] | Rows | None = None, **kwargs: Any) -> Any:
+        """Generate as the backbone does, each row under its own deltas if `deltas` says so; see `rows`."""
+        if deltas is None:
+            with self._attachments.turns.forwards():
+                return generating(self._attachments.planned, self.attached, self.backbone)(*args, **kwargs)
+        mixer = self._attachments.mixer
+        rows = deltas if isinstance(deltas, Rows) else mixer.rows(deltas)
+        with mixer.using(rows, args, kwargs, keep=True):
+            return generating(self._attachments.planned, rows.places, self.backbone)(*args, **kwargs)
+
+    # Views
+
+    def view(self) -> CompiledModel:
+        """Give another compiled model over the same weights and the same deltas, with its own active set.
+
+        It takes milliseconds and no memory for weights; buffers are copied. It starts with what is attached here, at
+        the same strengths; from then on each view attaches, detaches and mixes rows on its own, so that threads that
+        serve or train different deltas at once get what they get alone. The deltas' parameters are the same objects:
+        what is trained, loaded or opened (`library`) through one view is so for all. While there are several views none
+        can be moved or cast: that raises DeltaSpecError (DS455).
+        """
+        from deltaspec.compiler.compiled import view_of
+
+        return view_of(self)
+
+    # Files and other forms
+
+    def library(
+        self,
+        directory: str | PathLike[str],
+        *,
+        limit: int | str | None = None,
+        preload: bool = False,
+        by: str = "delta",
+        example_inputs: Any = None,
+    ) -> LibraryView:
+        """Make the names of saved deltas known, to be loaded when they are attached; see `deltaspec.library`.
+
+        `directory` is what `save` wrote, or holds such directories. `limit` is how many of them may be in memory, or
+        the size of their tensors (`"2GiB"`); those that were not used for longest, and are not attached, make way.
+        `preload` loads all at once. `by="folder"` names deltas by their directories. They apply after the compiled
+        deltas, in the order of the directory; their parameters are frozen. `.plan`, `save` and `state_dict` are those
+        of the compiled deltas alone. `example_inputs` as for `compile`. Raises DeltaSpecError with all findings.
+        """
+        view: LibraryView = self._attachments.libraries.view(directory, limit, preload, by, example_inputs)
+        return view
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write every delta (safetensors, resolved spec, lock) to a directory; see `deltaspec.store`."""
+        from deltaspec.storage.save import save
+
+        save(self, directory)
+
+    def load(self, directory: str | PathLike[str]) -> Self:
+        """Read the tensors of saved deltas into this model; see `deltaspec.store`. All or nothing."""
+        from deltaspec.storage.load import load
+
+        load(self, directory)
+        return self
+
+    def merge(self, *names: str) -> nn.Module:
+        """Give a new plain model of the original class with these deltas, or all attached ones, folded in."""
+        from deltaspec.transforms.merge import merge
+
+        return merge(self._attachments, self._known(names) if names else self.attached)
+
+    def simplified(self, *names: str) -> CompiledModel:
+        """Give a new compiled model in which these deltas (or all) are without what only their training needed.
+
+        A prefix then has its keys and values alone, and p_tuning is a soft prompt; both compute what they did. The
+        other deltas are copied, the backbone's storage is shared. Raises UnknownDeltaError.
+        """
+        from deltaspec.compiler.build import compile_plan
+        from deltaspec.transforms.merge import without_deltas
+        from deltaspec.transforms.simplify import copy_tensors, simplify
+
+        require_known(names, [delta.name for delta in self.plan.deltas])
+        self._attachments.libraries.refuse_attached(self.attached, "simplified")
+        plan = simplify(self.plan, self._known(names))
+        plain = without_deltas(self._attachments)
+        for name in self._attachments.trained_in_backbone():
+            plain.get_parameter(name).requires_grad = True
+        twin = compile_plan(plain, plan, self.capture)
+        copy_tensors(self.plan, plan, self.deltas, twin.deltas)
+        twin.only(*self.attached)
+        return twin
+
+    def export(self, *args: Any, **options: Any) -> torch.export.ExportedProgram:
+        """Export the model with its attached deltas: `torch.export.export(self.backbone, …)`, same arguments."""
+        self._attachments.require_proof()
+        return torch.export.export(self.backbone, *args, **options)
+
+    # Being a module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if "backbone" not in modules:
+                raise
+            found = getattr(modules["backbone"], name)
+            return self._generate if name == "generate" else found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        backbone = deep_copy(self.backbone, memo)
+        found = find(backbone)
+        assert found is not None
+        twin = CompiledModel(backbone, found[1].attachments, self.capture, self.capture_reason)
+        memo[id(self)] = twin
+        twin._copy_own_state(self, memo)
+        return twin
+
+    def _copy_own_state(self, other: CompiledModel, memo: dict[int, Any]) -> None:
+        """Carry over what users put on the root itself: hooks, flags, attributes."""
+        made = ("_modules", "_parameters", "_buffers", "_graph", "_code", "_attachments", "_lineno_map", "meta")
+        for name, value in other.__dict__.items():
+            if name not in made:
+                self.__dict__[name] = copy.deepcopy(value, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from deltaspec.compiler.pickling import reduced
+
+        return reduced(self)
+
+
+def view_of(compiled: CompiledModel) -> CompiledModel:
+    """Make another view of a compiled model, with the same deltas attached at the same strengths.
+
+    The programs that it runs are made when they are first needed. Buffers are copied, as they are with no delta
+    attached: forwards may write to them.
+    """
+    from deltaspec.compiler.compiled import CompiledModel
+    from deltaspec.runtime.active import Attachments
+
+    mine = compiled._attachments
+    with mine.turns.lock, mine.family.lock:
+        if mine.stacks.home is mine.deltas:  # what all views use must not keep the first one alive
+            mine.shown.update(mine.stacks.settle_in(_deltas_beside(mine.deltas)))
+        backbone, deltas = _twin(mine)
+        attachments = Attachments(backbone, deltas, mine.plan, mine.graph, mine)
+        deltas.attachments = attachments
+        made = CompiledModel(backbone, attachments, compiled.capture, compiled.capture_reason)
+        made._copy_own_state(compiled, {})
+        attachments.follow(mine)
+    return made

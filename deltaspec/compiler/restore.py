@@ -1,0 +1,52 @@
+"""Taken out of store."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.storage.load import _load, _settled
+from deltaspec.storage.saved import ENDINGS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deltaspec.compiler.compiled import CompiledModel
+    from deltaspec.storage.saved import SavedSet
+
+
+def restore(
+    model: nn.Module, directory: str | PathLike[str], *, capture: str = "auto", example_inputs: Any = None
+) -> CompiledModel:
+    """Compile the saved specs onto a model and load the saved tensors; the deltas that were attached when saving are
+    attached, as strongly.
+
+    Raises DeltaSpecError with all findings; `model` is never changed.
+    """
+    from deltaspec.compiler.compile import refuse_unusable
+
+    refuse_unusable(model, capture)
+    return _settled(directory, lambda saved: _restore(model, saved, capture, example_inputs))
+
+
+def _restore(model: nn.Module, saved: SavedSet, capture: str, example_inputs: Any) -> CompiledModel:
+    from deltaspec.backbone.fingerprint import structure_fingerprint
+    from deltaspec.backbone.tabulate import tabulate
+    from deltaspec.compiler.build import compile_plan
+    from deltaspec.language.load import load as load_spec
+    from deltaspec.planning.resolve import plan
+
+    try:
+        if findings := [f for entry in saved.entries for field in ENDINGS for f in saved.read(entry["name"], field)[1]]:
+            raise DeltaSpecError(findings)
+        specs = dict.fromkeys(load_spec(saved.path(entry["spec"])) for entry in saved.entries)  # derived ones share one
+        planned = plan(model, *specs, example_inputs=example_inputs)
+    except DeltaSpecError as error:  # of which another backbone may be the cause
+        found = saved.check_backbone(structure_fingerprint(tabulate(model)), model, type(model).__name__)
+        raise DeltaSpecError([*found, *error.diagnostics]) from error
+    # Every value comes from the files: no decomposition of a weight, no tokenizer of a text is needed.
+    compiled = compile_plan(model, planned, capture, drawn=False)
+    _load(compiled, saved)
+    compiled.only(saved.attached)
+    return compiled

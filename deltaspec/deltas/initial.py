@@ -1,0 +1,160 @@
+"""The tensors of a delta at their initial values."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from deltaspec.deltas.modules import Delta, attribute_name, storage_key
+from deltaspec.methods.base import Method
+from deltaspec.methods.matrices import initial_values
+from deltaspec.methods.registry import methods
+
+if TYPE_CHECKING:
+    from deltaspec.methods.declarations import Init, MethodParams, Site, TensorSpec
+    from deltaspec.planning.planned import PlannedDelta
+
+
+def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module, *, drawn: bool = True) -> Delta:
+    """Make a delta's tensors at their initial values, on the device of the sites' own weights.
+
+    The values are a function of (seed, delta name, site, tensor) alone: neither the order of the deltas, nor the
+    device, nor the global random state matters, and none is advanced. `drawn=False` leaves out what depends on weights
+    or a text, for a delta that gets its values from a file.
+    """
+    delta = Delta(planned.name)
+    fallback = next(itertools.chain(backbone.parameters(), backbone.buffers()), None)
+    method = methods()[planned.method]
+    generator = torch.Generator()  # one for all, seeded anew for each
+    for planned_site in planned.sites:
+        site, params = planned_site.site, planned_site.params
+        own = {p.name: _tensor(backbone, p.fqn) for p in site.row.parameters}
+        home = next(iter(own.values()), fallback)
+        identity = f"{seed}\0{planned.name}\0{site.fqn}"
+        given = _from_weights(method, site, params, own, generator, identity) if drawn else {}
+        for spec in planned_site.tensors:
+            key = storage_key(site.row.fqn, spec)
+            name = attribute_name(key)
+            if name in delta._parameters or name in delta._buffers:
+                continue
+            value = _initial(spec, f"{seed}\0{planned.name}\0{key}", generator, backbone, home)
+            if spec.name in given:
+                value = given[spec.name].to(value).contiguous()  # as it is read from a file: kernels round by that
+            if spec.buffer:
+                delta._buffers[name] = value
+            else:
+                delta._parameters[name] = nn.Parameter(value)
+    delta.train(backbone.training)
+    return delta
+
+
+def _tensor(backbone: nn.Module, fqn: str) -> Tensor:
+    """Give a parameter or buffer by its name. Raises KeyError."""
+    *path, name = fqn.split(".")
+    module = backbone
+    for part in path:
+        child = module._modules[part]
+        assert child is not None
+        module = child
+    found = module._parameters.get(name)
+    if found is not None:
+        return found
+    buffer = module._buffers[name]
+    assert buffer is not None
+    return buffer
+
+
+class _Weights(Mapping[str, Tensor]):
+    """A host's own parameters in float32 or finer on the CPU, each brought there when it is asked for: most are not."""
+
+    def __init__(self, own: Mapping[str, Tensor]) -> None:
+        self._own = own
+
+    def __getitem__(self, name: str) -> Tensor:
+        own = self._own[name].detach()
+        return own.to("cpu", torch.float64 if own.dtype == torch.float64 else torch.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+
+def _from_weights(
+    method: Method,
+    site: Site,
+    params: MethodParams,
+    own: Mapping[str, Tensor],
+    generator: torch.Generator,
+    identity: str,
+) -> Mapping[str, Tensor]:
+    """Ask a method for the initial values that depend on the host's weights."""
+    if type(method).initialise is Method.initialise or any(w.is_meta for w in own.values()):
+        return {}
+    return initial_values(method, site, params, _Weights(own), _reseeded(generator, identity))
+
+
+def seeded(identity: str) -> torch.Generator:
+    """Give a generator on the CPU, seeded by a text."""
+    return _reseeded(torch.Generator(), identity)
+
+
+def _reseeded(generator: torch.Generator, identity: str) -> torch.Generator:
+    digest = hashlib.sha256(identity.encode()).digest()
+    return generator.manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
+def _initial(
+    spec: TensorSpec, identity: str, generator: torch.Generator, backbone: nn.Module, home: Tensor | None
+) -> Tensor:
+    """Make one tensor. Drawn in float32 on the CPU, whatever the target, so that every machine draws the same."""
+    if spec.init.kind == "copy":
+        assert spec.init.source is not None
+        source = _tensor(backbone, spec.init.source).detach()
+        if spec.init.rows is None:
+            return source.to(_dtype(spec, source) if source.is_floating_point() else source.dtype, copy=True)
+        return source[list(spec.init.rows)].to(_dtype(spec, home))
+    device = torch.device("cpu") if home is None else home.device
+    dtype = _dtype(spec, home)
+    if device.type == "meta" or spec.init.kind == "zeros":
+        return torch.zeros(spec.shape, device=device, dtype=dtype)
+    if spec.init.kind in ("ones", "constant"):
+        return torch.full(spec.shape, 1.0 if spec.init.kind == "ones" else spec.init.value, device=device, dtype=dtype)
+    _reseeded(generator, identity)
+    if spec.stack:  # each by its own widths
+        drawn = torch.stack([draw(spec.init, spec.shape[1:], generator) for _ in range(spec.stack)])
+    else:
+        drawn = draw(spec.init, spec.shape, generator)
+    return drawn.to(device=device, dtype=dtype)
+
+
+def draw(init: Init, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draw a random initial tensor, float32 on the CPU."""
+    if init.kind == "normal":
+        return torch.empty(shape).normal_(0.0, init.value, generator=generator)
+    if init.kind == "xavier_uniform":
+        bound = math.sqrt(6.0 / (shape[-2] + shape[-1]))
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    # He et al. (arXiv:1502.01852) with fan-in: bound = gain * sqrt(3 / fan_in), gain = sqrt(2 / (1 + slope^2)).
+    fan_in = math.prod(shape[1:]) or 1  # a layer of width zero has nothing to draw
+    bound = math.sqrt(6.0 / ((1.0 + init.value**2) * fan_in))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _dtype(spec: TensorSpec, home: Tensor | None) -> torch.dtype:
+    if spec.dtype is not None:
+        found = getattr(torch, spec.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+    if home is not None and home.is_floating_point() and home.dtype in (torch.float32, torch.float64):
+        return home.dtype
+    # Half precision and quantised backbones are trained through float32 deltas: updates below half precision's step
+    # vanish.
+    return torch.float32

@@ -1,0 +1,277 @@
+"""Stacks: the storage of many alike deltas, one row of memory a delta.
+
+Deltas of one *kind* (method, sites, params, shapes) differ in their values alone. Their tensors live in rows of one
+matrix; a tensor of the kind is a slice of its columns, `[capacity + 1, *shape]`, of which each row is contiguous. Row 0
+is zeros and stands for "no delta". The stack is the storage: a delta's parameters stay the objects they are (optimizers
+hold them) and become views of its row, so nothing is held twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from deltaspec.deltas.modules import Delta, attribute_name
+from deltaspec.deltas.stack import Layout, Stack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltaspec.deltas.modules import Deltas
+    from deltaspec.planning.planned import PlannedDelta, PlannedSite
+
+
+class Kind:
+    """Deltas that differ in their values alone. Two kinds of the same content are one object."""
+
+    __slots__ = ("__weakref__", "content", "method", "sites")
+
+    def __init__(self, method: str, sites: tuple[PlannedSite, ...], content: tuple[Any, ...]) -> None:
+        self.method, self.sites, self.content = method, sites, content
+
+    def __repr__(self) -> str:
+        return f"Kind({self.method}, {len(self.sites)} sites)"
+
+
+_KINDS: WeakValueDictionary[tuple[Any, ...], Kind] = WeakValueDictionary()
+
+
+def kind_of(planned: PlannedDelta) -> Kind:
+    """Give a planned delta's kind. It looks at all sites; `Stacks.kind` remembers."""
+    sites = tuple(
+        (
+            site.site.row.fqn,
+            site.site.parameter,
+            site.site.host,
+            site.params,
+            tuple((spec.name, spec.shape, spec.dtype, spec.buffer, spec.key, spec.stack) for spec in site.tensors),
+        )
+        for site in planned.sites
+    )
+    content = (planned.method, sites)
+    found = _KINDS.get(content)
+    if found is None:
+        found = _KINDS[content] = Kind(planned.method, planned.sites, content)
+    return found
+
+
+class Stacks:
+    """The stacks of one backbone's deltas.
+
+    Its own deltas, which are modules, are stacked when something asks for it (`ensure`). Others are *held*: they are a
+    row and nothing else, until something wants tensors of them (`show`).
+    """
+
+    def __init__(
+        self,
+        deltas: Deltas,
+        planned: Mapping[str, PlannedDelta],
+        is_read: Callable[[], bool] = lambda: False,
+        is_idle: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._deltas, self._planned = deltas, planned
+        self.home = deltas
+        """The modules of the first view; those of others have the same tensors."""
+        self.is_read = is_read
+        """Tells whether other threads may be reading the deltas' memory now."""
+        self.is_idle = is_idle
+        """Tells whether none does."""
+        self._left: tuple[list[Tensor], list[Tensor]] = [], []
+        """Memory that tensors lay in before they moved here, lately and before that: a kernel may be reading it."""
+        self._kinds: dict[int, tuple[tuple[PlannedSite, ...], Kind]] = {}
+        self._stacks: dict[Kind, list[Stack]] = {}
+        self._kind_of: dict[Stack, Kind] = {}
+        self._of: dict[str, Stack] = {}
+        self._held: dict[str, Delta | None] = {}
+        """Held deltas, and the modules that show them."""
+        self._pointers: dict[str, tuple[int, ...]] = {}
+        """Where the tensors of a delta lay when they became views of its row."""
+        self.generation = 0
+        """Counts how often rows of any stack were moved: `Stack.tensors` are then new ones."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stacks:
+        """Copy with what is held; deltas that are modules are copied as such, and stacked anew when asked for."""
+        twin = type(self)(copy.deepcopy(self._deltas, memo), copy.deepcopy(self._planned, memo))
+        memo[id(self)] = twin
+        for name in self._held:
+            self.ensure([name])
+            stack = self._of[name]
+            layout = Layout.of({key: stack.tensors[key][0] for key in stack.layout.slots})
+            copied, row = twin.hold(name, layout)
+            for key in layout.slots:
+                copied.tensors[key][row].copy_(stack.tensors[key][stack.names[name]])
+        return twin
+
+    def kind(self, name: str) -> Kind:
+        """Give a delta's kind. Where deltas of one kind came to differ in dtype or device, each stack is a kind."""
+        stack = self._of.get(name)
+        return self._planned_kind(name) if stack is None else self._kind_of[stack]
+
+    def _planned_kind(self, name: str) -> Kind:
+        planned = self._planned[name]
+        found = self._kinds.get(id(planned.sites))
+        if found is None or found[1].method != planned.method:
+            found = self._kinds[id(planned.sites)] = planned.sites, kind_of(planned)
+        return found[1]
+
+    def of(self, name: str) -> Stack:
+        """Give the stack that holds a delta, which `ensure` was asked for."""
+        return self._of[name]
+
+    def ensure(self, names: Iterable[str]) -> None:
+        """Stack deltas that are not stacked, or whose tensors were moved, cast or replaced since."""
+        missing = [name for name in names if not self._is_current(name)]
+        if any(self._left) and self.is_idle():  # what runs from now on finds the tensors where they are now
+            self._left = [], []
+        if not missing:
+            return
+        self._settle()
+        self.sweep()
+        stacks: dict[Stack, list[str]] = {}
+        for name in dict.fromkeys(missing):
+            stacks.setdefault(self._fitting(name, Layout.of(dict(self._module(name).tensors()))), []).append(name)
+        for stack, added in stacks.items():
+            self._make_room(stack, len(added))
+            for name in added:
+                self._adopt(name, stack)
+
+    # Held deltas
+
+    @torch.inference_mode(False)  # in a server's inference mode, what is made here could never be trained beside
+    def hold(self, name: str, layout: Layout, more: int = 1, limit: int | None = None) -> tuple[Stack, int]:
+        """Give a delta a row, to be filled; room is made for `more` at once, `limit` as for `Stack.make_room`."""
+        self._settle()
+        stack = self._fitting(name, layout)
+        self._make_room(stack, more, limit)
+        self._of[name], self._held[name] = stack, None
+        return stack, stack.take(name)
+
+    @torch.inference_mode(False)
+    def show(self, name: str, buffers: Container[str]) -> Delta:
+        """Give a held delta as a module, whose tensors (frozen parameters, and `buffers`) are views of its row."""
+        delta = self._held[name]
+        if delta is None:
+            stack = self._of[name]
+            delta = self._held[name] = Delta(name)
+            delta.train(self._deltas.training)
+            for key in stack.layout.slots:
+                value, attribute = stack.view(key, stack.names[name]), attribute_name(key)
+                if key in buffers:
+                    delta._buffers[attribute] = value
+                else:
+                    delta._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+            self._pointers[name] = _pointers(delta)
+        return delta
+
+    @torch.inference_mode(False)
+    def drop(self, name: str, *, again: bool) -> None:
+        """Let go of a held delta; `again` as for `Stack.release`. A backward through it that is pending will raise."""
+        delta, stack = self._held.pop(name), self._of.pop(name, None)
+        if delta is not None:
+            del self._pointers[name]
+            if again:
+                torch.autograd.graph.increment_version([tensor for _, tensor in delta.tensors()])
+        if stack is not None:
+            self._release(stack, name, again=again)
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move or cast held deltas, as `nn.Module._apply` does with those that are modules."""
+        self.sweep()
+        for stack in {self._of[name] for name in self._held if name in self._of}:
+            stack.move(fn)
+            self._rebind(stack)
+        for name, delta in self._held.items():
+            if name not in self._of and delta is not None:  # a user gave it tensors of its own
+                delta._apply(fn)  # type: ignore[no-untyped-call]
+
+    def train(self, mode: bool) -> None:
+        """Put the modules that show held deltas into training mode, or out of it."""
+        for delta in self._held.values():
+            if delta is not None:
+                delta.train(mode)
+
+    def settle_in(self, home: Deltas) -> dict[str, Delta]:
+        """Use other modules of the same deltas; give those that show held ones: their modes are set elsewhere now."""
+        self._deltas = self.home = home
+        return {name: delta for name, delta in self._held.items() if delta is not None}
+
+    def held_rows(self) -> list[Tensor]:
+        """Give the matrices that held deltas lie in."""
+        return [flat for stack in {self._of[name] for name in self._held if name in self._of} for flat in stack.flats]
+
+    # Rows
+
+    def _settle(self) -> None:
+        """Let go of memory that was left before the last time that tensors moved: no kernel runs that long."""
+        self._left = ([], self._left[0]) if self.is_read() else ([], [])
+
+    def sweep(self) -> None:
+        """Forget the rows of deltas whose tensors are elsewhere by now."""
+        for name in [name for name in self._of if not self._is_current(name)]:
+            del self._pointers[name]
+            self._release(self._of.pop(name), name, again=False)
+
+    def _release(self, stack: Stack, name: str, *, again: bool) -> None:
+        stack.release(name, again=again)
+        if not stack.names:  # it stays, without memory: whoever reads it finds what it holds next
+            stack.empty()
+            self.generation += 1
+
+    def _module(self, name: str) -> Delta:
+        delta = self._held.get(name)
+        return self._deltas[name] if delta is None else delta
+
+    def _is_current(self, name: str) -> bool:
+        if name in self._held and self._held[name] is None:
+            return True
+        return self._pointers.get(name) == _pointers(self._module(name))
+
+    def _fitting(self, name: str, layout: Layout) -> Stack:
+        """Give the stack for a delta's tensors, made if there is none."""
+        kind = self._planned_kind(name)
+        stacks = self._stacks.setdefault(kind, [])
+        found = next((stack for stack in stacks if stack.signature == layout.signature), None)
+        if found is None:
+            found = Stack(layout)
+            own = Kind(kind.method, kind.sites, (kind.content, layout.signature)) if stacks else kind
+            self._kind_of[found] = own
+            stacks.append(found)
+        return found
+
+    def _make_room(self, stack: Stack, more: int, limit: int | None = None) -> None:
+        if stack.make_room(more, limit):
+            self._rebind(stack)
+
+    def _rebind(self, stack: Stack) -> None:
+        self.generation += 1
+        for name in stack.names:
+            if name in self._pointers:
+                self._bind(name, stack)
+
+    @torch.no_grad()
+    def _adopt(self, name: str, stack: Stack) -> None:
+        row = stack.take(name)
+        for key, tensor in self._module(name).tensors():
+            stack.tensors[key][row].copy_(tensor)
+        self._of[name] = stack
+        self._bind(name, stack)
+
+    def _bind(self, name: str, stack: Stack) -> None:
+        """Make a delta's tensors views of its row; the objects stay."""
+        delta, row = self._module(name), stack.names[name]
+        is_read = self.is_read()
+        for key, tensor in delta.tensors():
+            if is_read:
+                self._left[0].append(tensor.data)
+            tensor.data = stack.view(key, row)
+        self._pointers[name] = _pointers(delta)
+
+
+def _pointers(delta: Delta) -> tuple[int, ...]:
+    values = [*delta._parameters.values(), *delta._buffers.values()]
+    return tuple([value.data_ptr() for value in values if value is not None])

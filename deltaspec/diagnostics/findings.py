@@ -1,0 +1,70 @@
+"""Findings: what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from deltaspec.diagnostics.wording import closest
+
+Path = tuple[str | int, ...]
+"""Where a value lies in a document: keys and indices from the root."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One finding. `line` and `column` count from 1; 0 where there is no place."""
+
+    code: str
+    message: str
+    file: str = "<spec>"
+    line: int = 0
+    column: int = 0
+    suggestion: str | None = None
+    where: str = ""
+    """Path inside the document (`deltas[0].target.path`); printed where there is no line."""
+
+    def __str__(self) -> str:
+        if self.line:
+            place = f"{self.file}:{self.line}:{self.column}"
+        else:
+            place = f"{self.file}:{self.where}" if self.where else self.file
+        text = f"{place}: error[{self.code}] {self.message}"
+        return f"{text}\n  = help: {self.suggestion}" if self.suggestion else text
+
+
+class DeltaSpecError(ValueError):
+    """One or more findings, all at once, as `.diagnostics`; its text is the one the command line prints."""
+
+    def __init__(self, diagnostics: Iterable[Diagnostic]) -> None:
+        self.diagnostics = tuple(diagnostics)
+        super().__init__("\n".join(str(d) for d in self.diagnostics))
+
+    def __reduce__(self) -> tuple[type[DeltaSpecError], tuple[tuple[Diagnostic, ...]]]:
+        return type(self), (self.diagnostics,)
+
+
+def in_order(diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:
+    """Sort findings by place, once each; those of one place keep the order in which they were found."""
+    return sorted(dict.fromkeys(diagnostics), key=lambda d: (d.file, d.line, d.column))
+
+
+class UnknownDeltaError(DeltaSpecError, KeyError):
+    """A name that is not the name of a delta of this model."""
+
+    # KeyError's own would quote the text.
+    __str__ = Exception.__str__
+
+
+def require_known(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise UnknownDeltaError, with all findings, for names that no delta has."""
+    among = known if isinstance(known, Mapping) else tuple(known)
+    if unknown := [name for name in names if name not in among]:
+        raise UnknownDeltaError([_unknown_delta(name, tuple(among)) for name in unknown])
+
+
+def _unknown_delta(name: str, known: tuple[str, ...]) -> Diagnostic:
+    near = closest(name, known)
+    hint = f"did you mean {near!r}? " if near else ""
+    some = ", ".join(known[:20]) + (f" … ({len(known):,} in all)" if len(known) > 20 else "")
+    return Diagnostic("DS434", f"no delta is named {name!r}", suggestion=f"{hint}known: {some or 'none'}")

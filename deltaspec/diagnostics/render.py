@@ -1,0 +1,142 @@
+"""Findings as text, JSON, GitHub workflow commands and SARIF 2.1.0. Pure: from findings to a string."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from json import dumps
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from deltaspec.diagnostics.codes import CODES
+from deltaspec.diagnostics.findings import Diagnostic
+
+GITHUB_LIMIT = 10
+"""Annotations of one kind that GitHub shows for a step."""
+
+
+def summary(diagnostics: Sequence[Diagnostic], files: int) -> str:
+    """Write `3 files, 2 findings`."""
+    return f"{_counted(files, 'file')}, {_counted(len(diagnostics), 'finding')}"
+
+
+def as_text(diagnostics: Sequence[Diagnostic], files: int | None = None, color: bool = False) -> str:
+    """Write findings for people: `file:line:col: error[DS302] …`, each with its help, and a summary."""
+    lines = [_colored(d) if color else str(d) for d in diagnostics]
+    if files is not None:
+        lines.append(summary(diagnostics, files))
+    return "\n".join(lines)
+
+
+def as_json(diagnostics: Sequence[Diagnostic], files: int | None = None) -> str:
+    """Write findings as one JSON object with the list `findings`."""
+    findings = [
+        {
+            "code": d.code,
+            "title": CODES.get(d.code, d.code),
+            "message": d.message,
+            "suggestion": d.suggestion,
+            "file": d.file,
+            "line": d.line or None,
+            "column": d.column or None,
+            "path": d.where or None,
+        }
+        for d in diagnostics
+    ]
+    return dumps({"files": files, "findings": findings}, indent=2, ensure_ascii=False)
+
+
+def as_github(diagnostics: Sequence[Diagnostic], files: int | None = None) -> str:
+    """Write findings as GitHub workflow commands, which become annotations of the changed lines."""
+    lines = []
+    for d in diagnostics:
+        place = f"file={_property(_relative(d.file))}"
+        if d.line:
+            place += f",line={d.line},col={d.column}"
+        text = f"{d.message}\nhelp: {d.suggestion}" if d.suggestion else d.message
+        lines.append(f"::error {place},title={_property(f'{d.code} {CODES.get(d.code, d.code)}')}::{_data(text)}")
+    if files is not None:
+        text = summary(diagnostics, files)
+        if len(diagnostics) > GITHUB_LIMIT:
+            text += f"; GitHub shows {GITHUB_LIMIT} of them, the log has them all"
+            lines.insert(0, f"::notice title=deltaspec::{_data(text)}")
+        else:
+            lines.append(text)
+    return "\n".join(lines)
+
+
+def as_sarif(diagnostics: Sequence[Diagnostic], files: int | None = None) -> str:
+    """Write findings as SARIF 2.1.0: stable rule ids, URIs relative to the working directory."""
+    codes = sorted({d.code for d in diagnostics})
+    rules = [{"id": code, "shortDescription": {"text": CODES.get(code, code)}} for code in codes]
+    results = [
+        {
+            "ruleId": d.code,
+            "ruleIndex": codes.index(d.code),
+            "level": "error",
+            "message": {"text": f"{d.message}\nhelp: {d.suggestion}" if d.suggestion else d.message},
+            "locations": [{"physicalLocation": _location(d)}],
+        }
+        for d in diagnostics
+    ]
+    run = {
+        "tool": {"driver": {"name": "deltaspec", "rules": rules}},
+        "columnKind": "unicodeCodePoints",
+        "results": results,
+    }
+    log = {
+        "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
+        "version": "2.1.0",
+        "runs": [run],
+    }
+    return dumps(log, indent=2, ensure_ascii=False)
+
+
+FORMATS: Mapping[str, Callable[[Sequence[Diagnostic], int | None], str]] = {
+    "text": as_text,
+    "json": as_json,
+    "github": as_github,
+    "sarif": as_sarif,
+}
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _colored(d: Diagnostic) -> str:
+    head, _, rest = str(d).partition(f" error[{d.code}] ")
+    message, separator, hint = rest.partition("\n  = help: ")
+    text = f"\x1b[1m{head}\x1b[0m \x1b[1;31merror[{d.code}]\x1b[0m {message}"
+    return f"{text}\n  \x1b[36m= help:\x1b[0m {hint}" if separator else text
+
+
+def _data(text: str) -> str:
+    """Escape the message of a workflow command."""
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    """Escape a property of a workflow command."""
+    return _data(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def _relative(file: str) -> str:
+    """Give a file below the working directory relative to it, with forward slashes; another one as it is."""
+    here = Path.cwd()
+    path = Path(os.path.normpath(here / file))
+    return path.relative_to(here).as_posix() if path.is_relative_to(here) else Path(file).as_posix()
+
+
+def _location(d: Diagnostic) -> dict[str, Any]:
+    relative = _relative(d.file)
+    artifact: dict[str, Any]
+    if Path(relative).is_absolute():
+        artifact = {"uri": Path(relative).as_uri()}
+    else:
+        artifact = {"uri": quote(relative), "uriBaseId": "%SRCROOT%"}
+    location: dict[str, Any] = {"artifactLocation": artifact}
+    if d.line:
+        location["region"] = {"startLine": d.line, "startColumn": d.column}
+    return location

@@ -1,0 +1,37 @@
+"""Taken out of diagnostics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Give the known word that `word` is most likely a misspelling of; None where none is near."""
+    from difflib import get_close_matches
+
+    candidates = {k.lower(): k for k in sorted(known, reverse=True)}
+    found = get_close_matches(word[:100].lower(), list(candidates), n=1, cutoff=0.6)
+    return candidates[found[0]] if found else None
+
+
+def show_path(path: Sequence[str | int]) -> str:
+    """Write a document path as `deltas[0].target.path`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def show_value(value: object) -> str:
+    """Write a document's value for a message, shortened to 60 characters."""
+    from json import dumps
+
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    if value is None:
+        return "nothing (null)"
+    text = dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else str(value)
+    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[:61])
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,0 +1,168 @@
+"""Read a YAML or JSON document into plain data, with the place of every value.
+
+Strict on purpose: what a document says must not depend on the parser's habits. Every bound is checked before the work
+it bounds, so a hostile document ends in one finding within about a second.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics.wording import show_path
+from deltaspec.documents.builder import MAX_DEPTH, MAX_NODES, MAX_NUMBER, Builder, Mark, bad_character, printable
+
+if TYPE_CHECKING:
+    from deltaspec.diagnostics.findings import Path
+
+
+MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Document:
+    """Plain data (dicts with string keys, lists, str, int, float, bool, None) and where each value stands."""
+
+    data: dict[str, Any]
+    name: str
+    marks: Mark | None = None
+    """Places of the values; None for data given in Python."""
+
+    def position(self, path: Path, key: bool = False) -> tuple[int, int]:
+        """Give line and column of the value at `path`, or of its key; of its nearest container where it has none."""
+        mark = self.marks
+        if mark is None:
+            return 0, 0
+        place = mark.line, mark.column
+        for part in path:
+            child = mark.child(part)
+            if child is None:
+                return place
+            mark, place = child, (child.line, child.column)
+        return mark.key if key and path and mark.key is not None else place
+
+    def diagnostic(
+        self, code: str, message: str, path: Path = (), suggestion: str | None = None, key: bool = False
+    ) -> Diagnostic:
+        """Make a finding about the value at `path`, or about its key."""
+        line, column = self.position(path, key)
+        return Diagnostic(code, message, self.name, line, column, suggestion, show_path(path))
+
+
+def read(path: str | os.PathLike[str]) -> Document:
+    """Read a file: strict JSON where it ends in `.json`, else YAML. Raises DeltaSpecError."""
+    name = os.fspath(path)
+    try:
+        if not stat.S_ISREG(os.stat(name).st_mode):
+            kind = "a directory" if os.path.isdir(name) else "not a regular file"
+            raise DeltaSpecError([Diagnostic("DS101", f"cannot read a spec here: this is {kind}", printable(name))])
+        with open(name, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except DeltaSpecError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        long_text = "\n" in name or len(name) > 1000
+        hint = "this looks like the text of a spec: pass a file name or a dict" if long_text else None
+        raise DeltaSpecError(
+            [Diagnostic("DS101", f"cannot read: {reason}", printable(name), suggestion=hint)]
+        ) from None
+    if len(content) > MAX_BYTES:
+        raise DeltaSpecError([_too_large(printable(name))])
+    return from_text(_decode(content, printable(name)), printable(name))
+
+
+def from_text(text: str, name: str = "<text>") -> Document:
+    """Read a document from text: strict JSON where `name` ends in `.json`, else YAML. Raises DeltaSpecError."""
+    text = text.removeprefix("\ufeff")
+    if len(text) > MAX_BYTES:
+        raise DeltaSpecError([_too_large(name)])
+    builder = Builder(name)
+    if name.lower().endswith(".json"):
+        from deltaspec.documents.json import feed
+    else:
+        from deltaspec.documents.yaml import feed
+    if (found := bad_character(text)) is not None:
+        offset, message = found
+        before = text[:offset]
+        line, column = before.count("\n") + 1, offset - before.rfind("\n")
+        raise DeltaSpecError([Diagnostic("DS104", message, name, line, column)])
+    feed(text, builder)
+    data, marks = builder.finish()
+    return Document(data, name, marks)
+
+
+def from_data(data: Mapping[str, Any], name: str = "<spec>") -> Document:
+    """Take a document given as Python data, copied. Raises DeltaSpecError where JSON could not hold it."""
+    findings: list[Diagnostic] = []
+    nodes = 0
+
+    def refuse(code: str, message: str, path: Path) -> None:
+        findings.append(Diagnostic(code, message, name, where=show_path(path)))
+
+    def copy(value: Any, path: Path) -> Any:
+        nonlocal nodes
+        nodes += 1
+        if len(path) > MAX_DEPTH or nodes > MAX_NODES:
+            if not findings or findings[-1].code not in ("DS102", "DS110"):
+                deep = len(path) > MAX_DEPTH
+                refuse(*(("DS110", _DEEP, path) if deep else ("DS102", f"more than {MAX_NODES} values", ())))
+            return None
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            if (found := bad_character(value)) is not None:
+                refuse("DS104", found[1], path)
+            return str(value)
+        if isinstance(value, int):
+            if abs(value) >= MAX_NUMBER:
+                refuse("DS111", "this integer does not fit into 64 bits", path)
+            return int(value)
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                refuse("DS111", f"{value} is not a finite number", path)
+            return float(value)
+        if isinstance(value, Mapping):
+            copied = {}
+            for key, item in value.items():
+                if isinstance(key, str):
+                    copied[str(key)] = copy(item, (*path, str(key)))
+                else:
+                    refuse("DS112", f"the key {key!r:.60} is not a string", path)
+            return copied
+        if isinstance(value, list | tuple):
+            return [copy(item, (*path, index)) for index, item in enumerate(value)]
+        refuse("DS115", f"a document cannot hold a {type(value).__name__}", path)
+        return None
+
+    if not isinstance(data, Mapping):
+        raise DeltaSpecError([Diagnostic("DS114", f"a spec is a mapping, not a {type(data).__name__}", name)])
+    copied = copy(data, ())
+    if findings:
+        raise DeltaSpecError(findings)
+    return Document(copied, name)
+
+
+_DEEP = f"nested more than {MAX_DEPTH} levels deep"
+
+
+def _too_large(name: str) -> Diagnostic:
+    return Diagnostic("DS102", f"larger than {MAX_BYTES // (1 << 20)} MiB", name, suggestion="is this really a spec?")
+
+
+def _decode(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = content[: error.start]
+        line = before.count(b"\n") + 1
+        column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")) + 1
+        utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        hint = "this looks like UTF-16: save the file as UTF-8" if utf16 else "save the file as UTF-8"
+        message = f"not UTF-8: byte 0x{content[error.start]:02x} cannot stand here"
+        raise DeltaSpecError([Diagnostic("DS103", message, name, line, column, hint)]) from None

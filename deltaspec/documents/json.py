@@ -1,0 +1,136 @@
+"""Strict JSON (RFC 8259), without recursion, with the place of every value."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from json.decoder import JSONDecodeError, scanstring
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from deltaspec.documents.builder import number
+
+if TYPE_CHECKING:
+    from deltaspec.documents.builder import Builder
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+_WORD = re.compile(r"[-+\w.]+")
+_WORDS = {"true": True, "false": False, "null": None}
+_HINTS = {
+    "'": "JSON strings have double quotes",
+    "/": "JSON has no comments; use YAML (.deltaspec.yaml) for them",
+    "#": "JSON has no comments; use YAML (.deltaspec.yaml) for them",
+}
+
+
+def feed(text: str, builder: Builder) -> None:
+    """Parse JSON into the builder. Raises DeltaSpecError at the first malformed place."""
+    _Reader(text, builder).run()
+
+
+class _Reader:
+    def __init__(self, text: str, builder: Builder) -> None:
+        self._text = text
+        self._builder = builder
+        self._at = 0
+        self._lines = [0, *(found.end() for found in re.finditer(r"\r\n|\n|\r", text))]
+        self._open: list[str] = []
+
+    def run(self) -> None:
+        if not self._peek():
+            return
+        self._value()
+        while self._open:
+            self._step()
+        if self._peek():
+            self._fail("more text after the end of the document", "put each spec into its own file")
+
+    def _step(self) -> None:
+        """Take the next item of the innermost list or mapping, or its end."""
+        closing = self._open[-1]
+        here = self._peek()
+        empty = self._fresh
+        self._fresh = False
+        if here == closing:
+            self._at += 1
+            self._open.pop()
+            self._builder.end()
+            return
+        if not empty:
+            if here != ",":
+                self._fail(f"expected ',' or '{closing}', got {self._shown()}", _HINTS.get(here))
+            comma = self._at
+            self._at += 1
+            if self._peek() == closing:
+                self._at = comma
+                self._fail("a comma before the end of a list or mapping", "delete it")
+        if closing == "}":
+            if self._peek() != '"':
+                self._fail(f"expected a key in double quotes, got {self._shown()}", _HINTS.get(self._peek()))
+            self._string()
+            if self._peek() != ":":
+                self._fail(f"expected ':' after the key, got {self._shown()}")
+            self._at += 1
+        self._value()
+
+    def _value(self) -> None:
+        here = self._peek()
+        if here == "{" or here == "[":
+            container: dict[str, Any] | list[Any] = {} if here == "{" else []
+            self._builder.begin(container, *self._place(self._at))
+            self._at += 1
+            self._open.append("}" if here == "{" else "]")
+            self._fresh = True
+        elif here == '"':
+            self._string()
+        else:
+            self._plain()
+
+    def _string(self) -> None:
+        place = self._place(self._at)
+        try:
+            value, self._at = scanstring(self._text, self._at + 1, True)
+        except JSONDecodeError as error:
+            self._at = min(error.pos, max(len(self._text) - 1, 0))
+            self._fail(error.msg[:1].lower() + error.msg[1:].removesuffix(" at").removesuffix(" starting"))
+        self._builder.value(value, *place)
+
+    def _plain(self) -> None:
+        word = _WORD.match(self._text, self._at)
+        text = word.group() if word else ""
+        place = self._place(self._at)
+        if text in _WORDS:
+            self._builder.value(_WORDS[text], *place)
+        elif _NUMBER.fullmatch(text):
+            self._builder.value(number(text, self._builder, *place), *place)
+        elif text.lstrip("+-").lower() in ("nan", "infinity", "inf"):
+            self._builder.refuse("DS111", f"{text} is not a finite number", *place)
+            self._builder.value(0, *place)
+        else:
+            hint = _HINTS.get(self._peek()) or ("JSON strings have double quotes" if text else None)
+            if text.lower() in _WORDS or text == "None":
+                hint = f"write {'null' if text == 'None' else text.lower()}"
+            self._fail(f"expected a value, got {self._shown()}", hint)
+        self._at += len(text)
+
+    def _peek(self) -> str:
+        """Skip white space; give the next character, or nothing at the end."""
+        space = _SPACE.match(self._text, self._at)
+        assert space is not None
+        self._at = space.end()
+        return self._text[self._at : self._at + 1]
+
+    def _shown(self) -> str:
+        word = _WORD.match(self._text, self._at)
+        shown = word.group()[:40] if word else self._text[self._at : self._at + 1]
+        return shown if shown else "the end of the document"
+
+    def _place(self, offset: int) -> tuple[int, int]:
+        line = bisect_right(self._lines, offset)
+        return line, offset - self._lines[line - 1] + 1
+
+    def _fail(self, message: str, suggestion: str | None = None) -> NoReturn:
+        self._builder.stop("DS106", f"malformed JSON: {message}", *self._place(self._at), suggestion)
+
+    _fresh = False

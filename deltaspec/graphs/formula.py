@@ -1,0 +1,80 @@
+"""A method's formula as a graph of its own, before it is emitted for the rows of a batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+from torch.fx.proxy import GraphAppendingTracer
+
+from deltaspec.methods.registry import methods
+
+if TYPE_CHECKING:
+    from deltaspec.graphs.links import Link
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """A method's formula as a graph: nodes `base`, `swapped` and `dropout` are calls, the rest is arithmetic."""
+
+    x: fx.Node
+    tensors: dict[str, fx.Node]
+    arguments: dict[str, fx.Node]
+    result: fx.Node
+    own: frozenset[fx.Node]
+    """What depends on the delta's tensors, and the host on other parameters; the host's own output does not count."""
+
+
+class _Formal:
+    """What a formula sees as `t` while it is traced apart."""
+
+    def __init__(
+        self, tracer: GraphAppendingTracer, names: tuple[str, ...], open_call: bool, has_dropout: bool
+    ) -> None:
+        self._tracer, self._open, self._has_dropout = tracer, open_call, has_dropout
+        self.nodes = {name: tracer.graph.placeholder(name) for name in names}
+        self.arguments: dict[str, fx.Node] = {}
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        return fx.Proxy(self.nodes[name], self._tracer)
+
+    def dropout(self, value: fx.Proxy) -> fx.Proxy:
+        if not self._has_dropout:
+            return value
+        return fx.Proxy(self._tracer.graph.call_module("dropout", (value.node,)), self._tracer)
+
+    def argument(self, name: str) -> fx.Proxy | None:
+        if not self._open:
+            return None
+        if name not in self.arguments:
+            self.arguments[name] = self._tracer.graph.placeholder(f"argument_{name}")
+        return fx.Proxy(self.arguments[name], self._tracer)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> fx.Proxy:
+        return self._tracer.create_proxy("call_function", function, args, {})
+
+
+@functools.cache
+def formula(link: Link, open_call: bool) -> Formula:
+    """Trace a method's formula."""
+    graph = fx.Graph()
+    tracer = GraphAppendingTracer(graph)
+    x = graph.placeholder("x")
+    has_dropout = bool(getattr(link.params, "dropout", 0))
+    given = _Formal(tracer, link.form.tensors, open_call, has_dropout)
+
+    def base(inner: fx.Proxy, **parameters: Any) -> fx.Proxy:
+        if not parameters:
+            return fx.Proxy(graph.call_module("base", (inner.node,)), tracer)
+        nodes = {name: getattr(value, "node", value) for name, value in parameters.items()}
+        return fx.Proxy(graph.call_module("swapped", (nodes, inner.node)), tracer)
+
+    result = methods()[link.method].apply(link.form, link.params, given, fx.Proxy(x, tracer), base).node
+    own = set(given.nodes.values())
+    for node in graph.nodes:
+        if node.target == "swapped" or (node.target != "base" and not own.isdisjoint(node.all_input_nodes)):
+            own.add(node)
+    return Formula(x, given.nodes, given.arguments, result, frozenset(own))

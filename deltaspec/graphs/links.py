@@ -1,0 +1,55 @@
+"""Taken out of rewrite, rows.per_row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from deltaspec.methods.declarations import Form, MethodParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Call = Callable[..., fx.Node]
+"""Emits one call of the host: (input node, replaced parameters by own name) -> node of what leaves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One delta in a site's chain: all that its formula depends on, and nothing of its values."""
+
+    method: str
+    params: MethodParams
+    form: Form
+    compute: str | None = None
+    """dtype to compute in where the delta's is not the host's own (`float32`), without the torch prefix: the wider."""
+    narrow: bool = False
+    """The delta's tensors have another dtype than `compute`."""
+    scaled: bool = False
+    """What it adds is scaled by a strength, which is data."""
+    per_row: bool = False
+    """Each row of the batch has its own tensors and its own strength."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Nodes that hold one link's tensors, and the name to call its dropout by."""
+
+    tensors: dict[str, fx.Node]
+    dropout: str | None
+    argument: Callable[[str], fx.Node] | None = None
+    """Emits the lookup of one of the host's arguments by name; None where the host takes the hidden state alone."""
+    strength: fx.Node | None = None
+    """Its strength, where it is scaled; the `Slot` that holds the rows' strengths, where it is per row."""
+    swapped: Callable[[], fx.Node] | None = None
+    """Gives the input that runs the host on other parameters, for formulas per row."""
+
+
+def widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give a delta's tensor in a wider dtype; whole numbers stay."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,0 +1,98 @@
+"""Fuse the two low-rank products of a mixed batch with the addition after them: one call a site instead of four.
+
+Each row has matrices of its own, so these are batched products. The wide one is accumulated into the host's
+output where that is a new tensor which nothing else holds; strengths are multiplied in only where some row has one.
+What is gathered goes into buffers that the sites of a forward share, which so stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from deltaspec.graphs.row_ops import add_linear_rows, linear_rows, rows_in, rows_out, take
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltaspec.graphs.passes._scope import Scope
+    from deltaspec.serving.slots import Slot, Source
+
+
+_MANY = 4
+"""Tokens a row from which the narrow product is faster as `down xᵀ` than as `x downᵀ` (measured with MKL, float32)."""
+
+_is_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
+_is_transformed = torch._C._are_functorch_transforms_active
+
+
+def add_low_rank_rows(y: Tensor, x: Tensor, down: Source, up: Source, slot: Slot, scale: float) -> Tensor:
+    """Give, row by row, y + strength · scale · (x downᵀ) upᵀ. `y` is `[rows, …, out]`, `x` `[rows, …, in]`."""
+    return _add(y, x, down, up, slot, scale, overwrite=False)
+
+
+def add_low_rank_rows_(y: Tensor, x: Tensor, down: Source, up: Source, slot: Slot, scale: float) -> Tensor:
+    """Give, row by row, y + strength · scale · (x downᵀ) upᵀ; `y` may be overwritten."""
+    return _add(y, x, down, up, slot, scale, overwrite=True)
+
+
+def _add(y: Tensor, x: Tensor, down: Source, up: Source, slot: Slot, scale: float, overwrite: bool) -> Tensor:
+    if _is_grad_enabled() or _is_compiling() or _is_transformed():
+        return _plain(y, x, down, up, slot, scale)
+    size = x.shape[0]
+    if x.dim() == y.dim() == 3:
+        first, second = down.take_briefly(slot, size), up.take_briefly(slot, size)
+        h = torch.bmm(first, x.mT).mT if x.shape[1] >= _MANY else torch.bmm(x, first.mT)
+        if h.dtype is y.dtype and second.dtype is y.dtype:  # not so under autocast
+            if slot.partial:
+                h = h * slot.strengths_like(h)
+            if overwrite and y.is_contiguous():
+                return y.baddbmm_(h, second.mT, alpha=scale)
+            return torch.baddbmm(y, h, second.mT, alpha=scale)
+    return _plain(y, x, down, up, slot, scale)
+
+
+def _plain(y: Tensor, x: Tensor, down: Source, up: Source, slot: Slot, scale: float) -> Tensor:
+    first, second = down.take(slot, x.shape[0], True), up.take(slot, x.shape[0], True)
+    return add_linear_rows(y, linear_rows(x, first), second, slot, scale)
+
+
+def run(scope: Scope) -> None:
+    """Rewrite `add_linear_rows(y, linear_rows(x, take(down)), take(up))`."""
+    for node in list(scope.graph.nodes):
+        if node.target is not add_linear_rows:
+            continue
+        y, h, up, slot, scale = node.args
+        if not (_only(h, node, linear_rows) and len(h.args) == 2 and _only(up, node, take)):
+            continue
+        x, down = h.args
+        if not _only(down, h, take) or not (up.args[3] and down.args[3]):
+            continue
+        fused = add_low_rank_rows_ if _may_overwrite(scope, y, node) else add_low_rank_rows
+        with scope.graph.inserting_before(node):
+            new = scope.graph.call_function(fused, (y, x, down.args[1], up.args[1], slot, scale))
+        node.replace_all_uses_with(new)
+        for gone in (node, h, up, down):
+            scope.graph.erase_node(gone)
+
+
+def _only(node: Any, user: fx.Node, target: Any) -> bool:
+    """Tell whether a node calls this function, for this user alone."""
+    return isinstance(node, fx.Node) and node.target is target and set(node.users) == {user}
+
+
+def _may_overwrite(scope: Scope, y: fx.Node, user: fx.Node) -> bool:
+    """Tell whether what came out of the host is new, and read here alone: `rows_out` asks for its shape only."""
+    if not _only(y, user, rows_in):
+        return False
+    out = y.args[1]
+    assert isinstance(out, fx.Node)
+    if not all(reader is y or (reader.target is rows_out and reader.args[0] is out) for reader in out.users):
+        return False
+    if out.target is rows_out:  # of the link before
+        before = out.args[1]
+        return isinstance(before, fx.Node) and before.target in (add_low_rank_rows, add_low_rank_rows_)
+    return scope.owned and out.op == "call_module" and out.target == "base"

@@ -1,0 +1,188 @@
+"""Regions of the `modules` capture: one small fx graph per form of site, turned into one function that all such sites
+share.
+
+A region's graph takes the host's own forward (`base`) and the deltas' tensors as inputs, like the lifted graphs of
+torch.export: graphs belong to shapes, tensors to deltas. A site binds the function with `functools.partial`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from torch import Tensor, fx
+
+from deltaspec.graphs.lifted import new_graph, to_function
+from deltaspec.graphs.links import Inputs, Link
+from deltaspec.graphs.passes.run import run_passes
+from deltaspec.graphs.rewrite import emit_chain
+
+
+@dataclass(frozen=True, slots=True)
+class RegionKey:
+    """What a region's graph depends on."""
+
+    links: tuple[Link, ...]
+    argument: str | None
+    """Name of the host's only argument; None for a host called with any arguments, which are passed through."""
+    hidden: str = "hidden_states"
+    """Name of the argument that carries the hidden state, where it comes by keyword."""
+    lowered: int = 0
+    """Number of tensors that go into the host's parameters, through a `Lowered` base."""
+    arguments: tuple[str, ...] = ()
+    """Names of the host's arguments in order, where a formula asks for one."""
+    owned: bool = False
+    """What `base` gives is a new tensor that nothing else holds, so passes may let it be overwritten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One fx graph and the function generated from it."""
+
+    key: RegionKey | None
+    """None for the region of a whole model."""
+    graph: fx.Graph
+    code: str
+    function: Callable[..., Any]
+    bound: tuple[str, ...]
+    """Names of the inputs that a site binds, in order: `base`, each link's tensors, dropout and strength, `swapped`."""
+
+
+def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
+    """Find the hidden state among a call's arguments: the first positional one, else the keyword `name`."""
+    hidden: Tensor = args[0] if args else kwargs[name]
+    return hidden
+
+
+def argument_in(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str, ...], name: str) -> Any:
+    """Find one of a call's arguments by name; None where it is not given."""
+    place = names.index(name) if name in names else len(args)
+    return args[place] if place < len(args) else kwargs.get(name)
+
+
+def with_hidden_in(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give the same arguments with another hidden state."""
+    return ((hidden, *args[1:]), dict(kwargs)) if args else (args, {**kwargs, name: hidden})
+
+
+def hidden_out(output: Any) -> Tensor:
+    """Find the hidden state in what a module returns: the tensor, or the first of a tuple or ModelOutput."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    hidden: Tensor = output[0]
+    return hidden
+
+
+def with_hidden_out(output: Any, hidden: Tensor) -> Any:
+    """Give the same output with another hidden state."""
+    if isinstance(output, Tensor):
+        return hidden
+    if isinstance(output, Mapping):
+        first = next(iter(output))
+        return type(output)(**{**output, first: hidden})
+    if hasattr(output, "_replace"):
+        return output._replace(**{output._fields[0]: hidden})
+    return type(output)((hidden, *output[1:]))
+
+
+@cache
+def region(key: RegionKey) -> Region:
+    """Build the region of a form of site; made once per process."""
+    graph = new_graph()
+    bound = ["base"]
+    graph.placeholder("base")
+
+    def bind(name: str) -> fx.Node:
+        node = graph.placeholder(name)
+        bound.append(name)
+        return node
+
+    def swapped() -> fx.Node:
+        if "swapped" not in bound:
+            with graph.inserting_before(entering):
+                bind("swapped")
+        found: fx.Node = next(node for node in graph.find_nodes(op="placeholder") if node.target == "swapped")
+        return found
+
+    lowered = tuple(bind(f"lowered_{i}") for i in range(key.lowered))
+    inputs = []
+    for depth, link in enumerate(key.links):
+        suffix = f"_{depth + 1}" if len(key.links) > 1 else ""
+        tensors = {name: bind(name + suffix) for name in link.form.tensors}
+        dropout = None
+        if getattr(link.params, "dropout", 0):
+            dropout = f"dropout{suffix}"
+            bind(dropout)
+        strength = bind(f"strength{suffix}") if link.scaled or link.per_row else None
+        inputs.append(Inputs(tensors, dropout, strength=strength, swapped=swapped))
+
+    leading = (lowered,) if key.lowered else ()
+    if key.argument is not None:
+        entering = graph.placeholder(key.argument)
+
+        def call(value: fx.Node, replaced: dict[str, Any]) -> fx.Node:
+            if replaced:
+                swapped()
+                return graph.call_module("swapped", (replaced, value))
+            return graph.call_module("base", (*leading, value))
+
+        result = emit_chain(graph, entering, key.links, tuple(inputs), call)
+    else:
+        entering = args = graph.placeholder("*args")
+        kwargs = graph.placeholder("**kwargs")
+        result = _open_call(graph, key, args, kwargs, leading, tuple(inputs), swapped)
+    graph.output(result)
+    run_passes(graph, key.owned)
+    function, code = to_function(graph, f"region {_title(key)}")
+    return Region(key, graph, code, function, tuple(bound))
+
+
+def _open_call(
+    graph: fx.Graph,
+    key: RegionKey,
+    args: fx.Node,
+    kwargs: fx.Node,
+    leading: tuple[Any, ...],
+    inputs: tuple[Inputs, ...],
+    swapped: Callable[[], fx.Node],
+) -> fx.Node:
+    """Emit a host that takes any arguments and may return more than the hidden state."""
+    outputs: list[fx.Node] = []
+
+    def argument(name: str) -> fx.Node:
+        return graph.call_function(argument_in, (args, kwargs, key.arguments, name))
+
+    inputs = tuple(replace(given, argument=argument) for given in inputs)
+    x = graph.call_function(hidden_in, (args, kwargs, key.hidden))
+
+    def call(value: fx.Node, replaced: dict[str, Any]) -> fx.Node:
+        given_args, given_kwargs = args, kwargs
+        if value is not x:
+            both = graph.call_function(with_hidden_in, (args, kwargs, key.hidden, value))
+            given_args = graph.call_function(_getitem, (both, 0))
+            given_kwargs = graph.call_function(_getitem, (both, 1))
+        splat: dict[str, Any] = {"_splat_args": given_args, "_splat_kwargs": given_kwargs}
+        if replaced:
+            swapped()
+            output = graph.call_module("swapped", (replaced,), splat)
+        else:
+            output = graph.call_module("base", leading, splat)
+        outputs.append(output)
+        return graph.call_function(hidden_out, (output,)) if key.links else output
+
+    result = emit_chain(graph, x, key.links, inputs, call)
+    return graph.call_function(with_hidden_out, (outputs[0], result)) if key.links else result
+
+
+def _getitem(pair: tuple[Any, Any], index: int) -> Any:
+    return pair[index]
+
+
+def _title(key: RegionKey) -> str:
+    return " + ".join(link.method for link in key.links) or "lowered"

@@ -1,0 +1,91 @@
+"""The rewriter: from a graph and one site's node to the same graph with the deltas' formulas in it.
+
+It sees only a graph and a `call_module` node, so the same code serves both captures: one region per module,
+where the node is the module's own forward, and one region for a whole traced model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.fx.proxy import GraphAppendingTracer
+
+from deltaspec.graphs.links import widened
+from deltaspec.graphs.per_row import emit_per_row
+from deltaspec.graphs.row_ops import toward
+from deltaspec.methods.registry import methods
+
+if TYPE_CHECKING:
+    from deltaspec.graphs.links import Call, Inputs, Link
+
+
+class _Tensors:
+    """What a formula sees as `t`: the delta's tensors as proxies, dropout, the host's other arguments."""
+
+    def __init__(self, tracer: GraphAppendingTracer, inputs: Inputs, widen: torch.dtype | None) -> None:
+        self._tracer, self._inputs, self._widen = tracer, inputs, widen
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        tensor = fx.Proxy(self._inputs.tensors[name], self._tracer)
+        return tensor if self._widen is None else self.call(widened, tensor, self._widen)
+
+    def dropout(self, value: fx.Proxy) -> fx.Proxy:
+        if self._inputs.dropout is None:
+            return value
+        return fx.Proxy(self._tracer.graph.call_module(self._inputs.dropout, (value.node,)), self._tracer)
+
+    def argument(self, name: str) -> fx.Proxy | None:
+        if self._inputs.argument is None:
+            return None
+        return fx.Proxy(self._inputs.argument(name), self._tracer)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> fx.Proxy:
+        return self._tracer.create_proxy("call_function", function, args, {})
+
+
+def emit_chain(graph: fx.Graph, x: fx.Node, links: tuple[Link, ...], inputs: tuple[Inputs, ...], call: Call) -> fx.Node:
+    """Emit, at the graph's insertion point, a site's chain of deltas around its host; give the node of the result.
+
+    The first link stands next to the host. Each method calls its base itself, so it decides what comes before and
+    after.
+    """
+    tracer = GraphAppendingTracer(graph)
+
+    def run(depth: int, value: fx.Proxy, replaced: dict[str, Any]) -> fx.Proxy:
+        if depth < 0 or replaced:
+            nodes = {name: getattr(tensor, "node", tensor) for name, tensor in replaced.items()}
+            return fx.Proxy(call(value.node, nodes), tracer)
+        link, given = links[depth], inputs[depth]
+        if link.per_row:
+            return fx.Proxy(emit_per_row(tracer, link, given, value, lambda inner: run(depth - 1, inner, {})), tracer)
+        compute = None if link.compute is None else getattr(torch, link.compute)
+        # Ids have no dtype to compute in, and nothing between two of them.
+        cast = value if compute is None or link.form.kind == "embedding" else value.to(compute)
+        strength = fx.Proxy(given.strength, tracer) if given.strength is not None else None
+        leaving: list[fx.Proxy] = []
+        without: list[fx.Proxy] = []
+
+        def base(inner: fx.Proxy, **parameters: Any) -> fx.Proxy:
+            if link.scaled and inner is not cast and not parameters and link.form.kind != "embedding":
+                inner = tracer.create_proxy("call_function", toward, (cast, inner, strength), {})
+            if compute is not None and link.form.kind != "embedding":
+                inner = value if inner is cast else inner.to(value.dtype)
+                parameters = {n: p if p is None else p.to(value.dtype) for n, p in parameters.items()}
+            out = run(depth - 1, inner, parameters)
+            leaving.append(out)
+            out = out if compute is None else out.to(compute)
+            if not parameters:
+                without.append(out)
+            return out
+
+        tensors = _Tensors(tracer, given, compute if link.narrow else None)
+        result: fx.Proxy = methods()[link.method].apply(link.form, link.params, tensors, cast, base)
+        if link.scaled:
+            plain = without[0] if without else base(cast)
+            result = tracer.create_proxy("call_function", toward, (plain, result, strength), {})
+        return result if compute is None else result.to(leaving[0].dtype)
+
+    return run(len(links) - 1, fx.Proxy(x, tracer), {}).node

@@ -1,0 +1,87 @@
+"""Taken out of rows.slots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltaspec.serving.dispatch import Batch
+    from deltaspec.serving.slots import Slot, Source
+
+
+def take(slot: Slot, source: Source, x: Tensor, zeros: bool) -> Tensor:
+    """Give each row of `x` its delta's tensor; zeros, or another row's, where a row has none."""
+    return source.take(slot, x.shape[0], zeros)
+
+
+def rows_in(slot: Slot, x: Tensor) -> Tensor:
+    """Give a hidden state its rows as first dimension.
+
+    `x` is `[rows, …]` (times the beams), `[1, …]` for all rows, or the tokens of all rows, `[rows * tokens, width]`.
+    What has two dimensions becomes `[rows, tokens, width]`: a row by itself then has as many as it has in a batch.
+    Raises DeltaSpecError (DS442) where the rows cannot be told apart.
+    """
+    size, batch = x.shape[0] if x.dim() else 1, slot.batch
+    if x.dim() == 2 and x.is_floating_point():
+        if size == 1:
+            x, size = x.expand(batch.size, -1), batch.size
+        if size == batch.size or size in batch.totals:
+            return x.reshape(batch.size, -1, x.shape[-1])
+    elif size == batch.size or (size % batch.size == 0 and batch.images):
+        return x
+    elif size == 1:
+        return x.expand(batch.size, *x.shape[1:])
+    raise DeltaSpecError([_untold(x, batch)])
+
+
+def rows_out(like: Tensor, x: Tensor) -> Tensor:
+    """Undo what `rows_in` did to tokens: `like` is what came in."""
+    return x.flatten(0, 1) if x.dim() > like.dim() else x
+
+
+def toward(without: Tensor, with_it: Tensor, strength: Tensor) -> Tensor:
+    """Go from what is without a delta to what is with it: exactly the one at strength 0, the other at 1."""
+    return torch.lerp(without.to(with_it.dtype), with_it, strength.to(with_it.dtype))
+
+
+def toward_rows(without: Tensor, with_it: Tensor, slot: Slot) -> Tensor:
+    """Go, row by row, from what is without a delta to what is with it: exactly the one at strength 0."""
+    return torch.lerp(without.to(with_it.dtype), with_it, slot.strengths_like(with_it))
+
+
+def align(values: Tensor, like: Tensor) -> Tensor:
+    """Shape `[rows, …]` values of fewer dimensions so that they broadcast over `like`, the last dimensions aligned."""
+    more = like.dim() - values.dim()
+    return values.reshape(values.shape[0], *(1,) * more, *values.shape[1:]) if more > 0 else values
+
+
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply `[rows, …, in]` by `[rows, out, in]`, row by row; the bias is `[rows, out]`."""
+    if x.dim() == 3:
+        y = torch.bmm(x, weight.mT)
+    else:
+        y = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), weight.mT).reshape(*x.shape[:-1], weight.shape[1])
+    return y if bias is None else y + align(bias, y)
+
+
+def add_linear_rows(y: Tensor, x: Tensor, weight: Tensor, slot: Slot, scale: float = 1.0) -> Tensor:
+    """Add, row by row, strength · scale · x Wᵀ to y. `x` is narrow, so the strength is applied to it."""
+    scaled = x * slot.strengths_like(x) if slot.partial else x
+    if y.dim() == 3 and x.dim() == 3:
+        return torch.baddbmm(y, scaled, weight.mT, alpha=scale)
+    return torch.add(y, linear_rows(scaled, weight), alpha=scale)
+
+
+def _untold(x: Tensor, batch: Batch) -> Diagnostic:
+    message = (
+        f"a hidden state {list(x.shape)} does not tell the {batch.rows} rows of the batch apart, "
+        "so they cannot be under different deltas here"
+    )
+    hint = "run these rows one delta at a time: with c.only(name)"
+    return Diagnostic("DS442", message, suggestion=hint)

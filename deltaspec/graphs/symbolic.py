@@ -1,0 +1,175 @@
+"""The `symbolic` capture: one region for a whole model that torch.fx can trace."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+from deltaspec.backbone.clone import clone
+from deltaspec.backbone.forwards import arguments_of
+from deltaspec.graphs.links import Inputs
+from deltaspec.graphs.regions import hidden_out, with_hidden_out
+from deltaspec.graphs.rewrite import emit_chain
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deltaspec.graphs.links import Link
+
+
+_ADDRESS = re.compile(r"0x[0-9a-f]+")
+
+
+class _Tracer(fx.Tracer):
+    """Keeps every site whole, as one `call_module` node."""
+
+    def __init__(self, sites: Collection[str]) -> None:
+        super().__init__()
+        self._sites = sites
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self._sites or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -> tuple[fx.Graph | None, str]:
+    """Trace a detached backbone with its sites as leaves: (graph, why it is good) or (None, why not).
+
+    Tracing burns in `self.training`, whether optional arguments were given, and hooks; so the graph is only taken where
+    training and evaluation mode trace to the same code, forward has no optional arguments and writes nothing into its
+    modules, and no traced-through module has hooks. The trace is made on a structural copy: torch.fx stores the
+    constants it meets on the module it traces.
+    """
+    parameters = arguments_of(type(backbone).forward)
+    if optional := [
+        p.name for p in parameters if p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]:
+        return None, f"its forward has optional arguments ({', '.join(optional)}), which a trace would fix"
+    twin = clone(backbone)
+    before = _state(twin)
+    graphs: list[fx.Graph] = []
+    for mode in (True, False):
+        for module in twin.modules():
+            module.training = mode
+        try:
+            graphs.append(_Tracer(sites).trace(twin))
+        except Exception as error:  # whatever a stranger's forward raises on proxies; the reason is kept for the user
+            reason = str(error).splitlines()[0] if str(error) else ""
+            return None, f"it does not trace: {type(error).__name__}: {reason}"
+    if written := _written(before, _state(twin)):
+        return None, f"its forward writes {', '.join(written)}, which a trace would leave out"
+    training, evaluation = (_ADDRESS.sub("", graph.python_code("self").src) for graph in graphs)
+    if training != evaluation:
+        return None, "its traces in training and in evaluation mode differ"
+    graph = graphs[1]
+    own = {
+        name
+        for name, _ in (
+            *backbone.named_parameters(remove_duplicate=False),
+            *backbone.named_buffers(remove_duplicate=False),
+        )
+    }
+    if constants := [str(node.target) for node in graph.nodes if node.op == "get_attr" and node.target not in own]:
+        return None, f"its trace holds tensors that are no parameters or buffers ({', '.join(constants)})"
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    for fqn, module in backbone.named_modules():
+        if (fqn not in called or fqn in sites) and (module._forward_hooks or module._forward_pre_hooks) and fqn:
+            return None, f"{fqn} has hooks, which a trace would fix or put in another order"
+    for host in sorted(hosts):
+        if not any(host == name or host.startswith(name + ".") for name in called):
+            return None, f"{host or 'the model'} is not called in its trace, and a delta needs its forward"
+    return graph, "it traces, the same in training and evaluation mode"
+
+
+def _state(model: nn.Module) -> dict[str, tuple[Any, int]]:
+    """Give what a forward may leave in its modules: buffers with their counts of writes, and other attributes."""
+    found: dict[str, tuple[Any, int]] = {}
+    for fqn, module in model.named_modules():
+        prefix = f"{fqn}." if fqn else ""
+        for name, buffer in module._buffers.items():
+            counts = isinstance(buffer, Tensor) and not buffer.is_inference()  # a trace may leave a proxy here
+            found[prefix + name] = (buffer, buffer._version if counts else -1)
+        for name, value in module.__dict__.items():
+            if name != "training" and not name.startswith("_tensor_constant"):  # fx's own
+                found[prefix + name] = (value, 0)
+    return found
+
+
+def _written(before: dict[str, tuple[Any, int]], after: dict[str, tuple[Any, int]]) -> list[str]:
+    """Name what is another object, or was written, since."""
+    known = {name for name, (value, count) in after.items() if name in before and before[name][0] is value
+             and before[name][1] == count}  # fmt: skip
+    return sorted((before.keys() | after.keys()) - known)
+
+
+def reads_around_calls(graph: fx.Graph, backbone: nn.Module, sites: Collection[str]) -> bool:
+    """Tell whether a trace reads parameters of a site besides calling it (a tied head, `F.linear` on a weight)."""
+    named = dict(backbone.named_parameters(remove_duplicate=False))
+    read = {id(named.get(str(node.target))) for node in graph.nodes if node.op == "get_attr"}
+    owned = (p for fqn in sites if fqn for p in backbone.get_submodule(fqn)._parameters.values() if p is not None)
+    return any(id(parameter) in read for parameter in owned)
+
+
+def compile_graph(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
+    """Turn a graph over the backbone into a function of (backbone, inputs) and its source."""
+    graph.lint()
+    source = graph.python_code("self")
+    namespace = dict(source.globals)
+    exec(compile(source.src, "<deltaspec region of the whole model>", "exec"), namespace)
+    function: Callable[..., Any] = namespace["forward"]
+    return function, source.src.strip() + "\n"
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Copy a graph, so that it can be rewritten."""
+    new = fx.Graph()
+    new.output(new.graph_copy(graph, {}))
+    return new
+
+
+def rewrite_site(
+    graph: fx.Graph,
+    node: fx.Node,
+    links: tuple[Link, ...],
+    names: tuple[SiteNames, ...],
+    opaque: bool,
+    hidden: str = "hidden_states",
+) -> None:
+    """Put a chain of deltas around one `call_module` node.
+
+    `names` say, per link, where its tensors are registered. `opaque` hosts may return more than the hidden state.
+    `hidden` is the name of the argument that carries it, where it comes by keyword.
+    """
+    with graph.inserting_before(node):
+        inputs = tuple(
+            Inputs({own: graph.get_attr(target) for own, target in site.tensors.items()}, site.dropout)
+            for site in names
+        )
+        by_keyword = None if node.args else hidden if hidden in node.kwargs else next(iter(node.kwargs))
+        x = node.args[0] if by_keyword is None else node.kwargs[by_keyword]
+        assert isinstance(x, fx.Node)
+        outputs: list[fx.Node] = []
+
+        def call(value: fx.Node, replaced: dict[str, Any]) -> fx.Node:
+            assert not replaced, "a method that runs the host on other parameters has a region of its own"
+            args = node.args if by_keyword is not None else (value, *node.args[1:])
+            kwargs = node.kwargs if by_keyword is None else {**node.kwargs, by_keyword: value}
+            outputs.append(graph.call_module(str(node.target), args, kwargs))
+            return graph.call_function(hidden_out, (outputs[0],)) if opaque else outputs[0]
+
+        result = emit_chain(graph, x, links, inputs, call)
+        if opaque:
+            result = graph.call_function(with_hidden_out, (outputs[0], result))
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteNames:
+    """Where the tensors of one link are registered on the backbone: own name -> dotted path."""
+
+    tensors: dict[str, str]
+    dropout: str | None

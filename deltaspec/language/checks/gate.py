@@ -1,0 +1,256 @@
+"""Hold a document against the JSON Schema, and say in the author's words what is wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.diagnostics.findings import Path
+from deltaspec.diagnostics.wording import show_path, show_value
+from deltaspec.documents.builder import MAX_FINDINGS
+from deltaspec.language.checks.mistakes import choice_hint, method_hint, unknown_key_hint, value_hint
+from deltaspec.language.derivation import OTHERS
+from deltaspec.language.schema.generate import schema
+from deltaspec.language.selectors import NAME
+
+if TYPE_CHECKING:
+    from deltaspec.diagnostics.findings import Diagnostic
+    from deltaspec.documents.document import Document
+    from deltaspec.methods.base import Method
+
+
+_TYPES = {
+    "string": "text",
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "a mapping",
+    "null": "nothing",
+}
+_Finding = tuple[str, str, str | None]
+"""Code, message, suggestion."""
+
+
+def gate(document: Document, methods: Mapping[str, Method]) -> list[Diagnostic]:
+    """Give the findings of the schema about a document that may use these methods."""
+    deltas = document.data.get("deltas")
+    named = {d["method"] for d in deltas if _names_a_method(d, methods)} if isinstance(deltas, list) else set()
+    validator = _validator(tuple(methods), tuple((name, methods[name]) for name in sorted(named)))
+    errors = list(islice(validator.iter_errors(document.data), MAX_FINDINGS + 1))
+    mistyped = {tuple(error.absolute_path) for error in errors if error.validator == "type"}
+    return [
+        finding
+        for error in errors
+        if error.validator == "type" or tuple(error.absolute_path) not in mistyped
+        for finding in _diagnose(error, document)
+    ]
+
+
+def _names_a_method(delta: Any, methods: Mapping[str, Method]) -> bool:
+    return isinstance(delta, dict) and isinstance(delta.get("method"), str) and delta["method"] in methods
+
+
+@lru_cache(maxsize=8)
+def _validator(known: tuple[str, ...], used: tuple[tuple[str, Method], ...]) -> Any:
+    from jsonschema import Draft7Validator
+    from jsonschema.validators import extend
+
+    # JSON Schema takes 8.0 for an integer; the methods do not.
+    strict = Draft7Validator.TYPE_CHECKER.redefine(
+        "integer", lambda _, v: isinstance(v, int) and not isinstance(v, bool)
+    )
+    kind: Any = extend(Draft7Validator, {"pattern": _whole_pattern}, type_checker=strict)  # type: ignore[no-untyped-call]
+    return kind(schema(dict(used), known))
+
+
+def _whole_pattern(_: Any, pattern: str, instance: Any, __: Any) -> Iterator[Any]:
+    """Read `pattern` as ECMAScript does: there, `$` does not match before a last line feed."""
+    from jsonschema import ValidationError
+
+    ending = pattern.removesuffix("$") + r"\Z" if pattern.endswith("$") else pattern
+    if isinstance(instance, str) and not re.search(ending, instance):
+        yield ValidationError("")
+
+
+def _diagnose(error: Any, document: Document) -> Iterator[Diagnostic]:
+    """Turn one error of jsonschema into findings."""
+    path: Path = tuple(error.absolute_path)
+    if error.validator == "additionalProperties":
+        known = tuple(error.schema.get("properties", ()))
+        for key in error.instance:
+            if key not in known:
+                message = f"unknown key {show_value(key)}"
+                hint = unknown_key_hint(key, path, known, error.instance)
+                yield document.diagnostic("DS201", message, (*path, key), hint, key=True)
+        return
+    if error.validator == "required":
+        for key in error.validator_value:
+            if key not in error.instance:
+                where = f"{_label(path)} lacks" if path else "the spec lacks"
+                yield document.diagnostic("DS202", f"{where} the key {show_value(key)}", path, _MISSING.get(key))
+        return
+    if "propertyNames" in error.absolute_schema_path and error.validator == "enum":
+        if error.instance in ("combine", *OTHERS):  # others are unknown keys, and reported as such
+            derived = error.instance in OTHERS
+            message = f'{show_value(error.instance)} has no place {"beside" if derived else "without"} "from"'
+            hint = "a derived delta has its sources' sites; delete one of the two" if derived else _MISSING["from"]
+            yield document.diagnostic("DS201", message, (*path, error.instance), hint, key=True)
+        return
+    if "propertyNames" in error.absolute_schema_path:
+        yield document.diagnostic("DS208", _not_a_name(error.instance), (*path, error.instance), _NAME_HINT, key=True)
+        return
+    code, text, way_out = _TRANSLATIONS.get(error.validator, _other)(error, path)
+    yield document.diagnostic(code, text, path, way_out)
+
+
+def _type(error: Any, path: Path) -> _Finding:
+    kinds = [error.validator_value] if isinstance(error.validator_value, str) else list(error.validator_value)
+    expected = _expected(kinds)
+    properties = error.schema.get("properties", {})
+    if "any" in properties:
+        expected = "a selector: a path, a list or a mapping"
+    elif "budget" in properties:
+        expected = "an integer or a mapping with budget"
+    hint = value_hint(error.instance, kinds, path)
+    if "enum" in error.schema:
+        hint = f"known values: {', '.join(str(v) for v in error.schema['enum'])}"
+    if error.instance is None:
+        return "DS203", f"{_label(path)} must be {expected}, but has no value", hint
+    got = show_value(error.instance)
+    return (
+        "DS203",
+        f"{_label(path)} must be {expected}, not {'the text ' if isinstance(error.instance, str) else ''}{got}",
+        hint,
+    )
+
+
+def _enum(error: Any, path: Path) -> _Finding:
+    known = [value for value in error.validator_value if isinstance(value, str)]
+    if not isinstance(error.instance, str):
+        values = ", ".join(show_value(value) for value in error.validator_value)
+        return "DS205", f"{_label(path)} cannot be {show_value(error.instance)}", f"known values: {values}"
+    if path[-1] == "method" and path[:1] == ("deltas",) and len(path) == 3:
+        return "DS206", f"unknown method {show_value(error.instance)}", method_hint(error.instance, known)
+    key = next(part for part in reversed(path) if isinstance(part, str))
+    return "DS205", f"{key} knows no value {show_value(error.instance)}", choice_hint(key, error.instance, known)
+
+
+def _bound(error: Any, path: Path) -> _Finding:
+    word = {
+        "minimum": "at least",
+        "maximum": "at most",
+        "exclusiveMinimum": "greater than",
+        "exclusiveMaximum": "less than",
+        "multipleOf": "a multiple of",
+    }[error.validator]
+    limit = error.validator_value
+    shown = int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+    return "DS204", f"{_label(path)} must be {word} {shown}, not {show_value(error.instance)}", None
+
+
+def _length(error: Any, path: Path) -> _Finding:
+    if error.validator == "minLength":
+        return "DS208", f"{_label(path)} is empty", "delete the key, or give it a value"
+    limit = error.validator_value
+    return "DS208", f"{_label(path)} has {len(error.instance)} characters; at most {limit} are allowed", None
+
+
+def _empty(error: Any, path: Path) -> _Finding:
+    if error.instance:
+        noun = "items" if isinstance(error.instance, list) else "keys"
+        return "DS204", f"{_label(path)} must have at least {error.validator_value} {noun}", None
+    kind = "list" if isinstance(error.instance, list) else "mapping"
+    return (
+        "DS209",
+        f"{_label(path)} is an empty {kind}",
+        _EMPTY.get(str(path[-1]), "delete it, or put something into it"),
+    )
+
+
+def _pattern(error: Any, path: Path) -> _Finding:
+    if error.validator_value == NAME:
+        return "DS208", _not_a_name(error.instance), _NAME_HINT
+    if path[-1] == "budget":
+        hint = 'write a number of parameters (300000), or a share of the backbone\'s ("0.5%")'
+        return "DS208", f"{show_value(error.instance)} is not a budget", hint
+    if "shape" in path:
+        hint = 'write a width (4096), or one of >= <= > < == != and a width (">=4096")'
+        return "DS208", f"{show_value(error.instance)} is not a comparison", hint
+    return (
+        "DS208",
+        f"{_label(path)} is malformed: {show_value(error.instance)}",
+        f"it must match {error.validator_value}",
+    )
+
+
+def _any_of(error: Any, path: Path) -> _Finding:
+    kinds: list[str] = []
+    for branch in error.validator_value:
+        kind = branch.get("type", "object")
+        kinds += [kind] if isinstance(kind, str) else kind
+    own = {id(deep): deep for deep in error.context or () if deep.validator != "type"}
+    if len(own) == 1:  # the one branch of the right type says more
+        deep = next(iter(own.values()))
+        return _TRANSLATIONS.get(deep.validator, _other)(deep, (*path, *deep.relative_path))
+    expected = _expected(list(dict.fromkeys(kinds)))
+    return "DS203", f"{_label(path)} must be {expected}, not {show_value(error.instance)}", None
+
+
+def _other(error: Any, path: Path) -> _Finding:
+    if isinstance(error.validator_value, str | int | float):
+        return "DS210", f"{_label(path)} does not keep to {error.validator}: {error.validator_value}", None
+    return "DS210", f"{_label(path)} cannot be {show_value(error.instance)} (its {error.validator})", None
+
+
+def _expected(kinds: list[str]) -> str:
+    words = [_TYPES[kind] for kind in kinds]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _label(path: Path) -> str:
+    """Name a value by its own key, and the indices after it."""
+    for position in range(len(path) - 1, -1, -1):
+        if isinstance(path[position], str):
+            return show_path(path[position:])
+    return "the spec"
+
+
+def _not_a_name(text: str) -> str:
+    return f"{show_value(text)} is not a name"
+
+
+_NAME_HINT = "names are letters, digits, - and _, at most 64, and begin with a letter"
+_MISSING = {
+    "deltaspec": "begin with: deltaspec: 1",
+    "deltas": "list at least one delta: deltas: [{name: …, method: lora}]",
+    "name": "name the delta: it is attached, saved and reported by its name",
+    "method": "say which delta-tuning method, such as method: lora",
+    "combine": "say how the sources are combined, such as combine: linear",
+    "from": "name the sources: from: {french: 0.7, legal: 0.3}",
+    "match": "say for which sites, such as match: {role: attn.v}",
+    "params": "say what differs, such as params: {rank: 4}",
+}
+_EMPTY = {
+    "deltas": "list at least one delta: deltas: [{name: …, method: lora}]",
+    "from": "name the sources: from: {french: 0.7, legal: 0.3}",
+    "target": "leave target out for the method's default roles, or say where",
+}
+_TRANSLATIONS: dict[str, Callable[[Any, Path], _Finding]] = {
+    "type": _type,
+    "enum": _enum,
+    "const": lambda error, path: (
+        "DS205",
+        f"{_label(path)} must be {show_value(error.validator_value)}, not {show_value(error.instance)}",
+        None,
+    ),
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), _bound),
+    **dict.fromkeys(("minLength", "maxLength"), _length),
+    **dict.fromkeys(("minItems", "minProperties"), _empty),
+    "pattern": _pattern,
+    "anyOf": _any_of,
+    "oneOf": _any_of,
+}

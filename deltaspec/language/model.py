@@ -1,0 +1,192 @@
+"""The DeltaSpec: a validated document as immutable data."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from json import dumps
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, PrivateAttr, SerializeAsAny, WithJsonSchema
+
+from deltaspec.documents.document import Document
+from deltaspec.language.derivation import Combine, Weight, written
+from deltaspec.language.params import read_params
+from deltaspec.language.selectors import NAME, Part, Selector
+from deltaspec.methods.declarations import MethodParams
+
+if TYPE_CHECKING:
+    from deltaspec.diagnostics.findings import Diagnostic, Path
+
+
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class ModelContract(Part):
+    """What the backbone must be; another one is an error."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+    type: Name | None = None
+    """`model_type` of the transformers configuration, such as `bert`."""
+    architecture: Name | None = None
+    """Class name of the model, such as `BertForSequenceClassification`."""
+
+
+class Count(Part):
+    """Bounds of a count, both included. A plain number means exactly that many."""
+
+    model_config = ConfigDict(json_schema_extra={"type": ["integer", "object"], "minimum": 0, "minProperties": 1})
+    min: int | None = Field(None, ge=0)
+    """At least this many."""
+    max: int | None = Field(None, ge=0)
+    """At most this many."""
+
+
+class Trainable(Count):
+    """Bounds of the number of trainable values."""
+
+    max_fraction: float | None = Field(None, gt=0, le=1)
+    """At most this part of the backbone's parameters."""
+
+
+class DeltaExpect(Part):
+    """What the plan of one delta must come to."""
+
+    sites: Count | None = None
+    """Number of sites: a number, or bounds."""
+    trainable: Count | None = None
+    """Number of trainable values: a number, or bounds."""
+
+
+class Expect(Part):
+    """What the plan of the whole spec must come to."""
+
+    trainable: Trainable | None = None
+    """Number of trainable values of all deltas: a number, or bounds."""
+    untouched: tuple[Selector, ...] = Field((), json_schema_extra={"minItems": 1})
+    """Selectors of modules that no delta may change."""
+
+
+class Override(Part):
+    """Other parameters for some of a delta's sites."""
+
+    match: Selector
+    """The sites; the first override that matches a site wins."""
+    params: Annotated[dict[str, Any], WithJsonSchema({"type": "object", "minProperties": 1})]
+    """Parameters of the method that differ here; the others stay as the delta has them."""
+
+
+class DeltaEntry(Part):
+    """One delta of a spec."""
+
+    name: str = Field(pattern=NAME)
+    """Name of the delta: letters, digits, `-` and `_`, the first one a letter."""
+    method: str
+    """Delta-tuning method."""
+    sources: dict[str, Weight] = Field(default_factory=dict, alias="from", json_schema_extra={"minProperties": 1})
+    """Derived delta, in place of a method: the deltas of this spec that it is built from, each with its weight."""
+    combine: Combine | None = None
+    """How it is built: `svd` works on the change of the weight, the others on the factors of lora."""
+    params: Annotated[SerializeAsAny[MethodParams], WithJsonSchema({"type": "object"})] = Field(
+        default_factory=MethodParams
+    )
+    """Parameters of the method."""
+    target: Selector | None = None
+    """Where it goes; left out, the method's own default roles."""
+    overrides: tuple[Override, ...] = ()
+    """Other parameters for some of the sites; the first match wins."""
+    expect: DeltaExpect | None = None
+    """What its plan must come to."""
+    attached: bool = True
+    """Whether it starts attached."""
+    dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
+    """Of its tensors; left out, the backbone's, but float32 where that is of half precision or quantised."""
+
+    def params_with(self, override: Override) -> MethodParams:
+        """Give the method's parameters with an override's in place of the delta's."""
+        given = self.params.model_dump(mode="json", exclude_unset=True)
+        return read_params(type(self.params), given | override.params)
+
+
+class DeltaSpec(Part):
+    """A set of deltas for one backbone."""
+
+    version: Literal[1] = Field(alias="deltaspec")
+    """Version of the format."""
+    model: ModelContract | None = None
+    """What the backbone must be."""
+    seed: int = Field(0, ge=0, lt=1 << 63)
+    """Seed of the initial delta weights."""
+    selectors: dict[str, Selector] = Field(default_factory=dict, json_schema_extra={"propertyNames": {"pattern": NAME}})
+    """Named selectors, used with `ref`."""
+    deltas: tuple[DeltaEntry, ...] = Field(min_length=1)
+    """The deltas, in the order in which they apply."""
+    expect: Expect | None = None
+    """What the plan must come to."""
+    _document: Document = PrivateAttr()
+
+    @property
+    def name(self) -> str:
+        """File name, or `<spec>`."""
+        return self._document.name
+
+    def locate(self, path: Path, key: bool = False) -> tuple[int, int]:
+        """Give line and column of the value at a document path, or of its key; 0, 0 where there is no file."""
+        return self._document.position(path, key)
+
+    def diagnostic(
+        self, code: str, message: str, path: Path = (), suggestion: str | None = None, key: bool = False
+    ) -> Diagnostic:
+        """Make a finding about the value at a document path, or about its key."""
+        return self._document.diagnostic(code, message, path, suggestion, key)
+
+    def to_data(self) -> dict[str, Any]:
+        """Give the resolved spec as a document: every method parameter written out, places and comments gone."""
+        expect = self.expect and _present(
+            trainable=self.expect.trainable and self.expect.trainable.model_dump(exclude_none=True),
+            untouched=[selector.to_data() for selector in self.expect.untouched],
+        )
+        return _present(
+            deltaspec=self.version,
+            model=self.model and self.model.model_dump(exclude_none=True),
+            seed=self.seed,
+            selectors={name: selector.to_data() for name, selector in self.selectors.items()},
+            deltas=[_delta_data(delta) for delta in self.deltas],
+            expect=expect,
+        )
+
+    def with_params(self, index: int, params: MethodParams) -> DeltaSpec:
+        """Give the spec with other parameters for one delta."""
+        deltas = list(self.deltas)
+        deltas[index] = deltas[index].model_copy(update={"params": params})
+        return self.model_copy(update={"deltas": tuple(deltas)})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the resolved spec as canonical JSON, in hexadecimal."""
+        return sha256(dumps(self.to_data(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, DeltaSpec) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+def _delta_data(delta: DeltaEntry) -> dict[str, Any]:
+    return _present(
+        name=delta.name,
+        method=None if delta.sources else delta.method,
+        **{"from": dict(delta.sources)},
+        combine=delta.combine,
+        params=written(delta.combine, delta.params),
+        target=delta.target and delta.target.to_data(),
+        overrides=[{"match": o.match.to_data(), "params": dict(o.params)} for o in delta.overrides],
+        expect=delta.expect and delta.expect.model_dump(exclude_none=True),
+        attached=delta.attached,
+        dtype=delta.dtype,
+    )
+
+
+def _present(**fields: Any) -> dict[str, Any]:
+    """Leave out what is absent or empty."""
+    return {key: value for key, value in fields.items() if value is not None and value != {} and value != []}

@@ -1,0 +1,79 @@
+"""Validating a document: all findings about it. No torch, and no spec is built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.diagnostics.findings import DeltaSpecError, in_order
+from deltaspec.documents.builder import MAX_FINDINGS
+from deltaspec.documents.document import from_data, read
+from deltaspec.language.checks.whole import check
+from deltaspec.language.migrate import check_version
+from deltaspec.language.schema.accept import accepts, is_coded
+from deltaspec.methods.registry import builtin_methods, methods
+
+if TYPE_CHECKING:
+    from deltaspec.diagnostics.findings import Diagnostic
+    from deltaspec.documents.document import Document
+    from deltaspec.language.model import DeltaSpec
+    from deltaspec.methods.base import Method
+
+
+def validate(spec: str | os.PathLike[str] | Mapping[str, Any] | DeltaSpec) -> list[Diagnostic]:
+    """Give all findings about a spec: a file's path, or its content as a dict. Empty where it is valid."""
+    try:
+        if isinstance(spec, Mapping | str | os.PathLike):
+            check_document(open_document(spec))
+        else:
+            from deltaspec.language.load import load
+
+            load(spec)
+    except DeltaSpecError as error:
+        return list(error.diagnostics)
+    return []
+
+
+def open_document(spec: str | os.PathLike[str] | Mapping[str, Any]) -> Document:
+    """Read a document: a file's path, or its content as a dict. Raises DeltaSpecError where it cannot be read."""
+    if isinstance(spec, Mapping):
+        return from_data(spec)
+    if not isinstance(spec, str | os.PathLike):
+        raise TypeError(f"a spec is a path, a dict or a DeltaSpec, not {type(spec).__name__}")
+    return read(spec)
+
+
+def check_document(document: Document) -> Mapping[str, Method]:
+    """Raise DeltaSpecError with all findings about a document; give the methods it may use where there are none."""
+    findings = check_version(document)
+    if any(d.code == "DS207" for d in findings):
+        raise DeltaSpecError(findings)
+    known, problems = _known_methods(document)
+    if accepts(document.data):
+        findings = in_order([*findings, *problems, *check(document, known, [], is_coded)])
+    else:
+        from deltaspec.language.checks.gate import gate
+
+        refused = gate(document, known)
+        findings = in_order([*findings, *problems, *refused, *check(document, known, refused, lambda _: True)])
+    if len(findings) > MAX_FINDINGS:
+        more = f"{len(findings) - MAX_FINDINGS} more findings are not shown"
+        findings = [*findings[:MAX_FINDINGS], document.diagnostic("DS220", more)]
+    if findings:
+        raise DeltaSpecError(findings)
+    return known
+
+
+def _known_methods(document: Document) -> tuple[Mapping[str, Method], list[Diagnostic]]:
+    """Give deltaspec's own methods; all installed ones only where the document needs them: that search is slow."""
+    own = builtin_methods()
+    deltas = document.data.get("deltas")
+    entries = [d for d in deltas if isinstance(d, dict)] if isinstance(deltas, list) else []
+    if all(d["method"] in own for d in entries if isinstance(d.get("method"), str)):
+        return own, []
+    try:
+        return methods(), []
+    except Exception as error:  # a plug-in's import can raise anything
+        message = f"a method plug-in cannot be loaded: {type(error).__name__}: {error}"
+        return own, [document.diagnostic("DS219", message, (), "repair or uninstall that package")]

@@ -1,0 +1,169 @@
+"""What a delta-tuning method is: its parameters, its tensors as data, and its formula.
+
+Nothing here imports torch at run time: the validator reads every method's parameters in CI,
+where torch need not be installed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from deltaspec.methods.declarations import MethodParams, Promises
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from deltaspec.backbone.table import Row
+    from deltaspec.methods.declarations import Form, Refusal, Site, TensorSpec
+
+
+class Method(ABC):
+    """A delta-tuning method. One file, one subclass, found by itself."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for the docs table and the schema's hover text."""
+    paper: ClassVar[str]
+    """`Title (arXiv:id)`."""
+    Params: ClassVar[type[MethodParams]]
+    promises: ClassVar[Promises]
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Parameters of an example, as in a spec; needed where some have no default."""
+    start: ClassVar[frozenset[str]] = frozenset({"init"})
+    """Names of params on which nothing but the initial values depends."""
+    default_roles: ClassVar[tuple[str, ...]]
+    """Roles that `target` stands for when a delta leaves it out; empty: `target` is required."""
+    descends: ClassVar[bool] = False
+    """A selected module stands for every module at and below it that owns parameters (see `descends_to`)."""
+    matrices: ClassVar[bool] = False
+    """Takes single parameters (`parameter:` atoms) that are a matrix or a stack of them, as in a mixture of experts.
+
+    Such a site looks like a Linear (or Conv1D, where the matrices are stored as `[in, out]`) without a bias, whose
+    `weight` is the parameter, or one matrix of the stack; it works by `fold` alone. All formulas are written for one
+    matrix: tensors, initial values and `fold` are stacked outside."""
+    strength: ClassVar[Literal["output", "weight", "attention"] | None] = "output"
+    """What a strength scales: the way from what is without the delta (0, to the bit) to what is with it (1).
+
+    `output`: the site's output, and what enters it where the formula changes that; where the site works by `fold`,
+    its weight. `weight`: the weight at every site. `attention`: the attention's output. None: the method acts wholly or
+    not at all."""
+    attends: ClassVar[bool] = False
+    """Works by `attend`, inside the attention function of its sites, instead of by `apply`."""
+
+    def descends_to(self, row: Row) -> bool:
+        """Tell whether a module at or below a selected one is a site, where the method descends."""
+        return bool(row.parameters)
+
+    def is_identity_at_start(self, params: Any) -> bool:
+        """Tell whether `promises.identity_at_start` holds under these params; some starts give it up on request."""
+        return self.promises.identity_at_start
+
+    def roles(self, params: Any) -> tuple[str, ...]:
+        """Give the default roles under these params."""
+        return self.default_roles
+
+    def is_default(self, row: Row, params: Any) -> bool:
+        """Tell whether a module is one of those that a left-out `target` stands for."""
+        return not set(self.roles(params)).isdisjoint(row.roles)
+
+    def settle(self, params: Any) -> Any:
+        """Put into a delta's params what the plan has to look up outside the spec; or say, as a Refusal, why it cannot.
+
+        The plan and all that is made from it, files included, have the result.
+        """
+        return params
+
+    def remark(self, site: Site, params: Any) -> str | None:
+        """Say in the plan what works at this site, but is hardly meant; None where there is nothing to say."""
+        return None
+
+    def refuse(self, site: Site, params: Any) -> Refusal | None:
+        """Say why this site cannot be taken with these params; None where it can."""
+        return None
+
+    @abstractmethod
+    def tensors(self, site: Site, params: Any) -> tuple[TensorSpec, ...]:
+        """Declare the delta's tensors at a site. Called only where `refuse` gave None."""
+
+    def initialise(
+        self, site: Site, params: Any, weights: Mapping[str, Tensor], generator: Generator
+    ) -> Mapping[str, Tensor]:
+        """Give initial values that depend on the host's own parameters, by tensor name; the others start as declared.
+
+        `weights` are the host's own parameters by own name, on the CPU, in float32 (float64 where they are that);
+        `generator` is seeded for this site alone.
+        """
+        return {}
+
+    def apply(self, form: Form, params: Any, t: Any, x: Any, base: Callable[..., Any]) -> Any:
+        """Compute the site's new hidden state; runs once under tracing, so it is plain torch code on proxies.
+
+        `t.<name>` are the delta's tensors, `t.dropout(v)` is dropout by `params.dropout`, `x` is the hidden
+        state that enters the site. `base(x)` gives what leaves without this delta; call it once.
+        `t.argument(name)` is what the host is called with by that name, None where it is not given (declare the names
+        in `arguments`). `t.call(function, *args)` calls a Python function on the values themselves, once a forward.
+        `base(x, weight=w, bias=None)` runs the host's own forward with these parameters in place of its own.
+        Dtypes are settled outside: `x` comes in the delta's dtype, the result leaves in the host's.
+        """
+        raise AssertionError(f"{self.name} has no formula around a module's call")
+
+    def attend(self, form: Form, params: Any, t: Any, q: Any, k: Any, v: Any, base: Callable[..., Any]) -> Any:
+        """Compute the attention of a site: (output, weights or None). Runs in every forward; only where `attends`.
+
+        `q`, `k`, `v` are `[batch, heads, positions, width]`. `base(q, k, v)` gives what is attended to without this
+        delta; keys and values put in front of the given ones are seen by every query. Dtypes are not settled. Where
+        rows have their own tensors, `t` gives them with the rows first, and of the `simpler` method, if there is one.
+        """
+        raise AssertionError(f"{self.name} has no formula inside attention")
+
+    def virtual_tokens(self, params: Any) -> int:
+        """Give the number of tokens that a delta of this method puts in front of the model's input.
+
+        They arrive at the embedding that is the delta's site as ids -1, -2, … of the outermost delta, and further down
+        those of the next: `apply` gives its own ones their rows.
+        """
+        return 0
+
+    def ends_matter(self, params: Any) -> bool:
+        """Tell whether the formula must know where a prompt ends while text is generated."""
+        return False
+
+    def substitutes(self, site: Site, params: Any) -> bool:
+        """Tell whether `apply` runs the host with other parameters (`base(x, weight=…)`) at this site."""
+        return False
+
+    def arguments(self, site: Site, params: Any) -> tuple[str, ...]:
+        """Give the names of the host's arguments, besides the hidden state, that `apply` asks for at this site."""
+        return ()
+
+    def lowers(self, site: Site, params: Any) -> bool:
+        """Tell whether this site works by `fold` in every forward instead of `apply`, though it is called."""
+        return False
+
+    def reads_weight(self, site: Site, params: Any) -> bool:
+        """Tell whether `apply` computes from the host's own weight or bias.
+
+        A delta before it on the site, which changes the weight, would not be seen there, but would be in `fold`.
+        """
+        return False
+
+    def folds(self, site: Site, params: Any) -> bool:
+        """Tell whether the delta works by `fold` here: the method says so, or nothing calls the module."""
+        return site.host is not None or self.lowers(site, params)
+
+    def fold(self, site: Site, params: Any, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give the host's own parameters with this delta folded in: own name -> new tensor.
+
+        `weights` holds the current own parameters, without absent ones. Called only where `promises.weight` is set.
+        """
+        raise AssertionError(f"{self.name} promised no weight form")
+
+    def simpler(self, params: Any) -> tuple[str, dict[str, Any]] | None:
+        """Give the method and params that do the same without what only training needs; None where nothing does."""
+        return None
+
+    def simplified(self, site: Site, params: Any, t: Any) -> dict[str, Tensor]:
+        """Give the tensors of that simpler delta at a site, by own name. Called only where `simpler` gave something."""
+        raise AssertionError(f"{self.name} has no simpler form")

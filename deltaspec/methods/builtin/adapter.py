@@ -1,0 +1,95 @@
+"""Bottleneck adapter: h + scale · U act(D drop(h) + b) + b', on the hidden state after or before a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.methods.base import Method
+from deltaspec.methods.declarations import Init, Promises, TensorSpec
+from deltaspec.methods.shared.activations import Activation, activate
+from deltaspec.methods.shared.bottleneck import PLACEMENTS, SerialParams, bottleneck_width, in_series, refuse_serial
+from deltaspec.methods.shared.shapes import hidden_width
+
+if TYPE_CHECKING:
+    from deltaspec.methods.declarations import Form, Refusal, Site
+
+
+class AdapterParams(SerialParams):
+    """Parameters of adapter; the bottleneck is 24 wide unless `width` or `reduction` says otherwise."""
+
+    activation: Activation = "gelu"
+    """Between the two projections."""
+    norm_before: bool = False
+    """A LayerNorm of its own on the bottleneck's input."""
+    norm_after: bool = False
+    """A LayerNorm of its own on the bottleneck's output, before that is scaled and added; its weight starts at zero."""
+    residual: bool = True
+    """Add the bottleneck's output to the hidden state; false puts it in its place, and nothing is the identity then."""
+
+
+class Adapter(Method):
+    """Bottleneck adapter."""
+
+    name = "adapter"
+    summary = "bottleneck with a residual, after or before a module"
+    paper = "Parameter-Efficient Transfer Learning for NLP (arXiv:1902.00751)"
+    Params = AdapterParams
+    promises = Promises(identity_at_start=True, weight=None, per_row=True)
+    default_roles = PLACEMENTS["houlsby"]
+
+    def roles(self, params: AdapterParams) -> tuple[str, ...]:
+        """Give the roles of the placement."""
+        return PLACEMENTS[params.placement or "houlsby"]
+
+    def is_identity_at_start(self, params: AdapterParams) -> bool:
+        """Not without the residual."""
+        return params.residual
+
+    def refuse(self, site: Site, params: AdapterParams) -> Refusal | None:
+        """Take whatever gives (or takes) a hidden state with its width in the last dimension."""
+        return refuse_serial(self.name, site, params.position)
+
+    def tensors(self, site: Site, params: AdapterParams) -> tuple[TensorSpec, ...]:
+        """Declare D `[width, hidden]`, its bias, U `[hidden, width]`, its bias, and the norms' weights and biases."""
+        hidden = hidden_width(site, params.position)
+        assert hidden is not None
+        width = bottleneck_width(hidden, params, default=24)
+        # A fresh adapter is the identity to the bit: U starts at zero, or the norm after it does. Else as in the paper.
+        closed = params.residual and not params.norm_after
+        specs = [
+            TensorSpec("down", (width, hidden), Init("normal", 0.01)),
+            TensorSpec("down_bias", (width,), Init("zeros")),
+            TensorSpec("up", (hidden, width), Init("zeros") if closed else Init("normal", 0.01)),
+            TensorSpec("up_bias", (hidden,), Init("zeros")),
+        ]
+        if params.norm_before:
+            specs += [
+                TensorSpec("norm_before_weight", (hidden,), Init("ones")),
+                TensorSpec("norm_before_bias", (hidden,), Init("zeros")),
+            ]
+        if params.norm_after:
+            specs += [
+                TensorSpec("norm_after_weight", (hidden,), Init("zeros" if params.residual else "ones")),
+                TensorSpec("norm_after_bias", (hidden,), Init("zeros")),
+            ]
+        return tuple(specs)
+
+    def apply(self, form: Form, params: AdapterParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
+        """Compute h + scale · bottleneck(h) with h = base(x), or base of the same on x."""
+        from torch.nn import functional as F
+
+        def bottleneck(h: Any) -> Any:
+            if params.norm_before:
+                h = F.layer_norm(h, t.norm_before_weight.shape, t.norm_before_weight, t.norm_before_bias)
+            h = activate(params.activation, F.linear(t.dropout(h), t.down, t.down_bias))
+            h = F.linear(h, t.up, t.up_bias)
+            if params.norm_after:
+                h = F.layer_norm(h, t.norm_after_weight.shape, t.norm_after_weight, t.norm_after_bias)
+            return h
+
+        if params.residual:
+            return in_series(params, x, base, bottleneck)
+        if params.position == "after":
+            return bottleneck(base(x)) * params.scale
+        return base(bottleneck(x) * params.scale)

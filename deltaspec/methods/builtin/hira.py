@@ -1,0 +1,72 @@
+"""Hadamard high-rank adaptation: W + W ⊙ (B A): every entry of the weight is scaled by its own, low-rank factor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import sqrt
+from typing import TYPE_CHECKING, Any, Literal
+
+from deltaspec.methods.base import Method
+from deltaspec.methods.declarations import Init, MethodParams, Promises, TensorSpec
+from deltaspec.methods.shared.rank import Rank
+from deltaspec.methods.shared.weights import canonical, refuse_weight, weight_shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltaspec.methods.declarations import Form, Refusal, Site
+
+
+class HiraParams(MethodParams):
+    """Parameters of hira."""
+
+    rank: Rank = 32
+    """Rank of the factor B A. The update W ⊙ (B A) has up to the weight's rank times that."""
+    init: Literal["kaiming_uniform", "normal"] = "kaiming_uniform"
+    """How A starts; B starts at zero. `normal` has standard deviation 1 / rank."""
+
+
+class Hira(Method):
+    """HiRA."""
+
+    name = "hira"
+    summary = "scales each entry of a weight by a low-rank factor"
+    paper = "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models (ICLR 2025)"
+    Params = HiraParams
+    promises = Promises(identity_at_start=True, weight="add", per_row=True)
+    strength = "weight"
+    default_roles = ("attn.q", "attn.v", "attn.qkv")
+    matrices = True
+
+    def refuse(self, site: Site, params: HiraParams) -> Refusal | None:
+        """Take linear layers, embeddings and convolutions."""
+        return refuse_weight(site, "hira")
+
+    def tensors(self, site: Site, params: HiraParams) -> tuple[TensorSpec, ...]:
+        """Declare A `[rank, in, *kernel]` as `down`, B `[out, rank]` as `up`."""
+        out_width, *inner = weight_shape(site)
+        down, up = (params.rank, *inner), (out_width, params.rank)
+        if site.kind == "embedding":
+            # As in the reference implementation: the looked-up factor starts at zero, the shared one does not.
+            return TensorSpec("down", down, Init("zeros")), TensorSpec("up", up, Init("normal", 1.0))
+        start = Init("normal", 1 / params.rank) if params.init == "normal" else Init("kaiming_uniform", sqrt(5))
+        return TensorSpec("down", down, start), TensorSpec("up", up, Init("zeros"))
+
+    def lowers(self, site: Site, params: HiraParams) -> bool:
+        """Work through the weight: the formula is about its entries."""
+        return True
+
+    def reads_weight(self, site: Site, params: HiraParams) -> bool:
+        """Say yes: it scales the entries of the weight."""
+        return True
+
+    def apply(self, form: Form, params: HiraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
+        """Never run: `lowers` is true everywhere."""
+        raise AssertionError("hira works through the weight")
+
+    def fold(self, site: Site, params: HiraParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scale the weight's entries."""
+        import torch
+
+        weight = weights["weight"]
+        return {"weight": weight + weight * canonical(site.kind, torch.tensordot(t.up, t.down, dims=1))}

@@ -1,0 +1,93 @@
+"""Low-rank Hadamard product: W + scale · (B₁A₁) ⊙ (B₂A₂), of rank up to rank² for the cost of two low-rank updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import sqrt
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from deltaspec.methods.base import Method
+from deltaspec.methods.declarations import Init, MethodParams, Promises, TensorSpec
+from deltaspec.methods.shared.rank import Rank
+from deltaspec.methods.shared.weights import add_update, fold_update, refuse_weight, substitutes_update, weight_shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltaspec.methods.declarations import Form, Refusal, Site
+
+
+class LohaParams(MethodParams):
+    """Parameters of loha."""
+
+    rank: Rank = 8
+    """Rank of each of the two factors; their product has up to its square."""
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 8.0
+    """Numerator of the scale alpha / rank."""
+    tucker: bool = False
+    """For convolutions with kernels larger than 1: factors over the channels around a small kernel of `[rank, rank, …]`
+    (proposition 3 of the paper), instead of factors of the flattened kernel."""
+
+    @property
+    def scale(self) -> float:
+        """Factor in front of the product."""
+        return self.alpha / self.rank
+
+
+class Loha(Method):
+    """LoHa."""
+
+    name = "loha"
+    summary = "Hadamard product of two low-rank updates of a weight"
+    paper = "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning (arXiv:2108.06098)"
+    Params = LohaParams
+    promises = Promises(identity_at_start=True, weight="add", per_row=True)
+    default_roles = ("attn.q", "attn.v", "attn.qkv")
+    matrices = True
+
+    def refuse(self, site: Site, params: LohaParams) -> Refusal | None:
+        """Take linear layers, embeddings and convolutions."""
+        return refuse_weight(site, "loha")
+
+    def tensors(self, site: Site, params: LohaParams) -> tuple[TensorSpec, ...]:
+        """Declare B₁, B₂ `[out, rank]`, A₁, A₂ `[rank, in, *kernel]`; with a core, A `[rank, in]` and the cores."""
+        out_width, in_width, *kernel = weight_shape(site)
+        rank, start = params.rank, Init("kaiming_uniform", sqrt(5))
+        core = params.tucker and any(size > 1 for size in kernel)
+        down = (rank, in_width) if core else (rank, in_width, *kernel)
+        specs = [
+            TensorSpec("up_1", (out_width, rank), start),
+            TensorSpec("down_1", down, start),
+            TensorSpec("up_2", (out_width, rank), start),
+            TensorSpec("down_2", down, Init("zeros")),
+        ]
+        if core:
+            specs += [TensorSpec(f"core_{index}", (rank, rank, *kernel), start) for index in (1, 2)]
+        return tuple(specs)
+
+    def substitutes(self, site: Site, params: LohaParams) -> bool:
+        """Convolutions and embeddings run their own code on the update."""
+        return substitutes_update(site)
+
+    def apply(self, form: Form, params: LohaParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
+        """Compute base(x) and the update's output."""
+        y = base(x)
+        return add_update(form, y, x, _update(params, t, "core_1" in form.tensors), base)
+
+    def fold(self, site: Site, params: LohaParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Add the update to the weight."""
+        return fold_update(site, weights, _update(params, t, hasattr(t, "core_1")))
+
+
+def _update(params: LohaParams, t: Any, core: bool) -> Any:
+    import torch
+
+    if core:
+        one = torch.einsum("ij...,jc,oi->oc...", t.core_1, t.down_1, t.up_1)
+        two = torch.einsum("ij...,jc,oi->oc...", t.core_2, t.down_2, t.up_2)
+    else:
+        one = torch.tensordot(t.up_1, t.down_1, dims=1)
+        two = torch.tensordot(t.up_2, t.down_2, dims=1)
+    return one * two * params.scale

@@ -1,0 +1,244 @@
+"""Low-rank adaptation of a weight: Wx + b + scale · B A drop(x)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import sqrt
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from deltaspec.methods.base import Method
+from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.shared.dora import decompose, decomposed_output, squared_norms
+from deltaspec.methods.shared.parts import PartNames, add_to_parts, fused_roles_of, refuse_parts, spread
+from deltaspec.methods.shared.rank import Rank
+from deltaspec.methods.shared.shapes import along_channels
+from deltaspec.methods.shared.starts import orthogonal, principal
+from deltaspec.methods.shared.weights import canonical, reader, refuse_weight, wasted_rank, weight_shape
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from deltaspec.methods.declarations import Form, Site
+
+
+class LoraParams(MethodParams):
+    """Parameters of lora."""
+
+    rank: Rank = 8
+    """Rank r of the update B A."""
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 16.0
+    """Numerator of the scale: alpha / rank, or alpha / sqrt(rank) with `scaling: rslora`."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of dropping an entry of the update's input while training."""
+    scaling: Literal["standard", "rslora"] = "standard"
+    """`standard`: alpha / rank. `rslora`: alpha / sqrt(rank), stable for large ranks (arXiv:2312.03732)."""
+    init: Literal["kaiming_uniform", "normal", "orthogonal", "pissa"] = "kaiming_uniform"
+    """How A and B start. `kaiming_uniform` and `normal` (standard deviation 1 / rank): A, with B zero. `orthogonal`:
+    both random, with B A = 0; even ranks. `pissa`: the weight's largest singular directions (arXiv:2404.02948). The
+    last two keep their start as frozen buffers and subtract it, so that a fresh delta changes nothing."""
+    svd_iterations: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """For `init: pissa`: power iterations of a fast randomised decomposition; left out, the full one."""
+    use_dora: bool = False
+    """Learn a magnitude per output besides the direction (DoRA, arXiv:2402.09353)."""
+    bias: bool = False
+    """Also learn a bias, added to the output times the scale."""
+    parts: PartNames | None = None
+    """On a fused projection (role attn.qkv, mlp.gate_up): change these parts of it, such as [q, v], each by an update
+    of its own. Left out, one update changes the whole."""
+
+    @model_validator(mode="after")
+    def _plain_with_parts(self) -> LoraParams:
+        if self.parts is not None and (self.use_dora or self.bias or self.keeps_start):
+            raise ValueError("parts go with init kaiming_uniform or normal, without use_dora and bias")
+        return self
+
+    @property
+    def scale(self) -> float:
+        """Factor in front of B A."""
+        return self.alpha / (self.rank if self.scaling == "standard" else sqrt(self.rank))
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the initial product is kept and subtracted."""
+        return self.init in ("orthogonal", "pissa")
+
+
+class Lora(Method):
+    """LoRA."""
+
+    name = "lora"
+    summary = "low-rank update of a weight"
+    paper = "LoRA: Low-Rank Adaptation of Large Language Models (arXiv:2106.09685)"
+    Params = LoraParams
+    promises = Promises(identity_at_start=True, weight="add", per_row=True)
+    default_roles = ("attn.q", "attn.v", "attn.qkv")
+    matrices = True
+
+    def roles(self, params: LoraParams) -> tuple[str, ...]:
+        """Give the usual roles; those that hold the parts, where parts are asked for."""
+        return self.default_roles if params.parts is None else fused_roles_of(self.default_roles, params.parts)
+
+    def refuse(self, site: Site, params: LoraParams) -> Refusal | None:
+        """Take the modules whose output is linear in one weight matrix."""
+        row, rank = site.row, params.rank
+        if refusal := refuse_weight(site, "lora", dropout=params.dropout):
+            return refusal
+        if params.parts is not None:
+            return refuse_parts(site, params.parts)
+        if row.conv is not None and rank % row.conv.groups:
+            return Refusal(
+                f"rank {rank} is not a multiple of the {row.conv.groups} groups of this {row.type}",
+                f"use a rank that is a multiple of {row.conv.groups}, or leave grouped convolutions out",
+            )
+        if site.host is not None and params.bias and not (row.has_parameter("bias") and site.is_read("bias")):
+            return Refusal(f"{reader(site)} reads no bias here", "set bias: false for this site in overrides")
+        if params.bias and site.kind == "embedding":
+            return Refusal(f"{row.type} adds no bias, so a learned one could not be merged", "set bias: false")
+        if params.use_dora and params.dropout and site.kind != "embedding" and self.lowers(site, params):
+            return Refusal(
+                f"use_dora works through the weight of this {row.type}, so dropout on its input has no place",
+                "set dropout: 0 for this site in overrides",
+            )
+        if not params.keeps_start:
+            return None
+        if site.kind not in ("linear", "conv1d"):
+            return Refusal(
+                f"init: {params.init} is for linear layers, not {row.type}", "use init: kaiming_uniform here"
+            )
+        if params.init == "orthogonal" and rank % 2:
+            return Refusal(f"init: orthogonal needs an even rank, not {rank}", f"use rank: {rank + 1}")
+        if params.init == "pissa" and rank > min(weight_shape(site)):
+            widest = min(weight_shape(site))
+            return Refusal(f"init: pissa: this weight has {widest} singular values, not {rank}", f"use rank: {widest}")
+        return None
+
+    def remark(self, site: Site, params: LoraParams) -> str | None:
+        """Tell of ranks that no update of this weight can have."""
+        return wasted_rank(site, params.rank, site.row.conv_groups) if params.parts is None else None
+
+    def tensors(self, site: Site, params: LoraParams) -> tuple[TensorSpec, ...]:
+        """Declare A `[rank, in]` as `down`, B `[out, rank]` as `up`; see `apply` for convolutions and embeddings.
+
+        With `parts`, a pair for each: `q_down`, `q_up`.
+        """
+        row, rank = site.row, params.rank
+        if site.kind == "conv":
+            out_channels, in_per_group, *kernel = row.shape_of("weight")
+            down, up = (rank, in_per_group, *kernel), (out_channels, rank // row.conv_groups, *(1 for _ in kernel))
+        else:
+            out_width, in_width = weight_shape(site)
+            down, up = (rank, in_width), (out_width, rank)
+        start = Init("normal", 1 / rank) if params.init == "normal" else Init("kaiming_uniform", sqrt(5))
+        if params.parts is not None and row.parts is not None:
+            shapes = [(part, row.parts.rows(part)) for part in params.parts]
+            return tuple(
+                spec
+                for part, rows in shapes
+                for spec in (TensorSpec(f"{part}_down", down, start), TensorSpec(f"{part}_up", (rows, rank)))
+            )
+        if site.kind == "embedding":
+            # As in the reference implementation: the looked-up factor starts at zero, the shared one does not.
+            specs = [TensorSpec("down", down, Init("zeros")), TensorSpec("up", up, Init("normal", 1.0))]
+        else:
+            specs = [TensorSpec("down", down, start), TensorSpec("up", up, Init("zeros"))]
+        if params.use_dora:
+            specs.append(TensorSpec("magnitude", (up[0],), Init("ones")))
+            if not self.lowers(site, params):
+                specs.append(TensorSpec("norm_squared", (up[0],), Init("ones"), buffer=True))
+        if params.keeps_start:
+            specs += [TensorSpec("down_start", down, buffer=True), TensorSpec("up_start", up, buffer=True)]
+        if params.bias:
+            specs.append(TensorSpec("bias", (up[0],), Init("zeros")))
+        return tuple(specs)
+
+    def initialise(
+        self, site: Site, params: LoraParams, weights: Mapping[str, Tensor], generator: Generator
+    ) -> dict[str, Tensor]:
+        """Start the magnitude at the weight's norm, and `pissa` and `orthogonal` factors with their copies."""
+        given = {}
+        if params.use_dora:
+            given["norm_squared"] = squared_norms(site.kind, weights["weight"])
+            given["magnitude"] = given["norm_squared"].sqrt()
+        if params.keeps_start:
+            if params.init == "pissa":
+                weight = canonical(site.kind, weights["weight"])
+                down, up = principal(weight, params.rank, params.scale, params.svd_iterations, generator)
+            else:
+                down, up = orthogonal(weight_shape(site)[0], weight_shape(site)[1], params.rank, generator)
+            given |= {"down": down, "down_start": down.clone(), "up": up, "up_start": up.clone()}
+        return given
+
+    def substitutes(self, site: Site, params: LoraParams) -> bool:
+        """Convolutions and embeddings run their own code on `down` (subclasses pad or scale in it), DoRA, too."""
+        return site.kind in ("conv", "embedding") or params.use_dora
+
+    def lowers(self, site: Site, params: LoraParams) -> bool:
+        """DoRA needs the weight itself, but for linear layers, whose norms follow from their output on A."""
+        return params.use_dora and (site.kind in ("conv", "embedding") or params.keeps_start)
+
+    def reads_weight(self, site: Site, params: LoraParams) -> bool:
+        """Say yes for DoRA, which divides by the norm of the weight."""
+        return params.use_dora
+
+    def apply(self, form: Form, params: LoraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
+        """Compute base(x) + scale · (up(down(drop(x))) + bias); with `keeps_start` less the start's update."""
+        import torch
+        from torch.nn import functional as F
+
+        y = base(x)
+        if params.parts is not None and form.parts is not None:
+            given = t.dropout(x)
+            updates: dict[str, Any] = {
+                part: F.linear(F.linear(given, getattr(t, f"{part}_down")), getattr(t, f"{part}_up"))
+                for part in params.parts
+            }
+            return add_to_parts(y, form.parts, updates, params.scale)
+        dropped = x if form.kind == "embedding" else t.dropout(x)
+        if form.kind == "embedding":
+            update = F.linear(base(x, weight=t.down.t()), t.up)
+        elif form.kind == "conv":
+            convolve = (F.conv1d, F.conv2d, F.conv3d)[form.weight_dims - 3]
+            update = convolve(base(dropped, weight=t.down, bias=None), t.up, groups=form.groups)
+        else:
+            update = F.linear(F.linear(dropped, t.down), t.up)
+        if params.keeps_start:
+            update = update - F.linear(F.linear(dropped, t.down_start), t.up_start)
+        if params.use_dora:
+            y = decomposed_output(form, t, x, dropped, y, update, params.scale, base)
+        else:
+            y = torch.add(y, update, alpha=params.scale)
+        if params.bias:
+            y = torch.add(y, along_channels(t.bias, form), alpha=params.scale)
+        return y
+
+    def fold(self, site: Site, params: LoraParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Add scale · B A to the weight, in the host's own layout (and the bias, if learned)."""
+        if params.parts is not None and site.row.parts is not None:
+            updates: dict[str, Tensor] = {
+                part: getattr(t, f"{part}_up") @ getattr(t, f"{part}_down") for part in params.parts
+            }
+            update = spread(site.row.parts, updates, 0.0, weight_shape(site)[1:])
+            return {"weight": weights["weight"] + params.scale * canonical(site.kind, update)}
+        down, up = t.down, t.up
+        if site.kind == "conv":
+            groups = site.row.conv_groups
+            rank, in_per_group, *kernel = down.shape
+            out_channels = up.shape[0]
+            per_group = up.reshape(groups, out_channels // groups, rank // groups) @ down.reshape(
+                groups, rank // groups, -1
+            )
+            update = per_group.reshape(out_channels, in_per_group, *kernel)
+        else:
+            update = up @ down
+            if params.keeps_start:
+                update = update - t.up_start @ t.down_start
+            update = canonical(site.kind, update)
+        folded = {"weight": weights["weight"] + params.scale * update}
+        if params.use_dora:
+            folded["weight"] = decompose(site.kind, folded["weight"], t.magnitude)
+        if params.bias:
+            bias = params.scale * t.bias
+            folded["bias"] = weights["bias"] + bias if "bias" in weights else bias
+        return folded

@@ -1,0 +1,80 @@
+"""Parallel adapter: base(x) + scale · (U act(D drop(x) + b) + b'), a bottleneck beside a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import sqrt
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.methods.base import Method
+from deltaspec.methods.declarations import Init, Promises, Refusal, TensorSpec
+from deltaspec.methods.shared.activations import Activation, activate
+from deltaspec.methods.shared.bottleneck import Dropout, Scale, WidthParams, bottleneck_width, refuse_serial
+from deltaspec.methods.shared.shapes import hidden_width
+
+if TYPE_CHECKING:
+    from deltaspec.methods.declarations import Form, Site
+
+
+class ParallelAdapterParams(WidthParams):
+    """Parameters of parallel_adapter; the bottleneck is 24 wide unless `width` or `reduction` says otherwise."""
+
+    activation: Activation = "relu"
+    """Between the two projections."""
+    dropout: Dropout = 0.0
+    """Probability of dropping an entry of the bottleneck's input while training."""
+    scale: Scale = 4.0
+    """Factor in front of the bottleneck's output; the paper's scaled variant has 4, its plain one 1."""
+    learn_scale: bool = False
+    """Train the scale, from `scale`."""
+
+
+class ParallelAdapter(Method):
+    """Scaled parallel adapter."""
+
+    name = "parallel_adapter"
+    summary = "bottleneck beside a module, from its input to its output"
+    paper = "Towards a Unified View of Parameter-Efficient Transfer Learning (arXiv:2110.04366)"
+    Params = ParallelAdapterParams
+    promises = Promises(identity_at_start=True, weight=None, per_row=True)
+    default_roles = ("attn", "mlp")
+
+    def refuse(self, site: Site, params: ParallelAdapterParams) -> Refusal | None:
+        """Take whatever takes and gives a hidden state with its width in the last dimension."""
+        if site.kind == "embedding":
+            return Refusal("an embedding takes ids, so nothing can stand beside it", "use method adapter")
+        if refusal := refuse_serial(self.name, site, "before") or refuse_serial(self.name, site, "after"):
+            return refusal
+        if site.moves:
+            return Refusal(
+                f"this {site.row.type} gives other positions than it takes, so nothing can stand beside it",
+                "select the blocks or linear layers inside it",
+            )
+        return None
+
+    def tensors(self, site: Site, params: ParallelAdapterParams) -> tuple[TensorSpec, ...]:
+        """Declare D `[width, in]`, its bias, U `[out, width]`, its bias, and the scale `[1]` if it is trained."""
+        entering, leaving = hidden_width(site, "before"), hidden_width(site, "after")
+        assert entering is not None and leaving is not None
+        width = bottleneck_width(leaving, params, default=24)
+        # As in the paper: D as nn.Linear's own, everything else zero.
+        specs = [
+            TensorSpec("down", (width, entering), Init("kaiming_uniform", sqrt(5))),
+            TensorSpec("down_bias", (width,), Init("zeros")),
+            TensorSpec("up", (leaving, width), Init("zeros")),
+            TensorSpec("up_bias", (leaving,), Init("zeros")),
+        ]
+        if params.learn_scale:
+            specs.append(TensorSpec("scale", (1,), Init("constant", params.scale)))
+        return tuple(specs)
+
+    def apply(self, form: Form, params: ParallelAdapterParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
+        """Compute base(x) + scale · bottleneck(x)."""
+        import torch
+        from torch.nn import functional as F
+
+        inner = activate(params.activation, F.linear(t.dropout(x), t.down, t.down_bias))
+        change = F.linear(inner, t.up, t.up_bias)
+        if params.learn_scale:
+            return base(x) + t.scale * change
+        return torch.add(base(x), change, alpha=params.scale)

@@ -1,0 +1,124 @@
+"""Prefix tuning: learned keys and values in front of those that a site attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import sqrt
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from deltaspec.methods.base import Method
+from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltaspec.backbone.table import Row
+    from deltaspec.methods.declarations import Form, Site
+
+
+class PrefixParams(MethodParams):
+    """Parameters of prefix."""
+
+    tokens: Annotated[int, Field(ge=1, le=65536)] = 6
+    """Number of learned keys and values at each site. They take no positions of the model's context."""
+    reparametrisation: Literal["none", "mlp"] = "none"
+    """`mlp` computes keys and values from one prefix that all sites share: stabler training, and it folds away."""
+    width: Annotated[int, Field(ge=1, le=65536)] = 512
+    """Hidden width of the reparametrisation."""
+
+
+class Prefix(Method):
+    """Prefix tuning."""
+
+    name = "prefix"
+    summary = "learned keys and values in front of what attention sees"
+    paper = "Prefix-Tuning: Optimizing Continuous Prompts for Generation (arXiv:2101.00190)"
+    Params = PrefixParams
+    promises = Promises(identity_at_start=False, weight=None, per_row=True)
+    default_roles = ("attn", "cross_attn")
+    descends = True
+    attends = True
+    strength = "attention"
+
+    def descends_to(self, row: Row) -> bool:
+        """Stand for the modules that call the attention function; a block may hold them further down."""
+        return row.attends
+
+    def refuse(self, site: Site, params: PrefixParams) -> Refusal | None:
+        """Take the modules that call transformers' attention function."""
+        way_out = "use soft_prompt, or lora on the projections"
+        if site.parameter is not None:
+            return Refusal(f"prefix works in an attention module, not on the parameter {site.parameter!r}", way_out)
+        if not site.row.attends:
+            return Refusal(
+                f"{site.row.type} does not call transformers' attention function, so keys have no way into it",
+                f"select attention modules (role: attn); where a model computes attention itself, {way_out}",
+            )
+        if site.attention is None:
+            return Refusal(
+                f"no forward pass reached the attention function of this {site.row.type}; it must be sdpa or eager",
+                'call model.set_attn_implementation("sdpa"), pass example_inputs, or leave this module out',
+            )
+        if params.reparametrisation == "mlp" and site.in_width is None:
+            return Refusal(f"the width of what enters this {site.row.type} is not known", "set reparametrisation: none")
+        return None
+
+    def tensors(self, site: Site, params: PrefixParams) -> tuple[TensorSpec, ...]:
+        """Declare K and V `[tokens, heads * width]`, or the shared prefix, its projection, and one layer to K and V."""
+        assert site.attention is not None
+        sizes = {
+            "key": site.attention.heads * site.attention.key_width,
+            "value": site.attention.heads * site.attention.value_width,
+        }
+        if params.reparametrisation == "none":
+            return tuple(TensorSpec(name, (params.tokens, size), Init("normal", 1.0)) for name, size in sizes.items())
+        hidden, inner = site.in_width, params.width
+        assert hidden is not None
+        start = Init("kaiming_uniform", sqrt(5))
+        # Sites of one width share these, as the paper's one MLP serves all layers.
+        shared = f"prefix_{params.tokens}x{hidden}x{inner}"
+        specs = [
+            TensorSpec("prefix", (params.tokens, hidden), Init("normal", 1.0), key=shared),
+            TensorSpec("down", (inner, hidden), start, key=f"{shared}.down"),
+            TensorSpec("down_bias", (inner,), Init("zeros"), key=f"{shared}.down_bias"),
+        ]
+        for name, size in sizes.items():
+            specs.append(TensorSpec(f"{name}_up", (size, inner), start))
+            specs.append(TensorSpec(f"{name}_bias", (size,), Init("zeros")))
+        return tuple(specs)
+
+    def attend(self, form: Form, params: PrefixParams, t: Any, q: Any, k: Any, v: Any, base: Callable[..., Any]) -> Any:
+        """Attend to [K; k] and [V; v]."""
+        import torch
+
+        key, value = (self._in_front(own, of) for own, of in zip(self._rows(params, t), (k, v), strict=True))
+        return base(q, torch.cat([key, k], dim=2), torch.cat([value, v], dim=2))
+
+    def _rows(self, params: PrefixParams, t: Any) -> tuple[Tensor, Tensor]:
+        import torch
+        from torch.nn import functional as F
+
+        if params.reparametrisation == "none":
+            return t.key, t.value
+        inner = torch.tanh(F.linear(t.prefix, t.down, t.down_bias))
+        return F.linear(inner, t.key_up, t.key_bias), F.linear(inner, t.value_up, t.value_bias)
+
+    @staticmethod
+    def _in_front(rows: Tensor, of: Tensor) -> Tensor:
+        """Shape `[tokens, heads * width]` rows like keys or values `[batch, heads, positions, width]`.
+
+        They may be `[batch, tokens, heads * width]`, too.
+        """
+        heads = rows.to(of.dtype).reshape(*rows.shape[:-1], of.shape[1], of.shape[3]).transpose(-3, -2)
+        return heads.expand(of.shape[0], *heads.shape[-3:])
+
+    def simpler(self, params: PrefixParams) -> tuple[str, dict[str, Any]] | None:
+        """Without the reparametrisation, it is the plain method."""
+        return None if params.reparametrisation == "none" else (self.name, {"tokens": params.tokens})
+
+    def simplified(self, site: Site, params: PrefixParams, t: Any) -> dict[str, Tensor]:
+        """Keep the keys and values that the reparametrisation gives."""
+        key, value = self._rows(params, t)
+        return {"key": key, "value": value}

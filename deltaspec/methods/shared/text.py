@@ -1,0 +1,50 @@
+"""Token ids of a text, by a tokenizer of transformers."""
+
+from __future__ import annotations
+
+import os
+
+
+class TextError(Exception):
+    """A text that cannot be tokenised: why, and the way out."""
+
+    def __init__(self, reason: str, suggestion: str) -> None:
+        super().__init__(reason)
+        self.reason, self.suggestion = reason, suggestion
+
+
+def ids_of(text: str, tokenizer: str) -> list[int]:
+    """Give the ids that a tokenizer (a directory or an id on the hub) gives a text, special tokens included.
+
+    A hub is asked only for what is not on this machine yet; code from it is never run. Raises TextError.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise TextError(
+            "transformers, which reads tokenizers, is not installed", "pip install 'deltaspec[transformers]'"
+        ) from None
+    path = os.path.expanduser(tokenizer)
+    local = os.path.isdir(path)
+    try:
+        load = transformers.AutoTokenizer.from_pretrained
+        try:
+            made = load(path, trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError):
+            if local or not _may_ask_a_hub(tokenizer):
+                raise
+            made = load(tokenizer, trust_remote_code=False)
+        ids = made(text)["input_ids"]
+    except Exception as error:  # whatever a tokenizer's files or the hub's client raise
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        way_out = "name a directory that tokenizer.save_pretrained wrote or an id on the hub, or give token_ids"
+        raise TextError(f"the tokenizer {tokenizer!r} cannot be used: {first[:300]}", way_out) from error
+    if not ids:
+        raise TextError(f"the tokenizer {tokenizer!r} makes no token of the text", "give a longer text")
+    return [int(i) for i in ids]
+
+
+def _may_ask_a_hub(tokenizer: str) -> bool:
+    from deltaspec.backbone.loading import reachable
+
+    return "\\" not in tokenizer and not tokenizer.startswith((".", "/", "~")) and reachable()

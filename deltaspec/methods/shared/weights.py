@@ -1,0 +1,139 @@
+"""What the methods share that change a weight: the sites they take, and how a change of the weight reaches the output.
+
+*Canonical* is the layout `[out, in]`: transformers' Conv1D stores the transpose, an Embedding stores `[rows, width]`,
+whose canonical form is `[width, rows]`. A convolution's canonical layout is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.methods.declarations import Refusal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltaspec.methods.declarations import Form, Site
+
+
+_NAMES = {"linear": "Linear", "conv1d": "Conv1D", "embedding": "Embedding", "conv": "Conv"}
+
+
+def refuse_weight(
+    site: Site, method: str, kinds: tuple[str, ...] = ("linear", "conv1d", "embedding", "conv"), dropout: float = 0.0
+) -> Refusal | None:
+    """Say why a method that changes the weight of these kinds of module cannot take a site; None where it can."""
+    row = site.row
+    if site.parameter is not None and site.stack is None:
+        return refuse_parameter(site, method)
+    if site.stack is not None and not site.is_read("weight"):
+        return Refusal(
+            f"no forward reads {site.fqn}, so a change of it would do nothing",
+            "leave it out, or pass example_inputs that reach it",
+        )
+    if site.kind not in kinds:
+        names = [_NAMES[kind] for kind in kinds]
+        wanted = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+        article = "an" if wanted[0] in "AEIOU" else "a"
+        return Refusal(
+            f"{method} needs {article} {wanted} module, not {row.type}",
+            "select the linear layers inside it, or use method adapter for a whole block"
+            if site.kind in ("other", "norm")
+            else "leave this module out, or use method lora on it",
+        )
+    if row.conv is not None and row.conv.transposed:
+        return Refusal(f"{method} has no form for the transposed convolution {row.type}", "use method full")
+    if site.host is not None and dropout:
+        return Refusal(
+            f"{reader(site)} reads this weight by itself, so dropout on its input has no place",
+            "set dropout: 0 for this site in overrides",
+        )
+    return None
+
+
+def reader(site: Site) -> str:
+    """Name whose forward reads the weight of a site in its own way."""
+    return "its own forward" if site.host == site.row.fqn and site.stack is None else site.host or "the model"
+
+
+def refuse_parameter(site: Site, method: str) -> Refusal:
+    """Say why a single parameter cannot be taken."""
+    assert site.parameter is not None
+    shape = site.row.shape_of(site.parameter)
+    if site.kind in ("conv", "norm") or len(shape) in (2, 3):
+        return Refusal(
+            f"{method} does not change the single parameter {site.parameter!r} of this {site.row.type}",
+            "select the module (path:, role: or type:), or use method full for the parameter",
+        )
+    return Refusal(
+        f"{method} changes matrices and stacks of them, and this parameter of a {site.row.type} has "
+        f"{len(shape)} dimension{'' if len(shape) == 1 else 's'}: {list(shape)}",
+        "use method full for it",
+    )
+
+
+def weight_shape(site: Site) -> tuple[int, ...]:
+    """Give the canonical shape of a site's weight."""
+    if site.kind == "conv":
+        return site.row.shape_of("weight")
+    assert site.row.in_features is not None and site.row.out_features is not None
+    return site.row.out_features, site.row.in_features
+
+
+def wasted_rank(site: Site, rank: int, groups: int = 1) -> str | None:
+    """Tell of a rank above that of the weight: it costs parameters, and no update has more than the weight's.
+
+    `groups`: an update falls into that many, whose ranks add up.
+    """
+    rows, *inner = weight_shape(site)
+    most = groups * min(rows // groups, prod(inner))
+    return f"rank {rank} is more than the {most} that this {site.row.type} can use" if rank > most else None
+
+
+def canonical(kind: str, weight: Any) -> Any:
+    """Turn a weight of a module of this kind from its own layout to the canonical one, or back."""
+    return weight.t() if kind in ("conv1d", "embedding") else weight
+
+
+def own_layout(kind: str, weight: Tensor) -> Tensor:
+    """Turn a canonical weight to the layout of a module of this kind, in memory too: kernels round by that."""
+    turned: Tensor = canonical(kind, weight)
+    return turned.contiguous()
+
+
+def add_update(form: Form, y: Any, x: Any, update: Any, base: Callable[..., Any]) -> Any:
+    """Add to `y` what a canonical change of the weight makes of `x`; other kinds than linear layers substitute."""
+    from torch.nn import functional as F
+
+    if form.kind == "conv":
+        return y + base(x, weight=update, bias=None)
+    if form.kind == "embedding":
+        return y + base(x, weight=update.t())
+    return y + F.linear(x, update)
+
+
+def substitutes_update(site: Site) -> bool:
+    """Tell whether `add_update` runs the host's own code on the update at this site."""
+    return site.kind in ("conv", "embedding")
+
+
+def fold_update(site: Site, weights: Mapping[str, Tensor], update: Tensor) -> dict[str, Tensor]:
+    """Add a canonical change to the weight, in the host's own layout."""
+    return {"weight": weights["weight"] + canonical(site.kind, update)}
+
+
+def host_bias(form: Form, base: Callable[..., Any], like: Any) -> Any:
+    """Give a linear host's own bias as `[1, out]` (zeros where it has none); `like` is any `[out]` vector.
+
+    The host is run on one zero of width one: its weight then adds nothing, at no cost.
+    """
+    zeros = like.detach().mul(0).reshape(1, -1)
+    return base(zeros[:, :1], weight=zeros if form.kind == "conv1d" else zeros.t())
+
+
+def without_bias(form: Form, base: Callable[..., Any], x: Any, like: Any) -> Any:
+    """Give a linear host's output on `x` without its bias; `like` is any `[out]` vector."""
+    # Conv1D's addmm needs a bias to add.
+    return base(x, bias=like.detach().mul(0) if form.kind == "conv1d" else None)

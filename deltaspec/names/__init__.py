@@ -1,0 +1,1 @@
+"""Dotted names: patterns on them, and folding."""

@@ -1,0 +1,128 @@
+"""Taken out of combination, derived."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deltaspec.language.derivation import METHOD, Derivation, DerivedParams, in_order
+from deltaspec.methods.declarations import Init, Own
+from deltaspec.methods.registry import methods
+from deltaspec.planning.planned import PlannedDelta, PlannedSite
+
+if TYPE_CHECKING:
+    from deltaspec.diagnostics.findings import Diagnostic
+    from deltaspec.language.model import DeltaSpec
+    from deltaspec.methods.declarations import MethodParams, Site, TensorSpec
+
+
+def why_not(derivation: Derivation, method: str, parts: Sequence[PlannedSite]) -> tuple[str, str] | None:
+    """Say why sources cannot be combined at a site, and the way out; None where they can."""
+    site, combine = parts[0].site, derivation.combine
+    if site.parameter is not None:
+        return "a single parameter has no derived form", "leave it out of the sources' targets"
+    if site.row.conv_groups > 1:
+        return f"a grouped convolution ({site.row.type}) has no derived form", "leave it out of the sources' targets"
+    if refusal := methods()[METHOD].refuse(site, lora(1)):
+        return f"a derived delta is a low-rank update, and {refusal.reason}", "leave it out of the sources' targets"
+    if others := {name for part in parts for name in _changes(method, part)} - {"weight"}:
+        return f"a source changes the {', '.join(sorted(others))}, too", "combine deltas that change the weight alone"
+    if combine == "svd":
+        return None
+    if not all(_plain(part.params) for part in parts):
+        reason = f"{combine} takes plain factors, without use_dora, parts and init: orthogonal or pissa"
+        return reason, "use combine: svd"
+    ranks = dict.fromkeys(getattr(part.params, "rank", 1) for part in parts)
+    if combine != "cat" and len(ranks) > 1:
+        return f"{combine} needs sources of one rank, not {', '.join(map(str, ranks))}", "use combine: cat, or svd"
+    return None
+
+
+def _plain(params: Any) -> bool:
+    return not (params.use_dora or params.keeps_start or params.parts)
+
+
+def _changes(method: str, planned: PlannedSite) -> Iterable[str]:
+    """Give the own names of the parameters that a delta changes at a site."""
+    row = planned.site.row
+    own = Own(
+        tuple(spec.name for spec in planned.tensors),
+        [
+            torch.empty(spec.shape, device="meta", dtype=getattr(torch, spec.dtype or "float32"))
+            for spec in planned.tensors
+        ],
+    )
+    weights = {p.name: torch.empty(p.shape, device="meta") for p in row.parameters}
+    return methods()[method].fold(planned.site, planned.params, own, weights)
+
+
+# The plan
+
+
+def order(spec: DeltaSpec) -> list[int]:
+    """Give the indices of a spec's deltas, each one after its sources."""
+    index = {entry.name: number for number, entry in enumerate(spec.deltas)}
+    return [index[name] for name in in_order({entry.name: entry.sources for entry in spec.deltas})]
+
+
+def place(spec: DeltaSpec, index: int, planned: Mapping[str, PlannedDelta]) -> tuple[PlannedDelta, list[Diagnostic]]:
+    """Plan a derived delta from its planned sources; give the findings, too."""
+    from deltaspec.planning.derived import why_not
+
+    entry = spec.deltas[index]
+    assert entry.combine is not None and isinstance(entry.params, DerivedParams)
+    derivation = Derivation(entry.combine, tuple(entry.sources.items()), entry.params)
+    sources = [planned[name] for name in entry.sources]
+    own = [{site.fqn: site for site in source.sites} for source in sources]
+    problems: dict[tuple[str, str], str] = {}
+    for source, sites in zip(sources[1:], own[1:], strict=True):
+        if lacking := sorted(own[0].keys() ^ sites.keys()):
+            has = sources[0].name if lacking[0] in own[0] else source.name
+            reason = f"{sources[0].name} and {source.name} have different sites; only {has} has"
+            problems.setdefault((reason, "give the sources one target"), lacking[0])
+    made: dict[int, MethodParams] = {}
+    placed = []
+    for fqn in own[0] if not problems else ():
+        parts = [sites[fqn] for sites in own]
+        if problem := why_not(derivation, sources[0].method, parts):
+            problems.setdefault(problem, fqn)
+            continue
+        rank = derivation.rank(parts)
+        params = made.setdefault(rank, lora(rank))
+        placed.append(PlannedSite(parts[0].site, params, _tensors(parts[0].site, params)))
+    line, _ = spec.locate(("deltas", index))
+    both = ", ".join(source.name for source in sources if source.attached and entry.attached)
+    delta = PlannedDelta(
+        name=entry.name,
+        method=METHOD,
+        attached=entry.attached,
+        params=placed[0].params if placed else lora(1),
+        sites=tuple(placed),
+        seed=spec.seed,
+        spec=spec.name,
+        location=f"{spec.name}:{line}" if line else spec.name,
+        notes=(f"starts attached beside {both}, which it is built from: they add up",) if both else (),
+        derived=derivation,
+    )
+    findings = [
+        spec.diagnostic("DS409", f"delta {entry.name!r}: {reason} ({fqn})", ("deltas", index, "from"), hint)
+        for (reason, hint), fqn in problems.items()
+    ]
+    return delta, findings
+
+
+def lora(rank: int) -> MethodParams:
+    """Give the parameters of a derived delta's sites: lora's, for a scale of 1."""
+    from deltaspec.methods.registry import methods
+
+    return methods()[METHOD].Params.model_validate({"rank": rank, "alpha": float(rank)})
+
+
+def _tensors(site: Site, params: MethodParams) -> tuple[TensorSpec, ...]:
+    """Declare lora's tensors, as buffers that are filled later."""
+    from deltaspec.methods.registry import methods
+
+    return tuple(replace(spec, init=Init(), buffer=True) for spec in methods()[METHOD].tensors(site, params))

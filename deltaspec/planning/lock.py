@@ -1,0 +1,160 @@
+"""The lock: a plan written down beside its spec, so that a review sees what a change does and CI sees drift."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.documents.atomic import write_atomically
+from deltaspec.planning.lock_changes import lock_changes
+from deltaspec.planning.text import groups
+
+if TYPE_CHECKING:
+    from deltaspec.planning.plan import Plan
+    from deltaspec.planning.planned import PlannedDelta
+
+
+VERSION = 1
+_MAX_BYTES = 16 << 20
+_LOCK = {"specs": list, "model": dict, "deltas": dict, "sites": int, "trainable": int, "plan": str}
+_DELTA = {"method": str, "attached": bool, "seed": int, "params": dict, "groups": list, "trainable": int}
+_GROUP = {"at": str, "tensors": dict, "params": dict, "bypassed": bool}
+
+
+def lock_path(spec: str | os.PathLike[str]) -> Path:
+    """Name the lock of a spec: `french.deltaspec.yaml` has `french.deltaspec.lock.json` beside it."""
+    path = Path(spec)
+    return path.with_name(path.name.removesuffix(path.suffix) + ".lock.json")
+
+
+def lock(plan: Plan) -> str:
+    """Write a plan as a lock file's text: JSON, the same for the same plan, one group of sites a line."""
+    return _pretty(lock_data(plan)) + "\n"
+
+
+def lock_data(plan: Plan) -> dict[str, Any]:
+    """Give the content of a plan's lock file."""
+    dtypes = {entry.name: entry.dtype for spec in plan.specs for entry in spec.deltas}
+    return {
+        "lock": VERSION,
+        "specs": [f"sha256:{spec.digest}" for spec in plan.specs],
+        "model": {
+            "class": plan.model_class,
+            "type": plan.model_type,
+            "parameters": plan.base_parameters,
+            "structure": plan.structure,
+        },
+        "deltas": {delta.name: _delta_data(delta, dtypes[delta.name]) for delta in plan.deltas},
+        "sites": len(plan.sites),
+        "trainable": plan.trainable,
+        "plan": plan.fingerprint,
+    }
+
+
+def write_lock(plan: Plan, path: str | os.PathLike[str]) -> None:
+    """Write a plan's lock file: the old one or the new one is there at any moment, never half of one."""
+    write_atomically(Path(path), lock(plan).encode())
+
+
+def check_lock(plan: Plan, path: str | os.PathLike[str]) -> list[Diagnostic]:
+    """Compare a plan with a lock file; empty where `lock` would write the same content again.
+
+    A missing or malformed file is a finding, too.
+    """
+    name = os.fspath(path)
+    try:
+        with open(name, "rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        hint = "run `deltaspec lock` and commit the file"
+        return [Diagnostic("DS510", "there is no lock file", name, suggestion=hint)]
+    except OSError as error:
+        return [Diagnostic("DS510", f"the lock file cannot be read: {error.strerror}", name)]
+    try:
+        if len(content) > _MAX_BYTES:
+            raise ValueError("it is too large")
+        locked = _parsed(content)
+        changes = lock_changes(plan, json.loads(lock(plan)), locked, Path(name).name)
+    except (ValueError, RecursionError) as error:
+        return [_malformed(name, str(error) if isinstance(error, ValueError) else "it is nested too deeply")]
+    if not changes and locked != json.loads(lock(plan)):
+        return [_malformed(name, "its numbers do not fit together")]
+    return changes
+
+
+def _malformed(name: str, reason: str) -> Diagnostic:
+    hint = "resolve the conflict or remove the file, then run `deltaspec lock`"
+    return Diagnostic("DS511", f"this is no lock file of deltaspec: {reason}", name, suggestion=hint)
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    """Read a lock file and check the types of all that is compared. Raises ValueError."""
+    data = json.loads(content.decode("utf-8"))
+    if not isinstance(data, dict) or "lock" not in data:
+        raise ValueError("the key 'lock' is missing")
+    if data["lock"] != VERSION:
+        raise ValueError(f"its format is {data['lock']!r:.40}, and this deltaspec writes {VERSION}")
+    _typed(data, _LOCK, "")
+    for delta_name, delta in data["deltas"].items():
+        where = f"deltas.{delta_name:.80}"
+        if not isinstance(delta, dict):
+            raise ValueError(f"{where} is not a mapping")
+        _typed(delta, _DELTA, where)
+        for group in delta["groups"]:
+            if not isinstance(group, dict):
+                raise ValueError(f"{where}.groups holds something else than mappings")
+            _typed(group, _GROUP, f"{where}.groups")
+    return data
+
+
+def _typed(data: dict[str, Any], kinds: Mapping[str, type], where: str) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(data.get(key), kind):
+            place = f"{where}.{key}" if where else key
+            raise ValueError(f"{place} is missing or not of type {kind.__name__}")
+
+
+def _delta_data(delta: PlannedDelta, dtype: str | None) -> dict[str, Any]:
+    return {
+        "method": delta.method,
+        **({} if delta.derived is None else {"derived": delta.derived.to_data()}),
+        "attached": delta.attached,
+        "seed": delta.seed,
+        **({} if dtype is None else {"dtype": dtype}),
+        "params": delta.params.model_dump(mode="json"),
+        "groups": [
+            {
+                "at": pattern,
+                "sites": count,
+                "tensors": {name: list(shape) for name, shape, _ in group.tensors},
+                "params": group.params,
+                "bypassed": group.bypassed,
+            }
+            for group in groups(delta)
+            for pattern, count in group.patterns
+        ],
+        "sites": len(delta.sites),
+        "trainable": delta.trainable,
+    }
+
+
+def _pretty(value: object, indent: str = "") -> str:
+    """Write JSON with one line for each innermost part: what `groups` holds, and values without mappings."""
+    deeper = indent + "  "
+    if isinstance(value, dict) and value:
+        items: Iterable[str] = (
+            f"{json.dumps(key)}: {_flat(item) if key in ('params', 'specs', 'derived') else _pretty(item, deeper)}"
+            for key, item in value.items()
+        )
+        return "{\n" + ",\n".join(deeper + item for item in items) + f"\n{indent}}}"
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(deeper + _flat(item) for item in value) + f"\n{indent}]"
+    return _flat(value)
+
+
+def _flat(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,197 @@
+"""Running a module's own code on other parameters than its own, without writing to the module.
+
+Each call makes a shallow stand-in for the module (and for the children on the way to the parameter): same class, same
+attributes, same children, other parameters. Nothing is shared between calls, so threads do not see each other, and
+training flags are always current. Dynamo and torch.export trace through it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deltaspec.backbone.attention import Router, register
+from deltaspec.backbone.stand_in import stand_in
+from deltaspec.graphs.row_ops import toward
+from deltaspec.methods.base import Method
+from deltaspec.methods.declarations import Form, MethodParams, Own, Site
+from deltaspec.methods.matrices import site_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from deltaspec.backbone.attention import Attention, Hook
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """One delta that works through the parameters of a module at or below a host."""
+
+    path: tuple[str, ...]
+    """From the host to the module that owns the parameters; empty for the host itself."""
+    method: Method
+    params: MethodParams
+    site: Site
+    names: tuple[str, ...]
+    """The delta's tensors, in the order they come in the call."""
+    scaled: bool = False
+    """Its strength comes after its tensors."""
+    stacked: frozenset[str] = field(init=False)
+    """Those that hold one tensor a matrix, where the site is a stacked parameter."""
+
+    def __post_init__(self) -> None:
+        specs = site_tensors(self.method, self.site, self.params) if self.site.stack else ()
+        object.__setattr__(self, "stacked", frozenset(spec.name for spec in specs if spec.stack))
+
+
+@dataclass(frozen=True, slots=True)
+class Attend:
+    """One delta that works inside the attention function of a host."""
+
+    method: Method
+    params: MethodParams
+    form: Form
+    scaled: bool = False
+    """Its strength comes after its tensors."""
+
+    def bind(self, own: Any, strength: Tensor | None) -> Hook:
+        """Give the hook that computes attention with these tensors."""
+
+        def hook(query: Tensor, key: Tensor, value: Tensor, base: Attention) -> Any:
+            return self.method.attend(self.form, self.params, own, query, key, value, base)
+
+        if strength is None:
+            return hook
+
+        def by_strength(query: Tensor, key: Tensor, value: Tensor, base: Attention) -> Any:
+            without, seen = base(query, key, value)
+            output, weights = hook(query, key, value, base)
+            if weights is not None:  # of the model's own positions
+                weights = toward(seen, weights[..., -seen.shape[-1] :], strength)
+            return toward(without, output, strength), weights
+
+        return by_strength
+
+
+class Lowered:
+    """The host's own forward, its parameters computed from the backbone's and the deltas' tensors at each call.
+
+    This is how weight-expressible deltas reach modules whose weight is read without a call (`nn.MultiheadAttention`'s
+    projections, a tied head, `F.linear` on a weight).
+    """
+
+    def __init__(
+        self, host: nn.Module, folds: tuple[Fold, ...], frozen: bool = False, attends: tuple[Attend, ...] = ()
+    ) -> None:
+        self.host, self.folds, self.attends = host, folds, attends
+        # Held here, since Dynamo knows no source for what it finds through a stand-in (closures of decorators).
+        self.code = type(host).forward
+        self.frozen = frozen
+        """Run the host in evaluation mode: its statistics are the backbone's."""
+        if attends:
+            register()
+            self.router = Router(type(host))
+
+    def __call__(self, tensors: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
+        """Run the host; `tensors` are those of all folds, in order, then those of all hooks into its attention."""
+        folded: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        start = 0
+        for fold in self.folds:
+            own = Own(fold.names, tensors[start:])
+            start += len(fold.names)
+            strength = tensors[start] if fold.scaled else None
+            start += fold.scaled
+            changed = folded.setdefault(fold.path, {})
+            changed |= fold_into(_at(self.host, fold.path), fold, own, dict(changed), strength)
+        shadow = _graft(self.host, (), folded)
+        if self.frozen:
+            shadow.training = False
+        hooks: list[Hook] = []
+        for attend in self.attends:
+            own, start = Own(attend.form.tensors, tensors[start:]), start + len(attend.form.tensors)
+            hooks.append(attend.bind(own, tensors[start] if attend.scaled else None))
+            start += attend.scaled
+        if hooks:
+            self.router.route(shadow, hooks)
+        return self.code(shadow, *args, **kwargs)
+
+
+def fold_into(
+    module: nn.Module, fold: Fold, own: Any, folded: dict[str, Tensor], strength: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Compute the new own parameters of a module under one delta, by its strength, rounded to the module's dtype.
+
+    `folded` are those that deltas before it changed.
+    """
+    return rounded(module, fold_widely(module, fold, own, folded, strength))
+
+
+def fold_widely(
+    module: nn.Module, fold: Fold, own: Any, folded: dict[str, Tensor], strength: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Do `fold_into` without rounding: the result has the wider dtype of the module and the delta."""
+    weights = {name: value for name, value in module._parameters.items() if value is not None} | folded
+    if fold.site.stack is None:
+        new = fold.method.fold(fold.site, fold.params, own, weights)
+    else:
+        parameter = fold.site.parameter
+        assert parameter is not None
+        new = {parameter: fold_matrices(fold, own, weights[parameter])}
+    if strength is None:
+        return new
+    before = {name: value for name, value in module._buffers.items() if value is not None} | weights
+    return {name: _scaled(before.get(name), value, strength) for name, value in new.items()}
+
+
+def rounded(module: nn.Module, new: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give new parameters of a module in its dtype."""
+    dtype = next((p.dtype for p in module._parameters.values() if p is not None), None)
+    return {
+        name: value if dtype is None or not value.is_floating_point() or value.dtype == dtype else value.to(dtype)
+        for name, value in new.items()
+    }
+
+
+def _scaled(without: Tensor | None, with_it: Tensor, strength: Tensor) -> Tensor:
+    """Go from a module's tensor (a missing one counts as zero) to what a delta makes of it; integers are not scaled."""
+    if not with_it.is_floating_point():
+        return with_it
+    if without is None:
+        return toward(torch.zeros_like(with_it), with_it, strength)
+    return toward(without, with_it.to(torch.promote_types(without.dtype, with_it.dtype)), strength)
+
+
+def fold_matrices(fold: Fold, own: Any, weight: Tensor) -> Tensor:
+    """Fold a delta into a parameter that is a matrix or a stack of them."""
+
+    def one(tensors: dict[str, Tensor], matrix: Tensor) -> Tensor:
+        values = Own(tuple(tensors), tuple(tensors.values()))
+        return fold.method.fold(fold.site, fold.params, values, {"weight": matrix})["weight"]
+
+    tensors = {name: getattr(own, name) for name in fold.names}
+    if not fold.site.stack:
+        return one(tensors, weight)
+    places = {name: 0 if name in fold.stacked else None for name in fold.names}
+    folded: Tensor = torch.vmap(one, in_dims=(places, 0))(tensors, weight)
+    return folded
+
+
+def _at(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
+    for name in path:
+        child = module._modules[name]
+        assert child is not None
+        module = child
+    return module
+
+
+def _graft(module: nn.Module, path: tuple[str, ...], folded: dict[tuple[str, ...], dict[str, Tensor]]) -> nn.Module:
+    """Make the stand-in of a module, with stand-ins for the children that hold changed parameters."""
+    shadow = stand_in(module, folded.get(path, {}))
+    below = {other[len(path)] for other in folded if len(other) > len(path) and other[: len(path)] == path}
+    for name in below:
+        child = module._modules[name]
+        assert child is not None
+        shadow._modules[name] = _graft(child, (*path, name), folded)
+    return shadow

@@ -1,0 +1,47 @@
+"""Where deltas work: which modules' forwards change, and for which of their sites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deltaspec.methods.registry import methods
+
+if TYPE_CHECKING:
+    from deltaspec.methods.declarations import Site
+    from deltaspec.planning.planned import PlannedDelta, PlannedSite
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One delta at one host module, in the order of the spec."""
+
+    delta: str
+    method: str
+    planned: PlannedSite
+    lowered: bool
+    """Works through the host's parameters instead of around its call."""
+
+
+class Visits(dict[str, dict[str, list[Visit]]]):
+    """Visits of deltas, by host; worked out when they are first asked for."""
+
+    def __init__(self, planned: Mapping[str, PlannedDelta] | None = None) -> None:
+        super().__init__()
+        self.planned = planned or {}
+
+    def __missing__(self, name: str) -> dict[str, list[Visit]]:
+        planned = self.planned[name]
+        method = methods()[planned.method]
+        found: dict[str, list[Visit]] = {}
+        for site in planned.sites:
+            visit = Visit(name, planned.method, site, method.folds(site.site, site.params))
+            found.setdefault(host_of(site.site), []).append(visit)
+        self[name] = found
+        return found
+
+
+def host_of(site: Site) -> str:
+    """Give the FQN of the module whose forward changes for a site."""
+    return site.row.fqn if site.host is None else site.host

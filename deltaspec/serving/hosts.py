@@ -1,0 +1,235 @@
+"""The regions of mixed batches: a host's forward in which every row has tensors of its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from deltaspec.backbone.frozen import FrozenStatistics
+from deltaspec.backbone.stand_in import Swapped, no_gradient_of_padding, stand_in
+from deltaspec.deltas.modules import storage_key
+from deltaspec.deltas.strengths import Strengths
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.graphs.row_ops import align, rows_in, rows_out, take
+from deltaspec.methods.declarations import Own
+from deltaspec.methods.registry import methods
+from deltaspec.runtime.lowering import Fold, fold_into
+from deltaspec.runtime.placements import host_of
+from deltaspec.runtime.programs import call_form
+from deltaspec.serving.binding import attend_rows, virtual_tokens
+from deltaspec.serving.slots import Source
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deltaspec.runtime.active import Attachments
+    from deltaspec.runtime.placements import Visit
+    from deltaspec.runtime.program import Forward
+    from deltaspec.runtime.programs import Programmer
+    from deltaspec.serving.slots import Slot
+
+
+def bind_rows(attachments: Attachments, host: str, given: Sequence[tuple[Slot, str]]) -> Forward:
+    """Build a host's forward for slots, each of the kind of the named delta, in order of application."""
+    programmer, module = attachments.programmer, attachments.programmer.modules[host]
+    folds: list[tuple[Fold, tuple[Source, ...], Slot]] = []
+    attends: list[tuple[Slot, Visit]] = []
+    links, visits = [], []
+    bound: list[Any] = []
+    for slot, name in given:
+        stack = attachments.stacks.of(name)
+        for visit in (visit for visit in programmer.visits_of(name) if host_of(visit.planned.site) == host):
+            if virtual_tokens(visit):
+                continue
+            visits.append(visit)
+            link, _, dropout = programmer.link(visit, module)
+            fqn = visit.planned.site.row.fqn
+            sources = tuple(Source(stack, storage_key(fqn, spec), attachments.deltas) for spec in visit.planned.tensors)
+            if visit.lowered:
+                fold = Fold((), methods()[visit.method], link.params, visit.planned.site, link.form.tensors)
+                folds.append((fold, sources, slot))
+            elif methods()[visit.method].attends:
+                attends.append((slot, visit))
+            else:
+                links.append(replace(link, per_row=True))
+                bound += [*sources, *dropout, slot]
+    base: Any = programmer.own_forward(host)
+    if folds:
+        if not all(_is_simple(programmer, visit) for visit in visits if visit.lowered):
+            return HostRows(attachments, host, given)
+        base = FoldedRows(module, tuple(folds), host in programmer.statistics)
+    elif attends:
+        base = attend_rows(attachments, host, attends)
+    elif host in programmer.statistics:
+        base = FrozenStatistics(module)
+    if not visits:
+        return programmer.own_forward(host)
+    built = programmer.region_of(host, visits, tuple(links))
+    if "swapped" in built.bound:
+        bound.append(Swapped(module))
+    return functools.partial(built.function, base, *bound)
+
+
+class HostRows:
+    """A host that reads weights without calling their modules: run once a set of deltas, each row taking its own.
+
+    Such a host takes and gives what it likes, so nothing in it can be batched by row; its outputs can be told apart.
+    """
+
+    def __init__(self, attachments: Attachments, host: str, given: Sequence[tuple[Slot, str]]) -> None:
+        self._attachments, self._host = attachments, host
+        self._slots = [slot for slot, _ in given]
+        self._forwards: dict[tuple[str, ...], Forward] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the host. Raises DeltaSpecError (DS442) where its outputs do not tell rows apart."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"deltaspec DS444: {self._host} reads weights without calling their modules, "
+                               "so what its rows are under cannot be data in a compiled graph")  # fmt: skip
+        if not all(map(_is_data, (*args, *kwargs.values()))):
+            raise DeltaSpecError([_stateful(self._host)])
+        rows = list(zip(*(slot.assigned for slot in self._slots), strict=True))
+        size, output = self._slots[0].batch.size, None
+        for chosen in dict.fromkeys(rows):
+            found = self._forward([entry for entry in chosen if entry is not None])(*args, **kwargs)
+            places = [row == chosen for row in rows for _ in range(size // len(rows))]
+            output = found if output is None else _put_rows(output, found, torch.tensor(places))
+        if output is None or not any(tensor.shape[:1] == (size,) for tensor in _tensors_of(output)):
+            raise DeltaSpecError([_untold(self._host, size)])
+        return output
+
+    def _forward(self, chosen: list[tuple[str, float]]) -> Forward:
+        """Give the host's forward under deltas of these strengths."""
+        programmer, names = self._attachments.programmer, tuple(name for name, _ in chosen)
+        visits = [visit for name in names for visit in programmer.hosts[name].get(self._host, ())]
+        if not visits:
+            return programmer.own_forward(self._host)
+        part = {name: strength for name, strength in chosen if strength != 1.0}
+        if part:
+            return programmer.bind(self._host, visits, part, Strengths(part))[0]
+        if names not in self._forwards:
+            self._forwards[names] = programmer.bind(self._host, visits, ())[0]
+        return self._forwards[names]
+
+
+def _is_data(value: Any) -> bool:
+    """Tell whether a host can only read an argument; a cache it would write once a run."""
+    if isinstance(value, Mapping):
+        return all(map(_is_data, value.values()))
+    if isinstance(value, tuple | list):
+        return all(map(_is_data, value))
+    return value is None or isinstance(value, Tensor | bool | int | float | str | torch.dtype | torch.device)
+
+
+def _put_rows(output: Any, other: Any, chosen: Tensor) -> Any:
+    """Take the chosen rows of tensors from another output of the same form."""
+    if isinstance(output, Tensor):
+        if output.shape[:1] != chosen.shape:
+            return output
+        return torch.where(align(chosen.to(output.device), output), other, output)
+    if isinstance(output, Mapping):
+        return type(output)(**{name: _put_rows(value, other[name], chosen) for name, value in output.items()})
+    if isinstance(output, tuple | list):
+        return type(output)(_put_rows(one, two, chosen) for one, two in zip(output, other, strict=True))
+    return output
+
+
+def _tensors_of(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors_of(value)
+
+
+def refusals(attachments: Attachments, name: str) -> list[Diagnostic]:
+    """Say why a delta cannot be under single rows of a batch (DS441); empty where it can."""
+    programmer, found = attachments.programmer, []
+    for visit in programmer.visits_of(name):
+        if reason := _refusal(programmer, visit):
+            message = f"delta {name!r} cannot be mixed row by row: {reason}"
+            hint = f"run its rows apart, under c.only({name!r})"
+            found.append(Diagnostic("DS441", message, suggestion=hint))
+    return found[:1]
+
+
+def _refusal(programmer: Programmer, visit: Visit) -> str | None:
+    if not methods()[visit.method].promises.per_row:
+        return f"{visit.method} is not usable for single rows"
+    site = visit.planned.site
+    kind = type(programmer.modules[host_of(site)])
+    if methods()[visit.method].substitutes(site, visit.planned.params) and call_form(kind, site)[0] is None:
+        return f"it runs {site.fqn} on other weights, and that is called with more than the hidden state"
+    if any(spec.buffer and spec.name.startswith("running_") for spec in visit.planned.tensors):
+        return f"it has statistics of its own for {site.fqn}, which are those of a whole batch"
+    if fqn := _sequence_first(programmer, site.row.fqn):
+        above = type(programmer.modules[fqn]).__name__
+        return f"{fqn or 'the model'} ({above}) takes the batch as its second dimension (batch_first=False)"
+    return None
+
+
+def _is_simple(programmer: Programmer, visit: Visit) -> bool:
+    """Tell whether a lowered site is its own host, a module that is given the hidden state alone."""
+    site = visit.planned.site
+    itself = site.host in (None, site.row.fqn) and site.kind != "other"
+    return itself and call_form(type(programmer.modules[host_of(site)]), site)[0] is not None
+
+
+def _sequence_first(programmer: Programmer, fqn: str) -> str | None:
+    """Give the module at or above a site that has positions first and rows second."""
+    names = [fqn]
+    while names[-1]:
+        names.append(names[-1].rpartition(".")[0])
+    return next((n for n in names if getattr(programmer.modules[n], "batch_first", True) is False), None)
+
+
+def _stateful(host: str) -> Diagnostic:
+    message = (
+        f"{host or 'the model'} reads weights around their modules, so it runs once a delta; but it may write a cache"
+    )
+    return Diagnostic("DS442", message, suggestion="pass use_cache=False, or run these rows one delta at a time")
+
+
+def _untold(host: str, rows: int) -> Diagnostic:
+    message = f"nothing that {host or 'the model'} gives has the {rows} rows of the batch as first dimension"
+    return Diagnostic("DS442", message, suggestion="run these rows one delta at a time: with c.only(name)")
+
+
+class FoldedRows:
+    """The own forward of a module of one argument, each row with parameters of its own, computed at each call."""
+
+    def __init__(
+        self, module: nn.Module, folds: tuple[tuple[Fold, tuple[Source, ...], Slot], ...], frozen: bool
+    ) -> None:
+        self.module, self.folds, self.frozen = module, folds, frozen
+        self.code = type(module).forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the module."""
+        entering = rows_in(self.folds[0][2], x)
+        tensors = [tuple(take(slot, source, entering, False) for source in sources) for _, sources, slot in self.folds]
+        strengths = [slot.grown("strength", entering.shape[0]) for _, _, slot in self.folds]
+        # Where tokens were given their rows, a row by itself is what the module expects; else it is one of a batch.
+        one = functools.partial(self._one, alone=entering.dim() == x.dim())
+        leaving: Tensor = torch.vmap(one, randomness="different")(entering, tensors, strengths)
+        return rows_out(x, leaving) if x.is_floating_point() else leaving
+
+    def _one(self, x: Tensor, tensors: list[tuple[Tensor, ...]], strengths: list[Tensor], *, alone: bool) -> Tensor:
+        folded: dict[str, Tensor] = {}
+        for (fold, _, _), own, strength in zip(self.folds, tensors, strengths, strict=True):
+            folded |= fold_into(self.module, fold, Own(fold.names, own), folded, strength)
+        shadow = stand_in(self.module, folded)
+        if self.frozen:
+            shadow.training = False
+        leaving = self.code(shadow, x.unsqueeze(0) if alone else x)
+        if not isinstance(leaving, Tensor):
+            kind = type(self.module).__name__
+            message = f"a {kind} whose weight changes row by row gives a {type(leaving).__name__}, and no hidden state"
+            hint = "run its rows one delta at a time: with c.only(name)"
+            raise DeltaSpecError([Diagnostic("DS442", message, suggestion=hint)])
+        return no_gradient_of_padding(self.module, x, leaving.squeeze(0) if alone else leaving)

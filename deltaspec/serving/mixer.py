@@ -1,0 +1,275 @@
+"""Mixed batches: the forwards under which every row of a batch has deltas of its own.
+
+While rows are armed, each host has a dispatcher for its forward: what is attached, until rows are given for a call, and
+then the region of the rows' kinds. So one installation serves every assignment, in a compiled graph, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import count
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from deltaspec.backbone.frozen import FrozenStatistics
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.runtime.proving import watched
+from deltaspec.serving.assignment import Rows, chain, parse_rows, places, to_tensors
+from deltaspec.serving.binding import put_prompts_in_front, touched
+from deltaspec.serving.dispatch import Batch, Dispatch, Entering
+from deltaspec.serving.hosts import bind_rows, refusals
+from deltaspec.serving.slots import Slot
+from deltaspec.serving.trial import rows_lead
+
+if TYPE_CHECKING:
+    from deltaspec.deltas.stacks import Kind
+    from deltaspec.runtime.active import Attachments
+    from deltaspec.runtime.program import Forward
+    from deltaspec.serving.dispatch import Kinds
+
+
+_NUMBERS: WeakKeyDictionary[Kind, int] = WeakKeyDictionary()
+_NEXT = count(1)
+
+
+class Mixer:
+    """Runs one backbone clone on rows under different deltas."""
+
+    def __init__(self, attachments: Attachments) -> None:
+        self._attachments = attachments
+        self.batch = Batch()
+        self.running: Kinds | None = None
+        """Of the forward that runs now; None: it has no rows."""
+        self._slots: list[Slot] = []
+        self._mixed: dict[str, dict[Kinds, Forward]] = {}
+        """By host."""
+        self._dispatchers: dict[str, Dispatch] = {}
+        """By host; the same ones whenever rows are armed, or compiled graphs would be compiled anew."""
+        self._made: dict[Kinds, None] = {}  # no set: Dynamo would compile a graph anew whenever one grows
+        self._mixable: set[Kind] = set()
+        self._placed: dict[Kind, int] = {}
+        self._tried: set[str] = set()
+        """Hosts that are given the rows of a batch along dimension 0."""
+        self._shown: set[Kinds] = set()
+        """Those of which all hosts are."""
+        self._installed: list[tuple[dict[str, Any], Forward | None]] = []
+        """(module's `__dict__`, the instance-level forward it had before); empty while nothing is armed."""
+
+    @property
+    def armed(self) -> bool:
+        """Whether dispatchers are installed."""
+        return bool(self._installed)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def rows(self, deltas: Sequence[Any], among: Sequence[str] = ()) -> Rows:
+        """Turn an assignment into tensors, all of it checked, and build what it needs, and what `among` would need.
+
+        Raises DeltaSpecError with all findings: unknown names (DS434), deltas that cannot be mixed (DS441).
+        """
+        with self._attachments.turns.lock, self._attachments.family.lock:
+            return self._rows(deltas, among)
+
+    def _rows(self, deltas: Sequence[Any], among: Sequence[str]) -> Rows:
+        attachments = self._attachments
+        rows = parse_rows(deltas, attachments.order)
+        names = tuple(dict.fromkeys([*(name for row in rows for name in row), *among]))
+        attachments.require(names)
+        stacks = attachments.stacks
+        kinds = {name: stacks.kind(name) for name in names}
+        if not self._mixable.issuperset(kinds.values()):
+            if findings := [finding for name in names for finding in refusals(attachments, name)]:
+                raise DeltaSpecError(list(dict.fromkeys(findings)))
+            self._mixable.update(kinds.values())
+        attachments.refuse_strengths(dict.fromkeys(n for row in rows for n, strength in row.items() if strength != 1.0))
+        for stack in {tuple(row) for row in rows if len(row) > 1}:
+            attachments.refuse_rivals(stack)
+        attachments.derive(name for name in names if name not in attachments.active)
+        stacks.ensure(names)
+        stacked = [tuple(kinds[name] for name in row) for row in (*rows, *([name] for name in among))]
+        slots = chain(stacked, self._place)
+        keys = tuple(f"{kind.method} {_number(kind)}" for kind in slots)
+        if keys not in self._made:
+            # All of their kinds at once: a stack that grows later is another shape to a compiled graph.
+            stacks.ensure([name for name in attachments.planned if stacks.kind(name) in slots])
+            self._make(keys, [next(name for name in names if kinds[name] is kind) for kind in slots])
+        table: list[list[tuple[str, int, float] | None]] = [[None] * len(rows) for _ in slots]
+        for number, row in enumerate(rows):
+            for name, slot in zip(row, places([kinds[name] for name in row], slots), strict=True):
+                table[slot][number] = (name, stacks.of(name).names[name], row[name])
+        tensors = to_tensors(table, len(rows), attachments.device)
+        made = Rows(keys, *tensors, deltas=tuple(rows), places={n: stacks.of(n).names[n] for n in names})
+        attachments.libraries.pin(made, names)
+        return made
+
+    def _place(self, kind: Kind) -> int:
+        """Give a kind's place in the order of application: that of its first delta."""
+        if kind not in self._placed:
+            attachments = self._attachments
+            alike = (name for name in attachments.planned if attachments.stacks.kind(name) is kind)
+            self._placed[kind] = min(attachments.order[name] for name in alike)
+        return self._placed[kind]
+
+    def _make(self, kinds: Kinds, names: Sequence[str]) -> None:
+        """Build the forwards of all hosts for kinds, each given by the name of a delta of it."""
+        with self._attachments.turns.switching(with_rows=True) if self.armed else nullcontext():
+            programmer = self._attachments.programmer
+            self._slots += [Slot(number, self.batch) for number in range(len(self._slots), len(kinds))]
+            hosts: dict[str, list[tuple[Slot, str]]] = {}
+            for slot, name in zip(self._slots, names, strict=False):
+                for host in programmer.hosts[name]:
+                    hosts.setdefault(host, []).append((slot, name))
+            made = {host: bind_rows(self._attachments, host, given) for host, given in hosts.items()}
+            made |= put_prompts_in_front(self._attachments, hosts, made)
+            for fqn in programmer.statistics:
+                made.setdefault(fqn, FrozenStatistics(programmer.modules[fqn]))
+            made[""] = Entering(self, made.get("") or programmer.own_forward(""))
+            for host, forward in made.items():
+                self._mixed.setdefault(host, {})[kinds] = forward
+            self._made[kinds] = None
+            if self.armed:
+                self.disarm()
+                self.arm()
+
+    def forget(self) -> None:
+        """Forget all that holds tensors, after they moved; nothing is armed."""
+        self._mixed.clear()
+        self._dispatchers.clear()
+        self._made.clear()
+
+    def arm(self) -> None:
+        """Install the dispatchers, over what is attached."""
+        if self.armed:
+            return
+        programmer = self._attachments.programmer
+        # What is attached where no row has anything steps aside, too.
+        for host in self._mixed.keys() | {""} | touched(programmer, self._attachments.active):
+            attributes = programmer.modules[host].__dict__
+            before = attributes.get("forward")
+            if (dispatch := self._dispatchers.get(host)) is None:
+                dispatch = Dispatch(self, programmer.own_forward(host), self._mixed.setdefault(host, {}))
+                self._dispatchers[host] = dispatch
+            dispatch.plain = before or dispatch.own
+            self._installed.append((attributes, before))
+            attributes["forward"] = dispatch
+
+    def disarm(self) -> bool:
+        """Take the dispatchers out; tell whether there were some."""
+        armed = self.armed
+        for attributes, before in self._installed:
+            if before is None:
+                del attributes["forward"]
+            else:
+                attributes["forward"] = before
+        self._installed.clear()
+        return armed
+
+    @contextmanager
+    def using(
+        self, deltas: Sequence[Any] | Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool = False
+    ) -> Iterator[None]:
+        """Run what is called inside with these rows; `args` and `kwargs` are those of the call.
+
+        `keep` is for many forwards: what rows are under is gathered once, and takes memory until the end.
+
+        Raises DeltaSpecError: see `rows`; DS443 for a batch of another size, DS445 for a call inside another one.
+        """
+        attachments = self._attachments
+        with attachments.turns.alone():
+            if not isinstance(deltas, Rows):
+                rows = self.rows(deltas)
+            elif deltas.kinds in self._made and self._is_current(deltas):
+                rows = deltas
+            else:
+                rows = self.rows(deltas.deltas)
+            self._try(rows.kinds, args, {} if keep else kwargs)
+            self._start(rows, args, kwargs, keep)
+            armed = self.armed
+            if not armed:
+                attachments.arm()
+            try:
+                yield
+            finally:
+                self._stop()
+                if not armed:
+                    attachments.disarm()
+
+    def _try(self, kinds: Kinds, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Have it shown, once a host, that the rows are where they are looked for; on the call's inputs, if need be."""
+        if kinds in self._shown:
+            return
+        modules = self._attachments.programmer.modules
+        hosts = [host for host, mixed in self._mixed.items() if host and kinds in mixed and host not in self._tried]
+        backbone = self._attachments.backbone
+        if not hosts or rows_lead(backbone, {host: modules[host] for host in hosts}, backbone, args, kwargs):
+            self._tried.update(hosts)
+            self._shown.add(kinds)
+
+    def call(self, deltas: Sequence[Any] | Rows, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with a delta a row."""
+        if torch.compiler.is_compiling():
+            return self._traced_call(deltas, forward, args, kwargs)
+        with self.using(deltas, args, kwargs):
+            return forward(*args, **kwargs)
+
+    def _traced_call(self, rows: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model with rows inside a trace, which can install nothing."""
+        if not isinstance(rows, Rows):
+            raise RuntimeError("deltaspec DS444: under torch.compile pass deltas=c.rows([...]), made outside of it")
+        if not self.armed or rows.kinds not in self._made:
+            raise RuntimeError("deltaspec DS444: the model was detached or moved since: make c.rows([...]) again")
+        self._start(rows, args, kwargs)
+        output = forward(*args, **kwargs)
+        self._stop()
+        return output
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _is_current(self, rows: Rows) -> bool:
+        """Tell whether the deltas are still where they were when the rows were made."""
+        stacks = self._attachments.stacks
+        with self._attachments.family.lock:
+            self._attachments.require(rows.places)
+            stacks.ensure(rows.places)
+            return all(stacks.of(name).names[name] == place for name, place in rows.places.items())
+
+    def _start(self, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool = False) -> None:
+        if self.running is not None:
+            raise DeltaSpecError([_nested()])
+        self.batch.begin(len(rows), args, kwargs)
+        for slot in self._slots[: len(rows.kinds)]:
+            slot.fill(rows, keep)
+        self.running = rows.kinds
+
+    def _stop(self) -> None:
+        for slot in self._slots:
+            slot.clear()
+        self.running = None
+        self.batch.rows = 0
+
+    def proving(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the model, watched if nothing has shown yet that the rows' deltas are reached."""
+        attachments = self._attachments
+        if torch.compiler.is_compiling() or not attachments.unproven:
+            return forward(*args, **kwargs)
+        names = [name for slot in self._slots for name in slot.names]
+        if attachments.unproven.isdisjoint(names):
+            return forward(*args, **kwargs)
+        output, seen = watched(attachments, forward, *args, **kwargs)
+        attachments.prove_reached(seen, names)
+        return output
+
+
+def _number(kind: Kind) -> int:
+    """Give a kind's number, in the order in which kinds were first used."""
+    found = _NUMBERS.get(kind)
+    return _NUMBERS.setdefault(kind, next(_NEXT)) if found is None else found  # one number, whatever thread is first
+
+
+def _nested() -> Diagnostic:
+    message = "a forward with rows runs already in this model"
+    hint = "give each thread a view of its own: view = c.view()"
+    return Diagnostic("DS445", message, suggestion=hint)

@@ -1,0 +1,243 @@
+"""A directory of saved deltas as it lies on disk: its manifest read and checked, its files read with their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from mmap import ACCESS_COPY, mmap
+from os import PathLike
+from pathlib import Path
+from sys import float_info
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from deltaspec.backbone.fingerprint import weights_fingerprint
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def _finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+
+
+def _not_finite(delta: str, key: str, file: str = "<model>") -> Diagnostic:
+    hint = "the training diverged: go back to an earlier state"
+    return Diagnostic(
+        "DS520" if file == "<model>" else "DS527",
+        f"{delta}: tensor {key} has NaN or infinite values",
+        file=file,
+        suggestion=hint,
+    )
+
+
+def _without_values(delta: str, done: str) -> Diagnostic:
+    message = f"{delta} is on the meta device, where tensors have no values, and cannot be {done}"
+    hint = "compile or restore onto a model with weights"
+    return Diagnostic("DS534", message, file="<model>", suggestion=hint)
+
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+ENDINGS = {"file": "safetensors", "spec": "deltaspec.json", "lock": "deltaspec.lock.json"}
+"""The files of one delta, by their field in the manifest."""
+_FILE_NAME = re.compile(r"[A-Za-z][\w-]*\.[0-9a-f]{8}\.(safetensors|deltaspec\.json|deltaspec\.lock\.json)", re.ASCII)
+_UNFINISHED = re.compile(rf"\.({_FILE_NAME.pattern}|manifest\.json)\.[0-9a-f]{{16}}", re.ASCII)
+"""What `write_atomically` calls a file before it is whole."""
+_Content = TypeVar("_Content", bytes, mmap)
+
+
+class SavedSet:
+    """A directory written by `save`, its manifest read and checked."""
+
+    def __init__(self, directory: str | PathLike[str]) -> None:
+        self.folder = Path(directory)
+        self._read = b""
+        self.manifest = self._read_manifest()
+        self.entries: list[dict[str, str]] = self.manifest["deltas"]
+        self._by_name: dict[str, dict[str, str]] = {entry["name"]: entry for entry in self.entries}
+        self.names = list(self._by_name)
+        self.attached: dict[str, float] = {
+            name: self.manifest.get("strengths", {}).get(name, 1.0) for name in self.manifest["attached"]
+        }
+        """Names of the deltas that were attached, and their strengths."""
+
+    def path(self, name: str) -> Path:
+        """Give the path of one of its files."""
+        return self.folder / name
+
+    def finding(self, code: str, message: str, suggestion: str | None = None, file: str = MANIFEST) -> Diagnostic:
+        """Make a finding about one of its files."""
+        return Diagnostic(code, message, file=str(self.folder / file), suggestion=suggestion)
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        hint = "give the directory that c.save(dir) wrote"
+        try:
+            self._read = path.read_bytes()
+            data = json.loads(self._read, object_pairs_hook=_object)
+        except FileNotFoundError:
+            raise DeltaSpecError([self.finding("DS521", "there are no saved deltas here", hint)]) from None
+        except OSError as error:
+            raise DeltaSpecError([self.finding("DS521", f"cannot be read: {error.strerror}", hint)]) from error
+        except (ValueError, RecursionError) as error:
+            raise DeltaSpecError(
+                [self.finding("DS522", f"is not a manifest: {error}", "save the deltas again")]
+            ) from error
+        if problem := _manifest_problem(data):
+            raise DeltaSpecError([self.finding("DS522", f"is not a manifest: {problem}", "save the deltas again")])
+        return dict(data)
+
+    def replaced(self) -> bool:
+        """Tell whether the deltas were saved again since: what was read of this set may be gone."""
+        try:
+            return self.path(MANIFEST).read_bytes() != self._read
+        except OSError:
+            return False
+
+    def check_backbone(self, structure: str, backbone: nn.Module, model_class: str) -> list[Diagnostic]:
+        """Compare the saved fingerprints with a backbone's."""
+        return self.check_fingerprints(structure, lambda: weights_fingerprint(backbone), model_class)
+
+    def check_fingerprints(
+        self, structure: str, weights_of: Callable[[], str | None], model_class: str
+    ) -> list[Diagnostic]:
+        """Compare the saved fingerprints with these; that of the weights is asked for only where it counts."""
+        saved = self.manifest["backbone"]
+        if saved["structure"] != structure:
+            message = (
+                f"was saved for another backbone: {saved['class']}, whose structure differs from this {model_class}"
+            )
+            return [self.finding("DS523", message, "load the model that the deltas were trained on")]
+        weights = weights_of()
+        if saved["weights"] is not None and weights is not None and saved["weights"] != weights:
+            message = "was saved for a backbone of this structure with other weights"
+            return [self.finding("DS523", message, "load the checkpoint (and dtype) that the deltas were trained on")]
+        return []
+
+    def tensors(self, name: str, findings: list[Diagnostic]) -> dict[str, Tensor] | None:
+        """Read a delta's tensors, its digest checked; None, with a finding, where that fails."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load as from_bytes
+
+        payload, problems = self.read(name, "file")
+        findings += problems
+        if payload is None:
+            return None
+        try:
+            return dict(from_bytes(payload))
+        except (SafetensorError, ValueError, KeyError) as error:
+            file = self.entry(name)["file"]
+            findings.append(self.finding("DS522", f"is no safetensors file: {error}", "save again", file))
+            return None
+
+    def entry(self, name: str) -> dict[str, str]:
+        """Give a delta's entry in the manifest."""
+        return self._by_name[name]
+
+    def read(self, name: str, field: str) -> tuple[bytes | None, list[Diagnostic]]:
+        """Read one of a delta's files (`file`, `spec` or `lock`), its digest checked: (content, findings)."""
+        return self._checked(name, field, Path.read_bytes)
+
+    def map(self, name: str) -> tuple[mmap | None, list[Diagnostic]]:
+        """Map a delta's tensors' file into memory, its digest checked: (content, findings).
+
+        Writing to the content does not reach the file. `save` never writes into a file that is there, so the content
+        stays what was checked, also when the deltas are saved again.
+        """
+        return self._checked(name, "file", _map)
+
+    def _checked(
+        self, name: str, field: str, read: Callable[[Path], _Content]
+    ) -> tuple[_Content | None, list[Diagnostic]]:
+        entry = self.entry(name)
+        try:
+            content = read(self.path(entry[field]))
+        except OSError as error:
+            message, hint = f"cannot be read: {error.strerror}", "restore the file"
+            if isinstance(error, FileNotFoundError) and self.replaced():
+                message, hint = "is gone: the deltas were saved again in the meantime", "open the directory anew"
+            return None, [self.finding("DS521", message, hint, entry[field])]
+        except _Empty:
+            content = None
+        if content is None or digest(content) != entry[f"{field}_sha256"]:
+            message = "is damaged: its content is not what was saved (truncated or changed)"
+            hint = "save the deltas again, or restore the file"
+            return None, [self.finding("DS522", message, hint, entry[field])]
+        return content, []
+
+
+class _Empty(Exception):
+    """A file without content, which cannot be mapped."""
+
+
+def _map(path: Path) -> mmap:
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise _Empty
+        return mmap(file.fileno(), 0, access=ACCESS_COPY)
+
+
+def file_names(folder: Path) -> set[str]:
+    """Give the names of the files, the manifest apart, of the set that is in a directory; empty where there is none."""
+    try:
+        entries = SavedSet(folder).entries
+    except DeltaSpecError:
+        return set()
+    return {entry[field] for entry in entries for field in ENDINGS}
+
+
+def strays(folder: Path, kept: set[str]) -> set[str]:
+    """Give the names of files in a directory that earlier saves left, killed ones included, but for those kept."""
+    names = set(os.listdir(folder)) - kept
+    return {name for name in names if _FILE_NAME.fullmatch(name) or _UNFINISHED.fullmatch(name)}
+
+
+def digest(content: bytes | mmap) -> str:
+    """Give a file's SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise ValueError("it has a key twice")
+    return data
+
+
+def _manifest_problem(data: Any) -> str | None:
+    if not isinstance(data, dict) or isinstance(data.get("deltaspec"), bool) or data.get("deltaspec") != FORMAT:
+        return f"its format is not version {FORMAT}"
+    backbone, deltas, attached = data.get("backbone"), data.get("deltas"), data.get("attached")
+    if not isinstance(backbone, dict) or not {"class", "structure", "weights"} <= backbone.keys():
+        return "it names no backbone"
+    if not isinstance(deltas, list) or not all(_is_entry(entry) for entry in deltas):
+        return "its list of deltas is malformed"
+    names = [entry["name"] for entry in deltas]
+    if len(set(names)) < len(names):
+        return "it names a delta twice"
+    if not isinstance(attached, list) or not all(isinstance(name, str) for name in attached):
+        return "its list of attached deltas is malformed"
+    if not set(attached) <= set(names):
+        return "it says that unknown deltas were attached"
+    strengths = data.get("strengths", {})  # earlier versions wrote none
+    if not isinstance(strengths, dict) or not all(map(_is_strength, strengths.values())):
+        return "its strengths are malformed"
+    return None
+
+
+def _is_strength(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= float_info.max
+
+
+def _is_entry(entry: Any) -> bool:
+    """Tell whether a manifest's entry is whole, and names files as `save` does: so they are in the directory."""
+    fields = ("name", *(f"{field}{part}" for field in ENDINGS for part in ("", "_sha256")))
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(field), str) for field in fields):
+        return False
+    return all(_FILE_NAME.fullmatch(entry[field]) for field in ENDINGS)

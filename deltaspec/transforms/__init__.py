@@ -1,0 +1,1 @@
+"""Plain models out of compiled ones."""

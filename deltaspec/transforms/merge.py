@@ -1,0 +1,154 @@
+"""Merging: a plain model of the original class, with weight-expressible deltas folded into its weights."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from deltaspec.backbone.clone import clone, deep_copy, norm_limited
+from deltaspec.backbone.reserved import remove
+from deltaspec.deltas.modules import storage_key
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.methods.declarations import Own
+from deltaspec.methods.registry import methods
+from deltaspec.runtime import turns
+from deltaspec.runtime.lowering import Fold, fold_widely, rounded
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltaspec.planning.planned import PlannedSite
+    from deltaspec.runtime.active import Attachments
+
+
+_TIED = "tie_word_embeddings"
+
+
+def without_deltas(attachments: Attachments) -> nn.Module:
+    """Give a clone of the backbone, on the same storage, with the forwards that it had before it was compiled."""
+    plain = clone(attachments.backbone, replace={id(attachments): None})
+    twins = {id(old): new for old, new in zip(attachments.backbone.modules(), plain.modules(), strict=True)}
+    remove(plain)
+    turns.remove(plain)
+    for fqn, module in plain.named_modules(remove_duplicate=False):
+        module.__dict__.pop("forward", None)
+        original = attachments.original_forward(fqn)
+        if original is not None:
+            # It is bound to the module it was put on: bind it to the copy.
+            module.__dict__["forward"] = copy.deepcopy(original, dict(twins))
+    return plain
+
+
+@torch.no_grad()
+def merge(attachments: Attachments, names: Collection[str]) -> nn.Module:
+    """Give a new plain model with these deltas folded in; it shares no storage with the backbone.
+
+    Weights are folded in float32 where the delta is float32, and rounded once. Tied parameters that a delta changes at
+    one end only are untied in the result. Raises DeltaSpecError (DS435) where a delta cannot be expressed in weights,
+    (DS436) where two exclude each other.
+    """
+    names = tuple(sorted(set(names), key=attachments.order.__getitem__))
+    attachments.libraries.require(names)
+    _refuse(attachments, names)
+    attachments.refuse_rivals(names)
+    strengths = attachments.strengths.as_dict(names)
+    attachments.derive(name for name in names if name not in attachments.active)
+    training = attachments.trained_in_backbone()
+    plain = deep_copy(without_deltas(attachments), {})
+    copies: dict[int, nn.Parameter] = {}
+    changes: dict[str, list[tuple[str, PlannedSite]]] = {}
+    for name in names:
+        for planned in attachments.planned[name].sites:
+            changes.setdefault(planned.site.row.fqn, []).append((name, planned))
+    for fqn, deltas in changes.items():
+        module, row = plain.get_submodule(fqn), deltas[0][1].site.row
+        folded: dict[str, Tensor] = {}
+        for name, planned in deltas:
+            held, tensor_names = attachments.deltas[name], tuple(spec.name for spec in planned.tensors)
+            own = Own(tensor_names, [held.tensor(storage_key(fqn, spec)) for spec in planned.tensors])
+            fold = Fold((), methods()[attachments.planned[name].method], planned.params, planned.site, tensor_names)
+            strength = torch.tensor(strengths[name]) if name in strengths else None
+            folded |= fold_widely(module, fold, own, folded, strength)
+        for name, value in rounded(module, folded).items():
+            _put(module, name, value, copies)
+            if any(p.name == name and p.tied for p in row.parameters):
+                _mark_untied(plain, fqn, name)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad = parameter.requires_grad or name in training
+    return plain
+
+
+def _put(module: nn.Module, name: str, value: Tensor, copies: dict[int, nn.Parameter]) -> None:
+    """Set an own tensor of a module; a delta tensor that serves several tied places becomes one parameter again."""
+    if name in module._buffers:
+        module._buffers[name] = value.detach().clone()
+        return
+    before = module._parameters[name]
+    trained = before is None or before.requires_grad
+    if id(value) not in copies or not isinstance(value, nn.Parameter):
+        copies[id(value)] = nn.Parameter(value.detach().clone(), requires_grad=trained)
+    module._parameters[name] = copies[id(value)]
+
+
+def _mark_untied(plain: nn.Module, fqn: str, name: str) -> None:
+    """Tell transformers not to tie again, where one end of a tie now has weights of its own.
+
+    Some forwards (UMT5, Switch Transformers) scale what enters the head where the config says that it is tied: there
+    the config stays as it is. Loading ties no weights that differ, whatever it says.
+    """
+    changed = plain.get_submodule(fqn)._parameters[name]
+    places = [p for p in plain.named_parameters(remove_duplicate=False) if p[1] is changed]
+    config = getattr(plain, "config", None)
+    if len(places) == 1 and config is not None and getattr(config, _TIED, False):
+        if not any(_TIED in _names_in(type(module)) for module in plain.modules()):
+            config.tie_word_embeddings = False
+        _untie(plain)
+
+
+def _names_in(kind: Any) -> tuple[str, ...]:
+    """Give the names of attributes that a class's forward reads."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return () if code is None else code.co_names
+
+
+def _untie(plain: nn.Module) -> None:
+    """Give every place of a tied parameter a copy of its own: transformers ties all of a model it loads, or nothing."""
+    seen: set[int] = set()
+    for module in plain.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                copied = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+                module._parameters[name] = copied
+            seen.add(id(parameter))
+
+
+def _refuse(attachments: Attachments, names: Collection[str]) -> None:
+    findings = []
+    for delta in (attachments.planned[name] for name in names):
+        reason = None
+        if methods()[delta.method].promises.weight is None:
+            reason = f"{delta.method} is not expressible in weights"
+        else:
+            for planned in delta.sites:
+                module = attachments.backbone.get_submodule(planned.site.row.fqn)
+                row = planned.site.row
+                if row.kind in ("linear", "conv1d", "embedding", "conv") and not row.has_parameter("weight"):
+                    reason = f"the weight of {planned.fqn} ({row.type}) is computed, not a parameter"
+                    break
+                if any(spec.name == "bias" for spec in planned.tensors) and "bias" not in module._parameters:
+                    reason = f"{planned.fqn} ({planned.site.row.type}) has no place for a bias"
+                    break
+                if norm_limited(module) and not methods()[delta.method].folds(planned.site, planned.params):
+                    reason = f"{planned.fqn} ({row.type}) limits its rows to a norm: longer ones have no place in it"
+                    break
+        if reason is not None:
+            rest = [n for n in names if n != delta.name]
+            hint = f"merge the others: c.merge({', '.join(map(repr, rest))})" if rest else "keep it attached instead"
+            findings.append(Diagnostic("DS435", f"{delta.name!r} cannot be merged: {reason}", suggestion=hint))
+    if findings:
+        raise DeltaSpecError(findings)
