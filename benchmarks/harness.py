@@ -76,7 +76,7 @@ class Limits:
     """Of deltas: a PEFT model with 100 adapters takes a minute to make."""
 
     def counts(self, *counts: int) -> tuple[int, ...]:
-        """Give the counts of deltas that may be loaded."""
+        """Return the counts of deltas that may be loaded."""
         return tuple(count for count in counts if self.loaded is None or count <= self.loaded)
 
 
@@ -124,19 +124,19 @@ def many(run: Callable[[], Any], times: int) -> Callable[[], None]:
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Give the lower quartile, the median and the upper quartile."""
+    """Return the lower quartile, the median and the upper quartile."""
     low, _, high = statistics.quantiles(values, n=4)
     return low, statistics.median(values), high
 
 
 def ratio(numerator: list[float], denominator: list[float], scale: float = 1.0) -> tuple[float, str]:
-    """Give the median ratio pair by pair, and its text with the quartiles."""
+    """Return the median ratio pair by pair, and its text with the quartiles."""
     low, median, high = quartiles([scale * a / b for a, b in zip(numerator, denominator, strict=True)])
     return median, f"{number(median)} ({number(low)}–{number(high)})"
 
 
 def excess(ours: list[float], peer: list[float], bare: list[float]) -> tuple[float, float, float, str]:
-    """Give (ours over bare, peer over bare, our excess as a part of the peer's, its text), medians pair by pair."""
+    """Return (ours over bare, peer over bare, our excess as a part of the peer's, its text), medians pair by pair."""
     first = statistics.median(a / c for a, c in zip(ours, bare, strict=True))
     second = statistics.median(b / c for b, c in zip(peer, bare, strict=True))
     part = (first - 1) / (second - 1)
@@ -163,7 +163,7 @@ def verdict(met: bool) -> str:
 
 
 def machine() -> dict[str, str]:
-    """Say what this ran on, with how many processes wanting to run beside it (the load average of the last minute)."""
+    """Return what this ran on, and how many processes wanted to run beside it (the load average of the last minute)."""
     packages = {name: version(name) for name in ("torch", "transformers", "peft")}
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):

@@ -31,7 +31,7 @@ def operators(run: Callable[[], Any], times: int = 5) -> tuple[float, dict[str, 
 
 
 def difference(run: Callable[[], Any], beside: Callable[[], Any], what: str = "over the other") -> str:
-    """Say which operators make up for what one call takes more than another, and how much is Python."""
+    """Return which operators make up for what one call takes more than another, and how much is Python."""
     whole, own = operators(run)
     less, other = operators(beside)
     changes = {name: own.get(name, 0.0) - other.get(name, 0.0) for name in own.keys() | other.keys()}
@@ -44,7 +44,7 @@ def difference(run: Callable[[], Any], beside: Callable[[], Any], what: str = "o
 
 
 def shares(run: Callable[[], Any]) -> str:
-    """Say which operators take most of a call."""
+    """Return which operators take most of a call."""
     whole, own = operators(run)
     parts = {**own, "Python and calls": max(whole - sum(own.values()), 0.0)}
     largest = sorted(parts.items(), key=lambda item: -item[1])[:5]

@@ -39,7 +39,7 @@ def merged(
     seconds: float = 0,
     failed: str = "",
 ) -> Data:
-    """Give the results with a group measured anew, whole; what a failed one did not come to stays from the run before.
+    """Return the results with one group measured anew; what a failed one did not come to stays from the run before.
 
     Runs of which nothing is left are forgotten.
     """

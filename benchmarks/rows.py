@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 import deltaspec
 from benchmarks.harness import Row, interleave, ratio, seconds, verdict
 from benchmarks.models import GPT2_LINEAR, config, gpt2, peft, spec
-from deltaspec.compiler.build import compile_plan
+from deltaspec.compiler.compile import compile_plan
 
 warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
 

@@ -206,7 +206,7 @@ def _thousand(base: nn.Module) -> Row:
 def _mixed(
     ours: deltaspec.CompiledModel, one: deltaspec.CompiledModel, peer: PeftModel | None, names: list[str]
 ) -> dict[str, list[float]]:
-    """Give the time of a batch whose rows take the loaded deltas in turn, over one delta for all rows, pair by pair."""
+    """Return the time of a batch whose rows take the loaded deltas in turn, over one delta for all, pair by pair."""
     ids = torch.randint(0, 1000, (ROWS, TOKENS))
     last = names[-ROWS:]
     chosen = [last[row % len(last)] for row in range(ROWS)]

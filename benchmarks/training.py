@@ -62,7 +62,7 @@ def training() -> Iterator[Row]:
 
 
 def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
-    """Give what trains a model by one step."""
+    """Return what trains a model by one step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def run() -> None:
@@ -96,7 +96,7 @@ def _resident(peak: bool) -> float:
 
 
 def _measure(who: str) -> float:
-    """Give the growth of this process to its peak in some steps; MiB."""
+    """Return the growth of this process to its peak in some steps; MiB."""
     torch.set_num_threads(1)
     base = llama()
     model = {"ours": _ours, "peer": _peer}[who](base)

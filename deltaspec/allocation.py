@@ -72,7 +72,7 @@ class RankAllocator:
             self.set_total_steps(total_steps)
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Say how many optimiser steps there will be. Raises ValueError where none are left for allocation."""
+        """Return how many optimiser steps there will be. Raises ValueError where none are left for allocation."""
         if self.warmup_steps >= total_steps - self.final_steps:
             raise ValueError(
                 f"{self.warmup_steps} warm-up and {self.final_steps} final steps leave none of {total_steps} "
@@ -91,7 +91,7 @@ class RankAllocator:
         return found
 
     def orthogonality(self) -> Tensor:
-        """Give the mean of ‖AAᵀ - I‖ and ‖BᵀB - I‖ over all sites, to be added to the loss (times 0.5 or so)."""
+        """Return the mean of ‖AAᵀ - I‖ and ‖BᵀB - I‖ over all sites, to be added to the loss (times 0.5 or so)."""
         terms = []
         for site in self._sites:
             ranks = self._tensor(site.fqn, "singular").dim()
@@ -101,7 +101,7 @@ class RankAllocator:
         return torch.cat(terms).mean()
 
     def budget(self, step: int) -> int:
-        """Give the number of ranks, of all sites together, that a step (the first is 1) leaves."""
+        """Return the number of ranks, of all sites together, that a step (the first is 1) leaves."""
         if self.total_steps is None:
             raise ValueError("the number of steps is not known: pass total_steps, or call set_total_steps")
         end = self.total_steps - self.final_steps
@@ -131,7 +131,7 @@ class RankAllocator:
                 self._tensor(fqn, "singular").mul_(kept)
 
     def callback(self, orthogonality: float = 0.5) -> Any:
-        """Give a transformers TrainerCallback that takes the steps, and adds the gradient of the orthogonality term.
+        """Return a transformers TrainerCallback that takes the steps, and adds the gradient of the orthogonality term.
 
         The number of steps is the trainer's where none was given. The term's gradient joins after gradient clipping.
         """
@@ -156,7 +156,7 @@ class RankAllocator:
         return AllocationCallback()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed training needs besides the delta itself."""
+        """Return what a resumed training needs besides the delta itself."""
         return {
             "steps": self.steps,
             "total_steps": self.total_steps,
@@ -190,7 +190,7 @@ class RankAllocator:
                 self._uncertainty[key] = second * before + (1 - second) * (now - sensitivity).abs()
 
     def _score(self, fqn: str) -> Tensor:
-        """Give the importance of a site's ranks: singular values' own, and means over rows of A and columns of B."""
+        """Return the importance of a site's ranks: singular values' own, and means over rows of A and columns of B."""
 
         def of(name: str) -> Tensor:
             key = f"{fqn}.{name}" if fqn else name

@@ -226,7 +226,7 @@ def report(
 
 
 def busy(rounds: Sequence[Served]) -> float:
-    """Give the median of the seconds of computing."""
+    """Return the median of the seconds of computing."""
     return statistics.median(served.busy for served in rounds)
 
 

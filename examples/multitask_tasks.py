@@ -27,7 +27,7 @@ CLASSES = len(data.TOPICS)
 
 
 def newsgroups() -> data.Task:
-    """Give postings of four Usenet groups, with the data's own split by date."""
+    """Return postings of four Usenet groups, with the data's own split by date."""
     splits = []
     for part, size in (("train", data.TRAIN_SIZE), ("test", data.TEST_SIZE)):
         file = f"orangecontrib/text/datasets/20newsgroups-{part}.tab"

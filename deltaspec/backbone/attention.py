@@ -64,11 +64,11 @@ class Router:
         attributes[_ROUTE] = (self, config._attn_implementation, tuple(hooks))
 
     def takes(self, implementation: str) -> bool:
-        """Tell whether a model's choice of attention function can be routed."""
+        """Return whether a model's choice of attention function can be routed."""
         return implementation in SUPPORTED and (implementation != "eager" or self._plain is not None)
 
     def function(self, implementation: str) -> Callable[..., Any]:
-        """Give the function that the module would have called."""
+        """Return the function that the module would have called."""
         if not self.takes(implementation):
             raise DeltaSpecError([unsupported(implementation)])
         found: Callable[..., Any] = self._interface.get_interface(implementation, self._plain)
@@ -76,7 +76,7 @@ class Router:
 
 
 def is_routable(module: nn.Module) -> bool:
-    """Tell whether a module looks its attention function up in transformers' AttentionInterface, by its config."""
+    """Return whether a module looks its attention function up in transformers' AttentionInterface, by its config."""
     chooses = hasattr(module.__dict__.get("config"), "_attn_implementation")
     return chooses and "ALL_ATTENTION_FUNCTIONS" in _names_of(type(module).forward)
 

@@ -79,7 +79,7 @@ def _not_copied(model: nn.Module, reason: str) -> DeltaSpecError:
 
 
 def norm_limited(module: nn.Module) -> bool:
-    """Tell whether a module is an embedding that shortens the rows of its weight to a maximal norm, in place."""
+    """Return whether a module is an embedding that shortens the rows of its weight to a maximal norm, in place."""
     own = module.__dict__
     return (own["max_norm"] if "max_norm" in own else getattr(type(module), "max_norm", None)) is not None
 
@@ -133,13 +133,13 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 @cache
 def _is_plain(kind: Any) -> bool:
-    """Tell whether a class leaves copying and pickling to nn.Module, and has no slots of its own."""
+    """Return whether a class leaves copying and pickling to nn.Module, and has no slots of its own."""
     plain = all(getattr(kind, hook, None) is getattr(nn.Module, hook, None) for hook in _HOOKS)
     return plain and not any("__slots__" in base.__dict__ for base in kind.__mro__[:-1])
 
 
 def _share(parameter: nn.Parameter, device: str | None) -> torch.Tensor:
-    """Give a new parameter on the same storage (or an empty one on `device`), of the same class and attributes."""
+    """Return a new parameter on the same storage (or an empty one on `device`), of the same class and attributes."""
     if device is not None:
         data = torch.empty_like(parameter, device=device)
     else:  # `_make_subclass` detaches by itself

@@ -85,7 +85,7 @@ def _optional(module: nn.Module) -> dict[str, bool]:
 
 @cache
 def _arguments(forward: Callable[..., Any]) -> dict[str, bool]:
-    """Give the named arguments of a forward, and which of them are tensors that may be left out (default None)."""
+    """Return the named arguments of a forward, and which of them are tensors that may be left out (default None)."""
     parameters = arguments_of(forward)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return {p.name: p.default is None or p.default is p.empty for p in named}

@@ -16,7 +16,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_faithful(module: nn.Module, kind: str) -> bool:
-    """Tell whether a module computes what torch's (or transformers') class of its kind does.
+    """Return whether a module computes what torch's (or transformers') class of its kind does.
 
     A forward of its own is tried on random values, in a small copy; what cannot be tried counts as another computation.
     Norms that are known by name only have no such class, and count as faithful. So do quantised layers, whose weight

@@ -114,7 +114,7 @@ class _Flow(TorchFunctionMode):
 
 
 def _tensors(value: Any) -> tuple[list[Tensor], bool]:
-    """Give the tensors in a value, through containers and the attributes of objects; and whether these are all."""
+    """Return the tensors in a value, through containers and the attributes of objects; and whether these are all."""
     found: list[Tensor] = []
     waiting: list[Any] = [value]
     known: dict[int, Any] = {}

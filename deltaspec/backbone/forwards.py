@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @cache
 def arguments_of(forward: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
-    """Give the parameters of a class's forward, without `self`."""
+    """Return the parameters of a class's forward, without `self`."""
     return tuple(inspect.signature(forward).parameters.values())[1:]
 
 
@@ -27,14 +27,14 @@ _LINEAR = nn.Linear.forward
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
-    """Give the forward of a module's class, bound."""
+    """Return the forward of a module's class, bound."""
     if type(module) is nn.Linear and nn.Linear.forward is _LINEAR:
         return functools.partial(_linear, module)  # not a closure: a deep copy has to find its own module
     return MethodType(type(module).forward, module)
 
 
 def gives_new_tensor(kind: type[nn.Module]) -> bool:
-    """Tell whether what this class's forward gives is always a new tensor, of which it keeps no hold.
+    """Return whether what this class's forward gives is always a new tensor, of which it keeps no hold.
 
     `F.linear` and `addmm` do not save their output for backward either.
     """

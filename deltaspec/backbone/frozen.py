@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def tracks_statistics(module: nn.Module) -> bool:
-    """Tell whether a module writes running statistics in training mode."""
+    """Return whether a module writes running statistics in training mode."""
     return isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None
 
 
@@ -65,7 +65,7 @@ class Flags:
         self._thawed = []
 
     def thawed(self) -> list[nn.Parameter]:
-        """Give the parameters that were in training before all were taken out."""
+        """Return the parameters that were in training before all were taken out."""
         if self.moved:
             self._find()
         return self._thawed
@@ -148,7 +148,7 @@ class BufferGuard:
         self._versions = [versions.get(id(buffer), buffer._version) for buffer in self._counted]
 
     def kept(self) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
-        """Give what was kept of each buffer: (module's buffers, name, the buffer, its value when it was watched)."""
+        """Return what was kept of each buffer: (module's buffers, name, the buffer, its value when it was watched)."""
         if self.moved:
             self._follow()
         return self._kept

@@ -24,7 +24,7 @@ def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
 
 
 def dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:
-    """Give small inputs for a transformers model, by the names its forward takes; None for other models."""
+    """Return small inputs for a transformers model, by the names its forward takes; None for other models."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "main_input_name"):
         return None
@@ -50,7 +50,7 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def moved_to(inputs: Any, device: str) -> Any:
-    """Give the same inputs on a device; those without values become zeros."""
+    """Return the same inputs on a device; those without values become zeros."""
     return tree_map(lambda v: _moved(v, device) if isinstance(v, Tensor) else v, inputs)
 
 

@@ -47,7 +47,7 @@ class Observation:
     """What became of what left it (or its host)."""
 
     def useless(self, kind: str, weight: bool) -> tuple[str, str] | None:
-        """Say why a delta at a module of this kind, in its `weight` or around it, is for nothing, and the way out."""
+        """Return why a delta at a module of this kind, in its `weight` or around it, does nothing, and the way out."""
         if self.fate == "idle":
             reason = f"nothing that the model gives is computed from what leaves this {kind}"
             return f"{reason}, so a delta there would do nothing", "leave it out, or pass other example_inputs"
@@ -72,7 +72,7 @@ class Observations:
         """Why a forward was needed and could not run; static knowledge about torch's own modules is there even so."""
 
     def of(self, row: Row) -> Observation | None:
-        """Give what is known of a module; None where the forward could not run."""
+        """Return what is known of a module; None where the forward could not run."""
         if self._vouched and row.roles and row.kind in ("linear", "conv1d", "norm"):
             return Observation(True)
         if self._seen is None:
@@ -162,7 +162,7 @@ class Recorder:
         self._seen[fqn] = Observation(True, self._seen[fqn].in_width, _width(output), dims=dims, moves=moves)
 
     def result(self) -> dict[str, Observation]:
-        """Give what was seen of every module, by each of its names."""
+        """Return what was seen of every module, by each of its names."""
         result: dict[str, Observation] = {}
         for fqn, module in self._model.named_modules(remove_duplicate=False):
             name = self._names[id(module)]
@@ -182,7 +182,7 @@ def _is_below(fqn: str, module: str) -> bool:
 
 
 def _common(names: list[str]) -> str:
-    """Give the innermost module that holds all of these."""
+    """Return the innermost module that holds all of these."""
     split = [name.split(".") if name else [] for name in names]
     shared = []
     for segments in zip(*split, strict=False):
@@ -268,7 +268,7 @@ def _fates(model: nn.Module, example_inputs: Any, device: str | None) -> dict[st
 def _prepared(
     model: nn.Module, example_inputs: Any, device: str | None
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """Give a copy of the model that can be run, and its arguments."""
+    """Return a copy of the model that can be run, and its arguments."""
     twin = hollow(model) if device == "cpu" else clone(model, device=device)
     for module in twin.modules():
         module.training = False
@@ -279,7 +279,7 @@ def _prepared(
 
 
 def _first(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
-    """Give the argument that a forward takes first, whatever the order of the keywords in a call."""
+    """Return the argument that a forward takes first, whatever the order of the keywords in a call."""
     names = list(inspect.signature(forward).parameters)[1:2]
     return kwargs[names[0]] if names and names[0] in kwargs else next(iter(kwargs.values()), None)
 

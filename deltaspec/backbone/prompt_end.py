@@ -1,4 +1,4 @@
-"""Taken out of running.generation."""
+"""Where a prompt ends while text is generated: remembered over the forwards of one `generate`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def remembering() -> Iterator[None]:
 
 
 def prompt_length(length: int) -> int | None:
-    """Give the length of the prompt that a forward over `length` positions without a cache starts with.
+    """Return the length of the prompt that a forward over `length` positions without a cache starts with.
 
     None where it is all prompt. Raises DeltaSpecError (DS450) inside a `generate` that nothing remembers.
     """

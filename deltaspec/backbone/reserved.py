@@ -1,20 +1,25 @@
-"""Taken out of deltas."""
+"""The one reserved name: where a compiled backbone holds its deltas, and how they are found there."""
 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 
 from deltaspec.backbone.walk import every
-from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+
+
+class Reserved(nn.Module):
+    """What stands under the reserved name: the deltas of a compiled backbone."""
+
 
 RESERVED = "deltaspec"
 """Name of the submodule of the backbone that holds all deltas."""
 
 
-def place(backbone: nn.Module, deltas: Deltas) -> None:
+def place(backbone: nn.Module, deltas: Reserved) -> None:
     """Register the deltas on a backbone: under its root, or, where the root goes through its children, under a leaf.
 
     An `nn.Sequential` runs its children, has a length and an index; a part of ours among them would show.
@@ -24,7 +29,7 @@ def place(backbone: nn.Module, deltas: Deltas) -> None:
 
 def refuse_backbone(model: nn.Module) -> None:
     """Raise DeltaSpecError for a model that holds deltas already, or something else under their name."""
-    if any(isinstance(module, Deltas) for module in every(model)):
+    if any(isinstance(module, Reserved) for module in every(model)):
         message = f"{type(model).__name__} is compiled already"
         hint = "take the original model, with all specs at once: compile(model, spec_a, spec_b)"
         raise DeltaSpecError([Diagnostic("DS431", message, "<model>", suggestion=hint)])
@@ -41,15 +46,15 @@ def _home(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
-def find(backbone: nn.Module) -> tuple[str, Deltas] | None:
+def find(backbone: nn.Module) -> tuple[str, Any] | None:
     """Find the deltas of a backbone: (their FQN, themselves); None where there are none."""
-    if isinstance(at_root := backbone._modules.get(RESERVED), Deltas):
+    if isinstance(at_root := backbone._modules.get(RESERVED), Reserved):
         return RESERVED, at_root
-    return next(((fqn, m) for fqn, m in backbone.named_modules() if isinstance(m, Deltas)), None)
+    return next(((fqn, m) for fqn, m in backbone.named_modules() if isinstance(m, Reserved)), None)
 
 
 def home(backbone: nn.Module) -> str:
-    """Give the FQN under which a compiled backbone holds its deltas."""
+    """Return the FQN under which a compiled backbone holds its deltas."""
     found = find(backbone)
     assert found is not None
     return found[0]
@@ -62,7 +67,7 @@ def remove(backbone: nn.Module) -> None:
 
 
 def is_inside(fqn: str, deltas: str) -> bool:
-    """Tell whether a name of a module or tensor is the deltas' own."""
+    """Return whether a name of a module or tensor is the deltas' own."""
     return fqn == deltas or fqn.startswith(deltas + ".")
 
 

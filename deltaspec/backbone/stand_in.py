@@ -1,4 +1,4 @@
-"""Taken out of running.substitution."""
+"""Stand-ins: a module's own code run on other parameters, without writing to the module."""
 
 from __future__ import annotations
 

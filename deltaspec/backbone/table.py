@@ -1,4 +1,4 @@
-"""Taken out of modules, planning.entrances."""
+"""The module table: what is known of each module of a model, as plain data. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ParameterInfo:
     """One parameter that a module owns directly."""
 
     name: str
-    """Own name, such as `weight`."""
+    """DeltaTensors name, such as `weight`."""
     fqn: str
     shape: tuple[int, ...]
     dtype: str
@@ -90,11 +90,11 @@ class Row:
         return 1 if self.conv is None else self.conv.groups
 
     def has_parameter(self, name: str) -> bool:
-        """Tell whether the module owns a parameter of this own name."""
+        """Return whether the module owns a parameter of this own name."""
         return any(p.name == name for p in self.parameters)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """Give the shape of an own parameter; KeyError where there is none."""
+        """Return the shape of an own parameter; KeyError where there is none."""
         for p in self.parameters:
             if p.name == name:
                 return p.shape

@@ -83,7 +83,7 @@ def walk(model: nn.Module) -> tuple[list[Node], list[str], set[str]]:
 
 
 def _is_stack(module: nn.Module, prefix: str, roles: RoleMap | None) -> bool:
-    """Tell whether a module holds the repeated layers: those with role `block`, else any list of like modules."""
+    """Return whether a module holds the repeated layers: those with role `block`, else any list of like modules."""
     if not isinstance(module, _LISTS) or not len(module):
         return False
     if roles is not None and "block" in roles.patterns:
@@ -107,7 +107,7 @@ def _alike(module: nn.Module) -> bool:
 
 
 def every(model: nn.Module, without: Container[int] = ()) -> list[nn.Module]:
-    """Give what `model.modules()` does, without a generator a level; not modules of these ids, nor what is in them."""
+    """Return what `model.modules()` does, without a generator a level; without modules of these ids."""
     found: dict[int, nn.Module] = {}
     waiting = [model]
     while waiting:
@@ -134,18 +134,18 @@ def named(model: nn.Module, but: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def own(members: Any) -> list[tuple[str, Any]]:
-    """Give the entries of a module's own registry (`_modules`, `_parameters`, `_buffers`) that are set."""
+    """Return the entries of a module's own registry (`_modules`, `_parameters`, `_buffers`) that are set."""
     return [entry for entry in members.items() if entry[1] is not None] if members else []
 
 
 def model_type_of(config: object) -> str | None:
-    """Give `config.model_type` of a transformers model; None for anything else."""
+    """Return `config.model_type` of a transformers model; None for anything else."""
     found = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
     return found if isinstance(found, str) and found else None
 
 
 def subtree_sizes(nodes: list[Node], holders: dict[int, list[str]]) -> dict[int, int]:
-    """Give, by the identity of a module, the number of values in all parameters at and below it, tied ones once."""
+    """Return, by the identity of a module, the number of values in all parameters at and below it, tied ones once."""
     if sum(len(own(node.module._modules)) for node in nodes) >= len(nodes):  # a module stands in two places
         parts: dict[int, dict[int, int]] = {}
         _parts(nodes[0].module, parts)

@@ -41,5 +41,5 @@ def report(diagnostics: Sequence[Diagnostic], output_format: str = "text", files
 
 
 def wants_color() -> bool:
-    """Tell whether standard output is a terminal whose user has not said NO_COLOR."""
+    """Return whether standard output is a terminal whose user has not said NO_COLOR."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.argument("spec")
 @click.argument("name", metavar="FQN")
 def command(model: str, spec: str, name: str) -> None:
-    """Say why each delta of SPEC does or does not change the module FQN of MODEL, condition by condition.
+    """Return why each delta of SPEC does or does not change the module FQN of MODEL, condition by condition.
 
     Exit codes: 0 explained, 1 the spec is invalid or there is no such module, 2 usage.
     """

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     help="How the plan and findings are written; github and sarif write findings only.",
 )
 def command(model: str, specs: tuple[str, ...], check: bool, output_format: str) -> None:
-    """Say what specs do to MODEL: sites, tensors, counts, expectations.
+    """Return what specs do to MODEL: sites, tensors, counts, expectations.
 
     MODEL is a directory or config.json of Hugging Face, a hub id, or package.module:factory. No weights are needed.
     Exit codes: 0 planned (or, with --check, locked), 1 findings, 2 usage.

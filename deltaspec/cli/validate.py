@@ -28,7 +28,7 @@ def command(paths: tuple[str, ...], output_format: str) -> None:
 
 
 def expand(path: str) -> list[str]:
-    """Give the files that a path on the command line means. Raises click.UsageError where it means none."""
+    """Return the files that a path on the command line means. Raises click.UsageError where it means none."""
     if os.path.isdir(path):
         found = sorted(_specs_below(path))
         if not found:

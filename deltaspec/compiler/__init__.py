@@ -1,1 +1,4 @@
-"""The compiled model."""
+"""`CompiledModel`, and the ways to make one: compile, restore, copy, unpickle.
+
+Wires the parts together; what a part does is below.
+"""

@@ -1,20 +1,22 @@
-"""Taken out of compiled, compiler."""
+"""Building: from a model and a valid plan to the parts of a compiled model."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from deltaspec.backbone.clone import clone
 from deltaspec.backbone.reserved import place
-from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.deltas.initial import build_delta
 from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.graphs.symbolic import reads_around_calls, trace
+from deltaspec.library.libraries import Libraries
 from deltaspec.runtime.active import Attachments
+from deltaspec.runtime.ports import Ports
+from deltaspec.serving.mixer import Mixer
 
 if TYPE_CHECKING:
     from torch import fx, nn
@@ -22,23 +24,34 @@ if TYPE_CHECKING:
     from deltaspec.planning.plan import Plan
 
 
+PORTS = Ports(Libraries, Mixer)
+
+
+class Built(NamedTuple):
+    """What a compiled model is made of."""
+
+    attachments: Attachments
+    capture: str
+    reason: str
+
+
 def assemble(
     backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | None, capture: str, reason: str
-) -> CompiledModel:
-    """Make a compiled model of a backbone that holds its deltas already; nothing is attached yet."""
-    attachments = Attachments(backbone, deltas, plan, graph)
+) -> Built:
+    """Make the active set of a backbone that holds its deltas already; nothing is attached yet."""
+    attachments = Attachments(backbone, deltas, plan, graph, PORTS)
     deltas.attachments = attachments
-    return CompiledModel(backbone, attachments, capture, reason)
+    return Built(attachments, capture, reason)
 
 
 def places(plan: Plan) -> tuple[set[str], set[str]]:
-    """Give the FQNs of all sites, and of the modules whose forwards their deltas need."""
+    """Return the FQNs of all sites, and of the modules whose forwards their deltas need."""
     sites = [site.site for delta in plan.deltas for site in delta.sites]
     return {s.row.fqn for s in sites}, {s.row.fqn if s.host is None else s.host for s in sites}
 
 
 @torch.inference_mode(False)  # parameters made in inference mode could never be trained, nor loaded outside of it
-def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: bool = True) -> CompiledModel:
+def build(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: bool = True) -> Built:
     """Compile a valid plan onto a clone of the model it was made for; `drawn` as for `build_delta`."""
     backbone = clone(model)
     graph, reason = None, "asked for"
@@ -57,7 +70,7 @@ def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: 
         deltas.add(build_delta(planned, planned.seed, backbone, drawn=drawn))
     deltas.train(model.training)
     place(backbone, deltas)
-    compiled = assemble(backbone, deltas, plan, graph, capture, reason)
-    compiled._attachments.activate(planned.name for planned in plan.deltas if planned.attached)
-    compiled._attachments.derive_detached()
-    return compiled
+    built = assemble(backbone, deltas, plan, graph, capture, reason)
+    built.attachments.activate(planned.name for planned in plan.deltas if planned.attached)
+    built.attachments.derive_detached()
+    return built

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
-from deltaspec.compiler.build import compile_plan
+from deltaspec.compiler.build import build
+from deltaspec.compiler.compiled import CompiledModel
 
 if TYPE_CHECKING:
-    from deltaspec.compiler.compiled import CompiledModel
     from deltaspec.language.model import DeltaSpec
 
 
@@ -36,6 +36,12 @@ def compile(
 
     refuse_unusable(model, capture)
     return compile_plan(model, plan(model, spec, *more_specs, example_inputs=example_inputs), capture)
+
+
+def compile_plan(model: nn.Module, plan: Any, capture: str = "auto", *, drawn: bool = True) -> CompiledModel:
+    """Compile a valid plan onto a clone of the model it was made for; `drawn` as for `build_delta`."""
+    built = build(model, plan, capture, drawn=drawn)
+    return CompiledModel(built.attachments.backbone, *built)
 
 
 def refuse_unusable(model: nn.Module, capture: str) -> None:

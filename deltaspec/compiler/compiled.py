@@ -16,7 +16,7 @@ from deltaspec.compiler.handles import DeltasView, Restore
 from deltaspec.diagnostics.findings import require_known
 from deltaspec.graphs.root import Entry, root_graph
 from deltaspec.runtime.generation import generating
-from deltaspec.runtime.twin import _deltas_beside, _twin
+from deltaspec.runtime.twin import beside
 from deltaspec.serving.assignment import Rows, checked_strength
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ class CompiledModel(torch.fx.GraphModule):
     """
 
     def __init__(self, backbone: nn.Module, attachments: Attachments, capture: str, capture_reason: str) -> None:
-        super().__init__({"entry": Entry(backbone, attachments)}, root_graph(backbone), class_name="CompiledModel")
+        super().__init__(
+            {"entry": Entry(backbone, attachments.mixer)}, root_graph(backbone), class_name="CompiledModel"
+        )
         # The graph calls `entry` only, so GraphModule took only that; the keys are to be the backbone's.
         self.add_module("backbone", backbone)
         self.training = backbone.training
@@ -97,7 +99,7 @@ class CompiledModel(torch.fx.GraphModule):
         (DS446) where a method has none.
         """
         attachments = self._attachments
-        with attachments.turns.lock:
+        with attachments.gate.lock:
             if strength is None and attachments.switch((*self.attached, *(names or self._known(names)))):
                 return self
             known, strengths = self._known(names), attachments.strengths.as_dict()
@@ -109,7 +111,7 @@ class CompiledModel(torch.fx.GraphModule):
     def detach(self, *names: str) -> Self:
         """Detach deltas by name, or all; detached ones stay so. Raises UnknownDeltaError."""
         attachments = self._attachments
-        with attachments.turns.lock:
+        with attachments.gate.lock:
             gone = set(self._known(names)) if names else self.attached
             left = tuple(name for name in self.attached if name not in gone)
             attachments.activate(left, strengths=attachments.strengths.as_dict(left))
@@ -164,7 +166,7 @@ class CompiledModel(torch.fx.GraphModule):
     def _generate(self, *args: Any, deltas: Sequence[Any] | Rows | None = None, **kwargs: Any) -> Any:
         """Generate as the backbone does, each row under its own deltas if `deltas` says so; see `rows`."""
         if deltas is None:
-            with self._attachments.turns.forwards():
+            with self._attachments.gate.forwards():
                 return generating(self._attachments.planned, self.attached, self.backbone)(*args, **kwargs)
         mixer = self._attachments.mixer
         rows = deltas if isinstance(deltas, Rows) else mixer.rows(deltas)
@@ -174,7 +176,7 @@ class CompiledModel(torch.fx.GraphModule):
     # Views
 
     def view(self) -> CompiledModel:
-        """Give another compiled model over the same weights and the same deltas, with its own active set.
+        """Return another compiled model over the same weights and the same deltas, with its own active set.
 
         It takes milliseconds and no memory for weights; buffers are copied. It starts with what is attached here, at
         the same strengths; from then on each view attaches, detaches and mixes rows on its own, so that threads that
@@ -182,9 +184,11 @@ class CompiledModel(torch.fx.GraphModule):
         what is trained, loaded or opened (`library`) through one view is so for all. While there are several views none
         can be moved or cast: that raises DeltaSpecError (DS455).
         """
-        from deltaspec.compiler.compiled import view_of
-
-        return view_of(self)
+        attachments = beside(self._attachments)
+        made = CompiledModel(attachments.backbone, attachments, self.capture, self.capture_reason)
+        made._copy_own_state(self, {})
+        attachments.follow(self._attachments)
+        return made
 
     # Files and other forms
 
@@ -205,35 +209,36 @@ class CompiledModel(torch.fx.GraphModule):
         deltas, in the order of the directory; their parameters are frozen. `.plan`, `save` and `state_dict` are those
         of the compiled deltas alone. `example_inputs` as for `compile`. Raises DeltaSpecError with all findings.
         """
-        view: LibraryView = self._attachments.libraries.view(directory, limit, preload, by, example_inputs)
-        return view
+        from deltaspec.library.view import open_view
+
+        return open_view(self._attachments.libraries, directory, limit, preload, by, example_inputs)
 
     def save(self, directory: str | PathLike[str]) -> None:
         """Write every delta (safetensors, resolved spec, lock) to a directory; see `deltaspec.store`."""
         from deltaspec.storage.save import save
 
-        save(self, directory)
+        save(self._attachments, directory)
 
     def load(self, directory: str | PathLike[str]) -> Self:
         """Read the tensors of saved deltas into this model; see `deltaspec.store`. All or nothing."""
         from deltaspec.storage.load import load
 
-        load(self, directory)
+        load(self._attachments, directory)
         return self
 
     def merge(self, *names: str) -> nn.Module:
-        """Give a new plain model of the original class with these deltas, or all attached ones, folded in."""
+        """Return a new plain model of the original class with these deltas, or all attached ones, folded in."""
         from deltaspec.transforms.merge import merge
 
         return merge(self._attachments, self._known(names) if names else self.attached)
 
     def simplified(self, *names: str) -> CompiledModel:
-        """Give a new compiled model in which these deltas (or all) are without what only their training needed.
+        """Return a new compiled model in which these deltas (or all) are without what only their training needed.
 
         A prefix then has its keys and values alone, and p_tuning is a soft prompt; both compute what they did. The
         other deltas are copied, the backbone's storage is shared. Raises UnknownDeltaError.
         """
-        from deltaspec.compiler.build import compile_plan
+        from deltaspec.compiler.build import build
         from deltaspec.transforms.merge import without_deltas
         from deltaspec.transforms.simplify import copy_tensors, simplify
 
@@ -243,7 +248,8 @@ class CompiledModel(torch.fx.GraphModule):
         plain = without_deltas(self._attachments)
         for name in self._attachments.trained_in_backbone():
             plain.get_parameter(name).requires_grad = True
-        twin = compile_plan(plain, plan, self.capture)
+        built = build(plain, plan, self.capture)
+        twin = CompiledModel(built.attachments.backbone, *built)
         copy_tensors(self.plan, plan, self.deltas, twin.deltas)
         twin.only(*self.attached)
         return twin
@@ -282,28 +288,7 @@ class CompiledModel(torch.fx.GraphModule):
                 self.__dict__[name] = copy.deepcopy(value, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from deltaspec.compiler.pickling import reduced
+        from deltaspec.compiler.pickling import rebuild, reduced
 
-        return reduced(self)
-
-
-def view_of(compiled: CompiledModel) -> CompiledModel:
-    """Make another view of a compiled model, with the same deltas attached at the same strengths.
-
-    The programs that it runs are made when they are first needed. Buffers are copied, as they are with no delta
-    attached: forwards may write to them.
-    """
-    from deltaspec.compiler.compiled import CompiledModel
-    from deltaspec.runtime.active import Attachments
-
-    mine = compiled._attachments
-    with mine.turns.lock, mine.family.lock:
-        if mine.stacks.home is mine.deltas:  # what all views use must not keep the first one alive
-            mine.shown.update(mine.stacks.settle_in(_deltas_beside(mine.deltas)))
-        backbone, deltas = _twin(mine)
-        attachments = Attachments(backbone, deltas, mine.plan, mine.graph, mine)
-        deltas.attachments = attachments
-        made = CompiledModel(backbone, attachments, compiled.capture, compiled.capture_reason)
-        made._copy_own_state(compiled, {})
-        attachments.follow(mine)
-    return made
+        state = (self.capture, self.capture_reason, self.training)
+        return rebuild, (CompiledModel, *reduced(self._attachments), *state)

@@ -1,4 +1,4 @@
-"""Taken out of store."""
+"""`deltaspec.restore`: a compiled model from a plain one and saved deltas."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def restore(
 def _restore(model: nn.Module, saved: SavedSet, capture: str, example_inputs: Any) -> CompiledModel:
     from deltaspec.backbone.fingerprint import structure_fingerprint
     from deltaspec.backbone.tabulate import tabulate
-    from deltaspec.compiler.build import compile_plan
+    from deltaspec.compiler.compile import compile_plan
     from deltaspec.language.load import load as load_spec
     from deltaspec.planning.resolve import plan
 
@@ -47,6 +47,6 @@ def _restore(model: nn.Module, saved: SavedSet, capture: str, example_inputs: An
         raise DeltaSpecError([*found, *error.diagnostics]) from error
     # Every value comes from the files: no decomposition of a weight, no tokenizer of a text is needed.
     compiled = compile_plan(model, planned, capture, drawn=False)
-    _load(compiled, saved)
+    _load(compiled._attachments, saved)
     compiled.only(saved.attached)
     return compiled

@@ -1,1 +1,4 @@
-"""The contract that every method keeps; `deltaspec.testing.check_method` checks it."""
+"""What every method promises, clause by clause, checked on a model.
+
+Uses compiled models as a user would.
+"""

@@ -12,7 +12,7 @@ from torch import nn
 
 from deltaspec.backbone.clone import clone
 from deltaspec.backbone.reserved import home
-from deltaspec.compiler.build import compile_plan
+from deltaspec.compiler.compile import compile_plan
 from deltaspec.compiler.restore import restore
 from deltaspec.contract import sharing
 from deltaspec.contract.snapshot import differences, snapshot
@@ -216,7 +216,7 @@ def _learning(case: Case) -> None:
 
 
 def _losses(case: Case, make: Callable[..., torch.optim.Optimizer], rate: float) -> tuple[float, float]:
-    """Give the loss before and after six steps."""
+    """Return the loss before and after six steps."""
     compiled = compile_plan(case.model, case.single, case.capture)
     parameters = list(compiled.trainable_parameters())
     optimizer = make(parameters, lr=rate)

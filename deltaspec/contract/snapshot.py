@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deltaspec.runtime.turns import COUNTING
+from deltaspec.runtime.forward_gate import COUNTING
 
 if TYPE_CHECKING:
     from torch import nn

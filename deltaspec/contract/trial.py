@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from deltaspec.backbone.inputs import call_arguments
-from deltaspec.compiler.build import compile_plan
+from deltaspec.compiler.compile import compile_plan
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.methods.registry import methods
 from deltaspec.planning.plan import Plan
@@ -86,7 +86,7 @@ class Case:
         return compiled
 
     def active_sets(self, compiled: CompiledModel) -> Iterator[tuple[str, ...]]:
-        """Give the sets that can be active at once; only methods that replace or read weights exclude others."""
+        """Return the sets that can be active at once; only methods that replace or read weights exclude others."""
         yield from ((), ("one",), ("two",))
         try:
             with compiled.only("one", "two"):
@@ -104,7 +104,7 @@ class Case:
         return run(compiled, self.inputs)
 
     def loss(self, compiled: nn.Module) -> Tensor:
-        """Give the distance of the first output from a fixed place near the original's."""
+        """Return the distance of the first output from a fixed place near the original's."""
         args, kwargs = call_arguments(self.inputs)
         output = floats(compiled(*args, **kwargs))[0]
         reference = floats(self.reference)[0]
@@ -122,7 +122,7 @@ def require(holds: bool, otherwise: str) -> None:
 
 @torch.no_grad()
 def run(model: nn.Module, inputs: Any) -> Outputs:
-    """Give the tensors of a model's output, without gradients."""
+    """Return the tensors of a model's output, without gradients."""
     args, kwargs = call_arguments(inputs)
     outputs = [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
     require(bool(outputs), "the model's output holds no tensor")
@@ -130,12 +130,12 @@ def run(model: nn.Module, inputs: Any) -> Outputs:
 
 
 def floats(output: Any) -> Outputs:
-    """Give the tensors of floating point in an output."""
+    """Return the tensors of floating point in an output."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def same(left: Outputs, right: Outputs) -> bool:
-    """Tell whether two outputs have the same bits."""
+    """Return whether two outputs have the same bits."""
     return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
@@ -157,5 +157,5 @@ def seed(value: int) -> Iterator[None]:
 
 
 def storages(model: nn.Module) -> set[int]:
-    """Give the addresses of the storages of a model's parameters and buffers."""
+    """Return the addresses of the storages of a model's parameters and buffers."""
     return {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if t.numel()}

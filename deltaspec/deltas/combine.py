@@ -25,7 +25,7 @@ from deltaspec.deltas.initial import seeded
 from deltaspec.deltas.modules import storage_key
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.language.derivation import METHOD, in_order
-from deltaspec.methods.declarations import Own
+from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
 from deltaspec.methods.shared.weights import canonical
 from deltaspec.planning.derived import _plain
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Addend:
     """One source at one site."""
 
     weight: float
@@ -75,7 +75,7 @@ def refresh(backbone: nn.Module, deltas: Deltas, plan: Plan, names: Iterable[str
 
 
 def behind(backbone: nn.Module, deltas: Deltas, plan: Plan, names: Iterable[str]) -> list[str]:
-    """Give the names of those derived deltas that are not what their sources would give now."""
+    """Return the names of those derived deltas that are not what their sources would give now."""
     found = []
     for name, fresh in derive(backbone, deltas, plan, names).items():
         own = deltas[name]
@@ -86,7 +86,7 @@ def behind(backbone: nn.Module, deltas: Deltas, plan: Plan, names: Iterable[str]
 
 @torch.no_grad()
 def derive(backbone: nn.Module, deltas: Deltas, plan: Plan, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """Give derived deltas' tensors, by name and storage key, as their sources (and those of derived ones) are now."""
+    """Return derived deltas' tensors, by name and storage key, as their sources (and those of derived ones) are now."""
     wanted = list(names)
     sources = {d.name: [name for name, _ in d.derived.sources] for d in plan.deltas if d.derived is not None}
     needed, pending = set[str](), list(wanted)
@@ -104,7 +104,7 @@ def derive(backbone: nn.Module, deltas: Deltas, plan: Plan, names: Iterable[str]
 
 
 def _derived(plan: Plan, name: str, held: Mapping[str, Mapping[str, Tensor]], backbone: nn.Module) -> dict[str, Tensor]:
-    """Give one derived delta's tensors, by storage key; `held` has those of its sources."""
+    """Return one derived delta's tensors, by storage key; `held` has those of its sources."""
     planned = plan[name]
     derivation = planned.derived
     assert derivation is not None
@@ -116,8 +116,8 @@ def _derived(plan: Plan, name: str, held: Mapping[str, Mapping[str, Tensor]], ba
         for source, weight in derivation.sources:
             part = places[source][place.fqn]
             values = [held[source][storage_key(fqn, spec)] for spec in part.tensors]
-            own = Own(tuple(spec.name for spec in part.tensors), [_wide(value) for value in values])
-            sources.append(Source(weight, plan[source].method, part, own))
+            own = DeltaTensors(tuple(spec.name for spec in part.tensors), [_wide(value) for value in values])
+            sources.append(Addend(weight, plan[source].method, part, own))
         identity = f"{derivation.params.seed}\0{name}\0{fqn}"
         down, up = combined(derivation, place, sources, backbone.get_submodule(fqn), seeded(identity), name)
         for spec in place.tensors:
@@ -128,12 +128,12 @@ def _derived(plan: Plan, name: str, held: Mapping[str, Mapping[str, Tensor]], ba
 def combined(
     derivation: Derivation,
     place: PlannedSite,
-    sources: Sequence[Source],
+    sources: Sequence[Addend],
     module: nn.Module,
     generator: torch.Generator,
     name: str,
 ) -> tuple[Tensor, Tensor]:
-    """Give A and B of one site; those of a convolution may come flat."""
+    """Return A and B of one site; those of a convolution may come flat."""
     if derivation.combine == "svd":
         return _decomposed(place, sources, module, name)
     downs, ups = [source.own.down for source in sources], [source.own.up for source in sources]
@@ -172,8 +172,8 @@ def _some(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
     return tensor * mask.to(tensor) / density
 
 
-def _decomposed(place: PlannedSite, sources: Sequence[Source], module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-    """Give the best factors of a rank for the weighted sum of the updates."""
+def _decomposed(place: PlannedSite, sources: Sequence[Addend], module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """Return the best factors of a rank for the weighted sum of the updates."""
     params: Any = place.params
     rank: int = params.rank
     if all(source.plain for source in sources):
@@ -193,13 +193,13 @@ def _decomposed(place: PlannedSite, sources: Sequence[Source], module: nn.Module
     return nn.functional.pad(down, (0, 0, 0, missing)), nn.functional.pad(up, (0, missing))
 
 
-def _update(source: Source, module: nn.Module) -> Tensor:
-    """Give one source's change of the weight, `[out, in · kernel]`; in float64, as a difference of large numbers."""
+def _update(source: Addend, module: nn.Module) -> Tensor:
+    """Return one source's change of the weight, `[out, in · kernel]`; in float64, as a difference of large numbers."""
     planned = source.planned
     weights = {name: value.double() for name, value in module._parameters.items() if value is not None}
     names = tuple(spec.name for spec in planned.tensors)
     values = [getattr(source.own, name) for name in names]
-    own = Own(names, [value.double() if value.is_floating_point() else value for value in values])
+    own = DeltaTensors(names, [value.double() if value.is_floating_point() else value for value in values])
     folded = methods()[source.method].fold(planned.site, planned.params, own, weights)["weight"]
     update: Tensor = canonical(planned.site.kind, folded - weights["weight"])
     return update.flatten(1).float()

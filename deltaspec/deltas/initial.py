@@ -55,7 +55,7 @@ def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module, *, drawn:
 
 
 def _tensor(backbone: nn.Module, fqn: str) -> Tensor:
-    """Give a parameter or buffer by its name. Raises KeyError."""
+    """Return a parameter or buffer by its name. Raises KeyError."""
     *path, name = fqn.split(".")
     module = backbone
     for part in path:
@@ -102,7 +102,7 @@ def _from_weights(
 
 
 def seeded(identity: str) -> torch.Generator:
-    """Give a generator on the CPU, seeded by a text."""
+    """Return a generator on the CPU, seeded by a text."""
     return _reseeded(torch.Generator(), identity)
 
 

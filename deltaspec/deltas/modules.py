@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from deltaspec.backbone.reserved import Reserved
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def storage_key(site: str, spec: TensorSpec) -> str:
-    """Give the name under which a delta keeps a tensor: `encoder.layer.0.attention.self.query.down`."""
+    """Return the name under which a delta keeps a tensor: `encoder.layer.0.attention.self.query.down`."""
     return spec.key if spec.key is not None else f"{site}.{spec.name}" if site else spec.name
 
 
@@ -35,7 +37,7 @@ class Delta(nn.Module):
         self.name = name
 
     def tensor(self, key: str) -> Tensor:
-        """Give a tensor by its storage key."""
+        """Return a tensor by its storage key."""
         name = attribute_name(key)
         found: Tensor | None = self._parameters.get(name)
         if found is None:
@@ -50,7 +52,7 @@ class Delta(nn.Module):
                 yield name.replace("/", "."), value
 
     def dropout(self, probability: float) -> nn.Dropout:
-        """Give the delta's dropout of this probability; it follows the model's training mode."""
+        """Return the delta's dropout of this probability; it follows the model's training mode."""
         name = self.dropout_name(probability)
         module = self._modules.get(name)
         if module is None:
@@ -61,16 +63,16 @@ class Delta(nn.Module):
 
     @staticmethod
     def dropout_name(probability: float) -> str:
-        """Give the name of the submodule that is dropout of this probability."""
+        """Return the name of the submodule that is dropout of this probability."""
         return "dropout_" + repr(probability).replace(".", "_").replace("-", "_")
 
     def extra_repr(self) -> str:
-        """Say what is inside; the tensors' names are in `state_dict`."""
+        """Return what is inside; the tensors' names are in `state_dict`."""
         count = sum(p.numel() for p in self.parameters())
         return f"{self.name}: {len(self._parameters)} tensors, {count:,} parameters"
 
 
-class Deltas(nn.Module):
+class Deltas(Reserved):
     """All deltas of one backbone, by name. After `.to()`, `.half()` or a load they are bound anew."""
 
     def __init__(self) -> None:
@@ -92,7 +94,7 @@ class Deltas(nn.Module):
         return found
 
     def _of_library(self, name: str) -> Delta:
-        """Give a delta of a library; views that are not the first have modules of their own for them."""
+        """Return a delta of a library; views that are not the first have modules of their own for them."""
         held: Delta = self.attachments.libraries.delta(name)
         if self is self.attachments.stacks.home:
             return held
@@ -136,7 +138,7 @@ class Deltas(nn.Module):
 
 
 def beside(delta: Delta, training: bool) -> Delta:
-    """Give a delta as a module of another view: the same registries of tensors, and dropout of its own."""
+    """Return a delta as a module of another view: the same registries of tensors, and dropout of its own."""
     twin = Delta(delta.name)
     twin.__dict__.update(_parameters=delta._parameters, _buffers=delta._buffers, training=training)
     twin._non_persistent_buffers_set = delta._non_persistent_buffers_set

@@ -12,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ _STEP = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class Extent:
     """Where a tensor lies in a row."""
 
     group: int
@@ -39,7 +39,7 @@ class Layout:
     """Where the tensors of alike deltas lie in their rows: a matrix per dtype and device, in it by storage key."""
 
     def __init__(self, tensors: Mapping[str, tuple[tuple[int, ...], Place]]) -> None:
-        self.slots: dict[str, Slot] = {}
+        self.slots: dict[str, Extent] = {}
         self.widths: list[int] = []
         """Values in a row, by group."""
         groups: dict[Place, int] = {}
@@ -49,13 +49,13 @@ class Layout:
             if group == len(self.widths):
                 self.widths.append(0)
             count = prod(shape)
-            self.slots[key] = Slot(group, self.widths[group], shape, count)
+            self.slots[key] = Extent(group, self.widths[group], shape, count)
             self.widths[group] += -(-count // _STEP) * _STEP
         self.places = tuple(groups)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
-        """Give the layout of these tensors."""
+        """Return the layout of these tensors."""
         return cls({key: (tuple(t.shape), (t.dtype, t.device)) for key, t in tensors.items()})
 
     @property
@@ -93,7 +93,7 @@ class Stack:
         return sum(flat.shape[1] * flat.element_size() for flat in self.flats)
 
     def make_room(self, more: int, limit: int | None = None) -> bool:
-        """Make room for so many more deltas; tell whether the rows moved.
+        """Make room for so many more deltas; return whether the rows moved.
 
         The capacity grows by half at least, but not above `limit` if that is enough. Rows that are not written take no
         memory on the CPU.
@@ -116,7 +116,7 @@ class Stack:
         return True
 
     def empty(self) -> None:
-        """Give back all memory, when no delta is left."""
+        """Return back all memory, when no delta is left."""
         assert not self.names
         self.flats = [flat[:1].clone() for flat in self.flats]
         self.capacity, self._free = 0, []
@@ -128,7 +128,7 @@ class Stack:
         self._cut()
 
     def take(self, name: str) -> int:
-        """Give a delta a row, whose values are undefined; there must be room."""
+        """Assign a delta a row, whose values are undefined; there must be room."""
         row = self.names[name] = self._free.pop()
         return row
 
@@ -143,7 +143,7 @@ class Stack:
             self._free.append(row)
 
     def view(self, key: str, row: int) -> Tensor:
-        """Give a delta's tensor: a view of its row, with a storage object of its own where the device allows that."""
+        """Return a delta's tensor: a view of its row, with a storage object of its own where the device allows that."""
         view = self.tensors[key][row]
         return from_dlpack(to_dlpack(view)) if view.device.type in ("cpu", "cuda") else view
 

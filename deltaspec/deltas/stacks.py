@@ -42,7 +42,7 @@ _KINDS: WeakValueDictionary[tuple[Any, ...], Kind] = WeakValueDictionary()
 
 
 def kind_of(planned: PlannedDelta) -> Kind:
-    """Give a planned delta's kind. It looks at all sites; `Stacks.kind` remembers."""
+    """Return a planned delta's kind. It looks at all sites; `Stacks.kind` remembers."""
     sites = tuple(
         (
             site.site.row.fqn,
@@ -108,7 +108,7 @@ class Stacks:
         return twin
 
     def kind(self, name: str) -> Kind:
-        """Give a delta's kind. Where deltas of one kind came to differ in dtype or device, each stack is a kind."""
+        """Return a delta's kind. Where deltas of one kind came to differ in dtype or device, each stack is a kind."""
         stack = self._of.get(name)
         return self._planned_kind(name) if stack is None else self._kind_of[stack]
 
@@ -120,7 +120,7 @@ class Stacks:
         return found[1]
 
     def of(self, name: str) -> Stack:
-        """Give the stack that holds a delta, which `ensure` was asked for."""
+        """Return the stack that holds a delta, which `ensure` was asked for."""
         return self._of[name]
 
     def ensure(self, names: Iterable[str]) -> None:
@@ -144,7 +144,7 @@ class Stacks:
 
     @torch.inference_mode(False)  # in a server's inference mode, what is made here could never be trained beside
     def hold(self, name: str, layout: Layout, more: int = 1, limit: int | None = None) -> tuple[Stack, int]:
-        """Give a delta a row, to be filled; room is made for `more` at once, `limit` as for `Stack.make_room`."""
+        """Assign a delta a row, to be filled; room is made for `more` at once, `limit` as for `Stack.make_room`."""
         self._settle()
         stack = self._fitting(name, layout)
         self._make_room(stack, more, limit)
@@ -153,7 +153,7 @@ class Stacks:
 
     @torch.inference_mode(False)
     def show(self, name: str, buffers: Container[str]) -> Delta:
-        """Give a held delta as a module, whose tensors (frozen parameters, and `buffers`) are views of its row."""
+        """Return a held delta as a module, whose tensors (frozen parameters, and `buffers`) are views of its row."""
         delta = self._held[name]
         if delta is None:
             stack = self._of[name]
@@ -201,7 +201,7 @@ class Stacks:
         return {name: delta for name, delta in self._held.items() if delta is not None}
 
     def held_rows(self) -> list[Tensor]:
-        """Give the matrices that held deltas lie in."""
+        """Return the matrices that held deltas lie in."""
         return [flat for stack in {self._of[name] for name in self._held if name in self._of} for flat in stack.flats]
 
     # Rows
@@ -232,7 +232,7 @@ class Stacks:
         return self._pointers.get(name) == _pointers(self._module(name))
 
     def _fitting(self, name: str, layout: Layout) -> Stack:
-        """Give the stack for a delta's tensors, made if there is none."""
+        """Return the stack for a delta's tensors, made if there is none."""
         kind = self._planned_kind(name)
         stacks = self._stacks.setdefault(kind, [])
         found = next((stack for stack in stacks if stack.signature == layout.signature), None)

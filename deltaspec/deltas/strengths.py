@@ -29,11 +29,11 @@ class Strengths:
         return twin
 
     def as_dict(self, names: Iterable[str] | None = None) -> dict[str, float]:
-        """Give those that differ from 1, of these deltas or of all."""
+        """Return those that differ from 1, of these deltas or of all."""
         return {name: value for name, value in self._values.items() if names is None or name in names}
 
     def scaled(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Give those of these deltas that are not at their full strength."""
+        """Return those of these deltas that are not at their full strength."""
         return tuple(name for name in names if name in self._values)
 
     def set(self, strengths: Mapping[str, float]) -> None:
@@ -48,7 +48,7 @@ class Strengths:
         return bool(self._values)
 
     def tensor(self, name: str, like: Tensor) -> Tensor:
-        """Give a delta's strength as a tensor `[]` that follows it, with the device and dtype of another."""
+        """Return a delta's strength as a tensor `[]` that follows it, with the device and dtype of another."""
         key = (name, like.device, like.dtype if like.is_floating_point() else torch.float32)
         found = self._tensors.get(key)
         if found is None:

@@ -87,14 +87,14 @@ def _split(pairs: list[tuple[str, str]], labels: tuple[str, ...]) -> Split:
 
 
 def _shuffled(label_of: dict[str, str]) -> list[tuple[str, str]]:
-    """Give the (text, label) pairs in a fixed random order; being a dict, they hold each text once."""
+    """Return the (text, label) pairs in a fixed random order; being a dict, they hold each text once."""
     pairs = list(label_of.items())
     random.Random(0).shuffle(pairs)
     return pairs
 
 
 def tweets() -> Task:
-    """Give tweets of the 2016 election: which of the two candidates wrote it? Retweets are left out."""
+    """Return tweets of the 2016 election: which of the two candidates wrote it? Retweets are left out."""
     rows = _dataset("election-tweets-2016")
     pairs = _shuffled({row["Content"]: row["Author"] for row in rows if row["Is retweet"] == "False"})
     labels = tuple(sorted({author for _, author in pairs}))
@@ -103,7 +103,7 @@ def tweets() -> Task:
 
 
 def topics() -> Task:
-    """Give Reuters newswire of six topics that are easily confused, with the data's own split by date."""
+    """Return Reuters newswire of six topics that are easily confused, with the data's own split by date."""
     splits: list[Split] = []
     seen: set[str] = set()
     for part, size in (("train", TRAIN_SIZE), ("test", TEST_SIZE)):

@@ -39,7 +39,7 @@ def specs_dir() -> Path:
 
 
 def spec_paths() -> list[Path]:
-    """Give the two spec files."""
+    """Return the two spec files."""
     return [specs_dir() / f"demo-{name}.deltaspec.yaml" for name in model.HEADS]
 
 
@@ -180,7 +180,7 @@ def _save(console: Console, compiled: deltaspec.CompiledModel, output: Path, log
 
 def _reload_elsewhere(console: Console, output: Path) -> None:
     """Start a new Python process that reloads the deltas and checks their logits."""
-    command = [sys.executable, "-m", "deltaspec.demo", "--reload", "--output", str(output)]
+    command = [sys.executable, "-m", "deltaspec", "demo", "--reload", "--output", str(output)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums are split by thread, and rounded so
     finished = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, check=False)
     console.print(finished.stdout.strip())

@@ -79,7 +79,7 @@ def _similar_lengths_together(split: Split, order: Sequence[int]) -> list[int]:
 
 
 def _batches(split: Split, order: Sequence[int], size: int) -> Iterator[tuple[list[str], Tensor]]:
-    """Give texts and labels `[batch]` in the given order."""
+    """Return texts and labels `[batch]` in the given order."""
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
         yield [split.texts[i] for i in chosen], torch.tensor([split.labels[i] for i in chosen])

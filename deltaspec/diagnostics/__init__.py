@@ -1,1 +1,4 @@
-"""Findings: what is wrong, where, and what to do about it."""
+"""Findings: a code, a place, what is wrong, a suggestion; their wording and the formats they are printed in.
+
+Knows no spec, no model and no method. Imports nothing of deltaspec.
+"""

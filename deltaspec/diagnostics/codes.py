@@ -1,4 +1,4 @@
-"""Taken out of diagnostics."""
+"""The codes of findings, one line each."""
 
 from __future__ import annotations
 

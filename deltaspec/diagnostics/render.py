@@ -123,7 +123,7 @@ def _property(text: str) -> str:
 
 
 def _relative(file: str) -> str:
-    """Give a file below the working directory relative to it, with forward slashes; another one as it is."""
+    """Return a file below the working directory relative to it, with forward slashes; another one as it is."""
     here = Path.cwd()
     path = Path(os.path.normpath(here / file))
     return path.relative_to(here).as_posix() if path.is_relative_to(here) else Path(file).as_posix()

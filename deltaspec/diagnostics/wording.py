@@ -1,4 +1,4 @@
-"""Taken out of diagnostics."""
+"""Words that findings are said in: near misses, values and paths as a reader sees them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """Give the known word that `word` is most likely a misspelling of; None where none is near."""
+    """Return the known word that `word` is most likely a misspelling of; None where none is near."""
     from difflib import get_close_matches
 
     candidates = {k.lower(): k for k in sorted(known, reverse=True)}

@@ -1,1 +1,4 @@
-"""Documents: YAML and JSON read with the place of every value."""
+"""Documents: YAML and JSON with positions, read strictly; files written whole or not at all.
+
+Knows nothing of what a document says. No torch.
+"""

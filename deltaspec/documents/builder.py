@@ -31,7 +31,7 @@ class Mark:
     children: dict[str | int, Mark] = field(default_factory=dict)
 
     def child(self, part: str | int) -> Mark | None:
-        """Give the mark under a key or index; None where there is none."""
+        """Return the mark under a key or index; None where there is none."""
         return self.children.get(part)
 
 
@@ -68,12 +68,12 @@ class Builder:
 
     @property
     def at_start(self) -> bool:
-        """Tell whether nothing was built yet."""
+        """Return whether nothing was built yet."""
         return self._root_mark is None
 
     @property
     def awaits_key(self) -> bool:
-        """Tell whether the next value is a mapping's key."""
+        """Return whether the next value is a mapping's key."""
         return bool(self._frames) and isinstance(self._frames[-1].container, dict) and not self._frames[-1].awaits_value
 
     def begin(self, container: dict[str, Any] | list[Any], line: int, column: int) -> None:
@@ -115,7 +115,7 @@ class Builder:
             frame.key = value
 
     def finish(self) -> tuple[dict[str, Any], Mark]:
-        """Give data and marks, or raise all findings."""
+        """Return data and marks, or raise all findings."""
         if self._root_mark is None:
             self.refuse("DS113", "the document is empty", 1, 1, "a spec starts with: deltaspec: 1")
         elif not isinstance(self._root, dict):
@@ -162,7 +162,7 @@ def bad_character(text: str) -> tuple[int, str] | None:
 
 
 def printable(text: str) -> str:
-    """Give a file name that can be printed: undecodable and control characters escaped, at most 300 long."""
+    """Return a file name that can be printed: undecodable and control characters escaped, at most 300 long."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text[:300])
     return shown.encode("utf-8", "backslashreplace").decode()
 

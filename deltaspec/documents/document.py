@@ -34,7 +34,7 @@ class Document:
     """Places of the values; None for data given in Python."""
 
     def position(self, path: Path, key: bool = False) -> tuple[int, int]:
-        """Give line and column of the value at `path`, or of its key; of its nearest container where it has none."""
+        """Return line and column of the value at `path`, or of its key; of its nearest container where it has none."""
         mark = self.marks
         if mark is None:
             return 0, 0

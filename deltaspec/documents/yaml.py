@@ -76,7 +76,7 @@ def _scalar(event: yaml.ScalarEvent, builder: Builder, line: int, column: int) -
 
 
 def _resolve(text: str, builder: Builder, line: int, column: int) -> Any:
-    """Give a plain scalar its type, by the YAML 1.2 core schema."""
+    """Return a plain scalar its type, by the YAML 1.2 core schema."""
     if text in _WORDS:
         return _WORDS[text]
     if _INT.fullmatch(text) or _FLOAT.fullmatch(text):
@@ -123,7 +123,7 @@ def _malformed(error: yaml.YAMLError, text: str, builder: Builder) -> None:
 
 
 def _quoted(line: str, column: int) -> str:
-    """Give the plain value around a column in quotes."""
+    """Return the plain value around a column in quotes."""
     start = max(line.rfind(opening, 0, column + 1) for opening in (" ", "[", "{", ",", "\t")) + 1
     rest = line[start:]
     for closing in (" #", ", ", "}", "]", ","):

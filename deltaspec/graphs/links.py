@@ -1,4 +1,4 @@
-"""Taken out of rewrite, rows.per_row."""
+"""Links: one delta's formula at one site, as the key of a graph; and the inputs a formula is traced with."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ class Inputs:
 
 
 def widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give a delta's tensor in a wider dtype; whole numbers stay."""
+    """Return a delta's tensor in a wider dtype; whole numbers stay."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor

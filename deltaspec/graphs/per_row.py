@@ -135,7 +135,7 @@ class _Emitter:
         return all(self._rule(node) is not None for node in self._steps(target))
 
     def _steps(self, target: fx.Node) -> list[fx.Node]:
-        """Give the delta's own steps that lead to a node, its tensors apart, in order."""
+        """Return the delta's own steps that lead to a node, its tensors apart, in order."""
         wanted, tensors = {target}, set(self.formula.tensors.values())
         for node in reversed(target.graph.nodes):
             if node in wanted:

@@ -65,7 +65,7 @@ def argument_in(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[s
 def with_hidden_in(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, hidden: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give the same arguments with another hidden state."""
+    """Return the same arguments with another hidden state."""
     return ((hidden, *args[1:]), dict(kwargs)) if args else (args, {**kwargs, name: hidden})
 
 
@@ -80,7 +80,7 @@ def hidden_out(output: Any) -> Tensor:
 
 
 def with_hidden_out(output: Any, hidden: Tensor) -> Any:
-    """Give the same output with another hidden state."""
+    """Return the same output with another hidden state."""
     if isinstance(output, Tensor):
         return hidden
     if isinstance(output, Mapping):

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import fx, nn
 
 from deltaspec.backbone.forwards import arguments_of
-
-if TYPE_CHECKING:
-    from deltaspec.runtime.active import Attachments
-
 
 _PLAIN = (int, float, bool, str, type(None))
 
 
 DELTAS = "deltas"
 """Name of the argument of the root that takes a delta a row."""
+
+
+class RowCalls(Protocol):
+    """What runs a backbone with deltas row by row."""
+
+    def call(self, deltas: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
 
 
 class Entry(nn.Module):
@@ -28,9 +31,9 @@ class Entry(nn.Module):
     root registers it already.
     """
 
-    def __init__(self, backbone: nn.Module, attachments: Attachments) -> None:
+    def __init__(self, backbone: nn.Module, rows: RowCalls) -> None:
         super().__init__()
-        self.__dict__["backbone"], self.__dict__["attachments"] = backbone, attachments
+        self.__dict__["backbone"], self.__dict__["rows"] = backbone, rows
         self.__dict__["takes_deltas"] = all(p.name != DELTAS for p in arguments_of(type(backbone).forward))
 
     def forward(self, args: tuple[Any, ...], named: dict[str, Any], kwargs: dict[str, Any], deltas: Any = None) -> Any:
@@ -41,7 +44,7 @@ class Entry(nn.Module):
             deltas = kwargs.pop(DELTAS)
         if deltas is None:
             return backbone(*args, **named, **kwargs)
-        return self.__dict__["attachments"].mixer.call(deltas, backbone, *args, **named, **kwargs)
+        return self.__dict__["rows"].call(deltas, backbone, *args, **named, **kwargs)
 
 
 def root_graph(backbone: nn.Module) -> fx.Graph:
@@ -83,7 +86,7 @@ def root_graph(backbone: nn.Module) -> fx.Graph:
 
 
 def _writable(value: Any) -> bool:
-    """Tell whether generated code can spell the value."""
+    """Return whether generated code can spell the value."""
     if isinstance(value, float):
         return math.isfinite(value)
     return type(value) in _PLAIN

@@ -1,8 +1,8 @@
-"""Taken out of rows.slots."""
+"""What the formulas of mixed batches call: each row's own tensors, and rows in and out of a hidden state."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -11,17 +11,48 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltaspec.serving.dispatch import Batch
-    from deltaspec.serving.slots import Slot, Source
+
+class RowBatch(Protocol):
+    """The batch that runs now."""
+
+    rows: int
+    size: int
+    totals: tuple[int, ...]
+    images: bool
 
 
-def take(slot: Slot, source: Source, x: Tensor, zeros: bool) -> Tensor:
-    """Give each row of `x` its delta's tensor; zeros, or another row's, where a row has none."""
+class RowSlot(Protocol):
+    """What the rows of a batch have at one place in the order of application: data that a graph reads."""
+
+    @property
+    def batch(self) -> RowBatch:
+        """The batch that runs now."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether some row is under its delta at another strength than its full one."""
+
+    def strengths_like(self, x: Tensor) -> Tensor:
+        """Return the strengths in the form of a tensor."""
+
+
+class RowSource(Protocol):
+    """One tensor of the deltas of a kind."""
+
+    def take(self, slot: Any, size: int, zeros: bool) -> Tensor:
+        """Return the tensor of each row's delta."""
+
+    def take_briefly(self, slot: Any, size: int) -> Tensor:
+        """Return the tensor of each row's delta, until the next call."""
+
+
+def take(slot: RowSlot, source: RowSource, x: Tensor, zeros: bool) -> Tensor:
+    """Return the tensor of the delta of each row of `x`; zeros, or another row's, where a row has none."""
     return source.take(slot, x.shape[0], zeros)
 
 
-def rows_in(slot: Slot, x: Tensor) -> Tensor:
-    """Give a hidden state its rows as first dimension.
+def rows_in(slot: RowSlot, x: Tensor) -> Tensor:
+    """Return a hidden state its rows as first dimension.
 
     `x` is `[rows, …]` (times the beams), `[1, …]` for all rows, or the tokens of all rows, `[rows * tokens, width]`.
     What has two dimensions becomes `[rows, tokens, width]`: a row by itself then has as many as it has in a batch.
@@ -50,7 +81,7 @@ def toward(without: Tensor, with_it: Tensor, strength: Tensor) -> Tensor:
     return torch.lerp(without.to(with_it.dtype), with_it, strength.to(with_it.dtype))
 
 
-def toward_rows(without: Tensor, with_it: Tensor, slot: Slot) -> Tensor:
+def toward_rows(without: Tensor, with_it: Tensor, slot: RowSlot) -> Tensor:
     """Go, row by row, from what is without a delta to what is with it: exactly the one at strength 0."""
     return torch.lerp(without.to(with_it.dtype), with_it, slot.strengths_like(with_it))
 
@@ -70,7 +101,7 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return y if bias is None else y + align(bias, y)
 
 
-def add_linear_rows(y: Tensor, x: Tensor, weight: Tensor, slot: Slot, scale: float = 1.0) -> Tensor:
+def add_linear_rows(y: Tensor, x: Tensor, weight: Tensor, slot: RowSlot, scale: float = 1.0) -> Tensor:
     """Add, row by row, strength · scale · x Wᵀ to y. `x` is narrow, so the strength is applied to it."""
     scaled = x * slot.strengths_like(x) if slot.partial else x
     if y.dim() == 3 and x.dim() == 3:
@@ -78,7 +109,7 @@ def add_linear_rows(y: Tensor, x: Tensor, weight: Tensor, slot: Slot, scale: flo
     return torch.add(y, linear_rows(scaled, weight), alpha=scale)
 
 
-def _untold(x: Tensor, batch: Batch) -> Diagnostic:
+def _untold(x: Tensor, batch: RowBatch) -> Diagnostic:
     message = (
         f"a hidden state {list(x.shape)} does not tell the {batch.rows} rows of the batch apart, "
         "so they cannot be under different deltas here"

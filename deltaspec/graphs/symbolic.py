@@ -85,7 +85,7 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
 
 
 def _state(model: nn.Module) -> dict[str, tuple[Any, int]]:
-    """Give what a forward may leave in its modules: buffers with their counts of writes, and other attributes."""
+    """Return what a forward may leave in its modules: buffers with their counts of writes, and other attributes."""
     found: dict[str, tuple[Any, int]] = {}
     for fqn, module in model.named_modules():
         prefix = f"{fqn}." if fqn else ""
@@ -106,7 +106,7 @@ def _written(before: dict[str, tuple[Any, int]], after: dict[str, tuple[Any, int
 
 
 def reads_around_calls(graph: fx.Graph, backbone: nn.Module, sites: Collection[str]) -> bool:
-    """Tell whether a trace reads parameters of a site besides calling it (a tied head, `F.linear` on a weight)."""
+    """Return whether a trace reads parameters of a site besides calling it (a tied head, `F.linear` on a weight)."""
     named = dict(backbone.named_parameters(remove_duplicate=False))
     read = {id(named.get(str(node.target))) for node in graph.nodes if node.op == "get_attr"}
     owned = (p for fqn in sites if fqn for p in backbone.get_submodule(fqn)._parameters.values() if p is not None)

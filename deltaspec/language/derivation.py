@@ -6,10 +6,9 @@ merges and is saved as lora. How its tensors are computed, and when, is in `comb
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
-from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -17,13 +16,11 @@ from pydantic import Field
 from deltaspec.diagnostics.wording import closest, show_value
 from deltaspec.methods.declarations import MethodParams
 from deltaspec.methods.shared.rank import MAX_RANK
-from deltaspec.methods.shared.weights import weight_shape
 
 if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Diagnostic, Path
     from deltaspec.documents.document import Document
     from deltaspec.methods.base import Method
-    from deltaspec.planning.planned import PlannedSite
 
 
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -66,18 +63,8 @@ class Derivation:
     params: DerivedParams
 
     def to_data(self) -> dict[str, Any]:
-        """Give it as a document writes it, every parameter that counts written out."""
+        """Return what a document writes for it, every parameter that counts written out."""
         return {"from": dict(self.sources), "combine": self.combine, "params": written(self.combine, self.params)}
-
-    def rank(self, parts: Sequence[PlannedSite]) -> int:
-        """Give the rank of the result at a site, from the sources there: no more than the weight has for `svd`."""
-        ranks: list[int] = [getattr(part.params, "rank", 1) for part in parts]
-        if self.combine == "cat":
-            return sum(ranks)
-        if self.combine != "svd":
-            return ranks[0]
-        out_width, *inner = weight_shape(parts[0].site)
-        return min(self.params.rank or max(ranks), out_width, prod(inner))
 
     def __str__(self) -> str:
         sources = ", ".join(f"{name} × {weight:g}" for name, weight in self.sources)
@@ -86,7 +73,7 @@ class Derivation:
 
 
 def written(combine: str | None, params: MethodParams) -> dict[str, Any]:
-    """Give parameters as a document writes them, all of them, or those that a way to combine uses."""
+    """Return parameters as a document writes them, all of them, or those that a way to combine uses."""
     fields, values = type(params).model_fields, params.model_dump(mode="json")
     keys = values if combine is None else _USED[combine]
     return {key: values[key] for key in keys if values[key] is not None or fields[key].default is not None}
@@ -96,7 +83,7 @@ def written(combine: str | None, params: MethodParams) -> dict[str, Any]:
 
 
 def check(document: Document, methods: Mapping[str, Method]) -> Iterator[Diagnostic]:
-    """Give the findings about the derived deltas of a document, beside those of the schema."""
+    """Return the findings about the derived deltas of a document, beside those of the schema."""
     listed = document.data.get("deltas")
     deltas = [d if isinstance(d, dict) else {} for d in listed] if isinstance(listed, list) else []
     by_name = {d["name"]: d for d in reversed(deltas) if isinstance(d.get("name"), str)}
@@ -146,7 +133,7 @@ def in_order(sources: Mapping[str, Iterable[str]]) -> list[str]:
 def _check_methods(
     document: Document, path: Path, delta: dict[str, Any], sources: list[dict[str, Any]], methods: Mapping[str, Method]
 ) -> Iterator[Diagnostic]:
-    """Say why the sources' methods cannot be combined."""
+    """Return why the sources' methods cannot be combined."""
     place, combine = (*path, "from"), delta.get("combine")
     names = {s["name"]: METHOD if "from" in s else s.get("method") for s in sources}
     known = {name: methods[m] for name, m in names.items() if isinstance(m, str) and m in methods}

@@ -1,4 +1,4 @@
-"""Taken out of spec."""
+"""Loading: from a file, text or data to a `DeltaSpec`, or to all findings at once."""
 
 from __future__ import annotations
 

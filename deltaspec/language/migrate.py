@@ -22,7 +22,7 @@ MIGRATIONS: Mapping[int, Migration] = {}
 
 
 def migrate(data: dict[str, Any]) -> dict[str, Any]:
-    """Give the document in the current version; the one given is not changed. Its version must be a known one."""
+    """Return the document in the current version; the one given is not changed. Its version must be a known one."""
     version = data["deltaspec"]
     while version < CURRENT:
         data = {**MIGRATIONS[version](data), "deltaspec": version + 1}
@@ -31,7 +31,7 @@ def migrate(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_version(document: Document) -> list[Diagnostic]:
-    """Give the finding about a version that cannot be read; none where it can, or where it is no number at all."""
+    """Return the finding about a version that cannot be read; none where it can, or where it is no number at all."""
     version = document.data.get("deltaspec")
     if isinstance(version, bool) or not isinstance(version, int | float) or version in (*MIGRATIONS, CURRENT):
         return []

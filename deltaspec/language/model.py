@@ -102,7 +102,7 @@ class DeltaEntry(Part):
     """Of its tensors; left out, the backbone's, but float32 where that is of half precision or quantised."""
 
     def params_with(self, override: Override) -> MethodParams:
-        """Give the method's parameters with an override's in place of the delta's."""
+        """Return the method's parameters with an override's in place of the delta's."""
         given = self.params.model_dump(mode="json", exclude_unset=True)
         return read_params(type(self.params), given | override.params)
 
@@ -130,7 +130,7 @@ class DeltaSpec(Part):
         return self._document.name
 
     def locate(self, path: Path, key: bool = False) -> tuple[int, int]:
-        """Give line and column of the value at a document path, or of its key; 0, 0 where there is no file."""
+        """Return line and column of the value at a document path, or of its key; 0, 0 where there is no file."""
         return self._document.position(path, key)
 
     def diagnostic(
@@ -140,7 +140,7 @@ class DeltaSpec(Part):
         return self._document.diagnostic(code, message, path, suggestion, key)
 
     def to_data(self) -> dict[str, Any]:
-        """Give the resolved spec as a document: every method parameter written out, places and comments gone."""
+        """Return the resolved spec as a document: every method parameter written out, places and comments gone."""
         expect = self.expect and _present(
             trainable=self.expect.trainable and self.expect.trainable.model_dump(exclude_none=True),
             untouched=[selector.to_data() for selector in self.expect.untouched],
@@ -155,7 +155,7 @@ class DeltaSpec(Part):
         )
 
     def with_params(self, index: int, params: MethodParams) -> DeltaSpec:
-        """Give the spec with other parameters for one delta."""
+        """Return the spec with other parameters for one delta."""
         deltas = list(self.deltas)
         deltas[index] = deltas[index].model_copy(update={"params": params})
         return self.model_copy(update={"deltas": tuple(deltas)})

@@ -1,4 +1,4 @@
-"""Taken out of checking.checks."""
+"""A delta's parameters read by its method's model, with findings in the author's words."""
 
 from __future__ import annotations
 

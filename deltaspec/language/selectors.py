@@ -133,13 +133,13 @@ class Selector(Part):
     """Path of this selector in the document."""
 
     def walk(self) -> Iterator[Selector]:
-        """Give this selector and all selectors nested in it, in document order."""
+        """Return this selector and all selectors nested in it, in document order."""
         yield self
         for nested in (*self.any_of, *self.all_of, *((self.none_of,) if self.none_of else ())):
             yield from nested.walk()
 
     def to_data(self) -> dict[str, Any]:
-        """Give the selector as a document writes it, in full form."""
+        """Return the selector as a document writes it, in full form."""
         data: dict[str, Any] = {}
         for key in ("path", "regex", "type", "role", "parameter"):
             if alternatives := getattr(self, key):

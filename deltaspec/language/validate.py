@@ -17,19 +17,16 @@ from deltaspec.methods.registry import builtin_methods, methods
 if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Diagnostic
     from deltaspec.documents.document import Document
-    from deltaspec.language.model import DeltaSpec
     from deltaspec.methods.base import Method
 
 
-def validate(spec: str | os.PathLike[str] | Mapping[str, Any] | DeltaSpec) -> list[Diagnostic]:
-    """Give all findings about a spec: a file's path, or its content as a dict. Empty where it is valid."""
+def validate(spec: str | os.PathLike[str] | Mapping[str, Any] | Any) -> list[Diagnostic]:
+    """Return all findings about a spec: a file's path, or its content as a dict. Empty where it is valid."""
     try:
         if isinstance(spec, Mapping | str | os.PathLike):
             check_document(open_document(spec))
-        else:
-            from deltaspec.language.load import load
-
-            load(spec)
+        elif type(spec).__name__ != "DeltaSpec":
+            open_document(spec)  # raises TypeError
     except DeltaSpecError as error:
         return list(error.diagnostics)
     return []
@@ -66,7 +63,7 @@ def check_document(document: Document) -> Mapping[str, Method]:
 
 
 def _known_methods(document: Document) -> tuple[Mapping[str, Method], list[Diagnostic]]:
-    """Give deltaspec's own methods; all installed ones only where the document needs them: that search is slow."""
+    """Return deltaspec's own methods; all installed ones only where the document needs them: that search is slow."""
     own = builtin_methods()
     deltas = document.data.get("deltas")
     entries = [d for d in deltas if isinstance(d, dict)] if isinstance(deltas, list) else []

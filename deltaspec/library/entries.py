@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class SavedDelta:
     """One saved delta."""
 
     name: str
@@ -42,7 +42,7 @@ class Entry:
         return str(self.saved.folder)
 
 
-def entries_in(directory: str | PathLike[str], attachments: Attachments, by: str) -> dict[str, Entry]:
+def entries_in(directory: str | PathLike[str], attachments: Attachments, by: str) -> dict[str, SavedDelta]:
     """Read the manifests of a directory written by `save`, or of all such directories in it, in their order.
 
     Raises DeltaSpecError with the findings of all: a manifest that is broken (DS521, DS522) or for another backbone
@@ -61,7 +61,7 @@ def entries_in(directory: str | PathLike[str], attachments: Attachments, by: str
         return weights[0]
 
     findings: list[Diagnostic] = []
-    found: dict[str, Entry] = {}
+    found: dict[str, SavedDelta] = {}
     for folder in folders:
         try:
             saved = SavedSet(folder)
@@ -77,7 +77,7 @@ def entries_in(directory: str | PathLike[str], attachments: Attachments, by: str
                 message = f"the delta {own!r} is in {found[name].place}, too"
                 hint = 'name them by their directories: c.library(dir, by="folder")'
                 findings.append(saved.finding("DS530", message, hint))
-            found.setdefault(name, Entry(name, own, saved))
+            found.setdefault(name, SavedDelta(name, own, saved))
     if findings:
         raise DeltaSpecError(findings)
     return found
@@ -116,15 +116,15 @@ class Piece:
         return replace(self, shape=(self.count,))
 
     def is_before(self, other: Piece) -> bool:
-        """Tell whether another piece follows at once, in the same dtype."""
+        """Return whether another piece follows at once, in the same dtype."""
         return self.dtype == other.dtype and self.begin + self.count * self.dtype.itemsize == other.begin
 
     def with_next(self, other: Piece) -> Piece:
-        """Give both as one flat piece."""
+        """Return both as one flat piece."""
         return replace(self, shape=(self.count + other.count,), count=self.count + other.count)
 
     def of(self, content: mmap) -> Tensor:
-        """Give the tensor, without copying it."""
+        """Return the tensor, without copying it."""
         if not self.count:
             return torch.empty(self.shape, dtype=self.dtype)
         return torch.frombuffer(content, dtype=self.dtype, count=self.count, offset=self.begin).view(self.shape)
@@ -140,7 +140,7 @@ class Contents:
         self._moves: dict[Layout, list[tuple[Piece, int, int]]] = {}
 
     def moves(self, layout: Layout) -> list[tuple[Piece, int, int]]:
-        """Say how to fill a row: (piece, group, offset), as few as possible."""
+        """Return how to fill a row: (piece, group, offset), as few as possible."""
         found = self._moves.get(layout)
         if found is None:
             found = self._moves[layout] = []
@@ -175,7 +175,7 @@ class Reader:
         """Whether a forward showed that the planned sites are reached."""
         return self._observations is None or self._observations.failure is None
 
-    def template(self, entry: Entry, findings: list[Diagnostic]) -> Template | None:
+    def template(self, entry: SavedDelta, findings: list[Diagnostic]) -> Template | None:
         """Plan an entry's saved spec onto the backbone; None, with findings, where that fails."""
         content, problems = entry.saved.read(entry.own, "spec")
         findings += problems
@@ -227,7 +227,7 @@ class Reader:
             self._observations = Observations(without_deltas(self._family.one()), self.inputs)
         return self._observations
 
-    def read(self, entry: Entry, template: Template, findings: list[Diagnostic]) -> tuple[mmap, Contents] | None:
+    def read(self, entry: SavedDelta, template: Template, findings: list[Diagnostic]) -> tuple[mmap, Contents] | None:
         """Map an entry's tensors, all checked: (file, where each lies in it); None, with findings, where that fails."""
         file, problems = entry.saved.map(entry.own)
         findings += problems

@@ -20,7 +20,6 @@ import torch
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.library.entries import Reader, entries_in
 from deltaspec.library.opened import Opened, Staged, limits
-from deltaspec.library.view import LibraryView
 
 if TYPE_CHECKING:
     from deltaspec.deltas.modules import Delta
@@ -93,20 +92,6 @@ class Libraries:
             first = max(attachments.order.values(), default=-1) + 1
             attachments.order.update({name: first + index for index, name in enumerate(entries)})
             return opened
-
-    def view(
-        self, directory: str | PathLike[str], limit: int | str | None, preload: bool, by: str, example_inputs: Any
-    ) -> LibraryView:
-        """Open a directory for a user; where preloading fails, it is not opened."""
-        with self._lock:
-            view = LibraryView(self, self.open(directory, limit, by, example_inputs))
-            if preload:
-                try:
-                    view.load()
-                except BaseException:
-                    view.close()
-                    raise
-            return view
 
     def refuse_attached(self, active: Iterable[str], what: str) -> None:
         """Raise DeltaSpecError (DS533) where a delta of a library is attached: the result would lack it."""
@@ -245,7 +230,7 @@ class Libraries:
         self._exposed.discard(name)
 
     def _trained(self, opened: Opened) -> list[str]:
-        """Give the names of loaded deltas that a user has put into training."""
+        """Return the names of loaded deltas that a user has put into training."""
         return [
             name
             for name in self._exposed
@@ -264,7 +249,7 @@ class Libraries:
         return {name for names in list(self._pinned.values()) for name in names}
 
     def _kept(self, opened: Opened, leaving: Attachments | None = None) -> set[str]:
-        """Give the names of loaded deltas that must not be dropped."""
+        """Return the names of loaded deltas that must not be dropped."""
         active = self._family.attached(leaving)
         return {*active, *self._in_rows(), *self._trained(opened)} & opened.loaded.keys()
 
@@ -275,7 +260,7 @@ class Libraries:
                 opened.use(name)
 
     def delta(self, name: str) -> Delta:
-        """Give a loaded delta as a module; KeyError where it is not loaded."""
+        """Return a loaded delta as a module; KeyError where it is not loaded."""
         with self._lock:
             opened = self._of.get(name)
             template = None if opened is None else opened.loaded.get(name)
@@ -284,7 +269,7 @@ class Libraries:
             return self._attachments.stacks.show(name, template.buffers)
 
     def expose(self, name: str) -> Delta:
-        """Give a loaded delta to a user, who may keep its tensors: their memory is not written again."""
+        """Return a loaded delta to a user, who may keep its tensors: their memory is not written again."""
         with self._lock:
             delta = self.delta(name)
             self._exposed.add(name)

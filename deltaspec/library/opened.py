@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from deltaspec.library.entries import Contents, Entry, Reader, Template
+from deltaspec.library.entries import Contents, Reader, SavedDelta, Template
 
 if TYPE_CHECKING:
     from mmap import mmap
@@ -24,7 +24,7 @@ class Opened:
     """One directory, and what of it is in memory."""
 
     directory: str
-    entries: dict[str, Entry]
+    entries: dict[str, SavedDelta]
     reader: Reader
     count: int | None = None
     """The most deltas in memory."""
@@ -39,7 +39,7 @@ class Opened:
             self.loaded.move_to_end(name)
 
     def exceeds(self, templates: Iterable[Template]) -> bool:
-        """Tell whether so many deltas are more than may be in memory."""
+        """Return whether so many deltas are more than may be in memory."""
         if self.count is not None:
             return sum(1 for _ in templates) > self.count
         return self.size is not None and sum(template.size for template in templates) > self.size

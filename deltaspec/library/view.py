@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.findings import require_known
 
@@ -64,3 +64,18 @@ class LibraryView:
         opened = self._opened
         limit = "" if opened.count is None and opened.size is None else f", limit {opened.count or opened.size}"
         return f"<library {opened.directory}: {len(opened.entries):,} deltas, {len(opened.loaded):,} loaded{limit}>"
+
+
+def open_view(
+    libraries: Libraries, directory: Any, limit: int | str | None, preload: bool, by: str, example_inputs: Any
+) -> LibraryView:
+    """Open a directory for a user; where preloading fails, it is not opened."""
+    with libraries._lock:
+        view = LibraryView(libraries, libraries.open(directory, limit, by, example_inputs))
+        if preload:
+            try:
+                view.load()
+            except BaseException:
+                view.close()
+                raise
+        return view

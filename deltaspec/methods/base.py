@@ -53,19 +53,19 @@ class Method(ABC):
     """Works by `attend`, inside the attention function of its sites, instead of by `apply`."""
 
     def descends_to(self, row: Row) -> bool:
-        """Tell whether a module at or below a selected one is a site, where the method descends."""
+        """Return whether a module at or below a selected one is a site, where the method descends."""
         return bool(row.parameters)
 
     def is_identity_at_start(self, params: Any) -> bool:
-        """Tell whether `promises.identity_at_start` holds under these params; some starts give it up on request."""
+        """Return whether `promises.identity_at_start` holds under these params; some starts give it up on request."""
         return self.promises.identity_at_start
 
     def roles(self, params: Any) -> tuple[str, ...]:
-        """Give the default roles under these params."""
+        """Return the default roles under these params."""
         return self.default_roles
 
     def is_default(self, row: Row, params: Any) -> bool:
-        """Tell whether a module is one of those that a left-out `target` stands for."""
+        """Return whether a module is one of those that a left-out `target` stands for."""
         return not set(self.roles(params)).isdisjoint(row.roles)
 
     def settle(self, params: Any) -> Any:
@@ -80,7 +80,7 @@ class Method(ABC):
         return None
 
     def refuse(self, site: Site, params: Any) -> Refusal | None:
-        """Say why this site cannot be taken with these params; None where it can."""
+        """Return why this site cannot be taken with these params; None where it can."""
         return None
 
     @abstractmethod
@@ -90,7 +90,7 @@ class Method(ABC):
     def initialise(
         self, site: Site, params: Any, weights: Mapping[str, Tensor], generator: Generator
     ) -> Mapping[str, Tensor]:
-        """Give initial values that depend on the host's own parameters, by tensor name; the others start as declared.
+        """Return initial values that depend on the host's own parameters, by tensor name; the others start as declared.
 
         `weights` are the host's own parameters by own name, on the CPU, in float32 (float64 where they are that);
         `generator` is seeded for this site alone.
@@ -119,7 +119,7 @@ class Method(ABC):
         raise AssertionError(f"{self.name} has no formula inside attention")
 
     def virtual_tokens(self, params: Any) -> int:
-        """Give the number of tokens that a delta of this method puts in front of the model's input.
+        """Return the number of tokens that a delta of this method puts in front of the model's input.
 
         They arrive at the embedding that is the delta's site as ids -1, -2, … of the outermost delta, and further down
         those of the next: `apply` gives its own ones their rows.
@@ -127,43 +127,43 @@ class Method(ABC):
         return 0
 
     def ends_matter(self, params: Any) -> bool:
-        """Tell whether the formula must know where a prompt ends while text is generated."""
+        """Return whether the formula must know where a prompt ends while text is generated."""
         return False
 
     def substitutes(self, site: Site, params: Any) -> bool:
-        """Tell whether `apply` runs the host with other parameters (`base(x, weight=…)`) at this site."""
+        """Return whether `apply` runs the host with other parameters (`base(x, weight=…)`) at this site."""
         return False
 
     def arguments(self, site: Site, params: Any) -> tuple[str, ...]:
-        """Give the names of the host's arguments, besides the hidden state, that `apply` asks for at this site."""
+        """Return the names of the host's arguments, besides the hidden state, that `apply` asks for at this site."""
         return ()
 
     def lowers(self, site: Site, params: Any) -> bool:
-        """Tell whether this site works by `fold` in every forward instead of `apply`, though it is called."""
+        """Return whether this site works by `fold` in every forward instead of `apply`, though it is called."""
         return False
 
     def reads_weight(self, site: Site, params: Any) -> bool:
-        """Tell whether `apply` computes from the host's own weight or bias.
+        """Return whether `apply` computes from the host's own weight or bias.
 
         A delta before it on the site, which changes the weight, would not be seen there, but would be in `fold`.
         """
         return False
 
     def folds(self, site: Site, params: Any) -> bool:
-        """Tell whether the delta works by `fold` here: the method says so, or nothing calls the module."""
+        """Return whether the delta works by `fold` here: the method says so, or nothing calls the module."""
         return site.host is not None or self.lowers(site, params)
 
     def fold(self, site: Site, params: Any, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give the host's own parameters with this delta folded in: own name -> new tensor.
+        """Return the host's own parameters with this delta folded in: own name -> new tensor.
 
         `weights` holds the current own parameters, without absent ones. Called only where `promises.weight` is set.
         """
         raise AssertionError(f"{self.name} promised no weight form")
 
     def simpler(self, params: Any) -> tuple[str, dict[str, Any]] | None:
-        """Give the method and params that do the same without what only training needs; None where nothing does."""
+        """Return the method and params that do the same without what only training needs; None where nothing does."""
         return None
 
     def simplified(self, site: Site, params: Any, t: Any) -> dict[str, Tensor]:
-        """Give the tensors of that simpler delta at a site, by own name. Called only where `simpler` gave something."""
+        """Return that simpler delta's tensors at a site, by own name. Called only where `simpler` gave something."""
         raise AssertionError(f"{self.name} has no simpler form")

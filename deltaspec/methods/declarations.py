@@ -1,4 +1,4 @@
-"""Taken out of methods._base, running.substitution."""
+"""What a method declares, as data: parameters, tensors, initial values, promises, refusals; and the site it sees."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Site:
         return f"{self.row.fqn}.{self.parameter}" if self.row.fqn else self.parameter
 
     def is_read(self, parameter: str) -> bool:
-        """Tell whether a change of an own parameter, by its own name, reaches the output."""
+        """Return whether a change of an own parameter, by its own name, reaches the output."""
         return self.reads is None or parameter in self.reads
 
     @property
@@ -144,7 +144,7 @@ class Promises:
     """Usable for single rows of a mixed batch."""
 
 
-class Own:
+class DeltaTensors:
     """A delta's tensors at one site, as attributes (what `Method.fold` sees as `t`)."""
 
     def __init__(self, names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:

@@ -54,13 +54,13 @@ class _Own(Mapping[str, "Method"]):
 
 @cache
 def builtin_methods() -> Mapping[str, Method]:
-    """Give deltaspec's own methods by name, sorted."""
+    """Return deltaspec's own methods by name, sorted."""
     return _Own()
 
 
 @cache
 def methods() -> Mapping[str, Method]:
-    """Give all methods by name, those of other installed packages included.
+    """Return all methods by name, those of other installed packages included.
 
     Raises ValueError where a plug-in takes a name that is taken or registers something else than a Method.
     """

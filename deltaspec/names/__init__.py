@@ -1,1 +1,4 @@
-"""Dotted names: patterns on them, and folding."""
+"""Dotted names: patterns over them, folding many into few, what is below what.
+
+Works on strings alone; knows no module and no spec. No torch.
+"""

@@ -32,7 +32,7 @@ def fold(names: Iterable[str]) -> list[str]:
 
 
 def unfold(pattern: str, limit: int = 1_000_000) -> list[str]:
-    """Give the names that a folded pattern stands for. Raises ValueError for more than `limit` names."""
+    """Return the names that a folded pattern stands for. Raises ValueError for more than `limit` names."""
     parts = _GROUP.split(pattern)
     choices: list[Sequence[str]] = []
     size = 1

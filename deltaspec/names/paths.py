@@ -1,8 +1,8 @@
-"""Taken out of selection.subtree."""
+"""Names of modules and what is below them."""
 
 from __future__ import annotations
 
 
 def is_inside(fqn: str, container: str) -> bool:
-    """Tell whether a name is a module's own or lies below it; everything lies in the root."""
+    """Return whether a name is a module's own or lies below it; everything lies in the root."""
     return not container or fqn == container or fqn.startswith(container + ".")

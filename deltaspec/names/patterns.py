@@ -42,7 +42,7 @@ class Pattern:
 
 
 def fullmatch(compiled: Pattern, name: str) -> bool:
-    """Tell whether the whole of a module's full name matches. Raises BacktrackingError after MATCH_SECONDS."""
+    """Return whether the whole of a module's full name matches. Raises BacktrackingError after MATCH_SECONDS."""
     if compiled.kind == "path":
         return compiled.matcher.fullmatch(f"{name}." if name else "") is not None
     return _match(compiled.matcher, name, MATCH_SECONDS)
@@ -196,7 +196,7 @@ def _search_repeats(tree: Any, inside: bool) -> str | None:
 
 
 def _flat(tree: Any) -> list[tuple[str, Any]]:
-    """Give the items of a sequence, with groups opened."""
+    """Return the items of a sequence, with groups opened."""
     items: list[tuple[str, Any]] = []
     for kind, argument in tree:
         if str(kind) == "SUBPATTERN":
@@ -217,7 +217,7 @@ _ASCII = frozenset(range(128))
 
 
 def _characters(tree: Any) -> frozenset[int]:
-    """Give the ASCII characters that a part of a pattern can consume; all of them where that is not plain."""
+    """Return the ASCII characters that a part of a pattern can consume; all of them where that is not plain."""
     found: set[int] = set()
     for kind, argument in _flat(tree):
         if kind == "LITERAL":
@@ -234,7 +234,7 @@ def _characters(tree: Any) -> frozenset[int]:
 
 
 def _class(items: Any) -> frozenset[int]:
-    """Give the ASCII characters of a character class."""
+    """Return the ASCII characters of a character class."""
     found: set[int] = set()
     negated = False
     for kind, argument in ((str(k), a) for k, a in items):

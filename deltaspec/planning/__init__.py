@@ -1,1 +1,4 @@
-"""What `deltaspec.plan` stands on: sites, proof that they are reached, budgets, expectations, and the plan as data."""
+"""Planning: spec × model to a `Plan`, its text and its lock. Every user error ends here.
+
+Makes no tensor of a delta and changes no model.
+"""

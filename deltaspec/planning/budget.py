@@ -36,7 +36,7 @@ class Choice:
     suggestion: str | None = None
 
     def put(self, params: Params) -> Params:
-        """Give the parameters with the rank in place of the budget; an override's own rank stays."""
+        """Return the parameters with the rank in place of the budget; an override's own rank stays."""
         if not isinstance(getattr(params, self.name), Budget):
             return params
         return params.model_copy(update={self.name: self.rank})
@@ -74,7 +74,7 @@ def choose_rank(
 
 
 def largest(total: Total, limit: int) -> tuple[int, int] | None:
-    """Give the rank with the largest total within the limit, the smallest such rank, and that total.
+    """Return the rank with the largest total within the limit, the smallest such rank, and that total.
 
     Where none is within it, give the smallest accepted rank; None where no rank is accepted.
     """
@@ -99,7 +99,7 @@ def largest(total: Total, limit: int) -> tuple[int, int] | None:
 
 
 def _first(total: Total, best: tuple[int, int]) -> tuple[int, int]:
-    """Give the smallest rank that comes to the same total as the best one."""
+    """Return the smallest rank that comes to the same total as the best one."""
     low, high = 0, best[0]
     while low + 1 < high:
         middle = (low + high) // 2
@@ -112,7 +112,7 @@ def _first(total: Total, best: tuple[int, int]) -> tuple[int, int]:
 
 
 def _next(total: Total, start: int, stop: int) -> tuple[int, int] | None:
-    """Give the first accepted rank from `start` on, below `stop`, with its total; soon gives up where none is."""
+    """Return the first accepted rank from `start` on, below `stop`, with its total; soon gives up where none is."""
     ranks = range(start, min(stop, start + _PATIENCE))
     return next(((rank, count) for rank in ranks if (count := total(rank)) is not None), None)
 

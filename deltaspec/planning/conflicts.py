@@ -81,7 +81,7 @@ def _unseen(
 
 
 def _clashes_behind(other: PlannedDelta, earlier: PlannedSite, site: PlannedSite, method: Method) -> bool:
-    """Tell whether a delta that now comes first could not come behind the one of this method either."""
+    """Return whether a delta that now comes first could not come behind the one of this method either."""
     first = methods()[other.method]
     if first.promises.weight == "replace":
         return True
@@ -108,7 +108,7 @@ class _Weights:
         return self.called | self.folded
 
     def misses(self, before: _Weights) -> frozenset[str]:
-        """Give the sites at which it would not see what a delta before it does to the weight; both fold, it does."""
+        """Return the sites at which it would not see what a delta before it does to the weight; both fold, it does."""
         return self.reads & (before.called | (before.folded - self.folded))
 
 

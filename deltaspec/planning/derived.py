@@ -1,16 +1,18 @@
-"""Taken out of combination, derived."""
+"""Derived deltas in the plan: the order in which they are computed, what they become, and what cannot be combined."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from deltaspec.language.derivation import METHOD, Derivation, DerivedParams, in_order
-from deltaspec.methods.declarations import Init, Own
+from deltaspec.methods.declarations import DeltaTensors, Init
 from deltaspec.methods.registry import methods
+from deltaspec.methods.shared.weights import weight_shape
 from deltaspec.planning.planned import PlannedDelta, PlannedSite
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def why_not(derivation: Derivation, method: str, parts: Sequence[PlannedSite]) -> tuple[str, str] | None:
-    """Say why sources cannot be combined at a site, and the way out; None where they can."""
+    """Return why sources cannot be combined at a site, and the way out; None where they can."""
     site, combine = parts[0].site, derivation.combine
     if site.parameter is not None:
         return "a single parameter has no derived form", "leave it out of the sources' targets"
@@ -46,9 +48,9 @@ def _plain(params: Any) -> bool:
 
 
 def _changes(method: str, planned: PlannedSite) -> Iterable[str]:
-    """Give the own names of the parameters that a delta changes at a site."""
+    """Return the own names of the parameters that a delta changes at a site."""
     row = planned.site.row
-    own = Own(
+    own = DeltaTensors(
         tuple(spec.name for spec in planned.tensors),
         [
             torch.empty(spec.shape, device="meta", dtype=getattr(torch, spec.dtype or "float32"))
@@ -63,7 +65,7 @@ def _changes(method: str, planned: PlannedSite) -> Iterable[str]:
 
 
 def order(spec: DeltaSpec) -> list[int]:
-    """Give the indices of a spec's deltas, each one after its sources."""
+    """Return the indices of a spec's deltas, each one after its sources."""
     index = {entry.name: number for number, entry in enumerate(spec.deltas)}
     return [index[name] for name in in_order({entry.name: entry.sources for entry in spec.deltas})]
 
@@ -90,7 +92,7 @@ def place(spec: DeltaSpec, index: int, planned: Mapping[str, PlannedDelta]) -> t
         if problem := why_not(derivation, sources[0].method, parts):
             problems.setdefault(problem, fqn)
             continue
-        rank = derivation.rank(parts)
+        rank = rank_of(derivation, parts)
         params = made.setdefault(rank, lora(rank))
         placed.append(PlannedSite(parts[0].site, params, _tensors(parts[0].site, params)))
     line, _ = spec.locate(("deltas", index))
@@ -115,7 +117,7 @@ def place(spec: DeltaSpec, index: int, planned: Mapping[str, PlannedDelta]) -> t
 
 
 def lora(rank: int) -> MethodParams:
-    """Give the parameters of a derived delta's sites: lora's, for a scale of 1."""
+    """Return the parameters of a derived delta's sites: lora's, for a scale of 1."""
     from deltaspec.methods.registry import methods
 
     return methods()[METHOD].Params.model_validate({"rank": rank, "alpha": float(rank)})
@@ -126,3 +128,14 @@ def _tensors(site: Site, params: MethodParams) -> tuple[TensorSpec, ...]:
     from deltaspec.methods.registry import methods
 
     return tuple(replace(spec, init=Init(), buffer=True) for spec in methods()[METHOD].tensors(site, params))
+
+
+def rank_of(derivation: Derivation, parts: Sequence[PlannedSite]) -> int:
+    """Return the rank of the result at a site, from the sources there: no more than the weight has for `svd`."""
+    ranks: list[int] = [getattr(part.params, "rank", 1) for part in parts]
+    if derivation.combine == "cat":
+        return sum(ranks)
+    if derivation.combine != "svd":
+        return ranks[0]
+    out_width, *inner = weight_shape(parts[0].site)
+    return min(derivation.params.rank or max(ranks), out_width, prod(inner))

@@ -96,7 +96,7 @@ def _trainable(spec: DeltaSpec, actual: int, table: ModuleTable) -> list[tuple[s
 
 
 def _touches(site: PlannedSite, match: Match) -> bool:
-    """Tell whether a site lies in a module, or changes a parameter, that should stay as it is."""
+    """Return whether a site lies in a module, or changes a parameter, that should stay as it is."""
     row: Row = site.site.row
     if match.parameter is None:
         return any(is_inside(name, match.row.fqn) for name in (row.fqn, *row.aliases))

@@ -37,7 +37,7 @@ def lock(plan: Plan) -> str:
 
 
 def lock_data(plan: Plan) -> dict[str, Any]:
-    """Give the content of a plan's lock file."""
+    """Return the content of a plan's lock file."""
     dtypes = {entry.name: entry.dtype for spec in plan.specs for entry in spec.deltas}
     return {
         "lock": VERSION,

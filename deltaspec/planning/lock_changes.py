@@ -61,7 +61,7 @@ def _model_changes(old: dict[str, Any], new: dict[str, Any], lock_name: str) -> 
 
 
 def _delta_changes(old: dict[str, Any] | None, new: dict[str, Any], lock_name: str) -> Iterator[tuple[str, str]]:
-    """Give code and message of each change of one delta."""
+    """Return code and message of each change of one delta."""
     if old is None:
         yield "DS513", f"it is not in {lock_name}"
         return
@@ -88,7 +88,7 @@ def _delta_changes(old: dict[str, Any] | None, new: dict[str, Any], lock_name: s
 def _group_changes(
     names: Sequence[str], old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]
 ) -> Iterator[tuple[str, str]]:
-    """Say what changed at sites that stayed, sites with one change together."""
+    """Return what changed at sites that stayed, sites with one change together."""
     changed: dict[tuple[str, str, str], list[str]] = {}
     for name in names:
         for key in _WORDS:

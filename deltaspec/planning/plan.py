@@ -1,4 +1,4 @@
-"""Taken out of planning.planned."""
+"""The plan: what `compile` will do, as data that can be printed, compared, hashed and locked."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Plan:
         return digest([self.structure, *(_identity(delta) for delta in self.deltas)])
 
     def __getitem__(self, name: str) -> PlannedDelta:
-        """Give a delta by name. Raises KeyError, naming the known ones."""
+        """Return a delta by name. Raises KeyError, naming the known ones."""
         if name in self._by_name:
             return self._by_name[name]
         raise KeyError(f"no delta {name!r}; there are: {', '.join(self._by_name)}")
@@ -96,31 +96,31 @@ class Plan:
         return found
 
     def parts(self) -> tuple[Plan, ...]:
-        """Give one plan a spec, as if each had been planned alone."""
+        """Return one plan a spec, as if each had been planned alone."""
         if len(self.specs) == 1:
             return (self,)
         return tuple(self._part(tuple(self._by_name[delta.name] for delta in spec.deltas), spec) for spec in self.specs)
 
     def alone(self, name: str) -> Plan:
-        """Give the plan of one delta alone, or of all deltas of its spec where some are derived from others."""
+        """Return the plan of one delta alone, or of all deltas of its spec where some are derived from others."""
         from deltaspec.language.load import load
 
         data = self.document(name)
         return self._part(tuple(self[delta["name"]] for delta in data["deltas"]), load(data))
 
     def document(self, name: str) -> dict[str, Any]:
-        """Give the resolved spec of that plan."""
+        """Return the resolved spec of that plan."""
         spec, part = self._spec_of[name]
         return spec.model_copy(update={"deltas": spec.deltas[part], "expect": None}).to_data()
 
     def _part(self, deltas: tuple[PlannedDelta, ...], spec: DeltaSpec) -> Plan:
-        """Give a plan for the same model."""
+        """Return a plan for the same model."""
         part = Plan(deltas, (spec,), self.table)
         part.__dict__["structure"] = self.structure
         return part
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the plan as JSON data, sites folded over layers."""
+        """Return the plan as JSON data, sites folded over layers."""
         from deltaspec.planning.text import plan_data
 
         return plan_data(self)

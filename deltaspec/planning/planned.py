@@ -64,7 +64,7 @@ def count_trainable(sites: Iterable[PlannedSite]) -> int:
 
 
 def fraction(part: int, whole: int) -> float:
-    """Give part / whole; 0 of nothing is 0."""
+    """Return part / whole; 0 of nothing is 0."""
     return part / whole if whole else float(part > 0)
 
 

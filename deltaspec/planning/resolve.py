@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def plan(
     model: nn.Module, *specs: str | os.PathLike[str] | Mapping[str, Any] | DeltaSpec, example_inputs: Any = None
 ) -> Plan:
-    """Say what `compile` would do with these specs on this model, without doing it. Meta weights are enough.
+    """Return what `compile` would do with these specs on this model, without doing it. Meta weights are enough.
 
     `example_inputs` are what the model's forward takes (a mapping of keywords, a tuple of arguments, or one tensor).
     One forward on meta tensors proves that each site is called; a transformers model brings inputs of its own. The
@@ -115,7 +115,7 @@ def _settled(spec: DeltaSpec, index: int) -> tuple[DeltaSpec, list[Diagnostic]]:
 
 
 def _remarks(delta: PlannedDelta) -> list[str]:
-    """Give what the method remarks on its sites, each remark once."""
+    """Return what the method remarks on its sites, each remark once."""
     said: dict[str, list[str]] = {}
     for site in delta.sites:
         if remark := methods()[delta.method].remark(site.site, site.params):

@@ -98,7 +98,7 @@ class Placer:
         self.findings.append(self.spec.diagnostic(code, text, ("deltas", self.index, *path), suggestion))
 
     def target(self) -> list[Place]:
-        """Give the places that the delta's target means, in the order of the model's modules."""
+        """Return the places that the delta's target means, in the order of the model's modules."""
         if self.entry.target is None:
             return self._expanded((row, None) for row in self._default_rows())
         if getattr(self.entry.params, "placement", None) is not None:
@@ -141,7 +141,7 @@ class Placer:
         return sorted(found.values(), key=lambda place: (subtrees.order[place[0].fqn], place[1] or ""))
 
     def _overrides(self, places: list[Place]) -> dict[tuple[str, str | None], int]:
-        """Say which override each place gets: the first that matches."""
+        """Return which override each place gets: the first that matches."""
         chosen: dict[tuple[str, str | None], int] = {}
         for number, override in enumerate(self.entry.overrides):
             before = len(self.findings)
@@ -220,7 +220,7 @@ class Placer:
         return kept
 
     def why_not(self, site: Site, params: MethodParams) -> tuple[str, str, str]:
-        """Give code, reason and way out where this site cannot be; empty texts where it can."""
+        """Return code, reason and way out where this site cannot be; empty texts where it can."""
         if why := _computed_weight(self.method, site, params):
             return why
         if refusal := self.method.refuse(site, params):
@@ -252,7 +252,7 @@ class Placer:
         return "", "", ""
 
     def _reached(self, row: Row) -> bool:
-        """Tell whether the module was called or its weights were read; True where no forward could run."""
+        """Return whether the module was called or its weights were read; True where no forward could run."""
         seen = self.observations.of(row)
         return seen is None or seen.called or seen.host is not None
 

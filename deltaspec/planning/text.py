@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deltaspec.names.folding import fold, unfold
 from deltaspec.planning.planned import count_trainable, fraction
@@ -14,8 +14,47 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from deltaspec.methods.declarations import MethodParams
-    from deltaspec.planning.plan import Plan
     from deltaspec.planning.planned import PlannedDelta, PlannedSite
+
+
+class Printed(Protocol):
+    """What is read of a plan."""
+
+    @property
+    def deltas(self) -> tuple[PlannedDelta, ...]: ...
+
+    @property
+    def specs(self) -> tuple[Any, ...]: ...
+
+    @property
+    def checks(self) -> tuple[str, ...]: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    @property
+    def sites(self) -> tuple[PlannedSite, ...]: ...
+
+    @property
+    def trainable(self) -> int: ...
+
+    @property
+    def fraction(self) -> float: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def structure(self) -> str: ...
+
+    @property
+    def model_class(self) -> str: ...
+
+    @property
+    def model_type(self) -> str | None: ...
+
+    @property
+    def base_parameters(self) -> int: ...
 
 
 WIDTH = 100
@@ -61,12 +100,12 @@ def groups(delta: PlannedDelta) -> list[Group]:
     ]
 
 
-def plain(plan: Plan) -> str:
+def plain(plan: Printed) -> str:
     """Write the plan as plain text, 100 columns wide."""
     return "\n".join(line for line, _ in _lines(plan))
 
 
-def coloured(plan: Plan) -> Text:
+def coloured(plan: Printed) -> Text:
     """Write the plan for a terminal: the same text, with styles."""
     from rich.text import Text
 
@@ -76,8 +115,8 @@ def coloured(plan: Plan) -> Text:
     return text
 
 
-def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Give the lines of the plan, each with its style."""
+def _lines(plan: Printed) -> Iterator[tuple[str, str]]:
+    """Return the lines of the plan, each with its style."""
     yield from _wrapped(f"Plan for {_model(plan)}", "bold")
     for delta in plan.deltas:
         yield "", ""
@@ -124,12 +163,12 @@ def _content(group: Group) -> str:
     return text + "; through the weight, not around a call" * group.bypassed
 
 
-def _model(plan: Plan) -> str:
+def _model(plan: Printed) -> str:
     kind = f"{plan.model_type}, " if plan.model_type else ""
     return f"{plan.model_class} ({kind}{plan.base_parameters:,} parameters)"
 
 
-def _size(sites: int, trainable: int, plan: Plan) -> str:
+def _size(sites: int, trainable: int, plan: Printed) -> str:
     share = percent(fraction(trainable, plan.base_parameters))
     plural = "" if sites == 1 else "s"
     return f"{sites} site{plural}, {trainable:,} trainable parameters, {share} of the base"
@@ -141,7 +180,7 @@ def percent(share: float) -> str:
 
 
 def _made(delta: PlannedDelta) -> str:
-    """Say what a delta is: its method with the parameters, or what it is derived from."""
+    """Return what a delta is: its method with the parameters, or what it is derived from."""
     if delta.derived is not None:
         return str(delta.derived)
     return f"{delta.method} {show_params(delta.params, delta.budget)}".rstrip()
@@ -178,8 +217,8 @@ def _changed(params: MethodParams, base: MethodParams) -> dict[str, Any]:
     return {name: value for name, value in own.items() if value != usual[name]}
 
 
-def plan_data(plan: Plan) -> dict[str, Any]:
-    """Give the plan as JSON data."""
+def plan_data(plan: Printed) -> dict[str, Any]:
+    """Return the plan as JSON data."""
     return {
         "model": {
             "class": plan.model_class,
@@ -227,7 +266,7 @@ def _delta_data(delta: PlannedDelta) -> dict[str, Any]:
     }
 
 
-def markdown(plan: Plan) -> str:
+def markdown(plan: Printed) -> str:
     """Write the plan for a comment in a pull request."""
     out = [f"### Plan for {_model(plan)}", ""]
     out += ["| delta | method | sites | trainable | of the base |", "|---|---|---:|---:|---:|"]

@@ -1,1 +1,4 @@
-"""Reports."""
+"""Plans, models and methods drawn for people.
+
+Prints nothing and decides nothing; the command line prints.
+"""

@@ -78,7 +78,7 @@ class Tree:
                 self._children.setdefault(row.fqn.rpartition(".")[0], []).append(row)
 
     def lines(self) -> Iterator[Line]:
-        """Give the lines from the root on."""
+        """Return the lines from the root on."""
         root = self.table.rows[0]
         yield self._line("", _Group(self.table.model_class, (root,)), 0)
         yield from self._below(root, "", 1)
@@ -93,7 +93,7 @@ class Tree:
             yield from self._below(group.rows[0], f"{guide}{'   ' if last else '│  '}", depth + 1)
 
     def _groups(self, row: Row) -> Iterator[_Group]:
-        """Give what stands directly below a module: like modules as one, lists of layers opened."""
+        """Return what stands directly below a module: like modules as one, lists of layers opened."""
         children = [child for child in self._children.get(row.fqn, ()) if self.everything or self._visible(child)]
         if self.everything:
             yield from (_Group(_last(child), (child,)) for child in children)
@@ -116,7 +116,7 @@ class Tree:
         return bool(row.subtree_parameters or row.buffers or self._sites(row))
 
     def _signature(self, row: Row) -> object:
-        """Give what must be equal for two modules to be drawn as one."""
+        """Return what must be equal for two modules to be drawn as one."""
         if row.fqn not in self._signatures:
             inside = [(_last(child), self._signature(child)) for child in self._children.get(row.fqn, ())]
             shapes = tuple((p.name, p.shape) for p in row.parameters)
@@ -154,7 +154,7 @@ class Tree:
 
 
 def targets(spec: DeltaSpec, index: int, table: ModuleTable) -> tuple[tuple[Match, ...], list[Diagnostic]]:
-    """Give what a delta's target (or its method's default roles) selects, and what is wrong with it."""
+    """Return what a delta's target (or its method's default roles) selects, and what is wrong with it."""
     entry = spec.deltas[index]
     if entry.sources:  # all of them have the same sites
         source = next(iter(entry.sources))

@@ -36,7 +36,7 @@ class Verdict:
 
 
 def find_row(table: ModuleTable, name: str) -> Row:
-    """Give the module of this name, or the one that owns the parameter of this name.
+    """Return the module of this name, or the one that owns the parameter of this name.
 
     Raises DeltaSpecError (DS351) with the nearest name where there is none.
     """
@@ -52,7 +52,7 @@ def find_row(table: ModuleTable, name: str) -> Row:
 
 
 def verdicts(spec: DeltaSpec, table: ModuleTable, observations: Observations, row: Row) -> list[Verdict]:
-    """Give what each delta of a spec says about a module."""
+    """Return what each delta of a spec says about a module."""
     found: dict[str, Verdict] = {}
     for index in order(spec):
         entry = spec.deltas[index]

@@ -1,1 +1,4 @@
-"""Roles of modules."""
+"""Roles: what the parts of an architecture are called, one data file an architecture.
+
+Knows no model object and no spec. No torch.
+"""

@@ -49,7 +49,7 @@ class RoleMap:
     """Fused role -> how its output is laid out."""
 
     def roles_of(self, fqn: str) -> tuple[str, ...]:
-        """Give the roles of a module by its name, in the vocabulary's order."""
+        """Return the roles of a module by its name, in the vocabulary's order."""
         by_tail = _by_tail(self.model_type)
         found = set()
         for tail in (fqn.rpartition(".")[2], "*"):
@@ -61,36 +61,36 @@ class RoleMap:
         return tuple(sorted(found, key=ROLES.index)) if len(found) > 1 else tuple(found)
 
     def parts_of(self, roles: Collection[str], config: object, width: int) -> Parts | None:
-        """Give the parts that a fused projection's output is made of; None for other modules."""
+        """Return the parts that a fused projection's output is made of; None for other modules."""
         fused = next((role for role in roles if role in self.layouts), None)
         return None if fused is None else resolve(self.layouts[fused], config, width)
 
 
 def role_map(model_type: str) -> RoleMap | None:
-    """Give the role map of a model type; None where there is none."""
+    """Return the role map of a model type; None where there is none."""
     return _role_maps().get(model_type)
 
 
 def architectures() -> tuple[str, ...]:
-    """Give the model types that have a file, sorted."""
+    """Return the model types that have a file, sorted."""
     return tuple(sorted({found.model_type for found in _role_maps().values()}))
 
 
 def fused_role(role: str, present: Collection[str]) -> str | None:
-    """Give the present role in which a model fuses this one (`attn.q` -> `attn.qkv`); None where it does not."""
+    """Return the present role in which a model fuses this one (`attn.q` -> `attn.qkv`); None where it does not."""
     family, _, part = role.rpartition(".")
     wholes = (f"{family}.{whole}" for whole, parts in _FUSED.items() if part in parts)
     return next((whole for whole in wholes if whole in present), None)
 
 
 def fused_parts(role: str) -> str:
-    """Say what a fused role holds: `q, k and v`."""
+    """Return what a fused role holds: `q, k and v`."""
     *parts, last = (part for part in _FUSED[role.rpartition(".")[2]] if part != "kv")
     return f"{', '.join(parts)} and {last}"
 
 
 def roles_called(name: str) -> frozenset[str]:
-    """Give the roles that some architecture has in modules of this own name (`q_proj` -> `attn.q`, `cross_attn.q`)."""
+    """Return the roles that modules of this name have in some architecture (`q_proj` -> `attn.q`, `cross_attn.q`)."""
     maps = _role_maps().values()
     return frozenset(
         role

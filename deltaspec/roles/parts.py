@@ -27,7 +27,7 @@ class Parts:
         return tuple(name for name, _ in self.widths)
 
     def rows(self, name: str) -> int:
-        """Give the number of output features that belong to a part. Raises KeyError for another name."""
+        """Return the number of output features that belong to a part. Raises KeyError for another name."""
         return self.repeats * dict(self.widths)[name]
 
 

@@ -1,4 +1,4 @@
-"""Taken out of selectors."""
+"""The closed vocabulary of roles."""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""The deltas of a compiled model at work: attaching, switching, the host modules' forwards, who may run when."""
+"""The active set: the forwards it needs, put in and taken out; threads and views.
+
+Knows neither files nor libraries nor rows of a batch; what it asks of those above is in `ports.py`.
+"""

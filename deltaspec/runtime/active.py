@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from deltaspec.backbone.frozen import BufferGuard, Flags
 from deltaspec.deltas.stacks import Stacks
-from deltaspec.library.libraries import Libraries
 from deltaspec.planning.conflicts import Rivals
 from deltaspec.runtime.checkpointing import Recomputation
-from deltaspec.runtime.programs import Programmer
+from deltaspec.runtime.forward_gate import ForwardGate, install
+from deltaspec.runtime.program_builder import ProgramBuilder
 from deltaspec.runtime.proving import FirstForward
 from deltaspec.runtime.shared import Family, Known
-from deltaspec.runtime.turns import Turns, install
-from deltaspec.serving.mixer import Mixer
 
 if TYPE_CHECKING:
     from torch import Tensor, fx, nn
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
     from deltaspec.deltas.modules import Delta, Deltas
     from deltaspec.planning.plan import Plan
     from deltaspec.planning.planned import PlannedDelta
+    from deltaspec.runtime.ports import Ports
     from deltaspec.runtime.program import Forward, Places, Program
 
 
@@ -38,12 +37,14 @@ class Attachments(Known):
         backbone: nn.Module,
         deltas: Deltas,
         plan: Plan,
-        graph: fx.Graph | None = None,
+        graph: fx.Graph | None,
+        ports: Ports,
         beside: Attachments | None = None,
     ) -> None:
         """Nothing is attached yet. `beside`: those of another view, to share what does not depend on the view."""
         self.backbone, self.deltas, self.plan, self.graph = backbone, deltas, plan, graph
-        self.turns = Turns()
+        self.ports = ports
+        self.gate = ForwardGate()
         self.active: tuple[str, ...] = ()
         if beside is None:
             self.family = Family()
@@ -52,7 +53,7 @@ class Attachments(Known):
             self.order = {name: index for index, name in enumerate(self.planned)}
             """Of application, of all known names."""
             self.stacks = Stacks(deltas, self.planned, self.family.is_read, self.family.is_idle)
-            self.libraries = Libraries(self.family)
+            self.libraries = ports.residency(self.family)
             self._rivals = Rivals(plan.deltas)
             self.unproven = set() if plan.proven else set(self.order)
             """Deltas whose sites no forward was seen to reach yet."""
@@ -60,8 +61,8 @@ class Attachments(Known):
             self.family, self.planned, self.order = beside.family, beside.planned, beside.order
             self.stacks, self.libraries = beside.stacks, beside.libraries
             self._rivals, self.unproven = beside._rivals, beside.unproven
-        self.programmer = Programmer(backbone, deltas, self.planned, graph)
-        self.strengths = self.programmer.strengths
+        self.builder = ProgramBuilder(backbone, deltas, self.planned, graph)
+        self.strengths = self.builder.strengths
         self._programs: dict[tuple[tuple[str, ...], tuple[str, ...]], Program] = {}
         """By the active set, in the order of the spec, and those of it that are not at their full strength."""
         self._ready: dict[tuple[str, ...], Program] = {}
@@ -72,16 +73,16 @@ class Attachments(Known):
         self.shown: dict[str, Delta] = {}
         """Deltas of libraries, as modules of this view."""
         self._derived = frozenset(planned.name for planned in plan.deltas if planned.derived is not None)
-        modules = self.programmer.modules.values()
+        modules = self.builder.modules.values()
         self._flags, self._buffers = Flags(modules), BufferGuard(modules)
-        self.mixer = Mixer(self)
+        self.mixer = ports.rows(self)
         self._join()
 
     def _join(self) -> None:
         """Take part in what is decided by thread and by view."""
-        self.turns.after = Recomputation(self).after
-        self.turns.moving = self._moving
-        install(self.backbone, self.turns)
+        self.gate.after = Recomputation(self.builder.modules.values(), self.state).after
+        self.gate.moving = self._moving
+        install(self.backbone, self.gate)
         self.family.add(self)
 
     def _moving(self, fn: Any) -> None:
@@ -95,19 +96,19 @@ class Attachments(Known):
         # A copy of a view is a model of its own.
         memo[id(self.stacks.home)] = copy.deepcopy(self.deltas, memo)
         memo[id(self.family)] = family = Family()
-        shared = ("plan", "graph", "active")
+        shared = ("plan", "graph", "active", "ports")
         made = ("_programs", "_ready", "_places", "shown")
         for name, value in self.__dict__.items():
             if name not in ("mixer", "_installed"):
                 twin.__dict__[name] = value if name in shared else {} if name in made else copy.deepcopy(value, memo)
-        twin.mixer, twin._installed = Mixer(twin), None
+        twin.mixer, twin._installed = self.ports.rows(twin), None
         twin.stacks.is_read, twin.stacks.is_idle = family.is_read, family.is_idle
         twin._join()
         twin._flags.moved = twin._buffers.moved = True
         return twin
 
     def switch(self, names: tuple[str, ...]) -> bool:
-        """Make exactly these deltas act at full strength, in whatever order, if they did before; tell whether.
+        """Make exactly these deltas act at full strength, in whatever order, if they did before; return whether.
 
         The cost is a dictionary entry a host; it does not depend on how many deltas there are.
         """
@@ -119,12 +120,12 @@ class Attachments(Known):
             return False
         if new.names == self.active and (names or not self.mixer.armed) and not self.strengths:
             return True
-        turns = self.turns
-        with turns.lock:
-            closed, turns.closed = turns.closed, True
+        gate = self.gate
+        with gate.lock:
+            closed, gate.closed = gate.closed, True
             try:
-                if turns.running or turns.rows is not None:
-                    turns.require_none()
+                if gate.running or gate.rows is not None:
+                    gate.require_none()
                 if self.strengths:
                     return False
                 if new.names == self.active:
@@ -132,7 +133,7 @@ class Attachments(Known):
                 else:
                     self._exchange(new)
             finally:
-                turns.closed = closed
+                gate.closed = closed
         # Another view may have dropped a delta of a library just before this one claimed it by `active`.
         return not self.libraries.opened or self._ready.get(names) is new
 
@@ -147,7 +148,7 @@ class Attachments(Known):
         names, values = tuple(names), strengths or {}
         if not values and self.switch(names):
             return
-        with self.turns.switching(), self.family.lock, self.libraries.in_memory(names, self):
+        with self.gate.switching(), self.family.lock, self.libraries.in_memory(names, self):
             wanted = tuple(sorted(set(names), key=self.order.__getitem__))
             scaled = tuple(name for name in wanted if values.get(name, 1.0) != 1.0)
             self.refuse_strengths(scaled)
@@ -177,7 +178,7 @@ class Attachments(Known):
             self.unproven.add(planned.name)
 
     def discard(self, name: str) -> bool:
-        """Forget such a delta, whose name stays known; tell whether: not where a view is just being switched to it."""
+        """Forget such a delta, whose name stays known; return False where a view is just being switched to it."""
         views = self.family.views()
         for view in views:
             _forget(view._ready, name)
@@ -186,7 +187,7 @@ class Attachments(Known):
         for view in views:
             _forget(view._programs, name)
             view.shown.pop(name, None)
-            view.programmer.discard(name)
+            view.builder.discard(name)
         del self.planned[name]
         self._rivals.discard(name)
         self.unproven.discard(name)
@@ -222,24 +223,24 @@ class Attachments(Known):
         self._exchange(self.program(other.active, self.strengths.scaled(other.active)))
 
     def state(self) -> tuple[tuple[str, ...], dict[str, float], Any]:
-        """Give all that decides which deltas a forward has: (attached, strengths, rows)."""
+        """Return all that decides which deltas a forward has: (attached, strengths, rows)."""
         return self.active, self.strengths.as_dict(), self.mixer.running
 
     def kept_buffers(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
         """Yield what buffers will be when nothing is attached: (module's FQN, name, the buffer, its value)."""
-        homes = {id(module._buffers): fqn for fqn, module in self.programmer.modules.items()}
+        homes = {id(module._buffers): fqn for fqn, module in self.builder.modules.items()}
         for home, name, buffer, value in self._buffers.kept():
             yield homes[id(home)], name, buffer, value
 
     def buffers_without_deltas(self) -> dict[tuple[str, str], Tensor]:
-        """Give what the buffers are kept as while something is attached, by module's FQN and name."""
+        """Return what the buffers are kept as while something is attached, by module's FQN and name."""
         acting = self.active or self.mixer.armed
         return {(fqn, name): value for fqn, name, _, value in self.kept_buffers()} if acting else {}
 
     def prepare(self) -> None:
         """Do `arm`, unless a forward runs."""
         if not self.mixer.armed:
-            with self.turns.switching():
+            with self.gate.switching():
                 self.arm()
 
     def arm(self) -> None:
@@ -257,12 +258,12 @@ class Attachments(Known):
                 self._flags.thaw()
 
     def program(self, names: tuple[str, ...], scaled: tuple[str, ...] = ()) -> Program:
-        """Give the program of an active set, made and checked at its first use."""
+        """Return the program of an active set, made and checked at its first use."""
         found = self._programs.get((names, scaled))
         if found is None:
             self.refuse_rivals(names)
             watch = None if self.unproven.isdisjoint(names) else self._watched
-            found = self.programmer.build(names, watch, scaled)
+            found = self.builder.build(names, watch, scaled)
             found.settle(names, self._places)
             self._programs[names, scaled] = found
             self._bound(self._programs)
@@ -274,7 +275,7 @@ class Attachments(Known):
 
     def rebind(self) -> None:
         """Bind tensors anew after they were moved, cast or replaced."""
-        with self.turns.lock, self.family.lock:
+        with self.gate.lock, self.family.lock:
             armed = self.mixer.disarm()
             old = self._current()
             self._programs.clear()
@@ -288,7 +289,7 @@ class Attachments(Known):
                 self.mixer.arm()
 
     def trained_in_backbone(self) -> set[str]:
-        """Give the names of the backbone parameters that are in training whenever nothing is attached."""
+        """Return the names of the backbone parameters that are in training whenever nothing is attached."""
         thawed = {id(p) for p in self._flags.thawed()}
         return {name for name, p in self.backbone.named_parameters() if id(p) in thawed}
 

@@ -8,24 +8,21 @@ be that of another model, in silence; without checkpointing the graph holds all 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
-if TYPE_CHECKING:
-    from deltaspec.runtime.active import Attachments
-
 
 class Recomputation:
     """Watches the backwards of one view."""
 
-    def __init__(self, attachments: Attachments) -> None:
-        self._attachments = attachments
+    def __init__(self, modules: Iterable[Any], state: Callable[[], Any]) -> None:
+        self._all, self._state = modules, state
         self._modules: list[Any] | None = None
         """Those with a flag for checkpointing, as transformers' have."""
         self._suspect = False
@@ -34,23 +31,23 @@ class Recomputation:
     def after(self, output: Any) -> None:
         """Take the output of a forward, if parts of it may run again in its backward."""
         if self._modules is None:
-            found = [m for m in self._attachments.programmer.modules.values() if hasattr(m, "gradient_checkpointing")]
-            others: set[Any] = {type(m) for m in self._attachments.programmer.modules.values()}
+            found = [m for m in self._all if hasattr(m, "gradient_checkpointing")]
+            others: set[Any] = {type(m) for m in self._all}
             others -= {type(m) for m in found}
             self._modules, self._suspect = found, any(_mentions_it(kind) for kind in others)
         certain = any(module.gradient_checkpointing and module.training for module in self._modules)
         if not certain and not self._suspect:
             return
-        state = self._attachments.state()
+        state = self._state()
         nodes = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
         known: list[bool] = [True] if certain else []
 
         def check(_: Any, root: Any) -> None:
-            if self._attachments.state() == state:
+            if self._state() == state:
                 return
             known[:] = known or [_recomputes(root)]
             if known[0]:
-                raise DeltaSpecError([_other_deltas(state[0], self._attachments.active, bool(state[2]))])
+                raise DeltaSpecError([_other_deltas(state[0], self._state()[0], bool(state[2]))])
 
         for node in nodes:
             node.register_prehook(partial(check, root=node))
@@ -69,7 +66,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @cache
 def _mentions_it(kind: Any) -> bool:
-    """Tell whether the forward of a class may call torch.utils.checkpoint, by the names in its code."""
+    """Return whether the forward of a class may call torch.utils.checkpoint, by the names in its code."""
     return any(_names_it(getattr(inspect.unwrap(f), "__code__", None), f) for f in (kind.forward, kind.__call__))
 
 
@@ -84,7 +81,7 @@ def _names_it(code: CodeType | None, function: Any) -> bool:
 
 
 def _recomputes(root: Any) -> bool:
-    """Tell whether a graph has steps that run a forward again: reentrant ones, or tensors that are packed by hooks."""
+    """Return whether a graph has steps that run a forward again: reentrant ones, or tensors packed by hooks."""
     seen, waiting = {root}, [root]
     while waiting:
         node = waiting.pop()
@@ -104,7 +101,7 @@ def _saved(node: Any) -> Iterator[Any]:
 
 
 def _is_packed(saved: Any) -> bool:
-    """Tell whether a saved tensor has hooks; torch says so only when one sets some."""
+    """Return whether a saved tensor has hooks; torch says so only when one sets some."""
     try:
         saved.register_hooks(_same, _same)
     except RuntimeError as error:

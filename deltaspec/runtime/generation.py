@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def generating(planned: Mapping[str, PlannedDelta], active: Iterable[str], backbone: nn.Module) -> Callable[..., Any]:
-    """Give the `generate` of a backbone under these deltas. Raises DeltaSpecError (DS450), before it generates."""
+    """Return the `generate` of a backbone under these deltas. Raises DeltaSpecError (DS450), before it generates."""
     whole: Any = backbone  # nn.Module does not say what it generates
     generate: Callable[..., Any] = whole.generate
     names = [name for name in active if _ends_matter(planned[name])]
@@ -40,7 +40,7 @@ def _ends_matter(planned: PlannedDelta) -> bool:
 
 
 def _check(name: str, backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Refuse what hides the prompt's end from a delta; tell whether there will be a cache."""
+    """Refuse what hides the prompt's end from a delta; return whether there will be a cache."""
     given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
     default = getattr(backbone, "generation_config", None)
 
@@ -63,6 +63,6 @@ def _check(name: str, backbone: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _is_plain_decoder(backbone: Any) -> bool:
-    """Tell whether all blocks of a model see the same positions."""
+    """Return whether all blocks of a model see the same positions."""
     config = backbone.config
     return not config.is_encoder_decoder and config.get_text_config() is config

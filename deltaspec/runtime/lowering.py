@@ -16,7 +16,7 @@ from deltaspec.backbone.attention import Router, register
 from deltaspec.backbone.stand_in import stand_in
 from deltaspec.graphs.row_ops import toward
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Form, MethodParams, Own, Site
+from deltaspec.methods.declarations import DeltaTensors, Form, MethodParams, Site
 from deltaspec.methods.matrices import site_tensors
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Attend:
     """Its strength comes after its tensors."""
 
     def bind(self, own: Any, strength: Tensor | None) -> Hook:
-        """Give the hook that computes attention with these tensors."""
+        """Return the hook that computes attention with these tensors."""
 
         def hook(query: Tensor, key: Tensor, value: Tensor, base: Attention) -> Any:
             return self.method.attend(self.form, self.params, own, query, key, value, base)
@@ -99,7 +99,7 @@ class Lowered:
         folded: dict[tuple[str, ...], dict[str, Tensor]] = {}
         start = 0
         for fold in self.folds:
-            own = Own(fold.names, tensors[start:])
+            own = DeltaTensors(fold.names, tensors[start:])
             start += len(fold.names)
             strength = tensors[start] if fold.scaled else None
             start += fold.scaled
@@ -110,7 +110,7 @@ class Lowered:
             shadow.training = False
         hooks: list[Hook] = []
         for attend in self.attends:
-            own, start = Own(attend.form.tensors, tensors[start:]), start + len(attend.form.tensors)
+            own, start = DeltaTensors(attend.form.tensors, tensors[start:]), start + len(attend.form.tensors)
             hooks.append(attend.bind(own, tensors[start] if attend.scaled else None))
             start += attend.scaled
         if hooks:
@@ -146,7 +146,7 @@ def fold_widely(
 
 
 def rounded(module: nn.Module, new: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give new parameters of a module in its dtype."""
+    """Return new parameters of a module in its dtype."""
     dtype = next((p.dtype for p in module._parameters.values() if p is not None), None)
     return {
         name: value if dtype is None or not value.is_floating_point() or value.dtype == dtype else value.to(dtype)
@@ -167,7 +167,7 @@ def fold_matrices(fold: Fold, own: Any, weight: Tensor) -> Tensor:
     """Fold a delta into a parameter that is a matrix or a stack of them."""
 
     def one(tensors: dict[str, Tensor], matrix: Tensor) -> Tensor:
-        values = Own(tuple(tensors), tuple(tensors.values()))
+        values = DeltaTensors(tuple(tensors), tuple(tensors.values()))
         return fold.method.fold(fold.site, fold.params, values, {"weight": matrix})["weight"]
 
     tensors = {name: getattr(own, name) for name in fold.names}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
+class Placement:
     """One delta at one host module, in the order of the spec."""
 
     delta: str
@@ -24,24 +24,24 @@ class Visit:
     """Works through the host's parameters instead of around its call."""
 
 
-class Visits(dict[str, dict[str, list[Visit]]]):
-    """Visits of deltas, by host; worked out when they are first asked for."""
+class Placements(dict[str, dict[str, list[Placement]]]):
+    """Placements of deltas, by host; worked out when they are first asked for."""
 
     def __init__(self, planned: Mapping[str, PlannedDelta] | None = None) -> None:
         super().__init__()
         self.planned = planned or {}
 
-    def __missing__(self, name: str) -> dict[str, list[Visit]]:
+    def __missing__(self, name: str) -> dict[str, list[Placement]]:
         planned = self.planned[name]
         method = methods()[planned.method]
-        found: dict[str, list[Visit]] = {}
+        found: dict[str, list[Placement]] = {}
         for site in planned.sites:
-            visit = Visit(name, planned.method, site, method.folds(site.site, site.params))
-            found.setdefault(host_of(site.site), []).append(visit)
+            placement = Placement(name, planned.method, site, method.folds(site.site, site.params))
+            found.setdefault(host_of(site.site), []).append(placement)
         self[name] = found
         return found
 
 
 def host_of(site: Site) -> str:
-    """Give the FQN of the module whose forward changes for a site."""
+    """Return the FQN of the module whose forward changes for a site."""
     return site.row.fqn if site.host is None else site.host

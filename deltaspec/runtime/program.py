@@ -27,7 +27,7 @@ class Places:
     """By the places of the program that comes next: what is to be undone, since that one does not write it."""
 
     def left_by(self, following: Places) -> list[tuple[dict[str, Any], Forward | None]]:
-        """Give what is to be undone once a program with other places is written."""
+        """Return what is to be undone once a program with other places is written."""
         found = self.surplus.get(following)
         if found is None:
             found = [entry for place, entry in self.undo.items() if place not in following.undo]

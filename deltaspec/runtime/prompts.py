@@ -58,7 +58,7 @@ class Gap:
         return take_places(value, torch.where(place < self.padding, place, place + self.tokens), dim)
 
     def number(self, positions: Tensor, times: int) -> Tensor:
-        """Give the prompt numbers from the first real token's on, and what follows it higher ones.
+        """Put numbers on the prompt from the first real token's on, and higher ones on what follows it.
 
         `positions` are `[times * rows, places]`: some models have several numbers a token.
         """
@@ -89,7 +89,7 @@ class Opened(Protocol):
 
 
 def padding_of(mask: Tensor) -> Tensor:
-    """Give the number of places before the first one of each row that a `[rows, places]` mask shows, `[rows, 1]`."""
+    """Return the number of places before the first one of each row that a `[rows, places]` mask shows, `[rows, 1]`."""
     return ((mask != 0).cumsum(1) == 0).sum(1, keepdim=True)
 
 
@@ -148,7 +148,7 @@ class Prompted(Around):
         return self._run(given, gap, fresh=not seen)
 
     def _entering(self, given: dict[str, Any]) -> Tensor | None:
-        """Give the ids or embeddings that enter."""
+        """Return the ids or embeddings that enter."""
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         entering = embeds if ids is None else ids
         if entering is not None and entering.dim() != (3 if ids is None else 2):
@@ -168,7 +168,7 @@ class Prompted(Around):
         return output
 
     def _seen(self, cache: Any) -> int:
-        """Give the number of places in a cache, the prompt's included."""
+        """Return the number of places in a cache, the prompt's included."""
         if getattr(cache, "is_compileable", False):
             message = "a static cache has its size and masks made for the model's own tokens, without a prompt"
             raise prompt_error(message, "use a dynamic cache")
@@ -263,7 +263,7 @@ class Following(Around):
 
 
 def checked_mask(given: dict[str, Any], name: str = "attention_mask") -> Tensor | None:
-    """Give the mask of the padding. Raises DeltaSpecError for another one."""
+    """Return the mask of the padding. Raises DeltaSpecError for another one."""
     mask = given.get(name)
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         message = "a prompt needs an attention_mask of shape [batch, tokens]; this one was made for the model alone"

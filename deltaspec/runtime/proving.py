@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -14,18 +14,29 @@ from deltaspec.methods.registry import methods
 
 if TYPE_CHECKING:
     from deltaspec.backbone.observe import Observation
-    from deltaspec.runtime.active import Attachments
     from deltaspec.runtime.program import Forward
-    from deltaspec.runtime.programs import Programmer
+    from deltaspec.runtime.program_builder import ProgramBuilder
+
+
+class Watched(Protocol):
+    """What is known of the deltas whose first forward is watched."""
+
+    backbone: Any
+    active: tuple[str, ...]
+    unproven: set[str]
+
+    def prove_reached(self, seen: Any, names: Iterable[str]) -> None:
+        """Refuse those that a forward was seen to bypass."""
+
+    def rebind(self) -> None:
+        """Bind tensors anew."""
 
 
 _ONE = threading.RLock()
 """Recording sets a state of the whole process (torch.compiler's stance)."""
 
 
-def watched(
-    attachments: Attachments, forward: Forward, *args: Any, **kwargs: Any
-) -> tuple[Any, dict[str, Observation]]:
+def watched(attachments: Watched, forward: Forward, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Observation]]:
     """Run a forward of the model: (output, what was seen of each module)."""
     with _ONE:
         recorder = Recorder(attachments.backbone)
@@ -37,7 +48,7 @@ def watched(
 class FirstForward:
     """Watches the first forward of a model whose sites no example inputs could prove, then takes itself out."""
 
-    def __init__(self, attachments: Attachments, base: Forward) -> None:
+    def __init__(self, attachments: Watched, base: Forward) -> None:
         self._attachments, self._base = attachments, base
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,14 +66,14 @@ class FirstForward:
         return output
 
 
-def refuse_bypassed(programmer: Programmer, seen: dict[str, Observation], names: Iterable[str]) -> None:
+def refuse_bypassed(builder: ProgramBuilder, seen: dict[str, Observation], names: Iterable[str]) -> None:
     """Raise DeltaSpecError (DS437) for deltas whose modules' weights a forward was seen to read around them."""
     findings = []
     for name in names:
-        for visit in programmer.visits_of(name):
-            fqn, found = visit.planned.site.row.fqn, seen[visit.planned.site.row.fqn]
-            around = found.host is not None and (not found.called or methods()[visit.method].promises.weight)
-            if around and visit.planned.site.host is None:
+        for placement in builder.placements_of(name):
+            fqn, found = placement.planned.site.row.fqn, seen[placement.planned.site.row.fqn]
+            around = found.host is not None and (not found.called or methods()[placement.method].promises.weight)
+            if around and placement.planned.site.host is None:
                 how = "besides calling it" if found.called else "without calling it"
                 message = f"delta {name!r} is bypassed: {found.host or 'the model'} reads the weights of {fqn} {how}"
                 hint = "pass example_inputs to compile, so that the plan puts the delta on the weight or refuses it"

@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
     from deltaspec.backbone.observe import Observation
     from deltaspec.deltas.modules import Deltas
-    from deltaspec.library.libraries import Libraries
     from deltaspec.planning.conflicts import Rivals
     from deltaspec.planning.plan import Plan
     from deltaspec.planning.planned import PlannedDelta
-    from deltaspec.runtime.active import Attachments
+    from deltaspec.runtime.ports import Residency, View
     from deltaspec.runtime.program import Forward
-    from deltaspec.runtime.programs import Programmer
+    from deltaspec.runtime.program_builder import ProgramBuilder
 
 
 class Known:
@@ -38,8 +37,8 @@ class Known:
     planned: dict[str, PlannedDelta]
     order: dict[str, int]
     active: tuple[str, ...]
-    libraries: Libraries
-    programmer: Programmer
+    libraries: Residency
+    builder: ProgramBuilder
     unproven: set[str]
     _rivals: Rivals
     _derived: frozenset[str]
@@ -78,17 +77,17 @@ class Known:
         self.derive(name for name in self.order if name not in self.active)
 
     def behind(self) -> list[str]:
-        """Give the names of the attached derived deltas whose sources have changed since they were computed."""
+        """Return the names of the attached derived deltas whose sources have changed since they were computed."""
         return behind(self.backbone, self.deltas, self.plan, [name for name in self.active if name in self._derived])
 
     def original_forward(self, fqn: str) -> Forward | None:
-        """Give the instance-level forward that a module of the backbone had before any delta (None: it had none)."""
-        return self.programmer.originals.get(fqn)
+        """Return the instance-level forward that a module of the backbone had before any delta (None: it had none)."""
+        return self.builder.originals.get(fqn)
 
     def prove_reached(self, seen: dict[str, Observation], names: Iterable[str]) -> None:
         """Refuse, after their first forward, deltas whose modules' weights are read around them (DS437)."""
         names = tuple(names)
-        refuse_bypassed(self.programmer, seen, names)
+        refuse_bypassed(self.builder, seen, names)
         self.unproven.difference_update(names)
 
     def require_proof(self) -> None:
@@ -110,44 +109,44 @@ class Family:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         """Held by what changes what they share: deltas of libraries, stacks, programs of other views."""
-        self._views: weakref.WeakSet[Attachments] = weakref.WeakSet()
+        self._views: weakref.WeakSet[View] = weakref.WeakSet()
         self._tensors: tuple[int, ...] = ()
 
-    def add(self, view: Attachments) -> None:
+    def add(self, view: View) -> None:
         """Take in a view."""
         with self.lock:
             self._views.add(view)
             if len(self._views) > 1:
                 self._tensors = _identities(view.deltas)
 
-    def views(self) -> list[Attachments]:
-        """Give all views that there are."""
+    def views(self) -> list[View]:
+        """Return all views that there are."""
         with self.lock:
             return list(self._views)
 
-    def one(self) -> Attachments:
-        """Give any view, for what all have in common."""
+    def one(self) -> View:
+        """Return any view, for what all have in common."""
         with self.lock:
             return next(iter(self._views))
 
-    def others(self, view: Attachments) -> list[Attachments]:
-        """Give the other views."""
+    def others(self, view: View) -> list[View]:
+        """Return the other views."""
         return [other for other in self.views() if other is not view]
 
-    def attached(self, leaving: Attachments | None = None) -> set[str]:
-        """Give the names of all deltas that are attached somewhere; not by `leaving`, which is about to switch."""
+    def attached(self, leaving: View | None = None) -> set[str]:
+        """Return the names of all deltas that are attached somewhere; not by `leaving`, which is about to switch."""
         return {name for view in self.views() if view is not leaving for name in view.active}
 
     def is_read(self) -> bool:
-        """Tell whether other threads may be reading the deltas' memory now."""
+        """Return whether other threads may be reading the deltas' memory now."""
         return len(self.views()) > 1 or not self.is_idle()
 
     def is_idle(self) -> bool:
-        """Tell whether no forward runs in any view; one with rows that this thread prepares does not run yet."""
+        """Return whether no forward runs in any view; one with rows that this thread prepares does not run yet."""
         me = threading.get_ident()
-        return not any(view.turns.running or view.turns.rows not in (None, me) for view in self.views())
+        return not any(view.gate.running or view.gate.rows not in (None, me) for view in self.views())
 
-    def bind_others(self, view: Attachments) -> None:
+    def bind_others(self, view: View) -> None:
         """Let the other views follow, where parameters of the deltas were replaced by other objects."""
         others = self.others(view)
         if not others:
@@ -158,7 +157,7 @@ class Family:
             for other in others:
                 other.rebind()
 
-    def refuse_moving(self, view: Attachments, fn: Any) -> None:
+    def refuse_moving(self, view: View, fn: Any) -> None:
         """Raise DeltaSpecError where a move or cast would change deltas of other views (DS455), or run into a forward.
 
         `fn` is what is about to be applied to every tensor.
@@ -167,10 +166,10 @@ class Family:
             message = "a view cannot be moved or cast while there are others: they have the same deltas"
             hint = "move the model before the views are made, or let go of the other views first"
             raise DeltaSpecError([Diagnostic("DS455", message, file="<model>", suggestion=hint)])
-        with view.turns.switching():
+        with view.gate.switching():
             pass
 
-    def _alone(self, view: Attachments) -> bool:
+    def _alone(self, view: View) -> bool:
         if not self.others(view):
             return True
         gc.collect()  # a model is full of cycles, so one that nobody has any more may still be there
@@ -182,7 +181,7 @@ def _identities(deltas: Deltas) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _changes(view: Attachments, fn: Any) -> bool:
-    """Tell whether a function that `nn.Module._apply` is given makes other tensors of those of the deltas."""
+def _changes(view: View, fn: Any) -> bool:
+    """Return whether a function that `nn.Module._apply` is given makes other tensors of those of the deltas."""
     tensors = [*view.deltas.parameters(), *view.deltas.buffers(), *view.stacks.held_rows()]
     return any(fn(tensor) is not tensor for tensor in tensors)

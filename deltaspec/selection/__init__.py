@@ -1,1 +1,4 @@
-"""What `deltaspec.select` stands on: atoms as predicates, patterns of names, and ways out where nothing matches."""
+"""Selection: selectors matched against the module table, and why one does not match.
+
+Makes no tensor and knows no plan.
+"""

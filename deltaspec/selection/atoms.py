@@ -71,7 +71,7 @@ class ParameterAtom:
         return f"parameter {dumps(self.word, ensure_ascii=False)}"
 
     def accepts(self, row: Row, parameter: ParameterInfo) -> bool:
-        """Tell whether a row's own parameter is meant."""
+        """Return whether a row's own parameter is meant."""
         if "." not in self.word and fullmatch(self.pattern, parameter.name):
             return True
         names = (parameter.fqn, *(f"{alias}.{parameter.name}" for alias in row.aliases))
@@ -110,7 +110,7 @@ class Index:
 
 
 def atoms(selector: Selector, index: Index) -> Iterator[tuple[Atom, ...]]:
-    """Give a selector's own leaf atoms on modules: the groups AND, the atoms in one group OR."""
+    """Return a selector's own leaf atoms on modules: the groups AND, the atoms in one group OR."""
     for key, make in (("path", _path), ("regex", _regex), ("type", _type), ("role", _role)):
         words: tuple[str, ...] = getattr(selector, key)
         if words:
@@ -125,7 +125,7 @@ def atoms(selector: Selector, index: Index) -> Iterator[tuple[Atom, ...]]:
 
 
 def parameter_atoms(selector: Selector) -> tuple[ParameterAtom, ...]:
-    """Give a selector's own leaf atoms on parameters, which OR."""
+    """Return a selector's own leaf atoms on parameters, which OR."""
     words = selector.parameter
     at = (*selector.location, "parameter")
     return tuple(

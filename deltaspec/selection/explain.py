@@ -35,7 +35,7 @@ class Reason:
 
 
 def explain(selector: Selector, table: ModuleTable, row: Row, selectors: Mapping[str, Selector]) -> list[Reason]:
-    r"""Give the verdict of every condition of a selector on one module, nested ones after what holds them.
+    r"""Return the verdict of every condition of a selector on one module, nested ones after what holds them.
 
     >>> print(*explain(selector, table, row, {}), sep="\n")
     role attn.q: accepted, its roles are attn.q

@@ -38,7 +38,7 @@ def counted(number: int, noun: str = "module") -> str:
 
 
 def missing(atom: Atom, index: Index, hit: bool) -> Missing | None:
-    """Say what is wrong with an atom that matches something (`hit`) or nothing; None where it is fine."""
+    """Return what is wrong with an atom that matches something (`hit`) or nothing; None where it is fine."""
     if atom.key == "layers":
         return _layers(atom, index, hit)
     if hit:
@@ -93,7 +93,7 @@ def _role_called(name: str, index: Index) -> str | None:
 
 
 def _near_globs(text: str, names: list[str]) -> Iterator[str]:
-    """Give globs that the author may have meant, the likeliest first."""
+    """Return globs that the author may have meant, the likeliest first."""
     segments = text.split(".")
     yield from _anchored(text, names)
     vocabulary = {segment for name in names for segment in name.split(".") if not segment.isdigit()}
@@ -113,7 +113,7 @@ def _near_globs(text: str, names: list[str]) -> Iterator[str]:
 
 
 def _anchored(text: str, names: list[str]) -> Iterator[str]:
-    """Give the glob behind the one prefix that makes it match, or behind any."""
+    """Return the glob behind the one prefix that makes it match, or behind any."""
     if text.startswith("**"):
         return
     anywhere = compile_glob(f"**.{text}")
@@ -125,7 +125,7 @@ def _anchored(text: str, names: list[str]) -> Iterator[str]:
 
 
 def _out_of_range(text: str) -> Iterator[tuple[str, str]]:
-    """Give each number in a path, and the glob over all numbers in its place."""
+    """Return the numbers in a path, and the glob over all numbers in its place."""
     segments = text.split(".")
     for place, segment in enumerate(segments):
         if segment.isdigit() and place and segments[place - 1] != "**":
@@ -202,7 +202,7 @@ def _role(role: str, index: Index) -> Missing:
 
 
 def _part_hint(role: str, whole: str, index: Index) -> str:
-    """Say which methods can change one part of a fused projection alone, where its layout is known."""
+    """Return which methods can change one part of a fused projection alone, where its layout is known."""
     part = role.rpartition(".")[2]
     if not any(row.parts and part in row.parts.names for row in index.rows if whole in row.roles):
         return ""
@@ -224,7 +224,7 @@ def _layers(atom: Atom, index: Index, hit: bool) -> Missing | None:
 
 
 def fold_stacks(stacks: dict[str, int]) -> str:
-    """Say which layers there are: `encoder.layer has layers 0..11`."""
+    """Return which layers there are: `encoder.layer has layers 0..11`."""
     by_size: dict[int, list[str]] = {}
     for stack, size in stacks.items():
         by_size.setdefault(size, []).append(stack)

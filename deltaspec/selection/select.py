@@ -46,7 +46,7 @@ class Match:
 def select(
     selector: Selector, table: ModuleTable, selectors: Mapping[str, Selector], spec: DeltaSpec
 ) -> tuple[tuple[Match, ...], list[Diagnostic]]:
-    """Give what a selector matches, each module once and in the table's order, and all findings about it."""
+    """Return what a selector matches, each module once and in the table's order, and all findings about it."""
     search = _Search(Index(table), selectors, spec, _names_parameters(selector, selectors))
     found = search.resolve(selector, False).items
     whole = {number for number, parameter in found if parameter is None}
@@ -85,7 +85,7 @@ class _Search:
             self.members.append((*whole, *((number, name) for name in names)))
 
     def resolve(self, selector: Selector, optional: bool) -> _Part:
-        """Give the set that a selector means."""
+        """Return the set that a selector means."""
         optional = optional or selector.optional
         before = len(self.findings)
         parts = [self._leaf(group, optional) for group in atoms(selector, self.index)]
@@ -111,7 +111,7 @@ class _Search:
         return _Part(" and ".join(part.text for part in parts), items, excused)
 
     def _named(self, name: str, optional: bool) -> _Part:
-        """Give the set of a named selector, resolved once: those that refer to each other unfold to thousands."""
+        """Return the set of a named selector, resolved once: those that refer to each other unfold to thousands."""
         if (name, optional) not in self._known:
             before = len(self.findings)
             part = self.resolve(self.selectors[name], optional)

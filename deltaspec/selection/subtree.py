@@ -21,7 +21,7 @@ class Subtrees:
         """Number of each module in the table, by its first name."""
 
     def of(self, row: Row) -> list[Row]:
-        """Give a module and all below it; one that is found there under several names may come twice."""
+        """Return a module and all below it; one that is found there under several names may come twice."""
         # The table is in the order of a walk, so what a module holds comes right after it. Every name counts: one
         # shared with another part of the model may have its first name there.
         below = takewhile(lambda r: is_inside(r.fqn, row.fqn), islice(self._rows, self.order[row.fqn], None))

@@ -1,1 +1,4 @@
-"""A delta for each row of a batch: assignment, regions in which every row has tensors of its own, and their trial."""
+"""A delta for each row of a batch.
+
+Reads no file. Knows the active set, not the compiled model.
+"""

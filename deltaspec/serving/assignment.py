@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _LARGEST = torch.finfo(torch.float32).max
 """Strengths are float32 where they are data."""
 
-Row = Mapping[str, float]
+RowDeltas = Mapping[str, float]
 """The deltas of one row, in order of application, with their strengths."""
 
 
@@ -43,7 +43,7 @@ class Rows:
     strength: Tensor
     names: tuple[tuple[str, ...], ...]
     """The deltas in each slot."""
-    deltas: tuple[Row, ...]
+    deltas: tuple[RowDeltas, ...]
     """What was asked for, row by row."""
     places: Mapping[str, int]
     """Where each delta lay in its stack."""
@@ -81,7 +81,7 @@ def parse_rows(deltas: Sequence[Any], order: Mapping[str, int]) -> list[dict[str
 
 
 def checked_strength(name: str, strength: Any) -> float:
-    """Give a strength as a float. Raises TypeError or ValueError where it is none."""
+    """Return a strength as a float. Raises TypeError or ValueError where it is none."""
     if isinstance(strength, bool) or not isinstance(strength, Real):
         raise TypeError(f"the strength of {name!r} is a number, not {strength!r}")
     try:
@@ -95,7 +95,7 @@ def checked_strength(name: str, strength: Any) -> float:
 
 
 def chain(rows: Iterable[tuple[Kind, ...]], number: Callable[[Kind], int]) -> list[Kind]:
-    """Give a sequence of kinds that holds every row's kinds in the row's order; short, not always the shortest.
+    """Return a sequence of kinds that holds every row's kinds in the row's order; short, not always the shortest.
 
     `number` gives kinds an order of their own, which is kept wherever all rows allow it: assignments of the same kinds
     then have the same sequence, and share a compiled graph.
@@ -114,7 +114,7 @@ def chain(rows: Iterable[tuple[Kind, ...]], number: Callable[[Kind], int]) -> li
 
 
 def places(row: Sequence[Kind], slots: Sequence[Kind]) -> list[int]:
-    """Give the slot of each of a row's kinds."""
+    """Return the slot of each of a row's kinds."""
     found, start = [], 0
     for kind in row:
         start = next(i for i in range(start, len(slots)) if slots[i] is kind) + 1

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from deltaspec.backbone.attention import Router, register
 from deltaspec.backbone.stand_in import stand_in
 from deltaspec.graphs.row_ops import rows_in, toward_rows
-from deltaspec.methods.declarations import Own
+from deltaspec.methods.declarations import DeltaTensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,7 +36,7 @@ class AttendRows:
         def inside(q: Tensor, k: Tensor, v: Tensor) -> Any:
             return base(q, k, v, present)
 
-        own = Own(self.form.tensors, self.table.take(size))
+        own = DeltaTensors(self.form.tensors, self.table.take(size))
         output, weights = self.method.attend(self.form, self.params, own, query, key, value, inside)
         if not slot.partial:
             return output, weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -13,7 +13,6 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
 if TYPE_CHECKING:
     from deltaspec.runtime.program import Forward
-    from deltaspec.serving.mixer import Mixer
 
 
 _MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "inputs", "decoder_input_ids")
@@ -78,12 +77,22 @@ Kinds = tuple[str, ...]
 """The kind in each slot, by a key that no other kind of this process has."""
 
 
+class Current(Protocol):
+    """What runs now."""
+
+    batch: Batch
+    running: Any
+
+    def proving(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the model, watched if need be."""
+
+
 class Dispatch:
     """The forward of a host while rows are armed."""
 
     __signature__ = property(lambda self: inspect.signature(self.own))  # generate passes what a forward takes by name
 
-    def __init__(self, mixer: Mixer, own: Forward, mixed: Mapping[Kinds, Forward]) -> None:
+    def __init__(self, mixer: Current, own: Forward, mixed: Mapping[Kinds, Forward]) -> None:
         self._mixer, self.own, self._mixed = mixer, own, mixed
         self.plain = own
         """What is attached."""
@@ -99,7 +108,7 @@ class Dispatch:
 class Entering:
     """The forward of the whole model under rows: takes the size of the batch, and proves that sites are reached."""
 
-    def __init__(self, mixer: Mixer, forward: Forward) -> None:
+    def __init__(self, mixer: Current, forward: Forward) -> None:
         self._mixer, self._forward = mixer, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

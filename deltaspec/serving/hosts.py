@@ -16,11 +16,11 @@ from deltaspec.deltas.modules import storage_key
 from deltaspec.deltas.strengths import Strengths
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.graphs.row_ops import align, rows_in, rows_out, take
-from deltaspec.methods.declarations import Own
+from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.lowering import Fold, fold_into
 from deltaspec.runtime.placements import host_of
-from deltaspec.runtime.programs import call_form
+from deltaspec.runtime.program_builder import call_form
 from deltaspec.serving.binding import attend_rows, virtual_tokens
 from deltaspec.serving.slots import Source
 
@@ -28,48 +28,52 @@ if TYPE_CHECKING:
     from torch import nn
 
     from deltaspec.runtime.active import Attachments
-    from deltaspec.runtime.placements import Visit
+    from deltaspec.runtime.placements import Placement
     from deltaspec.runtime.program import Forward
-    from deltaspec.runtime.programs import Programmer
+    from deltaspec.runtime.program_builder import ProgramBuilder
     from deltaspec.serving.slots import Slot
 
 
 def bind_rows(attachments: Attachments, host: str, given: Sequence[tuple[Slot, str]]) -> Forward:
     """Build a host's forward for slots, each of the kind of the named delta, in order of application."""
-    programmer, module = attachments.programmer, attachments.programmer.modules[host]
+    builder, module = attachments.builder, attachments.builder.modules[host]
     folds: list[tuple[Fold, tuple[Source, ...], Slot]] = []
-    attends: list[tuple[Slot, Visit]] = []
-    links, visits = [], []
+    attends: list[tuple[Slot, Placement]] = []
+    links, placements = [], []
     bound: list[Any] = []
     for slot, name in given:
         stack = attachments.stacks.of(name)
-        for visit in (visit for visit in programmer.visits_of(name) if host_of(visit.planned.site) == host):
-            if virtual_tokens(visit):
+        for placement in (
+            placement for placement in builder.placements_of(name) if host_of(placement.planned.site) == host
+        ):
+            if virtual_tokens(placement):
                 continue
-            visits.append(visit)
-            link, _, dropout = programmer.link(visit, module)
-            fqn = visit.planned.site.row.fqn
-            sources = tuple(Source(stack, storage_key(fqn, spec), attachments.deltas) for spec in visit.planned.tensors)
-            if visit.lowered:
-                fold = Fold((), methods()[visit.method], link.params, visit.planned.site, link.form.tensors)
+            placements.append(placement)
+            link, _, dropout = builder.link(placement, module)
+            fqn = placement.planned.site.row.fqn
+            sources = tuple(
+                Source(stack, storage_key(fqn, spec), attachments.deltas) for spec in placement.planned.tensors
+            )
+            if placement.lowered:
+                fold = Fold((), methods()[placement.method], link.params, placement.planned.site, link.form.tensors)
                 folds.append((fold, sources, slot))
-            elif methods()[visit.method].attends:
-                attends.append((slot, visit))
+            elif methods()[placement.method].attends:
+                attends.append((slot, placement))
             else:
                 links.append(replace(link, per_row=True))
                 bound += [*sources, *dropout, slot]
-    base: Any = programmer.own_forward(host)
+    base: Any = builder.own_forward(host)
     if folds:
-        if not all(_is_simple(programmer, visit) for visit in visits if visit.lowered):
+        if not all(_is_simple(builder, placement) for placement in placements if placement.lowered):
             return HostRows(attachments, host, given)
-        base = FoldedRows(module, tuple(folds), host in programmer.statistics)
+        base = FoldedRows(module, tuple(folds), host in builder.statistics)
     elif attends:
         base = attend_rows(attachments, host, attends)
-    elif host in programmer.statistics:
+    elif host in builder.statistics:
         base = FrozenStatistics(module)
-    if not visits:
-        return programmer.own_forward(host)
-    built = programmer.region_of(host, visits, tuple(links))
+    if not placements:
+        return builder.own_forward(host)
+    built = builder.region_of(host, placements, tuple(links))
     if "swapped" in built.bound:
         bound.append(Swapped(module))
     return functools.partial(built.function, base, *bound)
@@ -104,21 +108,21 @@ class HostRows:
         return output
 
     def _forward(self, chosen: list[tuple[str, float]]) -> Forward:
-        """Give the host's forward under deltas of these strengths."""
-        programmer, names = self._attachments.programmer, tuple(name for name, _ in chosen)
-        visits = [visit for name in names for visit in programmer.hosts[name].get(self._host, ())]
-        if not visits:
-            return programmer.own_forward(self._host)
+        """Return the host's forward under deltas of these strengths."""
+        builder, names = self._attachments.builder, tuple(name for name, _ in chosen)
+        placements = [placement for name in names for placement in builder.hosts[name].get(self._host, ())]
+        if not placements:
+            return builder.own_forward(self._host)
         part = {name: strength for name, strength in chosen if strength != 1.0}
         if part:
-            return programmer.bind(self._host, visits, part, Strengths(part))[0]
+            return builder.bind(self._host, placements, part, Strengths(part))[0]
         if names not in self._forwards:
-            self._forwards[names] = programmer.bind(self._host, visits, ())[0]
+            self._forwards[names] = builder.bind(self._host, placements, ())[0]
         return self._forwards[names]
 
 
 def _is_data(value: Any) -> bool:
-    """Tell whether a host can only read an argument; a cache it would write once a run."""
+    """Return whether a host can only read an argument; a cache it would write once a run."""
     if isinstance(value, Mapping):
         return all(map(_is_data, value.values()))
     if isinstance(value, tuple | list):
@@ -148,44 +152,44 @@ def _tensors_of(output: Any) -> Iterator[Tensor]:
 
 
 def refusals(attachments: Attachments, name: str) -> list[Diagnostic]:
-    """Say why a delta cannot be under single rows of a batch (DS441); empty where it can."""
-    programmer, found = attachments.programmer, []
-    for visit in programmer.visits_of(name):
-        if reason := _refusal(programmer, visit):
+    """Return why a delta cannot be under single rows of a batch (DS441); empty where it can."""
+    builder, found = attachments.builder, []
+    for placement in builder.placements_of(name):
+        if reason := _refusal(builder, placement):
             message = f"delta {name!r} cannot be mixed row by row: {reason}"
             hint = f"run its rows apart, under c.only({name!r})"
             found.append(Diagnostic("DS441", message, suggestion=hint))
     return found[:1]
 
 
-def _refusal(programmer: Programmer, visit: Visit) -> str | None:
-    if not methods()[visit.method].promises.per_row:
-        return f"{visit.method} is not usable for single rows"
-    site = visit.planned.site
-    kind = type(programmer.modules[host_of(site)])
-    if methods()[visit.method].substitutes(site, visit.planned.params) and call_form(kind, site)[0] is None:
+def _refusal(builder: ProgramBuilder, placement: Placement) -> str | None:
+    if not methods()[placement.method].promises.per_row:
+        return f"{placement.method} is not usable for single rows"
+    site = placement.planned.site
+    kind = type(builder.modules[host_of(site)])
+    if methods()[placement.method].substitutes(site, placement.planned.params) and call_form(kind, site)[0] is None:
         return f"it runs {site.fqn} on other weights, and that is called with more than the hidden state"
-    if any(spec.buffer and spec.name.startswith("running_") for spec in visit.planned.tensors):
+    if any(spec.buffer and spec.name.startswith("running_") for spec in placement.planned.tensors):
         return f"it has statistics of its own for {site.fqn}, which are those of a whole batch"
-    if fqn := _sequence_first(programmer, site.row.fqn):
-        above = type(programmer.modules[fqn]).__name__
+    if fqn := _sequence_first(builder, site.row.fqn):
+        above = type(builder.modules[fqn]).__name__
         return f"{fqn or 'the model'} ({above}) takes the batch as its second dimension (batch_first=False)"
     return None
 
 
-def _is_simple(programmer: Programmer, visit: Visit) -> bool:
-    """Tell whether a lowered site is its own host, a module that is given the hidden state alone."""
-    site = visit.planned.site
+def _is_simple(builder: ProgramBuilder, placement: Placement) -> bool:
+    """Return whether a lowered site is its own host, a module that is given the hidden state alone."""
+    site = placement.planned.site
     itself = site.host in (None, site.row.fqn) and site.kind != "other"
-    return itself and call_form(type(programmer.modules[host_of(site)]), site)[0] is not None
+    return itself and call_form(type(builder.modules[host_of(site)]), site)[0] is not None
 
 
-def _sequence_first(programmer: Programmer, fqn: str) -> str | None:
-    """Give the module at or above a site that has positions first and rows second."""
+def _sequence_first(builder: ProgramBuilder, fqn: str) -> str | None:
+    """Return the module at or above a site that has positions first and rows second."""
     names = [fqn]
     while names[-1]:
         names.append(names[-1].rpartition(".")[0])
-    return next((n for n in names if getattr(programmer.modules[n], "batch_first", True) is False), None)
+    return next((n for n in names if getattr(builder.modules[n], "batch_first", True) is False), None)
 
 
 def _stateful(host: str) -> Diagnostic:
@@ -222,7 +226,7 @@ class FoldedRows:
     def _one(self, x: Tensor, tensors: list[tuple[Tensor, ...]], strengths: list[Tensor], *, alone: bool) -> Tensor:
         folded: dict[str, Tensor] = {}
         for (fold, _, _), own, strength in zip(self.folds, tensors, strengths, strict=True):
-            folded |= fold_into(self.module, fold, Own(fold.names, own), folded, strength)
+            folded |= fold_into(self.module, fold, DeltaTensors(fold.names, own), folded, strength)
         shadow = stand_in(self.module, folded)
         if self.frozen:
             shadow.training = False

@@ -70,7 +70,7 @@ class Mixer:
 
         Raises DeltaSpecError with all findings: unknown names (DS434), deltas that cannot be mixed (DS441).
         """
-        with self._attachments.turns.lock, self._attachments.family.lock:
+        with self._attachments.gate.lock, self._attachments.family.lock:
             return self._rows(deltas, among)
 
     def _rows(self, deltas: Sequence[Any], among: Sequence[str]) -> Rows:
@@ -106,7 +106,7 @@ class Mixer:
         return made
 
     def _place(self, kind: Kind) -> int:
-        """Give a kind's place in the order of application: that of its first delta."""
+        """Return a kind's place in the order of application: that of its first delta."""
         if kind not in self._placed:
             attachments = self._attachments
             alike = (name for name in attachments.planned if attachments.stacks.kind(name) is kind)
@@ -115,18 +115,18 @@ class Mixer:
 
     def _make(self, kinds: Kinds, names: Sequence[str]) -> None:
         """Build the forwards of all hosts for kinds, each given by the name of a delta of it."""
-        with self._attachments.turns.switching(with_rows=True) if self.armed else nullcontext():
-            programmer = self._attachments.programmer
+        with self._attachments.gate.switching(with_rows=True) if self.armed else nullcontext():
+            builder = self._attachments.builder
             self._slots += [Slot(number, self.batch) for number in range(len(self._slots), len(kinds))]
             hosts: dict[str, list[tuple[Slot, str]]] = {}
             for slot, name in zip(self._slots, names, strict=False):
-                for host in programmer.hosts[name]:
+                for host in builder.hosts[name]:
                     hosts.setdefault(host, []).append((slot, name))
             made = {host: bind_rows(self._attachments, host, given) for host, given in hosts.items()}
             made |= put_prompts_in_front(self._attachments, hosts, made)
-            for fqn in programmer.statistics:
-                made.setdefault(fqn, FrozenStatistics(programmer.modules[fqn]))
-            made[""] = Entering(self, made.get("") or programmer.own_forward(""))
+            for fqn in builder.statistics:
+                made.setdefault(fqn, FrozenStatistics(builder.modules[fqn]))
+            made[""] = Entering(self, made.get("") or builder.own_forward(""))
             for host, forward in made.items():
                 self._mixed.setdefault(host, {})[kinds] = forward
             self._made[kinds] = None
@@ -144,20 +144,20 @@ class Mixer:
         """Install the dispatchers, over what is attached."""
         if self.armed:
             return
-        programmer = self._attachments.programmer
+        builder = self._attachments.builder
         # What is attached where no row has anything steps aside, too.
-        for host in self._mixed.keys() | {""} | touched(programmer, self._attachments.active):
-            attributes = programmer.modules[host].__dict__
+        for host in self._mixed.keys() | {""} | touched(builder, self._attachments.active):
+            attributes = builder.modules[host].__dict__
             before = attributes.get("forward")
             if (dispatch := self._dispatchers.get(host)) is None:
-                dispatch = Dispatch(self, programmer.own_forward(host), self._mixed.setdefault(host, {}))
+                dispatch = Dispatch(self, builder.own_forward(host), self._mixed.setdefault(host, {}))
                 self._dispatchers[host] = dispatch
             dispatch.plain = before or dispatch.own
             self._installed.append((attributes, before))
             attributes["forward"] = dispatch
 
     def disarm(self) -> bool:
-        """Take the dispatchers out; tell whether there were some."""
+        """Take the dispatchers out; return whether there were some."""
         armed = self.armed
         for attributes, before in self._installed:
             if before is None:
@@ -178,7 +178,7 @@ class Mixer:
         Raises DeltaSpecError: see `rows`; DS443 for a batch of another size, DS445 for a call inside another one.
         """
         attachments = self._attachments
-        with attachments.turns.alone():
+        with attachments.gate.alone():
             if not isinstance(deltas, Rows):
                 rows = self.rows(deltas)
             elif deltas.kinds in self._made and self._is_current(deltas):
@@ -201,7 +201,7 @@ class Mixer:
         """Have it shown, once a host, that the rows are where they are looked for; on the call's inputs, if need be."""
         if kinds in self._shown:
             return
-        modules = self._attachments.programmer.modules
+        modules = self._attachments.builder.modules
         hosts = [host for host, mixed in self._mixed.items() if host and kinds in mixed and host not in self._tried]
         backbone = self._attachments.backbone
         if not hosts or rows_lead(backbone, {host: modules[host] for host in hosts}, backbone, args, kwargs):
@@ -229,7 +229,7 @@ class Mixer:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _is_current(self, rows: Rows) -> bool:
-        """Tell whether the deltas are still where they were when the rows were made."""
+        """Return whether the deltas are still where they were when the rows were made."""
         stacks = self._attachments.stacks
         with self._attachments.family.lock:
             self._attachments.require(rows.places)
@@ -264,7 +264,7 @@ class Mixer:
 
 
 def _number(kind: Kind) -> int:
-    """Give a kind's number, in the order in which kinds were first used."""
+    """Return a kind's number, in the order in which kinds were first used."""
     found = _NUMBERS.get(kind)
     return _NUMBERS.setdefault(kind, next(_NEXT)) if found is None else found  # one number, whatever thread is first
 

@@ -54,7 +54,7 @@ class RowGap:
         return take_places(value, self._front() + torch.where(place < self.padding, place, place + self.lengths), dim)
 
     def number(self, positions: Tensor, times: int) -> Tensor:
-        """Give the prompt numbers from the first real token's on, and what follows it higher ones."""
+        """Put numbers on the prompt from the first real token's on, and higher ones on what follows it."""
         gap = replace(self, lengths=self.lengths.repeat(times, 1), padding=self.padding.repeat(times, 1))
         place = torch.arange(positions.shape[1], device=positions.device)
         first = positions.gather(1, gap.padding.clamp(max=positions.shape[1] - 1))
@@ -78,7 +78,7 @@ class Front:
         """The encoder has run in front of the decoder that comes next."""
 
     def most(self) -> int:
-        """Give the largest number of tokens that a row has; in a compiled graph, where that is data, a bound."""
+        """Return the largest number of tokens that a row has; in a compiled graph, where that is data, a bound."""
         if torch.compiler.is_compiling():
             return self.total
         counts = {name: tokens for slot, tokens in self.parts for name in slot.names}
@@ -86,12 +86,12 @@ class Front:
         return max((sum(counts.get(name, 0) for name in row) for row in rows), default=0)
 
     def lengths(self, size: int, device: torch.device) -> Tensor:
-        """Give the number of tokens of each row, `[size, 1]`."""
+        """Return the number of tokens of each row, `[size, 1]`."""
         present = [(slot.grown("index", size) > 0).long() * tokens for slot, tokens in self.parts]
         return torch.stack(present, dim=1).sum(1, keepdim=True).to(device)
 
     def ids(self, size: int, device: torch.device) -> Tensor:
-        """Give the ids of each row's tokens, `[size, total]`: first those it has, in order, then the others."""
+        """Return the ids of each row's tokens, `[size, total]`: first those it has, in order, then the others."""
         absent = [(slot.grown("index", size) == 0).long()[:, None].expand(-1, tokens) for slot, tokens in self.parts]
         return -1 - torch.sort(torch.cat(absent, dim=1).to(device), dim=1, stable=True).indices
 
@@ -170,7 +170,7 @@ class PromptedRows(Prompted):
         return given.get("past_key_values") is not None or (able and given.get("use_cache") is not False)
 
     def _number(self, given: dict[str, Any], entering: Tensor, past: int) -> None:
-        """Say which positions the tokens have, where the model would number columns."""
+        """Return which positions the tokens have, where the model would number columns."""
         if given.get("position_ids") is not None:
             return
         if self.numbering is Numbering.COLUMNS:

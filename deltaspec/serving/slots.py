@@ -92,7 +92,7 @@ class Slot:
         return self._partial
 
     def strengths_like(self, x: Tensor) -> Tensor:
-        """Give the strengths `[rows, 1, …]` for a tensor `[rows, …]`, in its dtype."""
+        """Return the strengths `[rows, 1, …]` for a tensor `[rows, …]`, in its dtype."""
         if torch.compiler.is_compiling():
             return align(self.grown("strength", x.shape[0]), x).to(x.dtype)
         key = (x.shape[0], x.dim(), x.dtype)
@@ -102,7 +102,7 @@ class Slot:
         return found
 
     def grown(self, name: str, size: int) -> Tensor:
-        """Give one of the tensors for a first dimension of this length: rows repeat in place, as beams do."""
+        """Return one of the tensors for a first dimension of this length: rows repeat in place, as beams do."""
         tensor: Tensor = getattr(self, name)
         if size == tensor.shape[0]:
             return tensor
@@ -124,7 +124,7 @@ class Source:
         self._last = key.rpartition(".")[2]
 
     def take(self, slot: Slot, size: int, zeros: bool) -> Tensor:
-        """Give each row its delta's tensor: `[size, …]`."""
+        """Return the tensor of each row's delta, `[size, …]`."""
         stacked = self._stack.tensors[self.key]
         if torch.is_grad_enabled() and stacked.is_floating_point():
             own = [self._tensor(name, stacked) for name in slot.names]
@@ -142,7 +142,7 @@ class Source:
         return found
 
     def take_briefly(self, slot: Slot, size: int) -> Tensor:
-        """Give each row its delta's tensor, or zeros, until the next call for a tensor of this last name and shape.
+        """Return the tensor of each row's delta, or zeros, until the next call for one of this name and shape.
 
         For inference alone. New memory for each site is slower to write and to read again than a buffer for all.
         """
@@ -156,11 +156,11 @@ class Source:
         return torch.index_select(stacked, 0, slot.grown("index", size), out=buffer)
 
     def of(self, name: str) -> Tensor:
-        """Give one delta's tensor."""
+        """Return one delta's tensor."""
         return self._tensor(name, self._stack.tensors[self.key])
 
     def _tensor(self, name: str, stacked: Tensor) -> Tensor:
-        """Give a delta's own tensor: its parameter, or its row, where it is in a library and not in training."""
+        """Return a delta's own tensor: its parameter, or its row, where it is in a library and not in training."""
         if name in self._deltas._modules:
             return self._deltas[name].tensor(self.key)
         return stacked[self._stack.names[name]]
@@ -177,7 +177,7 @@ class Table:
         self.slot, self.sources, self.compute = slot, sources, compute
 
     def take(self, size: int) -> tuple[Tensor, ...]:
-        """Give each row its delta's, `[size, …]`, or another row's where it has none."""
+        """Return those of each row's delta, `[size, …]`, or another row's where it has none."""
         slot, compute = self.slot, self.compute
         if compute is None:
             return tuple(source.take(slot, size, zeros=False) for source in self.sources.values())

@@ -38,7 +38,7 @@ def rows_lead(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> bool:
-    """Tell whether a trial could be made that shows it: False for one row, and for a call that goes on from a cache.
+    """Return whether a trial could be made that shows it: False for one row, and for a call that goes on from a cache.
 
     A transformers model is run on inputs of our own; any other one, and one that refuses those, on the call's. A host
     that these do not reach is judged by the shapes it is given once it is reached. Raises DeltaSpecError (DS442), with
@@ -124,7 +124,7 @@ def _ordered(order: Tensor, x: Tensor) -> Tensor:
 
 
 def _orders(rows: int) -> list[Tensor]:
-    """Give orders such that only a model that keeps rows in place commutes with all of them."""
+    """Return orders such that only a model that keeps rows in place commutes with all of them."""
     moved_on, swapped = torch.arange(rows).roll(1), torch.arange(rows)
     swapped[:2] = torch.tensor([1, 0] if rows > 2 else [1, 1])  # two rows have one other order: one in both places
     return [moved_on, swapped]
@@ -151,7 +151,7 @@ def _each(value: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def _told_apart(given: Arguments) -> Arguments:
-    """Give rows that are alike, or are no numbers, other values, since they look the same in any order.
+    """Return rows that are alike, or are no numbers, other values, since they look the same in any order.
 
     Raises DeltaSpecError (DS442) where all rows stay alike.
     """
@@ -220,14 +220,14 @@ def _noting(hosts: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]
 
 
 def _moved(order: Tensor, before: list[Tensor], after: list[Tensor]) -> bool:
-    """Tell whether all that entered changed place with the rows; what is the same for all rows may stay."""
+    """Return whether all that entered changed place with the rows; what is the same for all rows may stay."""
     if len(before) != len(after) or len({x.shape[0] == 1 for x in before if x.dim()}) > 1:
         return False  # an input that rows share cannot become one a row beside inputs that are one a row already
     return all(_moved_along(order, x, y) for x, y in zip(before, after, strict=True))
 
 
 def _spreads(backbone: nn.Module, host: nn.Module, forward: Callable[..., Any], given: Arguments, rows: int) -> bool:
-    """Tell whether a model goes on where one output for all rows becomes one a row."""
+    """Return whether a model goes on where one output for all rows becomes one a row."""
 
     def spread(module: nn.Module, args: Any, output: Any) -> Any:
         return output.expand(rows, *output.shape[1:]) if isinstance(output, Tensor) else output

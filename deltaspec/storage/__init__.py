@@ -1,1 +1,4 @@
-"""Deltas on disk: atomic writes, saved directories, pickles, and what identifies a backbone."""
+"""Deltas on disk: what a saved set is, written atomically, read with every key accounted for.
+
+Knows the active set, not the compiled model, and nothing of rows.
+"""

@@ -1,4 +1,4 @@
-"""Taken out of store."""
+"""Reading saved deltas into a compiled model: every key accounted for, all or nothing."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from deltaspec.storage.saved import SavedSet, _finite, _not_finite, _without_val
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltaspec.compiler.compiled import CompiledModel
     from deltaspec.diagnostics.findings import Diagnostic
+    from deltaspec.runtime.active import Attachments as ActiveSet
 
 
 _Read = TypeVar("_Read")
 
 
-def load(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
+def load(active: ActiveSet, directory: str | PathLike[str]) -> None:
     """Read the tensors of all saved deltas into the deltas of the same names. All or nothing.
 
     Raises DeltaSpecError (DS521-DS529, DS534) with all findings, the model unchanged: files missing or damaged, another
     backbone, a delta that the model lacks or has with another method or other params, tensors missing, surplus, of
     another shape, of a dtype that would lose digits, or not finite; a model on the meta device.
     """
-    _settled(directory, lambda saved: _load(compiled, saved))
+    _settled(directory, lambda saved: _load(active, saved))
 
 
 def _settled(directory: str | PathLike[str], read: Callable[[SavedSet], _Read]) -> _Read:
@@ -45,10 +45,10 @@ def _settled(directory: str | PathLike[str], read: Callable[[SavedSet], _Read]) 
                 raise
 
 
-def _load(compiled: CompiledModel, saved: SavedSet) -> None:
-    findings = saved.check_backbone(compiled.plan.structure, compiled.backbone, compiled.plan.model_class)
+def _load(active: ActiveSet, saved: SavedSet) -> None:
+    findings = saved.check_backbone(active.plan.structure, active.backbone, active.plan.model_class)
     staged: list[tuple[Tensor, Tensor]] = []
-    own = [delta.name for delta in compiled.plan.deltas]  # those of libraries are no place for other tensors
+    own = [delta.name for delta in active.plan.deltas]  # those of libraries are no place for other tensors
     for name in saved.names:
         findings += saved.read(name, "lock")[1]
         if name not in own:
@@ -57,8 +57,8 @@ def _load(compiled: CompiledModel, saved: SavedSet) -> None:
                 saved.finding("DS524", f"the model has no delta {name!r}", f"it has: {known}; compile its spec too")
             )
             continue
-        findings += _other_meaning(saved, name, compiled)
-        tensors = dict(compiled.deltas[name].tensors())
+        findings += _other_meaning(saved, name, active)
+        tensors = dict(active.deltas[name].tensors())
         if any(value.is_meta for value in tensors.values()):
             findings.append(_without_values(name, "loaded"))
         staged += match(saved, name, tensors, findings)
@@ -67,7 +67,7 @@ def _load(compiled: CompiledModel, saved: SavedSet) -> None:
     with torch.no_grad():
         for target, value in staged:
             target.copy_(value)
-    compiled._attachments.derive(compiled.deltas)
+    active.derive(list(active.planned))
 
 
 def match(
@@ -104,7 +104,7 @@ def match(
     return staged
 
 
-def _other_meaning(saved: SavedSet, name: str, compiled: CompiledModel) -> list[Diagnostic]:
+def _other_meaning(saved: SavedSet, name: str, active: ActiveSet) -> list[Diagnostic]:
     """Compare a saved delta's spec with the model's: the same tensors mean something else under other params."""
     content, findings = saved.read(name, "spec")
     if content is None:
@@ -113,7 +113,7 @@ def _other_meaning(saved: SavedSet, name: str, compiled: CompiledModel) -> list[
         before = _meaning(json.loads(content), name)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
         return [saved.finding("DS522", f"is no resolved spec: {error}", "save again", saved.entry(name)["spec"])]
-    now = _meaning(compiled.plan.document(name), name)
+    now = _meaning(active.plan.document(name), name)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             message = f"{name}: {key} was {before.get(key)} when it was saved, the model's is {now.get(key)}"
@@ -123,7 +123,7 @@ def _other_meaning(saved: SavedSet, name: str, compiled: CompiledModel) -> list[
 
 
 def _meaning(spec: dict[str, Any], name: str) -> dict[str, Any]:
-    """Give what a delta's trained tensors depend on: its method and params, but for those of training and the start."""
+    """Return what trained tensors depend on: the method and its params, but for those of training and the start."""
     delta = next(delta for delta in spec["deltas"] if delta["name"] == name)
     params = {f"params.{key}": json.loads(json.dumps(value)) for key, value in delta.get("params", {}).items()}
     rest = {key: json.loads(json.dumps(delta[key])) for key in ("method", "overrides", "from") if key in delta}
@@ -132,7 +132,7 @@ def _meaning(spec: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _fits(saved: torch.dtype, held: torch.dtype) -> bool:
-    """Tell whether values of one dtype are exact in another of the same sort."""
+    """Return whether values of one dtype are exact in another of the same sort."""
     try:
         return saved.is_floating_point == held.is_floating_point and torch.promote_types(saved, held) == held
     except RuntimeError:  # torch has no promotion from float8

@@ -34,10 +34,10 @@ from deltaspec.storage.saved import (
 )
 
 if TYPE_CHECKING:
-    from deltaspec.compiler.compiled import CompiledModel
+    from deltaspec.runtime.active import Attachments as ActiveSet
 
 
-def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
+def save(active: ActiveSet, directory: str | PathLike[str]) -> None:
     """Write all deltas of a compiled model to a directory, made if need be; what it held of ours before is replaced.
 
     Raises DeltaSpecError where a delta holds NaN or infinite values (DS520), or none, on the meta device (DS534), or a
@@ -48,18 +48,18 @@ def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
     from deltaspec.planning.lock import lock
 
     folder = Path(directory)
-    plan, attachments = compiled.plan, compiled._attachments
+    plan, attachments = active.plan, active
     attachments.derive_detached()
     findings = [_behind(name) for name in attachments.behind()]
     for planned in plan.deltas:
-        tensors = dict(compiled.deltas[planned.name].tensors())
+        tensors = dict(active.deltas[planned.name].tensors())
         if any(value.is_meta for value in tensors.values()):
             findings.append(_without_values(planned.name, "saved"))
             continue
         findings += [_not_finite(planned.name, key) for key, value in tensors.items() if not _finite(value.detach())]
     if findings:
         raise DeltaSpecError(findings)
-    weights = weights_fingerprint(compiled.backbone)
+    weights = weights_fingerprint(active.backbone)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -70,7 +70,7 @@ def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
         try:
             for planned in plan.deltas:  # one delta's bytes in memory at a time
                 part = plan.alone(planned.name)
-                tensors = {key: value.detach().clone() for key, value in compiled.deltas[planned.name].tensors()}
+                tensors = {key: value.detach().clone() for key, value in active.deltas[planned.name].tensors()}
                 content = {
                     "file": to_bytes({key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"}),
                     "spec": _json(part.specs[0].to_data()),
@@ -87,8 +87,10 @@ def save(compiled: CompiledModel, directory: str | PathLike[str]) -> None:
             manifest = {
                 "deltaspec": FORMAT,
                 "backbone": {"class": plan.model_class, "structure": plan.structure, "weights": weights},
-                "attached": [name for name in compiled.attached if name not in attachments.libraries],
-                "strengths": {n: v for n, v in compiled.strengths.items() if v != 1 and n not in attachments.libraries},
+                "attached": [name for name in active.active if name not in attachments.libraries],
+                "strengths": {
+                    n: v for n, v in active.strengths.as_dict(active.active).items() if n not in attachments.libraries
+                },
                 "deltas": entries,
             }
             sync(folder)

@@ -68,7 +68,7 @@ class SavedSet:
         """Names of the deltas that were attached, and their strengths."""
 
     def path(self, name: str) -> Path:
-        """Give the path of one of its files."""
+        """Return the path of one of its files."""
         return self.folder / name
 
     def finding(self, code: str, message: str, suggestion: str | None = None, file: str = MANIFEST) -> Diagnostic:
@@ -94,7 +94,7 @@ class SavedSet:
         return dict(data)
 
     def replaced(self) -> bool:
-        """Tell whether the deltas were saved again since: what was read of this set may be gone."""
+        """Return whether the deltas were saved again since: what was read of this set may be gone."""
         try:
             return self.path(MANIFEST).read_bytes() != self._read
         except OSError:
@@ -137,7 +137,7 @@ class SavedSet:
             return None
 
     def entry(self, name: str) -> dict[str, str]:
-        """Give a delta's entry in the manifest."""
+        """Return a delta's entry in the manifest."""
         return self._by_name[name]
 
     def read(self, name: str, field: str) -> tuple[bytes | None, list[Diagnostic]]:
@@ -184,7 +184,7 @@ def _map(path: Path) -> mmap:
 
 
 def file_names(folder: Path) -> set[str]:
-    """Give the names of the files, the manifest apart, of the set that is in a directory; empty where there is none."""
+    """Return the names of the files of the set in a directory, the manifest apart; empty where there is none."""
     try:
         entries = SavedSet(folder).entries
     except DeltaSpecError:
@@ -193,13 +193,13 @@ def file_names(folder: Path) -> set[str]:
 
 
 def strays(folder: Path, kept: set[str]) -> set[str]:
-    """Give the names of files in a directory that earlier saves left, killed ones included, but for those kept."""
+    """Return the names of files in a directory that earlier saves left, killed ones included, but for those kept."""
     names = set(os.listdir(folder)) - kept
     return {name for name in names if _FILE_NAME.fullmatch(name) or _UNFINISHED.fullmatch(name)}
 
 
 def digest(content: bytes | mmap) -> str:
-    """Give a file's SHA-256 in hexadecimal."""
+    """Return a file's SHA-256 in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -236,7 +236,7 @@ def _is_strength(value: Any) -> bool:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Tell whether a manifest's entry is whole, and names files as `save` does: so they are in the directory."""
+    """Return whether a manifest's entry is whole, and names files as `save` does: so they are in the directory."""
     fields = ("name", *(f"{field}{part}" for field in ENDINGS for part in ("", "_sha256")))
     if not isinstance(entry, dict) or not all(isinstance(entry.get(field), str) for field in fields):
         return False

@@ -1,1 +1,4 @@
-"""Plain models out of compiled ones."""
+"""Other models out of an active set: merged plain ones, deltas without what only training needed.
+
+Changes nothing in what it is given.
+"""

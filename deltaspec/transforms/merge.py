@@ -14,9 +14,9 @@ from deltaspec.backbone.clone import clone, deep_copy, norm_limited
 from deltaspec.backbone.reserved import remove
 from deltaspec.deltas.modules import storage_key
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.methods.declarations import Own
+from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
-from deltaspec.runtime import turns
+from deltaspec.runtime import forward_gate
 from deltaspec.runtime.lowering import Fold, fold_widely, rounded
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ _TIED = "tie_word_embeddings"
 
 
 def without_deltas(attachments: Attachments) -> nn.Module:
-    """Give a clone of the backbone, on the same storage, with the forwards that it had before it was compiled."""
+    """Return a clone of the backbone, on the same storage, with the forwards that it had before it was compiled."""
     plain = clone(attachments.backbone, replace={id(attachments): None})
     twins = {id(old): new for old, new in zip(attachments.backbone.modules(), plain.modules(), strict=True)}
     remove(plain)
-    turns.remove(plain)
+    forward_gate.remove(plain)
     for fqn, module in plain.named_modules(remove_duplicate=False):
         module.__dict__.pop("forward", None)
         original = attachments.original_forward(fqn)
@@ -46,7 +46,7 @@ def without_deltas(attachments: Attachments) -> nn.Module:
 
 @torch.no_grad()
 def merge(attachments: Attachments, names: Collection[str]) -> nn.Module:
-    """Give a new plain model with these deltas folded in; it shares no storage with the backbone.
+    """Return a new plain model with these deltas folded in; it shares no storage with the backbone.
 
     Weights are folded in float32 where the delta is float32, and rounded once. Tied parameters that a delta changes at
     one end only are untied in the result. Raises DeltaSpecError (DS435) where a delta cannot be expressed in weights,
@@ -70,7 +70,7 @@ def merge(attachments: Attachments, names: Collection[str]) -> nn.Module:
         folded: dict[str, Tensor] = {}
         for name, planned in deltas:
             held, tensor_names = attachments.deltas[name], tuple(spec.name for spec in planned.tensors)
-            own = Own(tensor_names, [held.tensor(storage_key(fqn, spec)) for spec in planned.tensors])
+            own = DeltaTensors(tensor_names, [held.tensor(storage_key(fqn, spec)) for spec in planned.tensors])
             fold = Fold((), methods()[attachments.planned[name].method], planned.params, planned.site, tensor_names)
             strength = torch.tensor(strengths[name]) if name in strengths else None
             folded |= fold_widely(module, fold, own, folded, strength)
@@ -111,13 +111,13 @@ def _mark_untied(plain: nn.Module, fqn: str, name: str) -> None:
 
 
 def _names_in(kind: Any) -> tuple[str, ...]:
-    """Give the names of attributes that a class's forward reads."""
+    """Return the names of attributes that a class's forward reads."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return () if code is None else code.co_names
 
 
 def _untie(plain: nn.Module) -> None:
-    """Give every place of a tied parameter a copy of its own: transformers ties all of a model it loads, or nothing."""
+    """Give every place of a tied parameter its own copy: transformers ties all of a model it loads, or nothing."""
     seen: set[int] = set()
     for module in plain.modules():
         for name, parameter in module._parameters.items():

@@ -10,7 +10,7 @@ import torch
 
 from deltaspec.deltas.modules import storage_key
 from deltaspec.language.load import load
-from deltaspec.methods.declarations import Own
+from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
 from deltaspec.planning.planned import PlannedSite
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def simplify(plan: Plan, names: Collection[str]) -> Plan:
-    """Give the plan with these deltas in their simpler form; those that have none stay, and so does the rest."""
+    """Return the plan with these deltas in their simpler form; those that have none stay, and so does the rest."""
     entries = [entry for spec in plan.specs for entry in spec.deltas if entry.name in names]
     chosen = {entry.name for entry in entries if any(_has_simpler(entry.method, params) for params in _params(entry))}
     specs = tuple(_spec(spec, chosen) if chosen & {e.name for e in spec.deltas} else spec for spec in plan.specs)
@@ -42,7 +42,9 @@ def copy_tensors(old: Plan, new: Plan, deltas: Mapping[str, Delta], into: Mappin
             continue
         for planned, place in zip(before.sites, after.sites, strict=True):
             names = tuple(spec.name for spec in planned.tensors)
-            own = Own(names, [source.tensor(storage_key(planned.site.row.fqn, spec)) for spec in planned.tensors])
+            own = DeltaTensors(
+                names, [source.tensor(storage_key(planned.site.row.fqn, spec)) for spec in planned.tensors]
+            )
             if _has_simpler(before.method, planned.params):
                 values = methods()[before.method].simplified(planned.site, planned.params, own)
             else:

@@ -1,1 +1,4 @@
-"""Passes."""
+"""Passes over region graphs, one file each; `run.py` has their order.
+
+A pass knows a graph, no delta.
+"""

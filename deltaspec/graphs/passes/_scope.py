@@ -29,7 +29,7 @@ class Scope:
     """FQN under which a whole model's graph finds its deltas; None where their tensors are the graph's inputs."""
 
     def is_delta_tensor(self, node: Any) -> bool:
-        """Tell whether a node is a tensor of a delta."""
+        """Return whether a node is a tensor of a delta."""
         if not isinstance(node, fx.Node):
             return False
         if self.home is None:
@@ -37,7 +37,7 @@ class Scope:
         return node.op == "get_attr" and str(node.target).startswith(f"{self.home}.")
 
     def may_overwrite(self, node: fx.Node, *users: fx.Node) -> bool:
-        """Tell whether these users may write into what a node gives: it is new, and nothing else reads it.
+        """Return whether these users may write into what a node gives: it is new, and nothing else reads it.
 
         The host's forward hooks do not see what `base` gives, but what leaves the region.
         """

@@ -31,7 +31,7 @@ _is_transformed = torch._C._are_functorch_transforms_active
 
 @gives_new_tensor
 def add_product(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: Tensor | None = None) -> Tensor:
-    """Give y + strength · scale · h weightᵀ. `y` is `[…, out]`, `h` `[…, in]`, `weight` `[out, in]`."""
+    """Return y + strength · scale · h weightᵀ. `y` is `[…, out]`, `h` `[…, in]`, `weight` `[out, in]`."""
     if strength is not None:
         h = h * strength
     if _is_plain(y, h, weight):
@@ -44,7 +44,7 @@ def add_product(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: Te
 
 @gives_new_tensor
 def add_product_(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: Tensor | None = None) -> Tensor:
-    """Give y + strength · scale · h weightᵀ; `y` may be overwritten."""
+    """Return y + strength · scale · h weightᵀ; `y` may be overwritten."""
     if torch.is_grad_enabled() or not _is_plain(y, h, weight) or not y.is_contiguous():
         # Autograd would copy its gradients for a write through a view.
         return add_product(y, h, weight, scale, strength)
@@ -60,7 +60,7 @@ def add_product_(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: T
 def add_low_rank(
     y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, strength: Tensor | None = None
 ) -> Tensor:
-    """Give y + strength · scale · (x downᵀ) upᵀ.
+    """Return y + strength · scale · (x downᵀ) upᵀ.
 
     `y` is `[…, out]`, `x` `[…, in]`, `down` `[rank, in]`, `up` `[out, rank]`.
     """
@@ -71,7 +71,7 @@ def add_low_rank(
 def add_low_rank_(
     y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, strength: Tensor | None = None
 ) -> Tensor:
-    """Give y + strength · scale · (x downᵀ) upᵀ; `y` may be overwritten."""
+    """Return y + strength · scale · (x downᵀ) upᵀ; `y` may be overwritten."""
     # Few and cheap tests: beside one row each counts. A linear host's output is contiguous.
     dtype = y.dtype
     if (
@@ -101,7 +101,7 @@ def add_low_rank_(
 
 
 def _is_plain(y: Tensor, x: Tensor, weight: Tensor) -> bool:
-    """Tell whether the fused forms serve: compilers fuse by themselves, subclasses have rules of their own."""
+    """Return whether the fused forms serve: compilers fuse by themselves, subclasses have rules of their own."""
     return (
         type(y) is Tensor
         and x.dtype is y.dtype
@@ -144,6 +144,6 @@ _FORMS: dict[tuple[bool, bool], Callable[..., Tensor]] = {
 
 
 def _is_product(scope: Scope, node: Any) -> bool:
-    """Tell whether a node is a product with a tensor of a delta, without a bias."""
+    """Return whether a node is a product with a tensor of a delta, without a bias."""
     is_linear = isinstance(node, fx.Node) and node.target is F.linear and len(node.args) == 2 and not node.kwargs
     return is_linear and scope.is_delta_tensor(node.args[1])

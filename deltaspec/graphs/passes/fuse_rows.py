@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from deltaspec.graphs.row_ops import add_linear_rows, linear_rows, rows_in, rows_out, take
+from deltaspec.graphs.row_ops import RowSlot, RowSource, add_linear_rows, linear_rows, rows_in, rows_out, take
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from deltaspec.graphs.passes._scope import Scope
-    from deltaspec.serving.slots import Slot, Source
 
 
 _MANY = 4
@@ -29,17 +28,17 @@ _is_compiling = torch.compiler.is_compiling
 _is_transformed = torch._C._are_functorch_transforms_active
 
 
-def add_low_rank_rows(y: Tensor, x: Tensor, down: Source, up: Source, slot: Slot, scale: float) -> Tensor:
-    """Give, row by row, y + strength · scale · (x downᵀ) upᵀ. `y` is `[rows, …, out]`, `x` `[rows, …, in]`."""
+def add_low_rank_rows(y: Tensor, x: Tensor, down: RowSource, up: RowSource, slot: RowSlot, scale: float) -> Tensor:
+    """Return, row by row, y + strength · scale · (x downᵀ) upᵀ. `y` is `[rows, …, out]`, `x` `[rows, …, in]`."""
     return _add(y, x, down, up, slot, scale, overwrite=False)
 
 
-def add_low_rank_rows_(y: Tensor, x: Tensor, down: Source, up: Source, slot: Slot, scale: float) -> Tensor:
-    """Give, row by row, y + strength · scale · (x downᵀ) upᵀ; `y` may be overwritten."""
+def add_low_rank_rows_(y: Tensor, x: Tensor, down: RowSource, up: RowSource, slot: RowSlot, scale: float) -> Tensor:
+    """Return, row by row, y + strength · scale · (x downᵀ) upᵀ; `y` may be overwritten."""
     return _add(y, x, down, up, slot, scale, overwrite=True)
 
 
-def _add(y: Tensor, x: Tensor, down: Source, up: Source, slot: Slot, scale: float, overwrite: bool) -> Tensor:
+def _add(y: Tensor, x: Tensor, down: RowSource, up: RowSource, slot: RowSlot, scale: float, overwrite: bool) -> Tensor:
     if _is_grad_enabled() or _is_compiling() or _is_transformed():
         return _plain(y, x, down, up, slot, scale)
     size = x.shape[0]
@@ -55,7 +54,7 @@ def _add(y: Tensor, x: Tensor, down: Source, up: Source, slot: Slot, scale: floa
     return _plain(y, x, down, up, slot, scale)
 
 
-def _plain(y: Tensor, x: Tensor, down: Source, up: Source, slot: Slot, scale: float) -> Tensor:
+def _plain(y: Tensor, x: Tensor, down: RowSource, up: RowSource, slot: RowSlot, scale: float) -> Tensor:
     first, second = down.take(slot, x.shape[0], True), up.take(slot, x.shape[0], True)
     return add_linear_rows(y, linear_rows(x, first), second, slot, scale)
 
@@ -80,12 +79,12 @@ def run(scope: Scope) -> None:
 
 
 def _only(node: Any, user: fx.Node, target: Any) -> bool:
-    """Tell whether a node calls this function, for this user alone."""
+    """Return whether a node calls this function, for this user alone."""
     return isinstance(node, fx.Node) and node.target is target and set(node.users) == {user}
 
 
 def _may_overwrite(scope: Scope, y: fx.Node, user: fx.Node) -> bool:
-    """Tell whether what came out of the host is new, and read here alone: `rows_out` asks for its shape only."""
+    """Return whether what came out of the host is new, and read here alone: `rows_out` asks for its shape only."""
     if not _only(y, user, rows_in):
         return False
     out = y.args[1]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import fx, nn
 
     from deltaspec.graphs.passes._scope import Scope
-    from deltaspec.graphs.passes.share_products import Matrices, Strengths
+    from deltaspec.graphs.passes.share_products import Matrices
 
 
 _MANY = 32
@@ -34,7 +34,7 @@ _is_compiling = torch.compiler.is_compiling
 
 
 def narrow_products(x: Tensor, sites: tuple[Matrices, ...]) -> tuple[Tensor, ...]:
-    """Give `x downᵀ` for each site, its matrices side by side: `x` is `[…, in]`, each of `sites` some `[rank, in]`."""
+    """Return `x downᵀ` for each site, its matrices side by side: `x` is `[…, in]`, each site some `[rank, in]`."""
     if not _is_compiling() and x.numel() < _MANY * x.size(-1):
         return tuple(F.linear(x, downs[0] if len(downs) == 1 else torch.cat(downs)) for downs in sites)
     widths = [sum(down.size(0) for down in downs) for downs in sites]
@@ -42,8 +42,10 @@ def narrow_products(x: Tensor, sites: tuple[Matrices, ...]) -> tuple[Tensor, ...
 
 
 @gives_new_tensor
-def add_products(y: Tensor, h: Tensor, ups: Matrices, scales: tuple[float, ...], strengths: Strengths) -> Tensor:
-    """Give y + Σ strength · scale · h upᵀ, where `h` has the narrow values of all updates side by side."""
+def add_products(
+    y: Tensor, h: Tensor, ups: Matrices, scales: tuple[float, ...], strengths: tuple[Tensor | None, ...]
+) -> Tensor:
+    """Return y + Σ strength · scale · h upᵀ, where `h` has the narrow values of all updates side by side."""
     return add_product(y, h, joined(ups, scales, strengths), 1.0)
 
 
@@ -88,7 +90,7 @@ _GETTERS = (getattr, operator.getitem)
 
 
 def _keeps_inputs(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Tell whether a node is known not to write into tensors that were there before it.
+    """Return whether a node is known not to write into tensors that were there before it.
 
     What could write, an activation in place, say, may change the input between two sites that read it.
     """

@@ -22,22 +22,31 @@ if TYPE_CHECKING:
 
 
 Matrices = tuple[Tensor, ...]
-Strengths = tuple[Tensor | None, ...]
 
 
 @gives_new_tensor
 def add_low_ranks(
-    y: Tensor, x: Tensor, downs: Matrices, ups: Matrices, scales: tuple[float, ...], strengths: Strengths
+    y: Tensor,
+    x: Tensor,
+    downs: Matrices,
+    ups: Matrices,
+    scales: tuple[float, ...],
+    strengths: tuple[Tensor | None, ...],
 ) -> Tensor:
-    """Give y + Σ strength · scale · (x downᵀ) upᵀ; see `add_low_rank`."""
+    """Return y + Σ strength · scale · (x downᵀ) upᵀ; see `add_low_rank`."""
     return add_product(y, F.linear(x, torch.cat(downs)), joined(ups, scales, strengths), 1.0)
 
 
 @gives_new_tensor
 def add_low_ranks_(
-    y: Tensor, x: Tensor, downs: Matrices, ups: Matrices, scales: tuple[float, ...], strengths: Strengths
+    y: Tensor,
+    x: Tensor,
+    downs: Matrices,
+    ups: Matrices,
+    scales: tuple[float, ...],
+    strengths: tuple[Tensor | None, ...],
 ) -> Tensor:
-    """Give y + Σ strength · scale · (x downᵀ) upᵀ; `y` may be overwritten."""
+    """Return y + Σ strength · scale · (x downᵀ) upᵀ; `y` may be overwritten."""
     if y.numel() == ups[0].size(0):
         for down, up, scale, strength in zip(downs, ups, scales, strengths, strict=True):
             y = add_low_rank_(y, x, down, up, scale, strength)
@@ -45,8 +54,8 @@ def add_low_ranks_(
     return add_low_rank_(y, x, torch.cat(downs), joined(ups, scales, strengths), 1.0)
 
 
-def joined(ups: Matrices, scales: tuple[float, ...], strengths: Strengths) -> Tensor:
-    """Give the wide matrices side by side, scaled: `[out, Σ rank]`."""
+def joined(ups: Matrices, scales: tuple[float, ...], strengths: tuple[Tensor | None, ...]) -> Tensor:
+    """Return the wide matrices side by side, scaled: `[out, Σ rank]`."""
     parts = (up * scale for up, scale in zip(ups, scales, strict=True))
     return torch.cat([p if s is None else p * s for p, s in zip(parts, strengths, strict=True)], 1)
 
@@ -76,7 +85,7 @@ _JOINT = {add_low_rank: add_low_ranks, add_low_rank_: add_low_ranks_}
 
 
 def _next(node: fx.Node) -> fx.Node | None:
-    """Give the update that alone reads this one's result, as what it adds to, and has the same input."""
+    """Return the update that alone reads this one's result, as what it adds to, and has the same input."""
     if len(node.users) != 1:
         return None
     [user] = node.users

@@ -1,1 +1,1 @@
-"""Checking a document: what is wrong with it, in the author's words. Never imports torch."""
+"""What is wrong with a document, in its author's words."""

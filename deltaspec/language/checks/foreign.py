@@ -120,7 +120,7 @@ VALUES: Mapping[tuple[str, str], str] = {
 
 
 def parameter_hint(key: str, value: object, known: Collection[str]) -> str | None:
-    """Say what to write for another library's parameter, in a method that knows the parameters `known`."""
+    """Return what to write for another library's parameter, in a method that knows the parameters `known`."""
     plain = key.lower()
     if plain == "r" and "shared_blocks" in known:  # OFT's
         return f"write block_size: 32 instead; {_BLOCKS}"
@@ -147,7 +147,7 @@ def parameter_hint(key: str, value: object, known: Collection[str]) -> str | Non
 
 
 def place_hint(key: str, value: object) -> str | None:
-    """Say what to write, and where, for another library's key that is no parameter here."""
+    """Return what to write, and where, for another library's key that is no parameter here."""
     plain = key.lower()
     make = _PLACES.get(plain)
     return make(value) if make is not None else _GONE.get(plain)

@@ -36,7 +36,7 @@ _Finding = tuple[str, str, str | None]
 
 
 def gate(document: Document, methods: Mapping[str, Method]) -> list[Diagnostic]:
-    """Give the findings of the schema about a document that may use these methods."""
+    """Return the findings of the schema about a document that may use these methods."""
     deltas = document.data.get("deltas")
     named = {d["method"] for d in deltas if _names_a_method(d, methods)} if isinstance(deltas, list) else set()
     validator = _validator(tuple(methods), tuple((name, methods[name]) for name in sorted(named)))

@@ -69,7 +69,7 @@ _YES, _NO = ("yes", "on", "true", "y"), ("no", "off", "false", "n")
 
 
 def place(path: Path) -> str:
-    """Tell what kind of mapping stands at a path of a document."""
+    """Return what kind of mapping stands at a path of a document."""
     last = path[-1] if path else None
     if last is None or last == "model":
         return "model" if last else "spec"
@@ -91,7 +91,7 @@ def place(path: Path) -> str:
 
 
 def unknown_key_hint(key: str, path: Path, known: Sequence[str], siblings: Mapping[str, Any]) -> str:
-    """Say what was meant by an unknown key of the mapping at `path`, which knows the keys `known`."""
+    """Return what was meant by an unknown key of the mapping at `path`, which knows the keys `known`."""
     kind = place(path)
     plain = key.lower()
     value = siblings.get(key)
@@ -120,7 +120,7 @@ def unknown_key_hint(key: str, path: Path, known: Sequence[str], siblings: Mappi
 
 
 def _combination_hint(key: str, value: object, siblings: Mapping[str, Any]) -> str | None:
-    """Say how other libraries' names of sources and of a way to combine them are written, all of it where need be."""
+    """Return how other libraries' names of sources and of a way to combine them are written."""
     ours = _KEYS["delta"].get(key)
     if ours not in ("from", "combine"):
         return None
@@ -137,7 +137,7 @@ def _param_names(method: object) -> tuple[str, ...]:
 
 
 def method_hint(method: str, known: Sequence[str]) -> str:
-    """Say what was meant by an unknown method."""
+    """Return what was meant by an unknown method."""
     plain = method.lower().replace("-", "_")
     alias = _METHODS.get(plain)
     near = alias if alias in known else closest(plain, known)
@@ -147,7 +147,7 @@ def method_hint(method: str, known: Sequence[str]) -> str:
 
 
 def choice_hint(key: str, value: str, known: Sequence[str]) -> str:
-    """Say what was meant by an unknown value of a key that knows the values `known`."""
+    """Return what was meant by an unknown value of a key that knows the values `known`."""
     alias = VALUES.get((key, value.lower()))
     near = alias if alias in known else closest(value, known)
     return _meant(near, value) if near else f"known values: {', '.join(known)}"
@@ -161,7 +161,7 @@ def _meant(near: str, written: str) -> str:
 
 
 def value_hint(value: object, kinds: Iterable[str], path: Path) -> str | None:
-    """Say what was meant by a value of the wrong type."""
+    """Return what was meant by a value of the wrong type."""
     kinds = tuple(kinds)
     if value is None:
         return "delete the key, or give it a value"

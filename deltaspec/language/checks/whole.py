@@ -32,7 +32,7 @@ _PATTERN_ATOMS = ("path", "regex")
 def check(
     document: Document, methods: Mapping[str, Method], refused: list[Diagnostic], coded: Callable[[Any], bool]
 ) -> list[Diagnostic]:
-    """Give the findings about a document, beside those of the schema, which are `refused`.
+    """Return the findings about a document, beside those of the schema, which are `refused`.
 
     `coded` tells whether a delta's parameters have to be read by the method's own class.
     """
@@ -55,14 +55,14 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _items(value: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Give the mappings of a list, with their indices."""
+    """Return the mappings of a list, with their indices."""
     for index, item in enumerate(value if isinstance(value, list) else ()):
         if isinstance(item, dict):
             yield index, item
 
 
 def _selectors(data: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
-    """Give every selector of a document, nested ones included."""
+    """Return every selector of a document, nested ones included."""
     for name, selector in _mapping(data.get("selectors")).items():
         yield from _nested(selector, ("selectors", name))
     for index, delta in _items(data.get("deltas")):

@@ -25,7 +25,7 @@ CODED = "Rules in code read "
 
 
 def accepts(data: Any) -> bool:
-    """Tell whether the shipped schema, which knows deltaspec's own methods, holds a document for valid.
+    """Return whether the shipped schema, which knows deltaspec's own methods, holds a document for valid.
 
     False also where that file is missing or says something that this module does not know.
     """
@@ -37,7 +37,7 @@ def accepts(data: Any) -> bool:
 
 
 def is_coded(delta: Mapping[str, Any]) -> bool:
-    """Tell whether code, too, has a say on the parameters of an accepted delta: the schema names those (`$comment`)."""
+    """Return whether code also checks the parameters of an accepted delta: the schema names those (`$comment`)."""
     schema = shipped()
     assert schema is not None
     if "from" in delta:
@@ -52,7 +52,7 @@ def is_coded(delta: Mapping[str, Any]) -> bool:
 
 @cache
 def shipped() -> dict[str, Any] | None:
-    """Give the schema file of the repository or of the installed package; None where there is none."""
+    """Return the schema file of the repository or of the installed package; None where there is none."""
     package = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     for folder in (package, os.path.dirname(package)):
         try:
@@ -65,7 +65,7 @@ def shipped() -> dict[str, Any] | None:
 
 
 def is_valid(value: Any, schema: Any, definitions: Mapping[str, Any]) -> bool:
-    """Tell whether a value keeps to a schema, as draft-07 has it, but 8.0 is no integer.
+    """Return whether a value keeps to a schema, as draft-07 has it, but 8.0 is no integer.
 
     Raises NotImplementedError for a keyword that is not known here.
     """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def coded(params: type[MethodParams], example: Mapping[str, Any]) -> list[str]:
-    """Give the names of the fields on which the class's own validators depend, in the order of the fields.
+    """Return the names of the fields on which the class's own validators depend, in the order of the fields.
 
     A rule about several fields is run on the default values, or on an example where some have none, and the fields
     that it reads are recorded. A document that leaves them at these values sends it the very same way.
@@ -36,7 +36,7 @@ def coded(params: type[MethodParams], example: Mapping[str, Any]) -> list[str]:
 
 
 def _functions(node: Any, field: str | None = None) -> Iterator[tuple[str | None, Callable[[Any], Any] | None]]:
-    """Give the functions that validate, from a core schema of pydantic: their field, or themselves for the whole model.
+    """Return the validating functions of a pydantic core schema: their field, or themselves for the whole model.
 
     (None, None) stands for one of the whole model that takes something else than an instance.
     """

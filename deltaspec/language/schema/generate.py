@@ -84,7 +84,7 @@ class _Described(GenerateJsonSchema):
 
 
 def _docstrings(model: type) -> dict[str, str]:
-    """Give the texts below the fields of a class and of its bases, by name; none where its source is not at hand."""
+    """Return the texts below the fields of a class and of its bases, by name; none where its source is not at hand."""
     found: dict[str, str] = {}
     for kind in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
         try:

@@ -1,1 +1,1 @@
-"""One file a method."""
+"""deltaspec's own methods, one file each, found by their names. A method knows no other method."""

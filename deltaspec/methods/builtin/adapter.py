@@ -39,7 +39,7 @@ class Adapter(Method):
     default_roles = PLACEMENTS["houlsby"]
 
     def roles(self, params: AdapterParams) -> tuple[str, ...]:
-        """Give the roles of the placement."""
+        """Return the roles of the placement."""
         return PLACEMENTS[params.placement or "houlsby"]
 
     def is_identity_at_start(self, params: AdapterParams) -> bool:

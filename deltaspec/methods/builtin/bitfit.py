@@ -28,7 +28,7 @@ class BitfitParams(MethodParams):
     """Parameters of bitfit."""
 
     add_missing: bool = True
-    """Give a bias to modules that have none; false refuses such sites."""
+    """Return a bias to modules that have none; false refuses such sites."""
     parts: PartNames | None = None
     """On a fused projection (role attn.qkv, mlp.gate_up): change the biases of these parts of it alone, such as [q]."""
 
@@ -50,7 +50,7 @@ class Bitfit(Method):
     )  # fmt: skip
 
     def roles(self, params: BitfitParams) -> tuple[str, ...]:
-        """Give the usual roles; those that hold the parts, where parts are asked for."""
+        """Return the usual roles; those that hold the parts, where parts are asked for."""
         return self.default_roles if params.parts is None else fused_roles_of(self.default_roles, params.parts)
 
     def refuse(self, site: Site, params: BitfitParams) -> Refusal | None:
@@ -80,7 +80,7 @@ class Bitfit(Method):
 
     @staticmethod
     def _inner(site: Site) -> tuple[str, ...]:
-        """Give the names of the biases of a module that holds several, or none of its own kind."""
+        """Return the names of the biases of a module that holds several, or none of its own kind."""
         if site.kind != "other":
             return ()
         held = [p.name for p in site.row.parameters if _BIAS.fullmatch(p.name) and len(p.shape) == 1]

@@ -71,7 +71,7 @@ class Boft(Method):
         return site.kind == "conv"
 
     def reads_weight(self, site: Site, params: BoftParams) -> bool:
-        """Say yes: it scales the output without the bias."""
+        """Return True: it scales the output without the bias."""
         return True
 
     def apply(self, form: Form, params: BoftParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
@@ -104,6 +104,6 @@ def turn(x: Tensor, rotation: Tensor, inverse: bool = False) -> Tensor:
 
 
 def butterfly(width: int, group: int, chunk: int) -> list[int]:
-    """Give the order that puts, in each group, the even chunks before the odd ones."""
+    """Return the order that puts, in each group, the even chunks before the odd ones."""
     starts = [*range(0, group, 2 * chunk), *range(chunk, group, 2 * chunk)]
     return [base + start + i for base in range(0, width, group) for start in starts for i in range(chunk)]

@@ -43,7 +43,7 @@ class Compacter(Method):
     default_roles = PLACEMENTS["houlsby"]
 
     def roles(self, params: CompacterParams) -> tuple[str, ...]:
-        """Give the roles of the placement."""
+        """Return the roles of the placement."""
         return PLACEMENTS[params.placement or "houlsby"]
 
     def refuse(self, site: Site, params: CompacterParams) -> Refusal | None:

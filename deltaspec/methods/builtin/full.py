@@ -72,11 +72,11 @@ class Full(Method):
         return tuple(specs)
 
     def lowers(self, site: Site, params: FullParams) -> bool:
-        """Say yes: the host's own code runs on the copies."""
+        """Return True: the host's own code runs on the copies."""
         return True
 
     def apply(self, form: Form, params: FullParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
-        """Give the host's output with the copies in place."""
+        """Return the host's output with the copies in place."""
         return base(x, **{name: getattr(t, name) for name in form.tensors})
 
     def fold(self, site: Site, params: FullParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

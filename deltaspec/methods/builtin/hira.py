@@ -57,7 +57,7 @@ class Hira(Method):
         return True
 
     def reads_weight(self, site: Site, params: HiraParams) -> bool:
-        """Say yes: it scales the entries of the weight."""
+        """Return True: it scales the entries of the weight."""
         return True
 
     def apply(self, form: Form, params: HiraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:

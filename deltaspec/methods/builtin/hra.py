@@ -73,7 +73,7 @@ class Hra(Method):
         return site.kind == "conv"
 
     def reads_weight(self, site: Site, params: HraParams) -> bool:
-        """Say yes for convolutions, whose weight it reflects."""
+        """Return True for convolutions, whose weight it reflects."""
         return site.kind == "conv"
 
     def apply(self, form: Form, params: HraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:

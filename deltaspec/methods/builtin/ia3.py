@@ -51,7 +51,7 @@ class Ia3(Method):
     )  # fmt: skip
 
     def roles(self, params: Ia3Params) -> tuple[str, ...]:
-        """Give the usual roles; those that hold the parts, where parts are asked for."""
+        """Return the usual roles; those that hold the parts, where parts are asked for."""
         return self.default_roles if params.parts is None else fused_roles_of(self.default_roles, params.parts)
 
     def refuse(self, site: Site, params: Ia3Params) -> Refusal | None:

@@ -77,7 +77,7 @@ class Lora(Method):
     matrices = True
 
     def roles(self, params: LoraParams) -> tuple[str, ...]:
-        """Give the usual roles; those that hold the parts, where parts are asked for."""
+        """Return the usual roles; those that hold the parts, where parts are asked for."""
         return self.default_roles if params.parts is None else fused_roles_of(self.default_roles, params.parts)
 
     def refuse(self, site: Site, params: LoraParams) -> Refusal | None:
@@ -179,7 +179,7 @@ class Lora(Method):
         return params.use_dora and (site.kind in ("conv", "embedding") or params.keeps_start)
 
     def reads_weight(self, site: Site, params: LoraParams) -> bool:
-        """Say yes for DoRA, which divides by the norm of the weight."""
+        """Return True for DoRA, which divides by the norm of the weight."""
         return params.use_dora
 
     def apply(self, form: Form, params: LoraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:

@@ -36,7 +36,7 @@ class LowRankAdapter(Method):
     default_roles = PLACEMENTS["houlsby"]
 
     def roles(self, params: LowRankAdapterParams) -> tuple[str, ...]:
-        """Give the roles of the placement."""
+        """Return the roles of the placement."""
         return PLACEMENTS[params.placement or "houlsby"]
 
     def refuse(self, site: Site, params: LowRankAdapterParams) -> Refusal | None:

@@ -72,7 +72,7 @@ class Miss(Method):
         return params.variant == "bat"
 
     def reads_weight(self, site: Site, params: MissParams) -> bool:
-        """Say yes for `bat`, which multiplies by the weight."""
+        """Return True for `bat`, which multiplies by the weight."""
         return params.variant == "bat"
 
     def apply(self, form: Form, params: MissParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:

@@ -63,7 +63,7 @@ class Norm(Method):
         return True
 
     def apply(self, form: Form, params: NormParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
-        """Give the norm's output with the copies in place."""
+        """Return the norm's output with the copies in place."""
         return base(x, **{name: getattr(t, name) for name in form.tensors})
 
     def fold(self, site: Site, params: NormParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ class Oft(Method):
         return site.kind == "conv"
 
     def reads_weight(self, site: Site, params: OftParams) -> bool:
-        """Say yes for convolutions, whose weight it turns."""
+        """Return True for convolutions, whose weight it turns."""
         return site.kind == "conv"
 
     def apply(self, form: Form, params: OftParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:

@@ -64,7 +64,7 @@ class SoftPrompt(PromptMethod):
     default_roles = ("embed",)
 
     def virtual_tokens(self, params: SoftPromptParams) -> int:
-        """Give the number of rows; a plan's params always have one."""
+        """Return the number of rows; a plan's params always have one."""
         return params.tokens or TOKENS
 
     def settle(self, params: SoftPromptParams) -> SoftPromptParams | Refusal:
@@ -113,7 +113,7 @@ class SoftPrompt(PromptMethod):
         return {"prompt": table[ids] * site.row.entrance.scale}
 
     def rows(self, params: SoftPromptParams, t: Any) -> Any:
-        """Give the prompt."""
+        """Return the prompt."""
         return t.prompt
 
 
@@ -124,7 +124,7 @@ def _text_ids(params: SoftPromptParams) -> Sequence[int]:
 
 
 def _vocabulary_ids(params: SoftPromptParams, rows: int) -> Sequence[int]:
-    """Give the ids of the text, all of them in a vocabulary of this size. Raises DeltaSpecError."""
+    """Return the ids of the text, all of them in a vocabulary of this size. Raises DeltaSpecError."""
     from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
     try:

@@ -87,7 +87,7 @@ class TrainableTokens(Method):
         return True
 
     def apply(self, form: Form, params: TrainableTokensParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
-        """Give the host's output with the rows in place; every site is lowered, so `fold` does it."""
+        """Return the host's output with the rows in place; every site is lowered, so `fold` does it."""
         raise AssertionError("trainable_tokens works on the weight")
 
     def fold(

@@ -1,1 +1,1 @@
-"""What several methods share."""
+"""What several methods share: formulas, starts, refusals. Knows no single method."""

@@ -56,7 +56,7 @@ class SerialParams(WidthParams):
 
 
 def bottleneck_width(hidden: int, params: WidthParams, default: int | None, reduction: int = 1) -> int:
-    """Give the width of the bottleneck: as asked for, else `default`, else `hidden` over the default `reduction`."""
+    """Return the width of the bottleneck: as asked for, else `default`, else `hidden` over the default `reduction`."""
     if params.width is not None:
         return params.width
     if params.reduction is None and default is not None:

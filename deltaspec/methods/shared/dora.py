@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def squared_norms(kind: str, weight: Any) -> Any:
-    """Give the squared norm of each output's weights, `[out]`, from a weight in the host's own layout."""
+    """Return the squared norm of each output's weights, `[out]`, from a weight in the host's own layout."""
     rows = canonical(kind, weight)
     return (rows * rows).flatten(1).sum(1)
 
 
 def decompose(kind: str, weight: Any, magnitude: Any) -> Any:
-    """Give each output's weights the norm that `magnitude` says, in the host's own layout."""
+    """Scale each output's weights to the norm that `magnitude` says, in the host's own layout."""
     rows = canonical(kind, weight)
     factor = magnitude / squared_norms(kind, weight).detach().sqrt()
     return canonical(kind, rows * factor.reshape(-1, *(1,) * (rows.dim() - 1)))
@@ -30,7 +30,7 @@ def decompose(kind: str, weight: Any, magnitude: Any) -> Any:
 def decomposed_output(
     form: Form, t: Any, x: Any, dropped: Any, y: Any, update: Any, scale: float, base: Callable[..., Any]
 ) -> Any:
-    """Give a linear host's output under the decomposed weight, without making that weight.
+    """Return a linear host's output under the decomposed weight, without making that weight.
 
     `y` is the host's output on `x`, `update` is `up(down(dropped))`, `dropped` is `x` or a dropout of it.
     ‖W + scale·BA‖² = ‖W‖² + 2·scale·⟨W, BA⟩ + scale²·‖BA‖², where ⟨W, BA⟩ needs only W Aᵀ:

@@ -41,7 +41,7 @@ def fused_roles_of(roles: tuple[str, ...], parts: tuple[str, ...]) -> tuple[str,
 
 
 def refuse_parts(site: Site, parts: tuple[str, ...]) -> Refusal | None:
-    """Say why these parts are not to be had at a site; None where they are."""
+    """Return why these parts are not to be had at a site; None where they are."""
     row = site.row
     if row.parts is None:
         fused = next((role for role in row.roles if role in FUSED_ROLES), None)

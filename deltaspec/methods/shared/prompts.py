@@ -21,14 +21,14 @@ class PromptMethod(Method):
 
     @abstractmethod
     def rows(self, params: Any, t: Any) -> Any:
-        """Give the embeddings of the virtual tokens, `[tokens, width]`; runs once under tracing."""
+        """Return the embeddings of the virtual tokens, `[tokens, width]`; runs once under tracing."""
 
     def is_default(self, row: Row, params: Any) -> bool:
         """Stand, where no target is given, for the embedding of the ids that the model is given."""
         return row.entrance is not None and row.entrance.problem is None
 
     def virtual_tokens(self, params: Any) -> int:
-        """Give the number of rows."""
+        """Return the number of rows."""
         return int(params.tokens)
 
     def refuse(self, site: Site, params: Any) -> Refusal | None:

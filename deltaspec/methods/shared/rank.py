@@ -22,7 +22,7 @@ class Budget(BaseModel):
     )
 
     def limit(self, parameters: int) -> int:
-        """Give the count, for a backbone of so many parameters; exact, rounded down."""
+        """Return the count, for a backbone of so many parameters; exact, rounded down."""
         if isinstance(self.budget, int):
             return self.budget
         return int(Fraction(self.budget.removesuffix("%").strip()) * parameters / 100)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def filter_width(site: Site) -> int:
-    """Give the width of the vectors that a site's weight multiplies: a convolution's are whole filter patches."""
+    """Return the width of the vectors that a site's weight multiplies: a convolution's are whole filter patches."""
     if site.kind == "conv":
         _, width, *kernel = site.row.shape_of("weight")
         for size in kernel:
@@ -39,7 +39,7 @@ def refuse_blocks(site: Site, width: int, size: int, what: str = "block_size") -
 
 
 def skew(entries: Tensor, size: int) -> Tensor:
-    """Give skew-symmetric blocks `[blocks, size, size]` from their upper triangles `[blocks, size (size - 1) / 2]`."""
+    """Return skew blocks `[blocks, size, size]` from their upper triangles `[blocks, size (size - 1) / 2]`."""
     import torch
 
     rows, columns = torch.triu_indices(size, size, 1, device=entries.device)
@@ -49,7 +49,7 @@ def skew(entries: Tensor, size: int) -> Tensor:
 
 
 def cayley(blocks: Tensor) -> Tensor:
-    """Give (I - Q)(I + Q)⁻¹ of skew-symmetric blocks Q: orthogonal."""
+    """Return (I - Q)(I + Q)⁻¹ of skew-symmetric blocks Q: orthogonal."""
     import torch
 
     identity = torch.eye(blocks.shape[-1], device=blocks.device, dtype=blocks.dtype)
@@ -58,7 +58,7 @@ def cayley(blocks: Tensor) -> Tensor:
 
 
 def cayley_neumann(blocks: Tensor, terms: int) -> Tensor:
-    """Give the same with a Neumann series for the inverse: I + 2Q + 2Q² + … + Qⁿ, n = terms - 1 (arXiv:2506.19847).
+    """Return the same with a Neumann series for the inverse: I + 2Q + 2Q² + … + Qⁿ, n = terms - 1 (arXiv:2506.19847).
 
     Orthogonal for small Q only. The sign of Q is the opposite of `cayley`'s, as in the reference implementation.
     """

@@ -19,7 +19,7 @@ def scale_outputs(weight: Tensor, scale: Tensor, site: Site) -> Tensor:
 
 
 def shift_outputs(weights: Mapping[str, Tensor], shift: Tensor, site: Site) -> Tensor:
-    """Give the bias that adds `[out]` to what leaves a module, which may have no bias yet."""
+    """Return the bias that adds `[out]` to what leaves a module, which may have no bias yet."""
     if "bias" in weights:
         return weights["bias"] + shift
     return shift.expand_as(weights["weight"]) if site.kind == "norm" and "weight" in weights else shift

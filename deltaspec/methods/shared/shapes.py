@@ -13,14 +13,14 @@ CHANNELS_FIRST_NORMS = ("_BatchNorm", "GroupNorm", "_InstanceNorm")
 
 
 def output_width(row: Row) -> int:
-    """Give the number of output features or channels of a linear, convolution, embedding or norm module."""
+    """Return the number of output features or channels of a linear, convolution, embedding or norm module."""
     if row.out_features is not None:
         return row.out_features
     return row.parameters[0].shape[-1]
 
 
 def hidden_width(site: Site, position: str) -> int | None:
-    """Give the width of the hidden state before or after a site; None where nothing tells it."""
+    """Return the width of the hidden state before or after a site; None where nothing tells it."""
     if position == "after":
         return site.width if site.width is not None else site.row.out_features
     if site.in_width is not None:
@@ -29,7 +29,7 @@ def hidden_width(site: Site, position: str) -> int | None:
 
 
 def static_widths(row: Row) -> tuple[int | None, int | None]:
-    """Give the widths of the hidden states that enter and leave, as far as the module itself tells, channels last."""
+    """Return the widths of the hidden states that enter and leave, as far as the module itself tells, channels last."""
     if row.kind in ("linear", "conv1d"):
         return row.in_features, row.out_features
     if row.kind == "embedding":
@@ -40,7 +40,7 @@ def static_widths(row: Row) -> tuple[int | None, int | None]:
 
 
 def channels_first(site: Site) -> bool:
-    """Tell whether what leaves a convolution or a norm has its channels elsewhere than in the last dimension.
+    """Return whether what leaves a convolution or a norm has its channels elsewhere than in the last dimension.
 
     A norm with a forward of its own does, unless it was seen to give `[batch, positions, width]`.
     """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def principal(
     weight: Tensor, rank: int, scale: float, iterations: int | None, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Give the principal part of a canonical weight as factors (down, up): scale · up · down ≈ weight (PiSSA).
+    """Return the principal part of a canonical weight as factors (down, up): scale · up · down ≈ weight (PiSSA).
 
     `iterations`: None for the full decomposition, else the power iterations of a randomised one (arXiv:0909.4061).
     """
@@ -38,7 +38,7 @@ def principal(
 
 
 def orthogonal(out_width: int, in_width: int, rank: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Give random factors (down, up) of an even rank whose product is zero but for round-off."""
+    """Return random factors (down, up) of an even rank whose product is zero but for round-off."""
     import torch
 
     def normal(*shape: int) -> Tensor:

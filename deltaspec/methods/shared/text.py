@@ -14,7 +14,7 @@ class TextError(Exception):
 
 
 def ids_of(text: str, tokenizer: str) -> list[int]:
-    """Give the ids that a tokenizer (a directory or an id on the hub) gives a text, special tokens included.
+    """Return the ids that a tokenizer (a directory or an id on the hub) gives a text, special tokens included.
 
     A hub is asked only for what is not on this machine yet; code from it is never run. Raises TextError.
     """

@@ -24,7 +24,7 @@ _NAMES = {"linear": "Linear", "conv1d": "Conv1D", "embedding": "Embedding", "con
 def refuse_weight(
     site: Site, method: str, kinds: tuple[str, ...] = ("linear", "conv1d", "embedding", "conv"), dropout: float = 0.0
 ) -> Refusal | None:
-    """Say why a method that changes the weight of these kinds of module cannot take a site; None where it can."""
+    """Return why a method that changes the weight of these kinds of module cannot take a site; None where it can."""
     row = site.row
     if site.parameter is not None and site.stack is None:
         return refuse_parameter(site, method)
@@ -59,7 +59,7 @@ def reader(site: Site) -> str:
 
 
 def refuse_parameter(site: Site, method: str) -> Refusal:
-    """Say why a single parameter cannot be taken."""
+    """Return why a single parameter cannot be taken."""
     assert site.parameter is not None
     shape = site.row.shape_of(site.parameter)
     if site.kind in ("conv", "norm") or len(shape) in (2, 3):
@@ -75,7 +75,7 @@ def refuse_parameter(site: Site, method: str) -> Refusal:
 
 
 def weight_shape(site: Site) -> tuple[int, ...]:
-    """Give the canonical shape of a site's weight."""
+    """Return the canonical shape of a site's weight."""
     if site.kind == "conv":
         return site.row.shape_of("weight")
     assert site.row.in_features is not None and site.row.out_features is not None
@@ -115,7 +115,7 @@ def add_update(form: Form, y: Any, x: Any, update: Any, base: Callable[..., Any]
 
 
 def substitutes_update(site: Site) -> bool:
-    """Tell whether `add_update` runs the host's own code on the update at this site."""
+    """Return whether `add_update` runs the host's own code on the update at this site."""
     return site.kind in ("conv", "embedding")
 
 
@@ -125,7 +125,7 @@ def fold_update(site: Site, weights: Mapping[str, Tensor], update: Tensor) -> di
 
 
 def host_bias(form: Form, base: Callable[..., Any], like: Any) -> Any:
-    """Give a linear host's own bias as `[1, out]` (zeros where it has none); `like` is any `[out]` vector.
+    """Return a linear host's own bias as `[1, out]` (zeros where it has none); `like` is any `[out]` vector.
 
     The host is run on one zero of width one: its weight then adds nothing, at no cost.
     """
@@ -134,6 +134,6 @@ def host_bias(form: Form, base: Callable[..., Any], like: Any) -> Any:
 
 
 def without_bias(form: Form, base: Callable[..., Any], x: Any, like: Any) -> Any:
-    """Give a linear host's output on `x` without its bias; `like` is any `[out]` vector."""
+    """Return a linear host's output on `x` without its bias; `like` is any `[out]` vector."""
     # Conv1D's addmm needs a bias to add.
     return base(x, bias=like.detach().mul(0) if form.kind == "conv1d" else None)

@@ -1,0 +1,179 @@
+"""Who may use one view when: many forwards at once, or one switch, or one forward with rows.
+
+A forward counts itself in and out, by thread, wherever it was called from (`c(...)`, `c.backbone(...)`, a step of
+`generate`, DistributedDataParallel). A switch looks at that count, so that it costs next to nothing; and a forward that
+starts while another thread switches waits for those microseconds. What torch.compile made is not counted: it reads all
+that a switch writes when it starts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import get_ident
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+_GATE = "_deltaspec_gate"
+COUNTING = (_GATE, "_call_impl", "_apply")
+"""What `install` sets in a backbone's `__dict__`."""
+_compiling = torch.compiler.is_compiling
+
+
+class ForwardGate:
+    """Keeps the threads of one view apart."""
+
+    __slots__ = ("after", "closed", "lock", "moving", "rows", "running")
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        """Held by what switches."""
+        self.running: dict[int, int] = {}
+        """How deep each thread is in forwards of the backbone."""
+        self.closed = False
+        """Whether a forward that starts must ask first: someone switches, or runs rows."""
+        self.rows: int | None = None
+        """The thread that runs rows."""
+        self.after: Callable[[Any], None] | None = None
+        """Called with the output of each outermost forward that autograd records."""
+        self.moving: Callable[[Any], None] | None = None
+        """Called before the backbone is moved or cast, with the function that does it; may raise."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardGate:
+        """Return a new one: a copy of a model runs nothing yet."""
+        return ForwardGate()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ForwardGate, ()
+
+    @contextmanager
+    def switching(self, *, with_rows: bool = False) -> Iterator[None]:
+        """Let no forward run inside. Raises DeltaSpecError (DS456) where one runs already, in whatever thread.
+
+        `with_rows`: what this thread does before and after a forward with rows is none.
+        """
+        with self.lock:
+            closed, self.closed = self.closed, True
+            try:
+                if self.running or not with_rows or self.rows != get_ident():
+                    self.require_none()
+                yield
+            finally:
+                self.closed = closed
+
+    def require_none(self) -> None:
+        """Raise DeltaSpecError (DS456) where a forward runs. To be called with the lock held and the view closed."""
+        if self.running or self.rows is not None:
+            inside = get_ident() in self.running or self.rows == get_ident()
+            where = "inside a forward" if inside else "while another thread runs a forward"
+            message = f"the active set cannot change {where} of the same view: the rest of it would run on other deltas"
+            raise DeltaSpecError([Diagnostic("DS456", message, file="<model>", suggestion=_WAY_OUT)])
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let only this thread run forwards inside: they have rows. Raises DeltaSpecError (DS445) where one runs."""
+        me = get_ident()
+        with self.lock:
+            closed, self.closed = self.closed, True
+            if self.running or self.rows is not None:
+                self.closed = closed
+                raise _rows_elsewhere(me in self.running or self.rows == me)
+            self.rows = me
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.rows, self.closed = None, False
+
+    @contextmanager
+    def forwards(self) -> Iterator[None]:
+        """Count what runs inside as one forward of this thread."""
+        me = get_ident()
+        depth = self.running.get(me, 0)
+        try:
+            self.running[me] = depth + 1
+            if self.closed and not depth:
+                self.wait(me)
+            yield
+        finally:
+            self.leave(me, depth)
+
+    def leave(self, me: int, depth: int) -> None:
+        """Count a forward of a thread out."""
+        if depth:
+            self.running[me] = depth
+        else:
+            self.running.pop(me, None)
+
+    def wait(self, me: int) -> None:
+        """Let a forward that has counted itself in wait for a switch. Raises DeltaSpecError (DS445) for rows."""
+        if self.rows == me:
+            return
+        del self.running[me]
+        with self.lock:
+            self.running[me] = 1
+            if self.rows is not None:
+                raise _rows_elsewhere(False, beside_rows=True)
+
+
+def install(backbone: nn.Module, gate: ForwardGate) -> None:
+    """Let the forwards of a backbone count themselves, and moves of it ask first.
+
+    By entries of its own `__dict__` that hooks, signatures and whatever sets `forward` do not see.
+    """
+    backbone.__dict__[_GATE] = gate
+    backbone.__dict__["_call_impl"] = MethodType(_call_impl, backbone)
+    backbone.__dict__["_apply"] = MethodType(_apply, backbone)
+
+
+def remove(backbone: nn.Module) -> None:
+    """Undo `install`, on a copy of a backbone."""
+    for name in COUNTING:
+        backbone.__dict__.pop(name, None)
+
+
+def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run the module's hooks and forward, counted."""
+    if _compiling():
+        return type(self)._call_impl(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+    gate: ForwardGate = self.__dict__[_GATE]
+    me, running = get_ident(), gate.running
+    depth = running.get(me, 0)
+    try:
+        running[me] = depth + 1
+        if gate.closed and not depth:
+            gate.wait(me)
+        output = type(self)._call_impl(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+    finally:
+        gate.leave(me, depth)
+    if gate.after is not None and not depth and torch.is_grad_enabled():
+        gate.after(output)
+    return output
+
+
+def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> Any:
+    """Move or cast the module, unless it may not be."""
+    moving = self.__dict__[_GATE].moving
+    if moving is not None:
+        moving(fn)
+    return type(self)._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+
+
+_WAY_OUT = "give each thread a view of its own: view = c.view()"
+
+
+def _rows_elsewhere(inside: bool, beside_rows: bool = False) -> DeltaSpecError:
+    where = "inside another forward of" if inside else "while another forward runs in"
+    message = f"a forward with rows cannot run {where} the same view"
+    if beside_rows:
+        message = "no other forward can run while one with rows runs in the same view"
+    return DeltaSpecError([Diagnostic("DS445", message, file="<model>", suggestion=_WAY_OUT)])

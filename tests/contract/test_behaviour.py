@@ -1,0 +1,217 @@
+"""Every method in what a model does all day: training mode, checkpointing, torch.compile, half precision, generation.
+
+Each alone and with a lora behind it, on its default sites, on four architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from deltaspec.compiler.compile import compile_plan
+from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.contract.trial import disturb
+from deltaspec.methods.registry import builtin_methods
+from deltaspec.planning.plan import Plan
+from deltaspec.planning.resolve import plan
+
+COMMON: dict[str, Any] = {"vocab_size": 48, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
+BASIC = COMMON | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def gpt2() -> nn.Module:
+    return GPT2LMHeadModel(GPT2Config(**COMMON, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+
+
+def llama(layers: int = 2) -> nn.Module:
+    sizes = BASIC | {"num_hidden_layers": layers, "num_key_value_heads": 1, "attention_dropout": 0.1}
+    return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def short_llama() -> nn.Module:
+    """One layer, since torch.compile takes seconds a layer."""
+    return llama(1)
+
+
+def t5() -> nn.Module:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(**COMMON, **sizes))
+
+
+def bert() -> nn.Module:
+    return BertForMaskedLM(BertConfig(**BASIC, max_position_embeddings=32))
+
+
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {"gpt2": gpt2, "llama": llama, "t5": t5, "bert": bert}
+BUILDERS = ARCHITECTURES | {"short llama": short_llama}
+WRITERS = ("gpt2", "llama", "t5")
+
+# Small sizes, with dropout where a method has some.
+PARAMS: dict[str, dict[str, Any]] = {
+    "adalora": {"rank": 2, "initial_rank": 3, "dropout": 0.2},
+    "adapter": {"width": 4, "dropout": 0.2},
+    "boft": {"block_size": 4},
+    "c3a": {"block_size": 4},
+    "compacter": {"width": 4, "divisions": 2},
+    "fourierft": {"frequencies": 20},
+    "full": {"tied": "together"},
+    "hira": {"rank": 2},
+    "hra": {"rank": 2},
+    "loha": {"rank": 2},
+    "lokr": {"rank": 2},
+    "lora": {"rank": 2, "dropout": 0.2},
+    "low_rank_adapter": {"width": 4},
+    "miss": {"rank": 2, "dropout": 0.2},
+    "oft": {"block_size": 4},
+    "p_tuning": {"tokens": 2, "width": 4},
+    "parallel_adapter": {"width": 4},
+    "prefix": {"tokens": 2},
+    "reft": {"rank": 2},
+    "road": {"group_size": 4},
+    "soft_prompt": {"tokens": 2},
+    "trainable_tokens": {"token_ids": [5, 9, 17]},
+    "vera": {"rank": 4, "dropout": 0.2},
+}
+METHODS = tuple(builtin_methods())
+STACKED = pytest.mark.parametrize("stacked", [False, True], ids=["alone", "with lora"])
+
+
+def on(architectures: tuple[str, ...]) -> Any:
+    return pytest.mark.parametrize(("method", "architecture"), [(m, a) for m in METHODS for a in architectures])
+
+
+@cache
+def base(architecture: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BUILDERS[architecture]().eval().to(dtype)
+
+
+@cache
+def planned(method: str, architecture: str, stacked: bool) -> Plan:
+    deltas: list[dict[str, Any]] = [{"name": "one", "method": method, "params": PARAMS.get(method, {})}]
+    if stacked:
+        target = {"role": ["attn.qkv"] if architecture == "gpt2" else ["attn.q", "attn.v"]}
+        deltas.append({"name": "two", "method": "lora", "params": {"rank": 2, "dropout": 0.2}, "target": target})
+    return plan(base(architecture), {"deltaspec": 1, "deltas": deltas})
+
+
+def compiled(method: str, architecture: str, stacked: bool, dtype: torch.dtype = torch.float32) -> CompiledModel:
+    """Compile on the architecture, moved away from the start; only the deltas of the spec's plan are new each time."""
+    model = base(architecture, dtype)
+    made = planned(method, architecture, stacked)
+    if dtype is not torch.float32:
+        made = plan(model, *made.specs)
+    c = compile_plan(model, made)
+    disturb(c)
+    return c
+
+
+@cache
+def inputs(architecture: str) -> dict[str, Tensor]:
+    ids = torch.randint(3, 48, (2, 5), generator=torch.Generator().manual_seed(1))
+    ids[0, :3] = torch.tensor([5, 9, 17])
+    return {"input_ids": ids, "labels": ids[:, :4].clone() if architecture == "t5" else ids}
+
+
+def gradients(c: CompiledModel, architecture: str, seed: int) -> dict[str, Tensor]:
+    """Return one training step's gradients by tensor, and the loss."""
+    c.train()
+    torch.manual_seed(seed)
+    options = {} if architecture == "bert" else {"use_cache": False}
+    loss = c(**inputs(architecture), **options).loss
+    c.zero_grad()
+    loss.backward()
+    found = {f"{d}.{n}": p.grad.clone() for d, delta in c.deltas.items() for n, p in delta.named_parameters()}
+    return found | {"loss": loss.detach()}
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@STACKED
+@on(tuple(ARCHITECTURES))
+def test_training_follows_the_seed_and_checkpointing_changes_no_gradient(method, architecture, stacked):
+    c = compiled(method, architecture, stacked)
+    first = gradients(c, architecture, 1)
+    assert equal(gradients(c, architecture, 1), first)
+    assert not equal(gradients(c, architecture, 2), first)
+    for reentrant in (False, True):
+        backbone: Any = c.backbone
+        if reentrant:
+            backbone.enable_input_require_grads()
+        backbone.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        assert backbone.is_gradient_checkpointing
+        found = gradients(c, architecture, 1)
+        for name, gradient in first.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    c.eval()
+    with torch.no_grad():
+        assert torch.equal(c(**inputs(architecture)).logits, c(**inputs(architecture)).logits)
+
+
+@STACKED
+@on(tuple(ARCHITECTURES))
+def test_a_backbone_in_bfloat16_gives_bfloat16_and_trains_in_float32(method, architecture, stacked):
+    c = compiled(method, architecture, stacked, torch.bfloat16)
+    if method != "full" and method != "norm":
+        assert {p.dtype for p in c.trainable_parameters()} == {torch.float32}
+    out = c(**inputs(architecture))
+    assert out.logits.dtype == torch.bfloat16
+    with c.detached(), torch.no_grad():
+        assert not torch.equal(c(**inputs(architecture)).logits, out.logits)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in c.trainable_parameters())
+    full = compiled(method, architecture, stacked)(**inputs(architecture))
+    assert (out.logits.float() - full.logits).abs().mean() < 0.03 * full.logits.abs().max()
+
+
+@STACKED
+@on(WRITERS)
+def test_generation_is_the_same_with_and_without_the_cache(method, architecture, stacked):
+    c = compiled(method, architecture, stacked)
+    ids = inputs(architecture)["input_ids"]
+    settings: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "attention_mask": torch.ones_like(ids)}
+    for way in ({"do_sample": False}, {"do_sample": True, "top_k": 0}, {"do_sample": False, "num_beams": 2}):
+        found = []
+        for cached in (True, False):
+            torch.manual_seed(3)
+            found.append(c.generate(ids, **settings, **way, use_cache=cached))
+        assert torch.equal(*found), way
+        assert found[0].shape[1] == (4 if architecture == "t5" else 8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_torch_compile_takes_it_whole(method):
+    """With a lora behind it, in one graph, forwards and backwards."""
+    torch._dynamo.reset()
+    c = compiled(method, "short llama", True)
+    fast = torch.compile(c, backend="aot_eager", fullgraph=True)
+    batch = inputs("llama") | {"use_cache": False}
+    slow_loss = c(**batch).loss
+    slow_loss.backward()
+    wanted = {name: p.grad.clone() for name, p in c.named_parameters() if p.grad is not None}
+    c.zero_grad()
+    loss = fast(**batch).loss
+    torch.testing.assert_close(loss, slow_loss, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    found = {name: p.grad for name, p in c.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)

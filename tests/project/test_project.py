@@ -1,0 +1,169 @@
+"""What the project's own files say about it: README, Makefile, CI script, packaging."""
+
+import re
+import stat
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from repository import ROOT
+
+import deltaspec
+from deltaspec.cli import main
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Return the code blocks of a Markdown text in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def pins() -> dict[str, str]:
+    """Return constraints.txt as name -> version."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return {canonicalize_name(n): v for n, _, v in (line.partition("==") for line in lines if not line.startswith("#"))}
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_every_make_target_exists(text):
+    used = set(
+        re.findall(r"\bmake ([a-z-]+)", "\n".join(blocks(text, "(?:console|bash)") + re.findall(r"`([^`\n]+)`", text)))
+    )
+    assert used
+    assert used <= TARGETS
+
+
+def test_every_verb_exists():
+    text = README + CONTRIBUTING
+    code = "\n".join(blocks(README, "(?:console|bash)") + re.findall(r"`([^`\n]+)`", text))
+    verbs = set(re.findall(r"\bdeltaspec ([a-z]+)\b", code))
+    assert verbs
+    for verb in verbs:
+        assert CliRunner().invoke(main, [verb, "--help"]).exit_code == 0, verb
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_every_named_file_exists(text):
+    named = set(re.findall(r"`((?:deltaspec|specs|schemas|tests|examples|benchmarks)/[\w./-]*)`", text))
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+def test_readme_specs_are_valid(tmp_path):
+    found = [block for block in blocks(README, "yaml") if "deltaspec: 1" in block]
+    assert found
+    for number, block in enumerate(found):
+        path = tmp_path / f"{number}.deltaspec.yaml"
+        path.write_text(block, encoding="utf-8")
+        assert deltaspec.validate(path) == []
+
+
+def test_readme_python_runs(tmp_path, monkeypatch):
+    import transformers  # a missing one must fail, not skip
+
+    config = transformers.BartConfig(
+        vocab_size=50265, d_model=32, encoder_layers=6, decoder_layers=6, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
+    )  # fmt: skip
+    tiny = transformers.AutoModelForSequenceClassification.from_config(config)
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", lambda name: tiny.eval())
+    (tmp_path / "specs").mkdir()
+    (tmp_path / "specs/french.deltaspec.yaml").write_text(blocks(README, "yaml")[0], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    first, many = blocks(README, "python")
+    made: dict[str, Any] = {}
+    exec(compile(first, "README.md", "exec"), made)
+    assert any(tmp_path.rglob("*.safetensors"))
+    # The second one has more tasks than the first.
+    french = Path("specs/french.deltaspec.yaml").read_text(encoding="utf-8")
+    for name in ("german", "legal", "italian"):
+        other = re.sub(r".*name: head.*\n", "", french.replace("name: french", f"name: {name}"))
+        Path(f"specs/{name}.deltaspec.yaml").write_text(other, encoding="utf-8")
+    deltaspec.compile(tiny, "specs/italian.deltaspec.yaml").save("shelf")
+    ids = torch.tensor([[0, 42, 2], [0, 43, 2], [0, 44, 2]])
+    exec(compile(many, "README.md", "exec"), made | {"batch": {"input_ids": ids}})
+
+
+def commands() -> list[tuple[str, str]]:
+    """Return the deltaspec commands of the README on specs of the repository, each with the output shown below it."""
+    found = []
+    for block in blocks(README, "console"):
+        for part in block.removeprefix("$ ").split("\n$ "):
+            command, _, shown = part.partition("\n")
+            specs = re.findall(r"specs/\S+", command)
+            if command.startswith("deltaspec") and specs and all((ROOT / spec).exists() for spec in specs):
+                found.append((command, shown))
+    return found
+
+
+@pytest.mark.parametrize(("command", "shown"), commands(), ids=[command.split()[1] for command, _ in commands()])
+def test_readme_shows_what_the_commands_print(command, shown, minilm_dir, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "110")
+    result = CliRunner().invoke(main, command.split()[1:])
+    assert result.exit_code == 0, result.output
+    printed = [line.rstrip() for line in result.stdout.splitlines()]
+    expected = [line for line in shown.splitlines() if not line.startswith("Fingerprint: ")]
+    assert [line for line in expected if line not in printed] == []
+
+
+def test_ci_script_runs_the_required_checks():
+    script = ROOT / ".ci/run"
+    assert script.stat().st_mode & stat.S_IXUSR
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    text = script.read_text(encoding="utf-8")
+    assert {"test", "lint", "schema-check"} <= set(re.findall(r"make ([a-z-]+)", text)) <= TARGETS
+
+
+def test_pins_cover_and_satisfy_every_requirement():
+    required = [*PROJECT["dependencies"], *(r for rs in PROJECT["optional-dependencies"].values() for r in rs)]
+    pinned = pins()
+    for requirement in map(Requirement, required):
+        name = canonicalize_name(requirement.name)
+        if name != "deltaspec":
+            assert requirement.specifier.contains(pinned[name]), requirement
+    assert pinned["torch"] == "2.13.0"
+
+
+def test_data_packages_of_make_and_of_the_code_agree():
+    from deltaspec.demo import data
+
+    (line,) = re.findall(r"^DEMO_DATA := (.*)$", MAKEFILE, re.MULTILINE)
+    (weights,) = re.findall(r"^MINILM := (.*)$", MAKEFILE, re.MULTILINE)
+    assert line.replace("$(MINILM)", weights).split() == [
+        f"{data.WEIGHTS}=={data.WEIGHTS_VERSION}",
+        f"{data.TEXTS}=={data.TEXTS_VERSION}",
+    ]
+
+
+def test_core_needs_no_torch():
+    core = {Requirement(line).name for line in PROJECT["dependencies"]}
+    assert core.isdisjoint({"torch", "transformers", "safetensors", "numpy"})
+
+
+def test_public_names_are_few_and_exist():
+    assert len(deltaspec.__all__) <= 10
+    for name in deltaspec.__all__:
+        assert getattr(deltaspec, name) is not None
+    listed = subprocess.run(
+        [sys.executable, "-c", "import sys, deltaspec; print('torch' in sys.modules)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert listed.stdout.strip() == "False"
+
+
+def test_no_file_is_longer_than_300_lines():
+    long = {str(path.relative_to(ROOT)): n for path in (ROOT / "deltaspec").rglob("*.py")
+            if (n := len(path.read_text(encoding="utf-8").splitlines())) > 300}  # fmt: skip
+    assert long == {}

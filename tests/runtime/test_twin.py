@@ -1,0 +1,472 @@
+"""Views: the same weights and deltas, an active set each; threads that each have one get what they get alone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import random
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import ARCHITECTURES, Architecture
+from test_program import Counting
+from torch import Tensor, nn
+
+import deltaspec
+from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.contract.trial import disturb
+from deltaspec.diagnostics.findings import DeltaSpecError
+
+LLAMA = ARCHITECTURES["llama"]
+KINDS = ("llama", "bert", "t5", "traceable-symbolic", "branching")
+ROLES = {"role": ["attn.q", "attn.v", "mlp.up"]}
+
+
+def lora(name: str, rank: int = 2, **more: Any) -> dict[str, Any]:
+    return {"name": name, "method": "lora", "params": {"rank": rank}, "target": ROLES, "attached": False} | more
+
+
+DELTAS = (
+    lora("a"),
+    lora("b"),
+    lora("c", 3),
+    {"name": "d", "method": "ia3", "attached": False},
+    {"name": "e", "method": "bitfit", "target": {"role": "norm"}, "attached": False},
+)
+
+
+def build(*deltas: dict[str, Any], model: nn.Module | None = None, **options: Any) -> CompiledModel:
+    spec = {"deltaspec": 1, "deltas": list(deltas or DELTAS)}
+    compiled = deltaspec.compile(model or LLAMA.model(), spec, **options)
+    disturb(compiled)
+    return compiled
+
+
+def two(architecture: Architecture) -> CompiledModel:
+    """Two deltas where an architecture takes them."""
+    target = "head" if architecture.targets[-1] in ("head", {"type": "Embedding"}) else {"type": "Linear"}
+    deltas = [lora(name, target=target) for name in ("a", "b")]
+    inputs = architecture.inputs()
+    return build(*deltas, model=architecture.model(), capture=architecture.capture, example_inputs=inputs)
+
+
+def outputs(compiled: Callable[..., Any], architecture: Architecture = LLAMA, **more: Any) -> Tensor:
+    inputs = architecture.inputs()
+    found = compiled(**inputs, **more) if isinstance(inputs, dict) else compiled(inputs, **more)
+    result: Tensor = found if isinstance(found, Tensor) else found["logits"]
+    return result
+
+
+def storages(compiled: nn.Module) -> dict[int, int]:
+    tensors = [*compiled.parameters(), *compiled.buffers()]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def code(error: pytest.ExceptionInfo[DeltaSpecError]) -> str:
+    return error.value.diagnostics[0].code
+
+
+# What a view is
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_each_view_has_an_active_set_of_its_own(kind):
+    architecture = ARCHITECTURES[kind]
+    compiled = two(architecture)
+    sets: list[dict[str, float]] = [{}, {"a": 1.0}, {"b": 1.0}, {"a": 1.0, "b": 1.0}, {"a": 0.5}]
+    expected = []
+    for names in sets:
+        with compiled.only(names):
+            expected.append(outputs(compiled, architecture))
+    for start, names in enumerate(sets):
+        compiled.only(names)
+        view = compiled.view()
+        assert isinstance(view, CompiledModel) and type(view.backbone) is type(compiled.backbone)
+        assert view.strengths == compiled.strengths == names and view.capture == compiled.capture
+        assert torch.equal(outputs(view, architecture), expected[start])
+        for other, wanted in zip(sets, expected, strict=True):
+            view.only(other)
+            assert torch.equal(outputs(view, architecture), wanted)
+            assert torch.equal(outputs(compiled, architecture), expected[start])
+        compiled.detach()
+        assert torch.equal(outputs(view, architecture), expected[-1])
+
+
+def test_a_view_takes_no_memory_for_weights_and_has_the_same_deltas():
+    compiled = build()
+    before = storages(compiled)
+    view = compiled.only("a") and compiled.view()
+    more = {place: size for place, size in storages(view).items() if place not in before}
+    assert sum(more.values()) == sum(b.nbytes for b in view.buffers()) < 1024
+    assert compiled.state_dict().keys() == view.state_dict().keys()
+    for name in compiled.deltas:
+        for ours, theirs in zip(compiled.deltas[name].parameters(), view.deltas[name].parameters(), strict=True):
+            assert ours is theirs
+    for (name, ours), (_, theirs) in zip(
+        compiled.backbone.named_parameters(), view.backbone.named_parameters(), strict=True
+    ):
+        assert ours.data_ptr() == theirs.data_ptr() and (ours is theirs) == ("deltaspec" in name)
+    held = {id(p) for each in (compiled, view) for p in each.deltas["a"].parameters()}
+    assert len(held) == len(list(compiled.deltas["a"].parameters()))  # an optimizer over both holds each once
+
+
+def test_a_view_outlives_what_it_was_made_of():
+    compiled = build()
+    compiled.only("a")
+    expected = outputs(compiled)
+    view, gone = compiled.view(), weakref.ref(compiled)
+    del compiled
+    gc.collect()
+    assert gone() is None and torch.equal(outputs(view), expected)
+    assert torch.equal(outputs(view.view()), expected)
+
+
+def test_flags_of_the_backbone_are_each_views_own():
+    model = LLAMA.model()
+    model.lm_head.weight.requires_grad = False
+    compiled = build(model=model)
+    compiled.only("a")
+    view = compiled.view()
+
+    def flags(of: CompiledModel) -> set[bool]:
+        own = {n: p.requires_grad for n, p in of.backbone.named_parameters() if "deltaspec" not in n}
+        assert not own["lm_head.weight"]
+        return {flag for name, flag in own.items() if name != "lm_head.weight"}
+
+    assert flags(view) == flags(compiled) == {False}
+    view.detach()
+    assert flags(view) == {True} and flags(compiled) == {False}
+    compiled.detach()
+    view.attach("b")
+    assert flags(view) == {False} and flags(compiled) == {True}
+
+
+def test_modes_dropout_and_buffers_are_each_views_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 4)).eval()
+    deltas = [{"name": "a", "method": "lora", "params": {"dropout": 0.5}, "target": "3"}]
+    compiled = build(*deltas, model=model, example_inputs=torch.ones(2, 4))
+    view = compiled.view()
+    x = torch.randn(8, 4)
+    expected = compiled(x)
+    view.train()
+    assert not compiled.training and not compiled.deltas["a"].training and view.deltas["a"].training
+    assert torch.equal(compiled(x), expected) and not torch.equal(view(x), view(x))
+    view.detach()(x)  # detached and in training mode, BatchNorm moves its statistics
+    assert not torch.equal(view.backbone[1].running_mean, compiled.backbone[1].running_mean)
+    assert torch.equal(compiled(x), expected)
+
+
+@pytest.mark.parametrize("attached", [(), ("a",)])
+def test_a_view_made_in_between_goes_back_to_the_buffers_that_the_backbone_had(attached):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Counting(), nn.Linear(4, 4))
+    compiled = build({"name": "a", "method": "lora", "target": "0"}, model=model, example_inputs=torch.ones(2, 4))
+    compiled.detach()(torch.ones(2, 4))
+    compiled.only(*attached)
+    for _ in range(3):
+        compiled(torch.ones(2, 4))
+    view = compiled.view()
+    assert float(view.detach().backbone[1].count) == float(compiled.detach().backbone[1].count)
+    assert torch.equal(view.backbone[1].last, compiled.backbone[1].last)
+
+
+def test_hooks_of_others_go_along_bound_to_the_view():
+    model = LLAMA.model()
+    module = model.model.layers[0].self_attn.q_proj
+    own, calls = module.forward, []
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(x)
+        return own(x)
+
+    module.forward = counted
+    compiled = build(model=model)
+    for names in ((), ("a",)):
+        view = compiled.only(*names) and compiled.view()
+        calls.clear()
+        assert torch.equal(outputs(view), outputs(compiled)) and len(calls) == 2
+        assert view.detach().backbone.model.layers[0].self_attn.q_proj.__dict__["forward"] is counted
+
+
+# Training
+
+
+def gradients(compiled: CompiledModel, name: str) -> list[Tensor]:
+    compiled.only(name)
+    return list(torch.autograd.grad(outputs(compiled).square().mean(), [*compiled.deltas[name].parameters()]))
+
+
+def test_views_train_different_deltas_in_turns_as_each_trains_alone():
+    compiled = build()
+    expected = {name: gradients(compiled, name) for name in ("a", "b")}
+    views = {name: compiled.view() for name in expected}
+    for name, view in views.items():
+        view.only(name)
+    losses = {name: outputs(view).square().mean() for name, view in views.items()}
+    for loss in losses.values():
+        loss.backward()
+    for name, wanted in expected.items():
+        found = [p.grad for p in compiled.deltas[name].parameters()]
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert all(p.grad is None for name in ("c", "d", "e") for p in compiled.deltas[name].parameters())
+    assert all(
+        p.grad is None for view in views.values() for n, p in view.backbone.named_parameters() if "spec" not in n
+    )
+
+
+def test_threads_train_different_deltas_at_once_as_each_trains_alone():
+    torch.set_num_threads(1)
+
+    def train(view: CompiledModel, name: str) -> list[Tensor]:
+        view.only(name)
+        optimizer = torch.optim.AdamW(view.trainable_parameters(), lr=0.01)
+        for _ in range(10):
+            outputs(view).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for p in view.deltas[name].parameters()]
+
+    names = ("a", "b", "d")
+    alone = {name: train(build(), name) for name in names}
+    compiled = build()
+    with ThreadPoolExecutor(len(names)) as pool:
+        together = list(pool.map(train, [compiled.view() for _ in names], names))
+    for name, found in zip(names, together, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(found, alone[name], strict=True))
+        assert all(torch.equal(p, w) for p, w in zip(compiled.deltas[name].parameters(), found, strict=True))
+
+
+# Serving under load
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Let threads take turns a thousand times as often as they do."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def serve(view: CompiledModel, seed: int, names: tuple[str, ...], expected: dict[Any, Tensor], rounds: int) -> int:
+    """Switch at random, and count the outputs that are not what they are alone."""
+    torch.set_num_threads(1)
+    choose, wrong = random.Random(seed), 0
+    with torch.no_grad():
+        for _ in range(rounds):
+            name = choose.choice(names)
+            match choose.randrange(5):
+                case 0:
+                    view.only(name)
+                    wrong += not torch.equal(outputs(view), expected[name])
+                case 1:
+                    with view.only({name: 0.5}):
+                        wrong += not torch.equal(outputs(view), expected[name, 0.5])
+                case 2:
+                    rows = [name, choose.choice([None, name])]
+                    wrong += not torch.equal(outputs(view, deltas=rows), expected[tuple(rows)])
+                case 3:
+                    with view.detached():
+                        wrong += not torch.equal(outputs(view), expected[None])
+                case 4:
+                    view.detach()
+                    view.attach(name)
+                    wrong += not torch.equal(outputs(view.backbone), expected[name])
+    return wrong
+
+
+@torch.no_grad()
+def alone(compiled: CompiledModel, names: tuple[str, ...]) -> dict[Any, Tensor]:
+    expected: dict[Any, Tensor] = {None: outputs(compiled.detach())}
+    for name in names:
+        with compiled.only(name):
+            expected[name] = outputs(compiled)
+        with compiled.only({name: 0.5}):
+            expected[name, 0.5] = outputs(compiled)
+        for rows in ((name, None), (name, name)):
+            expected[rows] = outputs(compiled, deltas=rows)
+    return expected
+
+
+@pytest.mark.usefixtures("restless")
+def test_threads_on_views_of_their_own_get_what_they_get_alone():
+    names = ("a", "b", "c", "d", "e")
+    expected = alone(build(), names)
+    compiled = build()
+    views = [compiled, *(compiled.view() for _ in range(3))]
+    with ThreadPoolExecutor(len(views)) as pool:
+        found = list(pool.map(lambda i: serve(views[i], i, names, expected, 50), range(len(views))))
+    assert found == [0] * len(views)
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("limit", [None, 9])
+def test_views_load_deltas_of_one_library_at_once(tmp_path, limit):
+    """With a limit, each thread's loading drops what no other is using (one attached, one in rows); stacks grow."""
+    names = tuple(f"n{i}" for i in range(12))
+    source = build(*(lora(name) for name in names))
+    source.save(tmp_path)
+    expected = alone(source, names)
+    compiled = build(lora("own"))
+    library = compiled.library(tmp_path, limit=limit)
+    views = [compiled, *(compiled.view() for _ in range(3))]
+    with ThreadPoolExecutor(len(views)) as pool:
+        found = list(pool.map(lambda i: serve(views[i], i, names, expected, 40), range(len(views))))
+    assert found == [0] * len(views)
+    assert limit is None or len(library.loaded) <= limit
+    for view in views:
+        view.detach()
+        assert set(view.deltas) == set(compiled.deltas)
+    library.close()
+    with pytest.raises(DeltaSpecError, match="DS434"):
+        views[1].only("n1")
+
+
+def test_a_delta_of_a_library_stays_while_any_view_uses_it(tmp_path):
+    names = ("n1", "n2", "n3")
+    source = build(*(lora(name) for name in names))
+    source.save(tmp_path)
+    expected = alone(source, names)
+    compiled = build(lora("own"))
+    library = compiled.library(tmp_path, limit=2)
+    view = compiled.view()
+    view.only("n1")
+    for name in ("n2", "n3", "n2"):
+        compiled.only(name)
+        assert torch.equal(outputs(view), expected["n1"]) and torch.equal(outputs(compiled), expected[name])
+    with pytest.raises(DeltaSpecError) as error:
+        library.drop("n1")
+    assert code(error) == "DS532"
+    view.train()
+    assert torch.equal(outputs(compiled.eval()), expected["n2"])
+
+
+def test_rows_made_for_one_view_serve_another():
+    compiled = build()
+    first, second = compiled.view(), compiled.view()
+    second.rows(["d", "e"])  # kinds are first met in another order
+    rows = first.rows(["a", "d"])
+    assert torch.equal(outputs(second, deltas=rows), outputs(first, deltas=["a", "d"]))
+
+
+# Whole models
+
+
+def test_moving_one_of_several_views_is_refused():
+    compiled = build()
+    compiled.only("a")
+    expected = outputs(compiled)
+    view = compiled.view()
+    before = {n: (t.dtype, t.data_ptr()) for n, t in view.state_dict().items()}
+    for act in (view.half, view.backbone.half, lambda: view.to("meta")):
+        with pytest.raises(DeltaSpecError) as error:
+            act()
+        assert code(error) == "DS455" and "before the views are made" in str(error.value)
+        assert {n: (t.dtype, t.data_ptr()) for n, t in view.state_dict().items()} == before
+    view.to("cpu").float()  # changes nothing
+    assert torch.equal(outputs(view), expected) and torch.equal(outputs(compiled), expected)
+    del act, error, compiled
+    view.double()
+    assert outputs(view).dtype == torch.float64
+    assert torch.equal(outputs(view.view()), outputs(view))
+
+
+def test_parameters_that_a_load_replaces_are_replaced_for_all_views():
+    compiled, other = build(), build()
+    compiled.only("a")
+    view = compiled.view()
+    state = {n: t + 0.1 if "deltaspec" in n else t.clone() for n, t in other.state_dict().items()}
+    view.load_state_dict(state, assign=True)
+    other.load_state_dict(state)
+    other.only("a")
+    assert view.deltas["a"].tensor(key := next(iter(dict(view.deltas["a"].tensors())))) is compiled.deltas["a"].tensor(
+        key
+    )
+    for each in (view, compiled):
+        assert torch.equal(outputs(each), outputs(other))
+
+
+def test_a_view_is_saved_loaded_merged_simplified_and_exported_as_any_model(tmp_path):
+    compiled = build()
+    view = compiled.view()
+    view.only("a")
+    expected = outputs(view)
+    view.save(tmp_path / "saved")
+    with torch.no_grad():
+        for parameter in compiled.deltas["a"].parameters():
+            parameter.zero_()
+    assert not torch.equal(outputs(view), expected)
+    compiled.load(tmp_path / "saved")
+    assert torch.equal(outputs(view), expected)
+    assert torch.allclose(outputs(view.merge()), expected, atol=1e-5)
+    assert torch.equal(outputs(view.simplified()), expected)
+    exported = view.export((), LLAMA.inputs() | {"use_cache": False})
+    assert torch.allclose(outputs(exported.module(), use_cache=False), expected, atol=1e-5)
+    assert compiled.attached == ()
+
+
+def test_a_copy_of_a_view_is_a_model_of_its_own(tmp_path):
+    names = ("n1", "n2")
+    source = build(*(lora(name) for name in names))
+    source.save(tmp_path)
+    compiled = build()
+    compiled.library(tmp_path)
+    view = compiled.view()
+    view.only({"a": 0.5})
+    expected = outputs(view)
+    restored = pickle.loads(pickle.dumps(view))
+    twin = copy.deepcopy(view)
+    for copied in (restored, twin):
+        assert copied.strengths == {"a": 0.5} and torch.equal(outputs(copied), expected)
+        assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in compiled.parameters()}
+        copied.double().float()
+        for parameter in copied.deltas["a"].parameters():
+            parameter.data.zero_()
+        assert torch.equal(outputs(view), expected)
+    for name in names:
+        assert torch.equal(outputs(twin.only(name) and twin), outputs(source.only(name) and source))
+
+
+def test_a_view_is_compiled_as_any_model():
+    compiled = build()
+    view = compiled.view()
+    view.only("a")
+    expected = outputs(view)
+    torch._dynamo.reset()
+    for target in (view, view.backbone):
+        fast = torch.compile(target, fullgraph=True, backend="eager")
+        assert torch.equal(outputs(fast), expected)
+    with view.only("b"):
+        assert torch.equal(outputs(fast), outputs(view))
+
+
+def test_derived_deltas_are_computed_for_all_views_and_only_written_when_they_change():
+    derived = {"name": "mix", "combine": "linear", "from": {"a": 0.5, "b": 0.5}, "attached": False}
+    compiled = build(lora("a"), lora("b"), lora("c"), derived)
+    compiled.only("mix", "c")
+    expected = outputs(compiled)
+    view = compiled.view()
+    loss = outputs(compiled).square().mean()
+    view.detach()
+    view.attach("mix", "c")  # nothing changed, nothing is written: the other view's backward goes on
+    loss.backward()
+    assert torch.equal(outputs(view), expected)
+
+
+def test_making_a_view_computes_nothing(tmp_path: Path):
+    derived = {"name": "mix", "combine": "linear", "from": {"a": 0.5, "b": 0.5}, "attached": False}
+    compiled = build(lora("a"), lora("b"), derived)
+    compiled.only("mix")
+    expected = outputs(compiled)
+    with torch.no_grad():
+        for parameter in compiled.deltas["a"].parameters():
+            parameter.add_(1.0)
+    assert torch.equal(outputs(compiled.view()), expected)
