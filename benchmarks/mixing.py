@@ -112,10 +112,10 @@ def fused() -> Iterator[Row]:
     sites = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(SITES)))
     names = [f"d{i}" for i in range(ROWS)]
     compiled = deltaspec.compile(sites, spec(names, [f"{i}" for i in range(SITES)]), example_inputs=torch.randn(1, 512))
-    attachments, slot = compiled._attachments, Slot(0, Batch(rows=ROWS, size=ROWS))
+    stacks, slot = compiled._shared.stacks, Slot(0, Batch(rows=ROWS, size=ROWS))
     slot.fill(compiled.rows(names))
-    stack = attachments.stacks.of("d0")
-    down, up = ([Source(stack, f"{i}.{name}", attachments.deltas) for i in range(SITES)] for name in ("down", "up"))
+    stack = stacks.of("d0")
+    down, up = ([Source(stack, f"{i}.{name}", stacks.home) for i in range(SITES)] for name in ("down", "up"))
     for tokens in TOKENS:
         x = torch.randn(ROWS, tokens, 512)
 

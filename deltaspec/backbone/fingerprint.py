@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,15 +21,15 @@ SAMPLE = 256
 """Values read of each tensor."""
 
 
-def weights_fingerprint(backbone: nn.Module) -> str | None:
+def weights_fingerprint(backbone: nn.Module, kept: Mapping[tuple[str, str], Tensor] | None = None) -> str | None:
     """Digest a fixed, evenly spaced sample of the bytes (at most 256 values) of each parameter and each floating-point
     buffer that a checkpoint holds, such as BatchNorm's statistics; None on the meta device.
 
     Fast on any size, and enough to tell two checkpoints apart; it does not prove that they are equal in every value.
-    Of a compiled backbone the values are those without any delta.
+    Deltas under the reserved name do not count; `kept` buffers, by module's FQN and name, count as they are there.
     """
     digest = hashlib.sha256()
-    for name, tensor in _tensors(backbone):
+    for name, tensor in _tensors(backbone, kept or {}):
         if tensor.device.type == "meta":
             return None
         digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
@@ -37,12 +37,10 @@ def weights_fingerprint(backbone: nn.Module) -> str | None:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _tensors(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _tensors(backbone: nn.Module, kept: Mapping[tuple[str, str], Tensor]) -> Iterator[tuple[str, Tensor]]:
     found = find(backbone)
     home = None if found is None else found[0]
     yield from ((n, p) for n, p in backbone.named_parameters(remove_duplicate=False) if not _is_delta(n, home))
-    # A forward may have written into buffers since something was attached; then they count as they were.
-    kept = {} if found is None else found[1].attachments.buffers_without_deltas()
     for fqn, module in backbone.named_modules(remove_duplicate=False):
         for name, buffer in module._buffers.items():
             if buffer is None or name in module._non_persistent_buffers_set or not buffer.is_floating_point():

@@ -14,8 +14,9 @@ from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.graphs.symbolic import reads_around_calls, trace
 from deltaspec.library.libraries import Libraries
-from deltaspec.runtime.active import Attachments
-from deltaspec.runtime.ports import Ports
+from deltaspec.runtime.active import Active
+from deltaspec.runtime.host import Host
+from deltaspec.runtime.shared import Shared
 from deltaspec.serving.mixer import Mixer
 
 if TYPE_CHECKING:
@@ -24,24 +25,28 @@ if TYPE_CHECKING:
     from deltaspec.planning.plan import Plan
 
 
-PORTS = Ports(Libraries, Mixer)
-
-
 class Built(NamedTuple):
     """What a compiled model is made of."""
 
-    attachments: Attachments
-    capture: str
-    reason: str
+    active: Active
+    shared: Shared
+    host: Host
+    libraries: Libraries
+    rows: Mixer
 
 
-def assemble(
-    backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | None, capture: str, reason: str
-) -> Built:
-    """Make the active set of a backbone that holds its deltas already; nothing is attached yet."""
-    attachments = Attachments(backbone, deltas, plan, graph, PORTS)
-    deltas.attachments = attachments
-    return Built(attachments, capture, reason)
+def assemble(backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | None) -> Built:
+    """Make the parts of a compiled model of a backbone that holds its deltas already; nothing is attached yet."""
+    shared, host = Shared(deltas, plan), Host(backbone, deltas)
+    libraries = Libraries(shared)
+    return with_rows(Active(shared, host, libraries, graph), libraries)
+
+
+def with_rows(active: Active, libraries: Libraries) -> Built:
+    """Put what runs rows into a view, and return its parts."""
+    rows = Mixer(active, active.shared, active.host, libraries)
+    active.rows = rows
+    return Built(active, active.shared, active.host, libraries, rows)
 
 
 def places(plan: Plan) -> tuple[set[str], set[str]]:
@@ -51,8 +56,11 @@ def places(plan: Plan) -> tuple[set[str], set[str]]:
 
 
 @torch.inference_mode(False)  # parameters made in inference mode could never be trained, nor loaded outside of it
-def build(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: bool = True) -> Built:
-    """Compile a valid plan onto a clone of the model it was made for; `drawn` as for `build_delta`."""
+def build(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: bool = True) -> tuple[Built, str, str]:
+    """Compile a valid plan onto a clone of the model it was made for; `drawn` as for `build_delta`.
+
+    Return the parts, how the model was captured, and why so.
+    """
     backbone = clone(model)
     graph, reason = None, "asked for"
     if capture != "modules":
@@ -70,7 +78,7 @@ def build(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: bool = 
         deltas.add(build_delta(planned, planned.seed, backbone, drawn=drawn))
     deltas.train(model.training)
     place(backbone, deltas)
-    built = assemble(backbone, deltas, plan, graph, capture, reason)
-    built.attachments.activate(planned.name for planned in plan.deltas if planned.attached)
-    built.attachments.derive_detached()
-    return built
+    built = assemble(backbone, deltas, plan, graph)
+    built.active.activate(planned.name for planned in plan.deltas if planned.attached)
+    built.active.derive_detached()
+    return built, capture, reason

@@ -40,8 +40,7 @@ def compile(
 
 def compile_plan(model: nn.Module, plan: Any, capture: str = "auto", *, drawn: bool = True) -> CompiledModel:
     """Compile a valid plan onto a clone of the model it was made for; `drawn` as for `build_delta`."""
-    built = build(model, plan, capture, drawn=drawn)
-    return CompiledModel(built.attachments.backbone, *built)
+    return CompiledModel(*build(model, plan, capture, drawn=drawn))
 
 
 def refuse_unusable(model: nn.Module, capture: str) -> None:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from deltaspec.backbone.clone import deep_copy
-from deltaspec.backbone.reserved import find
+from deltaspec.compiler.build import Built, build, with_rows
 from deltaspec.compiler.handles import DeltasView, Restore
 from deltaspec.diagnostics.findings import require_known
 from deltaspec.graphs.root import Entry, root_graph
+from deltaspec.runtime.copies import beside
 from deltaspec.runtime.generation import generating
-from deltaspec.runtime.twin import beside
 from deltaspec.serving.assignment import Rows, checked_strength
 
 if TYPE_CHECKING:
@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 
     from deltaspec.deltas.modules import Delta
     from deltaspec.graphs.regions import Region
+    from deltaspec.library.libraries import Libraries
     from deltaspec.library.view import LibraryView
     from deltaspec.planning.plan import Plan
-    from deltaspec.runtime.active import Attachments
+    from deltaspec.runtime.active import Active
+    from deltaspec.runtime.host import Host
+    from deltaspec.runtime.shared import Shared
+    from deltaspec.serving.mixer import Mixer
+    from deltaspec.storage.saved import SavedSet
 
 
 class CompiledModel(torch.fx.GraphModule):
@@ -41,14 +46,21 @@ class CompiledModel(torch.fx.GraphModule):
     a `view()`.
     """
 
-    def __init__(self, backbone: nn.Module, attachments: Attachments, capture: str, capture_reason: str) -> None:
-        super().__init__(
-            {"entry": Entry(backbone, attachments.mixer)}, root_graph(backbone), class_name="CompiledModel"
-        )
+    _built: Built
+    _active: Active
+    _shared: Shared
+    _host: Host
+    _libraries: Libraries
+    _rows: Mixer
+
+    def __init__(self, built: Built, capture: str, capture_reason: str) -> None:
+        backbone = built.host.backbone
+        super().__init__({"entry": Entry(backbone, built.rows)}, root_graph(backbone), class_name="CompiledModel")
         # The graph calls `entry` only, so GraphModule took only that; the keys are to be the backbone's.
         self.add_module("backbone", backbone)
         self.training = backbone.training
-        self.__dict__["_attachments"] = attachments
+        self.__dict__["_built"] = built
+        self.__dict__.update({f"_{name}": part for name, part in built._asdict().items()})
         self.__dict__["capture"] = capture
         self.__dict__["capture_reason"] = capture_reason
 
@@ -57,29 +69,27 @@ class CompiledModel(torch.fx.GraphModule):
     @property
     def plan(self) -> Plan:
         """The plan that this model was compiled from."""
-        plan: Plan = self._attachments.plan
-        return plan
+        return self._shared.plan
 
     @property
     def attached(self) -> tuple[str, ...]:
         """Names of the attached deltas, in the order in which they apply."""
-        active: tuple[str, ...] = self._attachments.active
-        return active
+        return self._active.active
 
     @property
     def strengths(self) -> Mapping[str, float]:
         """How strong each attached delta is; 1 is what was trained."""
-        return {name: self._attachments.strengths[name] for name in self.attached}
+        return {name: self._active.strengths[name] for name in self.attached}
 
     @property
     def deltas(self) -> Mapping[str, Delta]:
         """All deltas by name, attached or not: the compiled ones, and those of libraries that are in memory."""
-        return DeltasView(self._attachments)
+        return DeltasView(self._host.deltas, self._libraries)
 
     @property
     def regions(self) -> Mapping[str, Region]:
         """The rewritten regions of the active set, by the FQN of the module each belongs to ("": the whole model)."""
-        return MappingProxyType(self._attachments.program(self.attached).regions)
+        return MappingProxyType(self._active.program(self.attached).regions)
 
     def trainable_parameters(self, *names: str) -> Iterator[nn.Parameter]:
         """Yield the parameters of these deltas; by default those that training would change now, of what is attached.
@@ -98,23 +108,21 @@ class CompiledModel(torch.fx.GraphModule):
         numbers lie between or beyond. It is data: changing it rebuilds and recompiles nothing. Raises DeltaSpecError
         (DS446) where a method has none.
         """
-        attachments = self._attachments
-        with attachments.gate.lock:
-            if strength is None and attachments.switch((*self.attached, *(names or self._known(names)))):
+        with self._host.gate.lock:
+            if strength is None and self._active.switch((*self.attached, *(names or self._known(names)))):
                 return self
-            known, strengths = self._known(names), attachments.strengths.as_dict()
+            known, strengths = self._known(names), self._active.strengths.as_dict()
             if strength is not None:
                 strengths |= {name: checked_strength(name, strength) for name in known}
-            attachments.activate((*self.attached, *known), anew=known, strengths=strengths)
+            self._active.activate((*self.attached, *known), anew=known, strengths=strengths)
         return self
 
     def detach(self, *names: str) -> Self:
         """Detach deltas by name, or all; detached ones stay so. Raises UnknownDeltaError."""
-        attachments = self._attachments
-        with attachments.gate.lock:
+        with self._host.gate.lock:
             gone = set(self._known(names)) if names else self.attached
             left = tuple(name for name in self.attached if name not in gone)
-            attachments.activate(left, strengths=attachments.strengths.as_dict(left))
+            self._active.activate(left, strengths=self._active.strengths.as_dict(left))
         return self
 
     def only(self, *names: str | Mapping[str, float]) -> Restore:
@@ -122,13 +130,12 @@ class CompiledModel(torch.fx.GraphModule):
 
         Names, or one dict of names and strengths: `c.only({"french": 0.7, "legal": 0.3})`; see `attach`.
         """
-        attachments = self._attachments
-        restore = Restore(attachments)
-        if not attachments.switch(names):
+        restore = Restore(self._active)
+        if not self._active.switch(names):
             given = names[0] if len(names) == 1 and isinstance(names[0], Mapping) else None
             strengths = {} if given is None else {n: checked_strength(n, value) for n, value in given.items()}
             wanted: tuple[Any, ...] = names if given is None else tuple(given)
-            attachments.activate(self._known(wanted) if wanted else (), anew=wanted, strengths=strengths)
+            self._active.activate(self._known(wanted) if wanted else (), anew=wanted, strengths=strengths)
         return restore
 
     def detached(self) -> Restore:
@@ -137,13 +144,13 @@ class CompiledModel(torch.fx.GraphModule):
 
     def refresh(self, *names: str) -> Self:
         """Compute derived deltas, by name or all, from their sources as they are now, as `attach` and `only` do."""
-        self._attachments.derive(self._known(names))
+        self._active.derive(self._known(names))
         return self
 
     def _known(self, names: tuple[str, ...]) -> tuple[str, ...]:
         if wrong := [name for name in names if not isinstance(name, str)]:
             raise TypeError(f"names of deltas are given one by one, as in attach('a', 'b'), not {wrong[0]!r}")
-        self._attachments.require_known(names)
+        self._shared.require_known(names)
         return names or tuple(delta.name for delta in self.plan.deltas)
 
     # A delta for each row of a batch
@@ -159,19 +166,18 @@ class CompiledModel(torch.fx.GraphModule):
 
         Raises UnknownDeltaError, DeltaSpecError (DS441) for deltas that cannot be mixed, TypeError, ValueError.
         """
-        rows: Rows = self._attachments.mixer.rows(deltas, among)
-        self._attachments.prepare()
+        rows: Rows = self._rows.rows(deltas, among)
+        self._active.prepare_rows()
         return rows
 
     def _generate(self, *args: Any, deltas: Sequence[Any] | Rows | None = None, **kwargs: Any) -> Any:
         """Generate as the backbone does, each row under its own deltas if `deltas` says so; see `rows`."""
         if deltas is None:
-            with self._attachments.gate.forwards():
-                return generating(self._attachments.planned, self.attached, self.backbone)(*args, **kwargs)
-        mixer = self._attachments.mixer
-        rows = deltas if isinstance(deltas, Rows) else mixer.rows(deltas)
-        with mixer.using(rows, args, kwargs, keep=True):
-            return generating(self._attachments.planned, rows.places, self.backbone)(*args, **kwargs)
+            with self._host.gate.forwards():
+                return generating(self._shared.planned, self.attached, self.backbone)(*args, **kwargs)
+        rows = deltas if isinstance(deltas, Rows) else self._rows.rows(deltas)
+        with self._rows.using(rows, args, kwargs, keep=True):
+            return generating(self._shared.planned, rows.places, self.backbone)(*args, **kwargs)
 
     # Views
 
@@ -184,10 +190,11 @@ class CompiledModel(torch.fx.GraphModule):
         what is trained, loaded or opened (`library`) through one view is so for all. While there are several views none
         can be moved or cast: that raises DeltaSpecError (DS455).
         """
-        attachments = beside(self._attachments)
-        made = CompiledModel(attachments.backbone, attachments, self.capture, self.capture_reason)
-        made._copy_own_state(self, {})
-        attachments.follow(self._attachments)
+        with self._host.gate.lock, self._shared.lock:
+            built = with_rows(beside(self._active), self._libraries)
+            made = CompiledModel(built, self.capture, self.capture_reason)
+            made._copy_own_state(self, {})
+            built.active.follow(self._active)
         return made
 
     # Files and other forms
@@ -211,26 +218,32 @@ class CompiledModel(torch.fx.GraphModule):
         """
         from deltaspec.library.view import open_view
 
-        return open_view(self._attachments.libraries, directory, limit, preload, by, example_inputs)
+        return open_view(self._libraries, directory, limit, preload, by, example_inputs)
 
     def save(self, directory: str | PathLike[str]) -> None:
         """Write every delta (safetensors, resolved spec, lock) to a directory; see `deltaspec.store`."""
         from deltaspec.storage.save import save
 
-        save(self._attachments, directory)
+        save(self._active, self.plan, self._host.deltas, directory)
 
     def load(self, directory: str | PathLike[str]) -> Self:
         """Read the tensors of saved deltas into this model; see `deltaspec.store`. All or nothing."""
         from deltaspec.storage.load import load
 
-        load(self._attachments, directory)
+        load(self._active, self.plan, self._host.deltas, directory)
         return self
+
+    def _fill(self, saved: SavedSet) -> None:
+        """Read the tensors of a set that was opened already."""
+        from deltaspec.storage.load import fill
+
+        fill(self._active, self.plan, self._host.deltas, saved)
 
     def merge(self, *names: str) -> nn.Module:
         """Return a new plain model of the original class with these deltas, or all attached ones, folded in."""
         from deltaspec.transforms.merge import merge
 
-        return merge(self._attachments, self._known(names) if names else self.attached)
+        return merge(self._active, self._shared, self._host, self._known(names) if names else self.attached)
 
     def simplified(self, *names: str) -> CompiledModel:
         """Return a new compiled model in which these deltas (or all) are without what only their training needed.
@@ -238,25 +251,23 @@ class CompiledModel(torch.fx.GraphModule):
         A prefix then has its keys and values alone, and p_tuning is a soft prompt; both compute what they did. The
         other deltas are copied, the backbone's storage is shared. Raises UnknownDeltaError.
         """
-        from deltaspec.compiler.build import build
-        from deltaspec.transforms.merge import without_deltas
+        from deltaspec.runtime.copies import without_deltas
         from deltaspec.transforms.simplify import copy_tensors, simplify
 
         require_known(names, [delta.name for delta in self.plan.deltas])
-        self._attachments.libraries.refuse_attached(self.attached, "simplified")
+        self._libraries.refuse_attached(self.attached, "simplified")
         plan = simplify(self.plan, self._known(names))
-        plain = without_deltas(self._attachments)
-        for name in self._attachments.trained_in_backbone():
+        plain = without_deltas(self._host)
+        for name in self._host.trained_in_backbone():
             plain.get_parameter(name).requires_grad = True
-        built = build(plain, plan, self.capture)
-        twin = CompiledModel(built.attachments.backbone, *built)
+        twin = CompiledModel(*build(plain, plan, self.capture))
         copy_tensors(self.plan, plan, self.deltas, twin.deltas)
         twin.only(*self.attached)
         return twin
 
     def export(self, *args: Any, **options: Any) -> torch.export.ExportedProgram:
         """Export the model with its attached deltas: `torch.export.export(self.backbone, …)`, same arguments."""
-        self._attachments.require_proof()
+        self._active.require_proof()
         return torch.export.export(self.backbone, *args, **options)
 
     # Being a module
@@ -272,23 +283,32 @@ class CompiledModel(torch.fx.GraphModule):
             return self._generate if name == "generate" else found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
-        backbone = deep_copy(self.backbone, memo)
-        found = find(backbone)
-        assert found is not None
-        twin = CompiledModel(backbone, found[1].attachments, self.capture, self.capture_reason)
+        deep_copy(self.backbone, memo)
+        built = copy.deepcopy(self._built, memo)  # copied with the backbone, all of it
+        twin = CompiledModel(built, self.capture, self.capture_reason)
         memo[id(self)] = twin
         twin._copy_own_state(self, memo)
         return twin
 
     def _copy_own_state(self, other: CompiledModel, memo: dict[int, Any]) -> None:
         """Carry over what users put on the root itself: hooks, flags, attributes."""
-        made = ("_modules", "_parameters", "_buffers", "_graph", "_code", "_attachments", "_lineno_map", "meta")
+        made = {"_modules", "_parameters", "_buffers", "_graph", "_code", "_lineno_map", "meta", "_built"}
+        made |= {f"_{part}" for part in Built._fields}
         for name, value in other.__dict__.items():
             if name not in made:
                 self.__dict__[name] = copy.deepcopy(value, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from deltaspec.compiler.pickling import rebuild, reduced
+        from deltaspec.compiler.pickling import reduced
 
-        state = (self.capture, self.capture_reason, self.training)
-        return rebuild, (CompiledModel, *reduced(self._attachments), *state)
+        return _rebuild, (*reduced(self._built), self.capture, self.capture_reason, self.training)
+
+
+def _rebuild(
+    backbone: nn.Module, plan: Plan, strengths: Mapping[str, float], capture: str, capture_reason: str, training: bool
+) -> CompiledModel:
+    from deltaspec.compiler.pickling import rebuilt
+
+    compiled = CompiledModel(rebuilt(backbone, plan, strengths, capture), capture, capture_reason)
+    compiled.training = training
+    return compiled

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 from deltaspec.deltas.modules import Delta
 
 if TYPE_CHECKING:
-    from deltaspec.runtime.active import Attachments
+    from deltaspec.deltas.modules import Deltas
+    from deltaspec.library.libraries import Libraries
+    from deltaspec.runtime.active import Active
 
 
 class Restore:
     """What `only` and `detached` give: nothing to do with, or a context that puts the active set back at its end."""
 
-    __slots__ = ("_attachments", "_before", "_strengths")
+    __slots__ = ("_active", "_before", "_strengths")
 
-    def __init__(self, attachments: Attachments) -> None:
-        self._attachments, self._before = attachments, attachments.active
-        self._strengths = attachments.strengths.as_dict()
+    def __init__(self, active: Active) -> None:
+        self._active, self._before, self._strengths = active, active.active, active.strengths.as_dict()
 
     def __enter__(self) -> None:
         return None
@@ -27,28 +28,25 @@ class Restore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._attachments.activate(self._before, strengths=self._strengths)
+        self._active.activate(self._before, strengths=self._strengths)
 
 
 class DeltasView(Mapping[str, Delta]):
     """The deltas of a model that are in memory, by name: the compiled ones, then those of libraries."""
 
-    def __init__(self, attachments: Attachments) -> None:
-        self._attachments = attachments
+    def __init__(self, deltas: Deltas, libraries: Libraries) -> None:
+        self._deltas, self._libraries = deltas, libraries
 
     def __getitem__(self, name: str) -> Delta:
-        own = self._attachments.deltas._modules.get(name)
-        if own is None:
-            return self._attachments.libraries.expose(name)
-        assert isinstance(own, Delta)
-        return own
+        own = self._deltas.get(name)
+        return self._libraries.expose(name) if own is None else own
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._attachments.deltas._modules
-        yield from self._attachments.libraries.loaded
+        yield from (delta.name for delta in self._deltas.held())
+        yield from self._libraries.loaded
 
     def __len__(self) -> int:
-        return len(self._attachments.planned)
+        return sum(1 for _ in self)
 
     def __repr__(self) -> str:
         return f"<deltas: {', '.join(self)}>"

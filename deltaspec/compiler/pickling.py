@@ -3,52 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from deltaspec.backbone.clone import clone
 from deltaspec.backbone.reserved import find
+from deltaspec.compiler.build import assemble, places
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.graphs.symbolic import trace
-from deltaspec.runtime import forward_gate
+from deltaspec.runtime.copies import bare_copy
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from deltaspec.compiler.build import Built
     from deltaspec.planning.plan import Plan
 
 
-def reduced(attachments: Any) -> tuple[Any, ...]:
-    """Return what a pickle holds: the backbone without its installed forwards, and without libraries."""
-    attachments.libraries.refuse_attached(attachments.active, "pickled")
-    twin = clone(attachments.backbone, replace={id(attachments): None})
-    forward_gate.remove(twin)
-    for fqn, module in twin.named_modules():
-        module.__dict__.pop("forward", None)
-        if attachments.original_forward(fqn) is not None:
+def reduced(built: Built) -> tuple[nn.Module, Plan, dict[str, float]]:
+    """Return what a pickle holds: the backbone without its installed forwards, the plan, and what is attached.
+
+    Raise DeltaSpecError where a delta of a library is attached (DS533), or a module has a hook's forward (DS433).
+    """
+    active, shared, host, libraries, _ = built
+    libraries.refuse_attached(active.active, "pickled")
+    for fqn, original in host.originals.items():
+        if original is not None:
             message = f"{fqn or 'the model'} has a forward of its own (another library's hook), which cannot be pickled"
             hint = "remove the hook first (accelerate: remove_hook_from_module), or use c.save(dir)"
             raise DeltaSpecError([Diagnostic("DS433", message, suggestion=hint)])
-    for name in attachments.trained_in_backbone():
+    twin = bare_copy(host)
+    for name in host.trained_in_backbone():
         twin.get_parameter(name).requires_grad = True
-    return twin, attachments.plan, {name: attachments.strengths[name] for name in attachments.active}
+    return twin, shared.plan, {name: active.strengths[name] for name in active.active}
 
 
-def rebuild(
-    kind: Any,
-    backbone: nn.Module,
-    plan: Plan,
-    strengths: Mapping[str, float],
-    capture: str,
-    capture_reason: str,
-    training: bool,
-) -> Any:
-    """Build a compiled model of this class anew."""
-    from deltaspec.compiler.build import assemble, places
-
+def rebuilt(backbone: nn.Module, plan: Plan, strengths: Mapping[str, float], capture: str) -> Built:
+    """Build the parts of a compiled model anew from what a pickle held."""
     found = find(backbone)
     assert found is not None
     graph = trace(backbone, *places(plan))[0] if capture == "symbolic" else None
-    compiled = kind(backbone, *assemble(backbone, found[1], plan, graph, capture, capture_reason))
-    compiled.training = training
-    compiled._attachments.activate(strengths, strengths=strengths)
-    return compiled
+    built = assemble(backbone, found[1], plan, graph)
+    built.active.activate(strengths, strengths=strengths)
+    return built

@@ -6,7 +6,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.findings import DeltaSpecError
-from deltaspec.storage.load import _load, _settled
+from deltaspec.storage.load import settled
 from deltaspec.storage.saved import ENDINGS
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ def restore(
     from deltaspec.compiler.compile import refuse_unusable
 
     refuse_unusable(model, capture)
-    return _settled(directory, lambda saved: _restore(model, saved, capture, example_inputs))
+    return settled(directory, lambda saved: _restore(model, saved, capture, example_inputs))
 
 
 def _restore(model: nn.Module, saved: SavedSet, capture: str, example_inputs: Any) -> CompiledModel:
-    from deltaspec.backbone.fingerprint import structure_fingerprint
+    from deltaspec.backbone.fingerprint import structure_fingerprint, weights_fingerprint
     from deltaspec.backbone.tabulate import tabulate
     from deltaspec.compiler.compile import compile_plan
     from deltaspec.language.load import load as load_spec
@@ -43,10 +43,12 @@ def _restore(model: nn.Module, saved: SavedSet, capture: str, example_inputs: An
         specs = dict.fromkeys(load_spec(saved.path(entry["spec"])) for entry in saved.entries)  # derived ones share one
         planned = plan(model, *specs, example_inputs=example_inputs)
     except DeltaSpecError as error:  # of which another backbone may be the cause
-        found = saved.check_backbone(structure_fingerprint(tabulate(model)), model, type(model).__name__)
+        found = saved.check_backbone(
+            structure_fingerprint(tabulate(model)), lambda: weights_fingerprint(model), type(model).__name__
+        )
         raise DeltaSpecError([*found, *error.diagnostics]) from error
     # Every value comes from the files: no decomposition of a weight, no tokenizer of a text is needed.
     compiled = compile_plan(model, planned, capture, drawn=False)
-    _load(compiled._attachments, saved)
+    compiled._fill(saved)
     compiled.only(saved.attached)
     return compiled

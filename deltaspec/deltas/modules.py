@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
@@ -72,69 +72,78 @@ class Delta(nn.Module):
         return f"{self.name}: {len(self._parameters)} tensors, {count:,} parameters"
 
 
+class Owner(Protocol):
+    """What deltas ask for those that are no modules, and tell of what is done to them."""
+
+    def missing(self, name: str) -> Delta | None:
+        """Return a delta that is no module; None where there is none. Raise KeyError for one that is not in memory."""
+
+    def train(self, mode: bool) -> None:
+        """Put deltas that are no modules into training mode, or out of it."""
+
+    def before_move(self, fn: Any) -> None:
+        """Raise DeltaSpecError where tensors may not be moved or cast now by this function of tensors."""
+
+    def after_move(self, fn: Any) -> None:
+        """Follow tensors that were moved or cast."""
+
+    def after_load(self) -> None:
+        """Follow tensors that `load_state_dict` filled."""
+
+
 class Deltas(Reserved):
-    """All deltas of one backbone, by name. After `.to()`, `.half()` or a load they are bound anew."""
+    """All deltas of one backbone, by name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.attachments: Any = None
+        self.owner: Owner | None = None
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     def add(self, delta: Delta) -> None:
         """Register a delta; any name will do, also one that nn.Module has as a method."""
         self._modules[delta.name] = delta
 
-    def __getitem__(self, name: str) -> Delta:
+    def get(self, name: str) -> Delta | None:
+        """Return a delta that is a module here; None where there is none."""
         found = self._modules.get(name)
-        if found is None and self.attachments is not None:
-            found = self._of_library(name)
-        if found is None:
-            raise KeyError(name)
-        assert isinstance(found, Delta)
+        assert found is None or isinstance(found, Delta)
         return found
 
-    def _of_library(self, name: str) -> Delta:
-        """Return a delta of a library; views that are not the first have modules of their own for them."""
-        held: Delta = self.attachments.libraries.delta(name)
-        if self is self.attachments.stacks.home:
-            return held
-        shown: dict[str, Delta] = self.attachments.shown
-        if name not in shown or shown[name]._parameters is not held._parameters:
-            shown[name] = beside(held, self.training)
-        return shown[name]
+    def held(self) -> Iterator[Delta]:
+        """Yield all deltas that are modules here."""
+        for delta in self._modules.values():
+            assert isinstance(delta, Delta)
+            yield delta
+
+    def __getitem__(self, name: str) -> Delta:
+        found = self.get(name)
+        if found is None and self.owner is not None:
+            found = self.owner.missing(name)
+        if found is None:
+            raise KeyError(name)
+        return found
 
     def __getattr__(self, name: str) -> Any:
         # A traced graph reads a delta's tensors by path; one of a library is no submodule.
-        attachments = self.__dict__.get("attachments")
-        if attachments is not None and name not in self._modules and name in attachments.libraries:
-            return self[name]
+        owner = self.__dict__.get("owner")
+        if owner is not None and name not in self._modules and (found := owner.missing(name)) is not None:
+            return found
         return super().__getattr__(name)
 
     def train(self, mode: bool = True) -> Deltas:
         """Put all deltas into training mode, or out of it."""
         super().train(mode)
-        if self.attachments is not None:
-            if self is self.attachments.stacks.home:
-                self.attachments.stacks.train(mode)
-            for delta in self.attachments.shown.values():
-                delta.train(mode)
+        if self.owner is not None:
+            self.owner.train(mode)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        attachments = self.attachments
-        if attachments is not None:
-            attachments.family.refuse_moving(attachments, fn)
+        if self.owner is not None:
+            self.owner.before_move(fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if attachments is not None and not attachments.family.others(attachments):
-            attachments.libraries.moved()
-            attachments.stacks.apply(fn)
-        self._changed()
+        if self.owner is not None:
+            self.owner.after_move(fn)
         return self
-
-    def _changed(self) -> None:
-        if self.attachments is not None:
-            self.attachments.rebind()
-            self.attachments.family.bind_others(self.attachments)
 
 
 def beside(delta: Delta, training: bool) -> Delta:
@@ -147,6 +156,5 @@ def beside(delta: Delta, training: bool) -> Delta:
 
 def _after_load(deltas: nn.Module, _: Any) -> None:
     assert isinstance(deltas, Deltas)
-    if deltas.attachments is not None:
-        deltas.attachments.loaded()
-    deltas._changed()
+    if deltas.owner is not None:
+        deltas.owner.after_load()

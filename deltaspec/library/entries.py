@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deltaspec.backbone.fingerprint import weights_fingerprint
 from deltaspec.deltas.initial import build_delta
 from deltaspec.deltas.stack import Layout
 from deltaspec.diagnostics.findings import DeltaSpecError
@@ -21,9 +20,11 @@ from deltaspec.storage.saved import MANIFEST, SavedSet
 
 if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Diagnostic
+    from deltaspec.planning.plan import Plan
     from deltaspec.planning.planned import PlannedDelta
-    from deltaspec.runtime.active import Attachments
-    from deltaspec.runtime.shared import Family
+    from deltaspec.runtime.host import Host
+    from deltaspec.runtime.ports import View
+    from deltaspec.runtime.shared import Shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class SavedDelta:
         return str(self.saved.folder)
 
 
-def entries_in(directory: str | PathLike[str], attachments: Attachments, by: str) -> dict[str, SavedDelta]:
+def entries_in(directory: str | PathLike[str], view: View, plan: Plan, by: str) -> dict[str, SavedDelta]:
     """Read the manifests of a directory written by `save`, or of all such directories in it, in their order.
 
     Raises DeltaSpecError with the findings of all: a manifest that is broken (DS521, DS522) or for another backbone
@@ -52,12 +53,11 @@ def entries_in(directory: str | PathLike[str], attachments: Attachments, by: str
     folders = [root]
     if not (root / MANIFEST).exists() and root.is_dir():
         folders = sorted(path for path in root.iterdir() if (path / MANIFEST).exists()) or [root]
-    backbone, plan = attachments.backbone, attachments.plan
     weights: list[str | None] = []
 
     def weights_of() -> str | None:
         if not weights:
-            weights.append(weights_fingerprint(backbone))
+            weights.append(view.weights_fingerprint())
         return weights[0]
 
     findings: list[Diagnostic] = []
@@ -68,7 +68,7 @@ def entries_in(directory: str | PathLike[str], attachments: Attachments, by: str
         except DeltaSpecError as error:
             findings += error.diagnostics
             continue
-        findings += saved.check_fingerprints(plan.structure, weights_of, plan.model_class)
+        findings += saved.check_backbone(plan.structure, weights_of, plan.model_class)
         for own in saved.names:
             name = own
             if by == "folder":
@@ -158,8 +158,8 @@ class Contents:
 class Reader:
     """Reads and checks entries; what many have in common is looked at once."""
 
-    def __init__(self, family: Family, example_inputs: Any) -> None:
-        self._family, self.inputs = family, example_inputs
+    def __init__(self, shared: Shared, example_inputs: Any) -> None:
+        self._shared, self.inputs = shared, example_inputs
         self._templates: dict[str, Template] = {}
         self._contents: dict[tuple[bytes, Template], Contents] = {}
         """By header of the file."""
@@ -207,24 +207,28 @@ class Reader:
         from deltaspec.language.load import load
         from deltaspec.planning.resolve import resolve
 
-        attachments = self._family.one()
+        shared = self._shared
         spec = load(data)
-        plan = resolve((spec,), attachments.plan.table, self._observed())
+        plan = resolve((spec,), shared.plan.table, self._observed())
         # What a derived delta was computed to be is in its tensors.
         planned = replace(plan[name], attached=False, derived=None)
-        delta = build_delta(planned, 0, attachments.backbone, drawn=False)
+        delta = build_delta(planned, 0, self._host().backbone, drawn=False)
         tensors = dict(delta.tensors())
         buffers = frozenset(key for key, tensor in tensors.items() if not isinstance(tensor, nn.Parameter))
         empty = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
         size = sum(tensor.nbytes for tensor in tensors.values())
         return Template(planned, empty, Layout.of(tensors), buffers, size)
 
+    def _host(self) -> Host:
+        """Return that of any view: what is read of it is the same in all."""
+        return self._shared.any_view().host
+
     def _observed(self) -> Any:
         from deltaspec.backbone.observe import Observations
-        from deltaspec.transforms.merge import without_deltas
+        from deltaspec.runtime.copies import without_deltas
 
         if self._observations is None:
-            self._observations = Observations(without_deltas(self._family.one()), self.inputs)
+            self._observations = Observations(without_deltas(self._host()), self.inputs)
         return self._observations
 
     def read(self, entry: SavedDelta, template: Template, findings: list[Diagnostic]) -> tuple[mmap, Contents] | None:

@@ -24,15 +24,15 @@ from deltaspec.library.opened import Opened, Staged, limits
 if TYPE_CHECKING:
     from deltaspec.deltas.modules import Delta
     from deltaspec.library.entries import Template
-    from deltaspec.runtime.active import Attachments
-    from deltaspec.runtime.shared import Family
+    from deltaspec.runtime.ports import View
+    from deltaspec.runtime.shared import Shared
 
 
 class Libraries:
     """All libraries of one model, and of all its views."""
 
-    def __init__(self, family: Family) -> None:
-        self._family = family
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
         self.opened: list[Opened] = []
         self._of: dict[str, Opened] = {}
         """The directory of each known name."""
@@ -40,23 +40,18 @@ class Libraries:
         """Names whose tensors a user was given."""
         self._pinned: dict[int, tuple[str, ...]] = {}
         """What each prepared assignment to rows names."""
-        self._lock = family.lock
+        self._lock = shared.lock
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Libraries:
         """Copy with what is loaded; directories are shared."""
-        twin = type(self)(memo[id(self._family)])
+        twin = type(self)(memo[id(self._shared)])
         memo[id(self)] = twin
         for opened in self.opened:
-            reader = Reader(twin._family, opened.reader.inputs)
+            reader = Reader(twin._shared, opened.reader.inputs)
             copied = replace(opened, reader=reader, loaded=OrderedDict(opened.loaded))
             twin.opened.append(copied)
             twin._of.update(dict.fromkeys(copied.entries, copied))
         return twin
-
-    @property
-    def _attachments(self) -> Attachments:
-        """Those of some view: what is used here is common to all."""
-        return self._family.one()
 
     def __contains__(self, name: object) -> bool:
         return name in self._of
@@ -72,12 +67,12 @@ class Libraries:
             raise ValueError(f"by is 'delta' or 'folder', not {by!r}")
         count, size = limits(limit)
         with self._lock:
-            attachments = self._attachments
-            entries = entries_in(directory, attachments, by)
+            shared = self._shared
+            entries = entries_in(directory, shared.any_view(), shared.plan, by)
             findings = []
             for name, entry in entries.items():
                 other = self._of.get(name)
-                if other is not None or name in attachments.order:
+                if other is not None or name in shared.order:
                     where = "was compiled into this model" if other is None else f"is in the library {other.directory}"
                     message = f"the delta {name!r} of {entry.place} has the name of one that {where}"
                     hint = 'name them by their directories: c.library(dir, by="folder")'
@@ -86,11 +81,11 @@ class Libraries:
                     findings.append(entry.saved.finding("DS530", message, hint))
             if findings:
                 raise DeltaSpecError(findings)
-            opened = Opened(str(directory), entries, Reader(self._family, example_inputs), count, size)
+            opened = Opened(str(directory), entries, Reader(self._shared, example_inputs), count, size)
             self.opened.append(opened)
             self._of.update(dict.fromkeys(entries, opened))
-            first = max(attachments.order.values(), default=-1) + 1
-            attachments.order.update({name: first + index for index, name in enumerate(entries)})
+            first = max(shared.order.values(), default=-1) + 1
+            shared.order.update({name: first + index for index, name in enumerate(entries)})
             return opened
 
     def refuse_attached(self, active: Iterable[str], what: str) -> None:
@@ -109,10 +104,10 @@ class Libraries:
             self.drop(opened, tuple(opened.loaded))
             self.opened.remove(opened)
             for name in opened.entries:
-                del self._of[name], self._attachments.order[name]
+                del self._of[name], self._shared.order[name]
             opened.entries = {}
 
-    def require(self, names: Iterable[str], *, leaving: Attachments | None = None) -> None:
+    def require(self, names: Iterable[str], *, leaving: View | None = None) -> None:
         """Load those of these deltas that are in libraries and not in memory; all or none.
 
         `leaving`: what is attached in this view will not be in a moment, unless it is among these.
@@ -141,7 +136,7 @@ class Libraries:
                 self.touch(asked[opened])
 
     @contextmanager
-    def in_memory(self, names: Iterable[str], view: Attachments) -> Iterator[None]:
+    def in_memory(self, names: Iterable[str], view: View) -> Iterator[None]:
         """Have these deltas in memory for what attaches them in a view; those that leave go afterwards."""
         if not self.opened:
             yield
@@ -153,7 +148,7 @@ class Libraries:
             self._trim()
 
     def _staged(
-        self, opened: Opened, wanted: Iterable[str], findings: list[Diagnostic], leaving: Attachments | None
+        self, opened: Opened, wanted: Iterable[str], findings: list[Diagnostic], leaving: View | None
     ) -> list[Staged]:
         """Read and check what is not in memory."""
         staged, before = [], len(findings)
@@ -188,13 +183,13 @@ class Libraries:
 
     @torch.no_grad()
     def _take_in(self, opened: Opened, new: list[Staged]) -> None:
-        attachments = self._attachments
+        shared = self._shared
         left = Counter(staged.template for staged in new)
         for staged in new:
             template = staged.template
             planned = replace(template.planned, name=staged.name)
-            attachments.add(planned, proven=opened.reader.proven)
-            stack, row = attachments.stacks.hold(staged.name, template.layout, left[template], opened.count)
+            shared.add(planned, proven=opened.reader.proven)
+            stack, row = shared.stacks.hold(staged.name, template.layout, left[template], opened.count)
             left[template] -= 1
             for piece, group, offset in staged.contents.moves(template.layout):
                 stack.flats[group][row, offset : offset + piece.count].copy_(piece.of(staged.file))
@@ -223,10 +218,10 @@ class Libraries:
                     self._forget(opened, name)
 
     def _forget(self, opened: Opened, name: str) -> None:
-        if not self._attachments.discard(name):
+        if not self._shared.discard(name):
             return
         del opened.loaded[name]
-        self._attachments.stacks.drop(name, again=name not in self._exposed)
+        self._shared.stacks.drop(name, again=name not in self._exposed)
         self._exposed.discard(name)
 
     def _trained(self, opened: Opened) -> list[str]:
@@ -248,9 +243,9 @@ class Libraries:
     def _in_rows(self) -> set[str]:
         return {name for names in list(self._pinned.values()) for name in names}
 
-    def _kept(self, opened: Opened, leaving: Attachments | None = None) -> set[str]:
+    def _kept(self, opened: Opened, leaving: View | None = None) -> set[str]:
         """Return the names of loaded deltas that must not be dropped."""
-        active = self._family.attached(leaving)
+        active = self._shared.attached(leaving)
         return {*active, *self._in_rows(), *self._trained(opened)} & opened.loaded.keys()
 
     def touch(self, names: Iterable[str]) -> None:
@@ -266,7 +261,7 @@ class Libraries:
             template = None if opened is None else opened.loaded.get(name)
             if template is None:
                 raise KeyError(name)
-            return self._attachments.stacks.show(name, template.buffers)
+            return self._shared.stacks.show(name, template.buffers)
 
     def expose(self, name: str) -> Delta:
         """Return a loaded delta to a user, who may keep its tensors: their memory is not written again."""

@@ -35,7 +35,7 @@ class Opened:
 
     def use(self, name: str) -> None:
         """Note that a delta is used now."""
-        with suppress(KeyError):  # another view dropped it just now; `Attachments.switch` sees that
+        with suppress(KeyError):  # another view dropped it just now; `Active.switch` sees that
             self.loaded.move_to_end(name)
 
     def exceeds(self, templates: Iterable[Template]) -> bool:

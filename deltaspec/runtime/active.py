@@ -1,113 +1,81 @@
-"""Attaching and detaching: which deltas act right now, and the state of the backbone that goes with it."""
+"""Attaching and detaching: which deltas of a view act right now, and the state of the backbone that goes with it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Self
 
-from deltaspec.backbone.frozen import BufferGuard, Flags
-from deltaspec.deltas.stacks import Stacks
-from deltaspec.planning.conflicts import Rivals
+from deltaspec.backbone.fingerprint import weights_fingerprint
+from deltaspec.deltas.combine import behind, refresh
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.runtime.checkpointing import Recomputation
-from deltaspec.runtime.forward_gate import ForwardGate, install
+from deltaspec.runtime.owner import ViewOwner
 from deltaspec.runtime.program_builder import ProgramBuilder
 from deltaspec.runtime.proving import FirstForward
-from deltaspec.runtime.shared import Family, Known
 
 if TYPE_CHECKING:
-    from torch import Tensor, fx, nn
+    from torch import fx
 
-    from deltaspec.deltas.modules import Delta, Deltas
-    from deltaspec.planning.plan import Plan
-    from deltaspec.planning.planned import PlannedDelta
-    from deltaspec.runtime.ports import Ports
-    from deltaspec.runtime.program import Forward, Places, Program
+    from deltaspec.backbone.observe import Observation
+    from deltaspec.runtime.host import Host
+    from deltaspec.runtime.ports import Residency, RowSwitch
+    from deltaspec.runtime.program import Footprint, Forward, Program
+    from deltaspec.runtime.shared import Shared
 
 
 _PROGRAMS = 1024
 """Programs that are kept at least."""
 
 
-class Attachments(Known):
-    """The deltas of one backbone clone and the set of them that is attached."""
+class Active:
+    """The set of deltas that is attached in one view, and the programs of those that were."""
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        deltas: Deltas,
-        plan: Plan,
-        graph: fx.Graph | None,
-        ports: Ports,
-        beside: Attachments | None = None,
-    ) -> None:
-        """Nothing is attached yet. `beside`: those of another view, to share what does not depend on the view."""
-        self.backbone, self.deltas, self.plan, self.graph = backbone, deltas, plan, graph
-        self.ports = ports
-        self.gate = ForwardGate()
+    rows: RowSwitch
+    """What runs rows under different deltas in this view; whoever makes the view puts it in."""
+
+    def __init__(self, shared: Shared, host: Host, residency: Residency, graph: fx.Graph | None) -> None:
+        """Nothing is attached yet. `graph` is the whole model's, where it was traced."""
+        self.shared, self.host, self.residency = shared, host, residency
+        self.gate = host.gate
         self.active: tuple[str, ...] = ()
-        if beside is None:
-            self.family = Family()
-            self.planned = {planned.name: planned for planned in plan.deltas}
-            """Those that are in memory: the plan's, and what was loaded from libraries."""
-            self.order = {name: index for index, name in enumerate(self.planned)}
-            """Of application, of all known names."""
-            self.stacks = Stacks(deltas, self.planned, self.family.is_read, self.family.is_idle)
-            self.libraries = ports.residency(self.family)
-            self._rivals = Rivals(plan.deltas)
-            self.unproven = set() if plan.proven else set(self.order)
-            """Deltas whose sites no forward was seen to reach yet."""
-        else:
-            self.family, self.planned, self.order = beside.family, beside.planned, beside.order
-            self.stacks, self.libraries = beside.stacks, beside.libraries
-            self._rivals, self.unproven = beside._rivals, beside.unproven
-        self.builder = ProgramBuilder(backbone, deltas, self.planned, graph)
+        """Names of the attached deltas, in order of application."""
+        self.builder = ProgramBuilder(host, shared.placements, graph)
         self.strengths = self.builder.strengths
-        self._programs: dict[tuple[tuple[str, ...], tuple[str, ...]], Program] = {}
-        """By the active set, in the order of the spec, and those of it that are not at their full strength."""
-        self._ready: dict[tuple[str, ...], Program] = {}
-        """By names as they were given, checked; those of active sets that need nothing but their program."""
-        self._installed: Program | None = None
-        """That of the active set, once it is known."""
-        self._places: dict[frozenset[int], Places] = {}
-        self.shown: dict[str, Delta] = {}
-        """Deltas of libraries, as modules of this view."""
-        self._derived = frozenset(planned.name for planned in plan.deltas if planned.derived is not None)
-        modules = self.builder.modules.values()
-        self._flags, self._buffers = Flags(modules), BufferGuard(modules)
-        self.mixer = ports.rows(self)
+        self._derived = frozenset(planned.name for planned in shared.plan.deltas if planned.derived is not None)
         self._join()
 
     def _join(self) -> None:
-        """Take part in what is decided by thread and by view."""
-        self.gate.after = Recomputation(self.builder.modules.values(), self.state).after
-        self.gate.moving = self._moving
-        install(self.backbone, self.gate)
-        self.family.add(self)
+        """Start with no program, and take part in what is decided by thread and by view."""
+        self._programs: dict[tuple[tuple[str, ...], tuple[str, ...]], Program] = {}
+        """Programs by the active set, in order of application, and those of it that are not at full strength."""
+        self._ready: dict[tuple[str, ...], Program] = {}
+        """Programs by names as they were given, checked, for active sets that need nothing but their program."""
+        self._footprints: dict[frozenset[int], Footprint] = {}
+        self._installed: Program | None = None
+        """Program of the active set, once it is known."""
+        host = self.host
+        self.owner = host.deltas.owner = ViewOwner(self, self.shared, host, self.residency)
+        host.open_gate(Recomputation(host.modules.values(), self.state).after, self.owner.before_move)
+        self.shared.add_view(self, self.host.deltas)
 
-    def _moving(self, fn: Any) -> None:
-        self.family.refuse_moving(self, fn)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Attachments:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy together with the backbone; what is plain data is shared, programs are made anew."""
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        memo[id(self.planned)], memo[id(self.order)] = dict(self.planned), dict(self.order)
-        # A copy of a view is a model of its own.
-        memo[id(self.stacks.home)] = copy.deepcopy(self.deltas, memo)
-        memo[id(self.family)] = family = Family()
-        shared = ("plan", "graph", "active", "ports")
-        made = ("_programs", "_ready", "_places", "shown")
-        for name, value in self.__dict__.items():
-            if name not in ("mixer", "_installed"):
-                twin.__dict__[name] = value if name in shared else {} if name in made else copy.deepcopy(value, memo)
-        twin.mixer, twin._installed = self.ports.rows(twin), None
-        twin.stacks.is_read, twin.stacks.is_idle = family.is_read, family.is_idle
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.host = copy.deepcopy(self.host, memo)
+        twin.shared = self.shared.copy_around(twin.host.deltas, memo)
+        twin.residency = copy.deepcopy(self.residency, memo)
+        twin.gate, twin.active, twin._derived = twin.host.gate, self.active, self._derived
+        twin.strengths = copy.deepcopy(self.strengths, memo)
+        twin.builder = ProgramBuilder(twin.host, twin.shared.placements, self.builder.graph, twin.strengths)
+        twin.rows = copy.deepcopy(self.rows, memo)
         twin._join()
-        twin._flags.moved = twin._buffers.moved = True
+        memo[id(self.owner)] = twin.owner
         return twin
 
-    def switch(self, names: tuple[str, ...]) -> bool:
+    # Switching
+
+    def switch(self, names: tuple[Any, ...]) -> bool:
         """Make exactly these deltas act at full strength, in whatever order, if they did before; return whether.
 
         The cost is a dictionary entry a host; it does not depend on how many deltas there are.
@@ -118,7 +86,7 @@ class Attachments(Known):
             return False
         if new is None:
             return False
-        if new.names == self.active and (names or not self.mixer.armed) and not self.strengths:
+        if new.names == self.active and (names or not self.rows.installed) and not self.strengths:
             return True
         gate = self.gate
         with gate.lock:
@@ -129,13 +97,13 @@ class Attachments(Known):
                 if self.strengths:
                     return False
                 if new.names == self.active:
-                    self.disarm()
+                    self.remove_rows()
                 else:
-                    self._exchange(new)
+                    self._install(new)
             finally:
                 gate.closed = closed
         # Another view may have dropped a delta of a library just before this one claimed it by `active`.
-        return not self.libraries.opened or self._ready.get(names) is new
+        return not self.residency.opened or self._ready.get(names) is new
 
     def activate(
         self, names: Iterable[str], anew: Collection[str] = (), strengths: Mapping[str, float] | None = None
@@ -148,153 +116,169 @@ class Attachments(Known):
         names, values = tuple(names), strengths or {}
         if not values and self.switch(names):
             return
-        with self.gate.switching(), self.family.lock, self.libraries.in_memory(names, self):
-            wanted = tuple(sorted(set(names), key=self.order.__getitem__))
+        shared = self.shared
+        with self.gate.switching(), shared.lock, self.residency.in_memory(names, self):
+            wanted = tuple(sorted(set(names), key=shared.order.__getitem__))
             scaled = tuple(name for name in wanted if values.get(name, 1.0) != 1.0)
-            self.refuse_strengths(scaled)
+            shared.refuse_strengths(scaled)
             new = self.program(wanted, scaled)
             self.derive(name for name in wanted if name not in self.active or name in anew)
             old = self._current()
             self.strengths.set({name: values[name] for name in scaled})
             if new is not old:
-                self._exchange(new)
+                self._install(new)
             elif not wanted:
-                self.disarm()
+                self.remove_rows()
             if self._derived.isdisjoint(wanted) and not scaled:
                 self._ready[names] = self._ready[wanted] = new
                 self._bound(self._ready)
 
-    def _bound(self, programs: dict[Any, Program]) -> None:
-        """Forget the programs made first, where there are many more than deltas: each holds what it binds."""
-        limit = max(_PROGRAMS, 2 * len(self.planned))
-        while len(programs) > limit:
-            del programs[next(names for names, program in programs.items() if program.names != self.active)]
+    def follow(self, other: Active) -> None:
+        """Attach what is attached in another view, as it is."""
+        self._current()
+        self.strengths.set(other.strengths.as_dict(other.active))
+        self._install(self.program(other.active, self.strengths.scaled(other.active)))
 
-    def add(self, planned: PlannedDelta, *, proven: bool) -> None:
-        """Take in a delta that is no module of the backbone."""
-        self.planned[planned.name] = planned
-        self._rivals.add(planned)
-        if not proven:
-            self.unproven.add(planned.name)
-
-    def discard(self, name: str) -> bool:
-        """Forget such a delta, whose name stays known; return False where a view is just being switched to it."""
-        views = self.family.views()
-        for view in views:
-            _forget(view._ready, name)
-        if name in self.family.attached():
-            return False
-        for view in views:
-            _forget(view._programs, name)
-            view.shown.pop(name, None)
-            view.builder.discard(name)
-        del self.planned[name]
-        self._rivals.discard(name)
-        self.unproven.discard(name)
-        return True
+    def program(self, names: tuple[str, ...], scaled: tuple[str, ...] = ()) -> Program:
+        """Return the program of an active set, made and checked at its first use."""
+        found = self._programs.get((names, scaled))
+        if found is None:
+            self.shared.refuse_rivals(names)
+            watch = None if self.shared.unproven.isdisjoint(names) else self._watched
+            found = self.builder.build(names, watch, scaled)
+            found.finish(names, self._footprints)
+            self._programs[names, scaled] = found
+            self._bound(self._programs)
+        return found
 
     def _current(self) -> Program:
         if self._installed is None:
             self._installed = self.program(self.active, self.strengths.scaled(self.active))
         return self._installed
 
-    def _exchange(self, new: Program) -> None:
+    def _install(self, new: Program) -> None:
         """Put a program in the place of the current one, and the backbone's state with it."""
         old = self._installed or self._current()
-        armed = self.mixer.disarm()
-        if old.names or armed:
-            self._buffers.restore()
+        with_rows = self.rows.remove()
+        if old.names or with_rows:
+            self.host.restore_buffers()
         else:
-            self._buffers.watch()
-            self._flags.freeze()
+            self.host.freeze()
         new.install(old)
         self.active, self._installed = new.names, new
-        if self.libraries.opened:
-            self.libraries.touch(new.names)
+        if self.residency.opened:
+            self.residency.touch(new.names)
         if not new.names:
-            self._flags.thaw()
-        elif armed:
-            self.mixer.arm()
+            self.host.thaw()
+        elif with_rows:
+            self.rows.install()
 
-    def follow(self, other: Attachments) -> None:
-        """Attach what is attached in another view, as it is."""
-        self._current()
-        self.strengths.set(other.strengths.as_dict(other.active))
-        self._exchange(self.program(other.active, self.strengths.scaled(other.active)))
+    def _bound(self, programs: dict[Any, Program]) -> None:
+        """Forget the programs made first, where there are many more than deltas: each holds what it binds."""
+        limit = max(_PROGRAMS, 2 * len(self.shared.planned))
+        while len(programs) > limit:
+            del programs[next(names for names, program in programs.items() if program.names != self.active)]
 
-    def state(self) -> tuple[tuple[str, ...], dict[str, float], Any]:
-        """Return all that decides which deltas a forward has: (attached, strengths, rows)."""
-        return self.active, self.strengths.as_dict(), self.mixer.running
+    def unready(self, name: str) -> None:
+        """Let no switch to a delta be quick any more."""
+        _forget(self._ready, name)
 
-    def kept_buffers(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-        """Yield what buffers will be when nothing is attached: (module's FQN, name, the buffer, its value)."""
-        homes = {id(module._buffers): fqn for fqn, module in self.builder.modules.items()}
-        for home, name, buffer, value in self._buffers.kept():
-            yield homes[id(home)], name, buffer, value
-
-    def buffers_without_deltas(self) -> dict[tuple[str, str], Tensor]:
-        """Return what the buffers are kept as while something is attached, by module's FQN and name."""
-        acting = self.active or self.mixer.armed
-        return {(fqn, name): value for fqn, name, _, value in self.kept_buffers()} if acting else {}
-
-    def prepare(self) -> None:
-        """Do `arm`, unless a forward runs."""
-        if not self.mixer.armed:
-            with self.gate.switching():
-                self.arm()
-
-    def arm(self) -> None:
-        """Make the backbone ready for rows under different deltas."""
-        if not self.active and not self.mixer.armed:
-            self._buffers.watch()
-            self._flags.freeze()
-        self.mixer.arm()
-
-    def disarm(self) -> None:
-        """Undo `arm`."""
-        if self.mixer.disarm():
-            self._buffers.restore()
-            if not self.active:
-                self._flags.thaw()
-
-    def program(self, names: tuple[str, ...], scaled: tuple[str, ...] = ()) -> Program:
-        """Return the program of an active set, made and checked at its first use."""
-        found = self._programs.get((names, scaled))
-        if found is None:
-            self.refuse_rivals(names)
-            watch = None if self.unproven.isdisjoint(names) else self._watched
-            found = self.builder.build(names, watch, scaled)
-            found.settle(names, self._places)
-            self._programs[names, scaled] = found
-            self._bound(self._programs)
-        return found
-
-    def loaded(self) -> None:
-        """Keep what `load_state_dict` put into the backbone's buffers."""
-        self._buffers.loaded()
+    def forget(self, name: str) -> None:
+        """Forget all that was made for a delta."""
+        _forget(self._programs, name)
+        self.owner.view_modules.pop(name, None)
 
     def rebind(self) -> None:
         """Bind tensors anew after they were moved, cast or replaced."""
-        with self.gate.lock, self.family.lock:
-            armed = self.mixer.disarm()
+        with self.gate.lock, self.shared.lock:
+            with_rows = self.rows.remove()
             old = self._current()
             self._programs.clear()
             self._ready.clear()
-            self.shown.clear()
-            self.mixer.forget()
-            self._flags.moved = self._buffers.moved = True
+            self.owner.view_modules.clear()
+            self.rows.forget()
+            self.host.follow_moves()
             self._installed = None
             self._current().install(old)
-            if armed:
-                self.mixer.arm()
+            if with_rows:
+                self.rows.install()
 
-    def trained_in_backbone(self) -> set[str]:
-        """Return the names of the backbone parameters that are in training whenever nothing is attached."""
-        thawed = {id(p) for p in self._flags.thawed()}
-        return {name for name, p in self.backbone.named_parameters() if id(p) in thawed}
+    # Rows under different deltas
+
+    def prepare_rows(self) -> None:
+        """Do `install_rows`, unless that is done."""
+        if not self.rows.installed:
+            with self.gate.switching():
+                self.install_rows()
+
+    def install_rows(self) -> None:
+        """Make the backbone ready for rows under different deltas."""
+        if not self.active and not self.rows.installed:
+            self.host.freeze()
+        self.rows.install()
+
+    def remove_rows(self) -> None:
+        """Undo `install_rows`."""
+        if self.rows.remove():
+            self.host.restore_buffers()
+            if not self.active:
+                self.host.thaw()
+
+    # What is known of the attached deltas
+
+    @property
+    def acts(self) -> bool:
+        """Whether deltas act, or may act by row."""
+        return bool(self.active) or self.rows.installed
+
+    def state(self) -> tuple[tuple[str, ...], dict[str, float], Any]:
+        """Return all that decides which deltas a forward has: (attached, strengths, rows)."""
+        return self.active, self.strengths.as_dict(), self.rows.running
+
+    def weights_fingerprint(self) -> str | None:
+        """Digest the backbone's weights and buffers, as they are without any delta; see `backbone.fingerprint`."""
+        # A forward may have written into buffers since something was attached; then they count as they were.
+        kept = {(fqn, name): value for fqn, name, _, value in self.host.kept_buffers()} if self.acts else {}
+        return weights_fingerprint(self.host.backbone, kept)
+
+    def require(self, names: Collection[str]) -> None:
+        """Have these deltas in memory, loaded if need be. Raise UnknownDeltaError, DeltaSpecError."""
+        self.shared.require_known(names)
+        self.residency.require(names)
+
+    def derive(self, names: Iterable[str]) -> None:
+        """Compute those of these deltas that are derived anew, from their sources as they are now."""
+        if self._derived:
+            host = self.host
+            refresh(host.backbone, host.deltas, self.shared.plan, [name for name in names if name in self._derived])
+
+    def derive_detached(self) -> None:
+        """Compute the derived deltas that are not attached anew."""
+        self.derive(name for name in self.shared.order if name not in self.active)
+
+    def behind(self) -> list[str]:
+        """Return the names of the attached derived deltas whose sources have changed since they were computed."""
+        attached = [name for name in self.active if name in self._derived]
+        return behind(self.host.backbone, self.host.deltas, self.shared.plan, attached)
+
+    def require_proof(self) -> None:
+        """Refuse to be traced (torch.compile, torch.export) before any forward proved the active sites (DS440)."""
+        if not self.is_proven():
+            message = "no forward has shown yet that the attached deltas are reached, and a trace cannot show it"
+            hint = "pass example_inputs to deltaspec.compile, or call the model once before torch.compile or export"
+            raise DeltaSpecError([Diagnostic("DS440", message, suggestion=hint)])
+
+    def is_proven(self) -> bool:
+        """Return whether some forward reached the sites of all attached deltas."""
+        return self.shared.unproven.isdisjoint(self.active)
+
+    def prove(self, seen: dict[str, Observation]) -> None:
+        """Take what a forward was seen to do: refuse attached deltas that it bypassed (DS437), and watch no more."""
+        self.shared.prove_reached(seen, self.active)
+        self.rebind()
 
     def _watched(self, forward: Forward) -> Forward:
-        return FirstForward(self, forward).run
+        return FirstForward(self.host.backbone, forward, self.is_proven, self.prove).run
 
 
 def _forget(programs: dict[Any, Program], name: str) -> None:

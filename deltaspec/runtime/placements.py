@@ -27,12 +27,12 @@ class Placement:
 class Placements(dict[str, dict[str, list[Placement]]]):
     """Placements of deltas, by host; worked out when they are first asked for."""
 
-    def __init__(self, planned: Mapping[str, PlannedDelta] | None = None) -> None:
+    def __init__(self, planned: Mapping[str, PlannedDelta]) -> None:
         super().__init__()
-        self.planned = planned or {}
+        self._planned = planned
 
     def __missing__(self, name: str) -> dict[str, list[Placement]]:
-        planned = self.planned[name]
+        planned = self._planned[name]
         method = methods()[planned.method]
         found: dict[str, list[Placement]] = {}
         for site in planned.sites:
@@ -40,6 +40,10 @@ class Placements(dict[str, dict[str, list[Placement]]]):
             found.setdefault(host_of(site.site), []).append(placement)
         self[name] = found
         return found
+
+    def of(self, name: str) -> list[Placement]:
+        """Return all placements of one delta."""
+        return [placement for placements in self[name].values() for placement in placements]
 
 
 def host_of(site: Site) -> str:

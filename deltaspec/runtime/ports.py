@@ -1,70 +1,76 @@
-"""What the runtime asks of those above it: libraries that load deltas, and rows under different ones."""
+"""What the runtime asks of those above it: whoever loads deltas when they are needed, and whoever runs rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from deltaspec.deltas.modules import Delta
+    from deltaspec.runtime.forward_gate import ForwardGate
+    from deltaspec.runtime.host import Host
 
 
 class View(Protocol):
-    """One of the views that share deltas."""
+    """An active set, as far as the views that share its deltas know it."""
 
     active: tuple[str, ...]
-    deltas: Any
-    stacks: Any
-    gate: Any
+    gate: ForwardGate
+    host: Host
+
+    def unready(self, name: str) -> None:
+        """Let no switch to a delta be quick any more."""
+
+    def forget(self, name: str) -> None:
+        """Forget all that was made for a delta."""
+
+    def weights_fingerprint(self) -> str | None:
+        """Digest the backbone's weights and buffers, as they are without any delta."""
 
     def rebind(self) -> None:
         """Bind tensors anew."""
 
 
 class Residency(Protocol):
-    """Has deltas in memory when they are needed."""
+    """Has deltas that are no modules of the backbone in memory when they are needed."""
 
     opened: list[Any]
+    """Where they come from; empty while there are none, which is quick to see."""
 
     def __contains__(self, name: object) -> bool: ...
 
-    def delta(self, name: str) -> Any:
-        """Return a delta that is in memory as a module."""
+    def delta(self, name: str) -> Delta:
+        """Return one that is in memory as a module. Raise KeyError for one that is not."""
 
-    def in_memory(self, names: Iterable[str], view: Any) -> AbstractContextManager[None]:
-        """Have deltas in memory for what attaches them."""
+    def in_memory(self, names: Iterable[str], view: View) -> AbstractContextManager[None]:
+        """Have them in memory for what attaches them in a view."""
 
     def moved(self) -> None:
         """Follow the backbone to another device or dtype."""
 
     def require(self, names: Iterable[str]) -> None:
-        """Have deltas in memory."""
+        """Have them in memory, all or none. Raise DeltaSpecError with all findings."""
 
     def touch(self, names: Iterable[str]) -> None:
-        """Note that deltas are used now."""
+        """Note that they are used now."""
 
 
 class RowSwitch(Protocol):
-    """Runs rows under different deltas."""
+    """Runs the rows of a batch under different deltas."""
 
     running: Any
+    """What the forward that runs now has of rows; None where it has none."""
 
     @property
-    def armed(self) -> bool:
-        """Whether it is installed."""
+    def installed(self) -> bool:
+        """Whether its forwards are in the backbone."""
 
-    def arm(self) -> None:
-        """Install it."""
+    def install(self) -> None:
+        """Put its forwards in, over what is attached."""
 
-    def disarm(self) -> bool:
-        """Take it out; return whether it was in."""
+    def remove(self) -> bool:
+        """Take them out; return whether they were in."""
 
     def forget(self) -> None:
         """Forget all that holds tensors."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ports:
-    """Who makes these for an active set."""
-
-    residency: Callable[[Any], Any]
-    rows: Callable[[Any], Any]

@@ -18,16 +18,16 @@ Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Places:
+class Footprint:
     """The modules that some programs write, by their `__dict__`; one object for all programs that write the same."""
 
     undo: dict[int, tuple[dict[str, Any], Forward | None]]
-    """By id: (module's `__dict__`, the instance-level forward it had; None: it had none)."""
-    surplus: dict[Places, list[tuple[dict[str, Any], Forward | None]]] = field(default_factory=dict)
-    """By the places of the program that comes next: what is to be undone, since that one does not write it."""
+    """(module's `__dict__`, the instance-level forward it had, None where it had none), by id of the `__dict__`."""
+    surplus: dict[Footprint, list[tuple[dict[str, Any], Forward | None]]] = field(default_factory=dict)
+    """What is to be undone, by the footprint of the program that comes next: what that one does not write."""
 
-    def left_by(self, following: Places) -> list[tuple[dict[str, Any], Forward | None]]:
-        """Return what is to be undone once a program with other places is written."""
+    def left_by(self, following: Footprint) -> list[tuple[dict[str, Any], Forward | None]]:
+        """Return what is to be undone once a program with another footprint is written."""
         found = self.surplus.get(following)
         if found is None:
             found = [entry for place, entry in self.undo.items() if place not in following.undo]
@@ -44,24 +44,24 @@ class Program:
     undo: list[tuple[dict[str, Any], Forward | None]] = field(default_factory=list)
     """(module's `__dict__`, the instance-level forward it had; None: it had none)."""
     regions: dict[str, Region] = field(default_factory=dict)
-    """By the FQN of the module."""
+    """Regions by the FQN of their module."""
     names: tuple[str, ...] = ()
-    places: Places | None = None
+    footprint: Footprint | None = None
 
-    def settle(self, names: tuple[str, ...], known: dict[frozenset[int], Places]) -> None:
-        """Finish: one write a module, the last of them, and the places shared with the programs that write the same."""
+    def finish(self, names: tuple[str, ...], known: dict[frozenset[int], Footprint]) -> None:
+        """Keep one write a module, the last, and share the footprint with the programs that write the same modules."""
         last = {id(attributes): (attributes, forward) for attributes, forward in self.writes}
         undo = {id(attributes): (attributes, original) for attributes, original in self.undo}
         self.names, self.writes, self.undo = names, list(last.values()), []
-        self.places = known.setdefault(frozenset(undo), Places(undo))
+        self.footprint = known.setdefault(frozenset(undo), Footprint(undo))
 
     def install(self, before: Program) -> None:
         """Make the deltas act in the place of those of another program: one write a module."""
         for attributes, forward in self.writes:
             attributes["forward"] = forward
-        if before.places is not self.places:
-            assert before.places is not None and self.places is not None
-            for attributes, original in before.places.left_by(self.places):
+        if before.footprint is not self.footprint:
+            assert before.footprint is not None and self.footprint is not None
+            for attributes, original in before.footprint.left_by(self.footprint):
                 if original is None:
                     del attributes["forward"]
                 else:

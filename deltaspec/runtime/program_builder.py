@@ -6,18 +6,16 @@ A program is made once per active set and kept, so that a switch only writes one
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deltaspec.backbone.forwards import arguments_of, gives_new_tensor, own_forward
-from deltaspec.backbone.frozen import FrozenStatistics, tracks_statistics
-from deltaspec.backbone.reserved import home
+from deltaspec.backbone.forwards import arguments_of, gives_new_tensor
+from deltaspec.backbone.frozen import FrozenStatistics
 from deltaspec.backbone.stand_in import Swapped
-from deltaspec.backbone.walk import named
 from deltaspec.deltas.modules import Delta, attribute_name, storage_key
 from deltaspec.deltas.strengths import Strengths
 from deltaspec.graphs.links import Link
@@ -27,17 +25,15 @@ from deltaspec.graphs.symbolic import SiteNames, compile_graph, copy_graph, rewr
 from deltaspec.methods.declarations import Form
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.lowering import Attend, Fold, Lowered
-from deltaspec.runtime.placements import Placements
 from deltaspec.runtime.program import Program
 from deltaspec.runtime.prompts import Following, Prompted
 
 if TYPE_CHECKING:
     from torch import Tensor, fx, nn
 
-    from deltaspec.deltas.modules import Deltas
     from deltaspec.methods.declarations import Site
-    from deltaspec.planning.planned import PlannedDelta
-    from deltaspec.runtime.placements import Placement
+    from deltaspec.runtime.host import Host
+    from deltaspec.runtime.placements import Placement, Placements
     from deltaspec.runtime.program import Forward
 
 
@@ -45,18 +41,12 @@ class ProgramBuilder:
     """Builds programs for one backbone clone."""
 
     def __init__(
-        self, backbone: nn.Module, deltas: Deltas, planned: Mapping[str, PlannedDelta], graph: fx.Graph | None
+        self, host: Host, placements: Placements, graph: fx.Graph | None, strengths: Strengths | None = None
     ) -> None:
-        self._backbone, self._deltas, self._graph = backbone, deltas, graph
-        self.strengths = Strengths()
+        self.host, self.placements, self.graph = host, placements, graph
+        self.modules, self.deltas = host.modules, host.deltas
+        self.strengths = Strengths() if strengths is None else strengths
         self._traced = {str(node.target) for node in graph.nodes if node.op == "call_module"} if graph else set()
-        self._home = home(backbone)
-        self.modules = dict(named(backbone, but=self._home))
-        self.originals: dict[str, Forward | None] = {n: m.__dict__.get("forward") for n, m in self.modules.items()}
-        """Instance-level forwards of other libraries' hooks, by FQN."""
-        self.statistics = [fqn for fqn, module in self.modules.items() if tracks_statistics(module)]
-        self.hosts = Placements(planned)
-        """Where each delta works: its placements by the FQN of the host."""
 
     def build(
         self,
@@ -71,7 +61,7 @@ class ProgramBuilder:
         program = Program()
         if not names:
             return program
-        hosts = dict.fromkeys(host for name in names for host in self.hosts[name])
+        hosts = dict.fromkeys(host for name in names for host in self.placements[name])
         inline: dict[str, list[Placement]] = {}
         for host in hosts:
             placements = self._at(host, names)
@@ -83,7 +73,7 @@ class ProgramBuilder:
             self._write(program, host, forward)
         if inline:
             self._bind_root(program, inline)
-        for fqn in self.statistics:
+        for fqn in self.host.statistics:
             if fqn not in hosts or fqn in inline:
                 self._write(program, fqn, FrozenStatistics(self.modules[fqn]))
         self._put_prompts_in_front(program, names)
@@ -92,24 +82,26 @@ class ProgramBuilder:
         return program
 
     def _at(self, host: str, names: Iterable[str]) -> list[Placement]:
-        return [placement for name in names for placement in self.hosts[name].get(host, ())]
+        return [placement for name in names for placement in self.placements[name].get(host, ())]
 
     def _so_far(self, program: Program, fqn: str) -> Forward:
         """Return the forward that a module has under a program that is being built."""
         attributes = self.modules[fqn].__dict__
-        return next((f for a, f in reversed(program.writes) if a is attributes), None) or self.own_forward(fqn)
+        return next((f for a, f in reversed(program.writes) if a is attributes), None) or self.host.own_forward(fqn)
 
     def _put_around(self, program: Program, fqn: str, forward: Forward) -> None:
         """Let a module have a forward that calls the one it has so far."""
         attributes = self.modules[fqn].__dict__
         if all(a is not attributes for a, _ in program.undo):
-            program.undo.append((attributes, self.originals[fqn]))
+            program.undo.append((attributes, self.host.originals[fqn]))
         program.writes.append((attributes, forward))
 
     def _put_prompts_in_front(self, program: Program, names: tuple[str, ...]) -> None:
         """Put virtual tokens in front of the inputs whose embeddings have some."""
-        names = tuple(name for name in names if any(_virtual_tokens(v) for vs in self.hosts[name].values() for v in vs))
-        for host in dict.fromkeys(host for name in names for host in self.hosts[name]):
+        names = tuple(
+            name for name in names if any(_virtual_tokens(v) for vs in self.placements[name].values() for v in vs)
+        )
+        for host in dict.fromkeys(host for name in names for host in self.placements[name]):
             entering = [(v, v.planned.site.row.entrance) for v in self._at(host, names) if _virtual_tokens(v)]
             lengths = tuple(_virtual_tokens(placement) for placement, _ in entering)
             entrance = next((entrance for _, entrance in entering if entrance is not None), None)
@@ -123,23 +115,10 @@ class ProgramBuilder:
                 around = self._so_far(program, follower)
                 self._put_around(program, follower, Following(self.modules[follower], around, sum(lengths)))
 
-    def placements_of(self, delta: str) -> list[Placement]:
-        """Return all placements of one delta."""
-        return [placement for placements in self.hosts[delta].values() for placement in placements]
-
-    def discard(self, delta: str) -> None:
-        """Forget a delta."""
-        self.hosts.pop(delta, None)
-
-    def own_forward(self, fqn: str) -> Forward:
-        """Return the forward that a module has without any delta."""
-        module = self.modules[fqn]
-        return self.originals[fqn] or own_forward(module)
-
     def _write(self, program: Program, fqn: str, forward: Forward) -> None:
         attributes = self.modules[fqn].__dict__
         program.writes.append((attributes, forward))
-        program.undo.append((attributes, self.originals[fqn]))
+        program.undo.append((attributes, self.host.originals[fqn]))
 
     def bind(
         self, host: str, placements: list[Placement], scaled: Collection[str], strengths: Strengths | None = None
@@ -173,11 +152,11 @@ class ProgramBuilder:
                 bound += [*tensors, *dropout, *strength]
         leading += inside
         built = self.region_of(host, placements, tuple(links), len(leading))
-        frozen = host in self.statistics and not _owns_statistics(placements)
+        frozen = host in self.host.statistics and not _owns_statistics(placements)
         if folds or attends:
             base: Any = Lowered(module, tuple(folds), frozen, tuple(attends))
         else:
-            base = FrozenStatistics(module) if frozen else self.own_forward(host)
+            base = FrozenStatistics(module) if frozen else self.host.own_forward(host)
         if "swapped" in built.bound:
             bound.append(Swapped(module))
         return functools.partial(built.function, base, *leading, *bound), built
@@ -187,13 +166,13 @@ class ProgramBuilder:
         kind = type(self.modules[host])
         argument, hidden = call_form(kind, placements[0].planned.site)
         named = _arguments(kind.forward) if any(_arguments_asked(placement) for placement in placements) else ()
-        owned = self.originals[host] is None and gives_new_tensor(kind)
+        owned = self.host.originals[host] is None and gives_new_tensor(kind)
         return region(RegionKey(links, argument, hidden, lowered, named, owned))
 
     def _bind_root(self, program: Program, inline: dict[str, list[Placement]]) -> None:
         """Rewrite the whole model's graph at these sites and make it the backbone's forward."""
-        assert self._graph is not None
-        graph = copy_graph(self._graph)
+        assert self.graph is not None
+        graph = copy_graph(self.graph)
         for node in [n for n in graph.nodes if n.op == "call_module" and n.target in inline]:
             placements = inline[str(node.target)]
             module = self.modules[str(node.target)]
@@ -202,14 +181,14 @@ class ProgramBuilder:
             site = placements[0].planned.site
             _, hidden = call_form(type(module), site)
             rewrite_site(graph, node, links, names, site.kind == "other" or not site.row.faithful, hidden)
-        run_passes(graph, home=self._home, modules=self.modules)
+        run_passes(graph, home=self.host.home, modules=self.modules)
         function, code = compile_graph(graph)
         program.regions[""] = Region(None, graph, code, function, ())
-        self._write(program, "", MethodType(function, self._backbone))
+        self._write(program, "", MethodType(function, self.host.backbone))
 
     def link(self, placement: Placement, module: nn.Module) -> tuple[Link, list[Tensor], list[nn.Dropout]]:
         """Return one delta's link at a host: (link, its tensors, its dropout if it has any)."""
-        planned, delta = placement.planned, self._deltas[placement.delta]
+        planned, delta = placement.planned, self.deltas[placement.delta]
         names = tuple(spec.name for spec in planned.tensors)
         tensors = [delta.tensor(storage_key(planned.site.row.fqn, spec)) for spec in planned.tensors]
         link = Link(placement.method, planned.params, form_of(planned.site, names), *_compute(tensors, module))
@@ -218,7 +197,7 @@ class ProgramBuilder:
 
     def _names(self, placement: Placement) -> SiteNames:
         """Return where one delta's tensors at a site are registered."""
-        planned, prefix = placement.planned, f"{self._home}.{placement.delta}."
+        planned, prefix = placement.planned, f"{self.host.home}.{placement.delta}."
         tensors = {s.name: prefix + attribute_name(storage_key(planned.site.row.fqn, s)) for s in planned.tensors}
         probability = getattr(planned.params, "dropout", 0)
         return SiteNames(tensors, prefix + Delta.dropout_name(probability) if probability else None)

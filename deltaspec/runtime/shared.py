@@ -1,61 +1,73 @@
-"""What is known of the deltas of one view: which there are, what they may do together, and what they come from."""
+"""What the views of one model share: its deltas and all that is known of them, whatever is attached."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from deltaspec.deltas.combine import behind, refresh
+from deltaspec.deltas.stacks import Stacks
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.methods.registry import methods
+from deltaspec.planning.conflicts import Rivals
+from deltaspec.runtime.placements import Placements
 from deltaspec.runtime.proving import refuse_bypassed
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from deltaspec.backbone.observe import Observation
     from deltaspec.deltas.modules import Deltas
-    from deltaspec.planning.conflicts import Rivals
     from deltaspec.planning.plan import Plan
     from deltaspec.planning.planned import PlannedDelta
-    from deltaspec.runtime.ports import Residency, View
-    from deltaspec.runtime.program import Forward
-    from deltaspec.runtime.program_builder import ProgramBuilder
+    from deltaspec.runtime.ports import View
 
 
-class Known:
-    """The part of `Attachments` that attaches nothing."""
+class Shared:
+    """The deltas that several views have in common: planned, ordered, stacked. Views are equals, and come and go.
 
-    backbone: nn.Module
-    deltas: Deltas
-    plan: Plan
-    planned: dict[str, PlannedDelta]
-    order: dict[str, int]
-    active: tuple[str, ...]
-    libraries: Residency
-    builder: ProgramBuilder
-    unproven: set[str]
-    _rivals: Rivals
-    _derived: frozenset[str]
+    `lock` is held by whoever changes what is shared, or programs of other views; it may be taken while a view's gate
+    is locked, never the other way round.
+    """
 
-    @property
-    def device(self) -> torch.device:
-        """Where the deltas are."""
-        return next((tensor.device for tensor in self.deltas.parameters()), torch.device("cpu"))
+    def __init__(self, deltas: Deltas, plan: Plan) -> None:
+        self.lock = threading.RLock()
+        self.plan = plan
+        self.planned = {planned.name: planned for planned in plan.deltas}
+        """Deltas in memory: the plan's, and what was loaded from libraries."""
+        self.order = {name: index for index, name in enumerate(self.planned)}
+        """Order of application of every known delta, in memory or not."""
+        self.placements = Placements(self.planned)
+        """Where each delta works."""
+        self.stacks = Stacks(deltas, self.planned, self.is_read, self.is_idle)
+        self.unproven = set() if plan.proven else set(self.order)
+        """Deltas whose sites no forward was seen to reach yet."""
+        self._rivals = Rivals(plan.deltas)
+        self._views: weakref.WeakSet[View] = weakref.WeakSet()
+        self._tensors: tuple[int, ...] = ()
+
+    def copy_around(self, deltas: Deltas, memo: dict[int, Any]) -> Self:
+        """Copy for a model of its own that has these deltas, copies of some view's; what is plain data is the same."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        memo[id(self.stacks.home)] = deltas
+        twin.lock, twin.plan, twin.unproven = threading.RLock(), self.plan, set(self.unproven)
+        twin.planned, twin.order = dict(self.planned), dict(self.order)
+        memo[id(self.planned)] = twin.planned
+        twin.placements = Placements(twin.planned)
+        twin.stacks = copy.deepcopy(self.stacks, memo)
+        twin.stacks.is_read, twin.stacks.is_idle = twin.is_read, twin.is_idle
+        twin._rivals = copy.deepcopy(self._rivals, memo)
+        twin._views, twin._tensors = weakref.WeakSet(), ()
+        return twin
+
+    # Deltas
 
     def require_known(self, names: Iterable[str]) -> None:
         """Raise UnknownDeltaError, with all findings, for names that no delta has."""
         require_known(names, self.order)
-
-    def require(self, names: Collection[str]) -> None:
-        """Have these deltas in memory, loaded if need be. Raises UnknownDeltaError, DeltaSpecError."""
-        self.require_known(names)
-        self.libraries.require(names)
 
     def refuse_strengths(self, names: Iterable[str]) -> None:
         """Raise DeltaSpecError (DS446) for those of these deltas that cannot act in part."""
@@ -64,68 +76,57 @@ class Known:
             raise DeltaSpecError(findings)
 
     def refuse_rivals(self, names: Sequence[str]) -> None:
-        """Refuse deltas that cannot act at once (DS436); names are in order of application."""
+        """Raise DeltaSpecError (DS436) for deltas that cannot act at once; names are in order of application."""
         self._rivals.refuse(names)
-
-    def derive(self, names: Iterable[str]) -> None:
-        """Compute those of these deltas that are derived anew, from their sources as they are now."""
-        if self._derived:
-            refresh(self.backbone, self.deltas, self.plan, [name for name in names if name in self._derived])
-
-    def derive_detached(self) -> None:
-        """Compute the derived deltas that are not attached anew."""
-        self.derive(name for name in self.order if name not in self.active)
-
-    def behind(self) -> list[str]:
-        """Return the names of the attached derived deltas whose sources have changed since they were computed."""
-        return behind(self.backbone, self.deltas, self.plan, [name for name in self.active if name in self._derived])
-
-    def original_forward(self, fqn: str) -> Forward | None:
-        """Return the instance-level forward that a module of the backbone had before any delta (None: it had none)."""
-        return self.builder.originals.get(fqn)
 
     def prove_reached(self, seen: dict[str, Observation], names: Iterable[str]) -> None:
         """Refuse, after their first forward, deltas whose modules' weights are read around them (DS437)."""
         names = tuple(names)
-        refuse_bypassed(self.builder, seen, names)
+        refuse_bypassed(self.placements, seen, names)
         self.unproven.difference_update(names)
 
-    def require_proof(self) -> None:
-        """Refuse to be traced (torch.compile, torch.export) before any forward proved the active sites (DS440)."""
-        if not self.unproven.isdisjoint(self.active):
-            message = "no forward has shown yet that the attached deltas are reached, and a trace cannot show it"
-            hint = "pass example_inputs to deltaspec.compile, or call the model once before torch.compile or export"
-            raise DeltaSpecError([Diagnostic("DS440", message, suggestion=hint)])
+    def add(self, planned: PlannedDelta, *, proven: bool) -> None:
+        """Take in a delta that is no module of the backbone."""
+        self.planned[planned.name] = planned
+        self._rivals.add(planned)
+        if not proven:
+            self.unproven.add(planned.name)
 
+    def discard(self, name: str) -> bool:
+        """Forget such a delta, whose name stays known; return False where a view is just being switched to it."""
+        views = self.views()
+        for view in views:
+            view.unready(name)
+        if name in self.attached():
+            return False
+        for view in views:
+            view.forget(name)
+        self.placements.pop(name, None)
+        del self.planned[name]
+        self._rivals.discard(name)
+        self.unproven.discard(name)
+        return True
 
-def _no_strength(planned: PlannedDelta) -> Diagnostic:
-    message = f"delta {planned.name!r} has no strength between none and all: {planned.method} adds tokens to the input"
-    return Diagnostic("DS446", message, suggestion="attach it at strength 1, or leave it out")
+    def is_home(self, deltas: Deltas) -> bool:
+        """Return whether the stacks are those of these modules, and what they show belongs to them."""
+        return self.stacks.home is deltas
 
+    # Views
 
-class Family:
-    """The views that share deltas."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        """Held by what changes what they share: deltas of libraries, stacks, programs of other views."""
-        self._views: weakref.WeakSet[View] = weakref.WeakSet()
-        self._tensors: tuple[int, ...] = ()
-
-    def add(self, view: View) -> None:
-        """Take in a view."""
+    def add_view(self, view: View, deltas: Deltas) -> None:
+        """Take in a view, whose deltas these are."""
         with self.lock:
             self._views.add(view)
             if len(self._views) > 1:
-                self._tensors = _identities(view.deltas)
+                self._tensors = _identities(deltas)
 
     def views(self) -> list[View]:
         """Return all views that there are."""
         with self.lock:
             return list(self._views)
 
-    def one(self) -> View:
-        """Return any view, for what all have in common."""
+    def any_view(self) -> View:
+        """Return some view, for what all have in common."""
         with self.lock:
             return next(iter(self._views))
 
@@ -144,30 +145,28 @@ class Family:
     def is_idle(self) -> bool:
         """Return whether no forward runs in any view; one with rows that this thread prepares does not run yet."""
         me = threading.get_ident()
-        return not any(view.gate.running or view.gate.rows not in (None, me) for view in self.views())
+        return not any(gate.running or gate.rows not in (None, me) for gate in (view.gate for view in self.views()))
 
-    def bind_others(self, view: View) -> None:
-        """Let the other views follow, where parameters of the deltas were replaced by other objects."""
+    def bind_others(self, view: View, deltas: Deltas) -> None:
+        """Let the other views follow, where parameters of this view's deltas were replaced by other objects."""
         others = self.others(view)
         if not others:
             return
-        now = _identities(view.deltas)
+        now = _identities(deltas)
         if now != self._tensors:
             self._tensors = now
             for other in others:
                 other.rebind()
 
-    def refuse_moving(self, view: View, fn: Any) -> None:
-        """Raise DeltaSpecError where a move or cast would change deltas of other views (DS455), or run into a forward.
+    def refuse_moving(self, view: View, deltas: Deltas, fn: Any) -> None:
+        """Raise DeltaSpecError (DS455) where a move or cast of a view would change deltas of other views.
 
         `fn` is what is about to be applied to every tensor.
         """
-        if not self._alone(view) and _changes(view, fn):
+        if not self._alone(view) and self._changes(deltas, fn):
             message = "a view cannot be moved or cast while there are others: they have the same deltas"
             hint = "move the model before the views are made, or let go of the other views first"
             raise DeltaSpecError([Diagnostic("DS455", message, file="<model>", suggestion=hint)])
-        with view.gate.switching():
-            pass
 
     def _alone(self, view: View) -> bool:
         if not self.others(view):
@@ -175,13 +174,17 @@ class Family:
         gc.collect()  # a model is full of cycles, so one that nobody has any more may still be there
         return not self.others(view)
 
+    @torch.no_grad()
+    def _changes(self, deltas: Deltas, fn: Any) -> bool:
+        """Return whether a function that `nn.Module._apply` is given makes other tensors of those of the deltas."""
+        tensors = [*deltas.parameters(), *deltas.buffers(), *self.stacks.held_rows()]
+        return any(fn(tensor) is not tensor for tensor in tensors)
+
 
 def _identities(deltas: Deltas) -> tuple[int, ...]:
-    return tuple([id(tensor) for delta in deltas._modules.values() for _, tensor in delta.tensors()])  # type: ignore[union-attr,operator]
+    return tuple([id(tensor) for delta in deltas.held() for _, tensor in delta.tensors()])
 
 
-@torch.no_grad()
-def _changes(view: View, fn: Any) -> bool:
-    """Return whether a function that `nn.Module._apply` is given makes other tensors of those of the deltas."""
-    tensors = [*view.deltas.parameters(), *view.deltas.buffers(), *view.stacks.held_rows()]
-    return any(fn(tensor) is not tensor for tensor in tensors)
+def _no_strength(planned: PlannedDelta) -> Diagnostic:
+    message = f"delta {planned.name!r} has no strength between none and all: {planned.method} adds tokens to the input"
+    return Diagnostic("DS446", message, suggestion="attach it at strength 1, or leave it out")

@@ -20,13 +20,15 @@ from deltaspec.serving.slots import Source, Table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltaspec.runtime.active import Attachments
+    from deltaspec.deltas.stacks import Stacks
     from deltaspec.runtime.placements import Placement
     from deltaspec.runtime.program_builder import ProgramBuilder
     from deltaspec.serving.slots import Slot
 
 
-def attend_rows(attachments: Attachments, host: str, given: Sequence[tuple[Slot, Placement]]) -> AttendedRows:
+def attend_rows(
+    builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequence[tuple[Slot, Placement]]
+) -> AttendedRows:
     """Build the forward of an attention module for slots of deltas that work inside it, in order of application."""
     hooks = []
     for slot, placement in given:
@@ -37,22 +39,25 @@ def attend_rows(attachments: Attachments, host: str, given: Sequence[tuple[Slot,
             compute = _simplified(placement)
             method, params = methods()[kind], methods()[kind].Params(**settings)
             names = tuple(spec.name for spec in method.tensors(site, params))
-        table = Table(slot, _sources(attachments, placement), compute)
+        table = Table(slot, _sources(builder, stacks, placement), compute)
         hooks.append(AttendRows(method, params, form_of(site, names), table))
-    return AttendedRows(attachments.builder.modules[host], tuple(hooks))
+    return AttendedRows(builder.modules[host], tuple(hooks))
 
 
 def put_prompts_in_front(
-    attachments: Attachments, hosts: Mapping[str, Sequence[tuple[Slot, str]]], made: Mapping[str, Forward]
+    builder: ProgramBuilder,
+    stacks: Stacks,
+    hosts: Mapping[str, Sequence[tuple[Slot, str]]],
+    made: Mapping[str, Forward],
 ) -> dict[str, Forward]:
     """Build the forwards that put virtual tokens in front of rows, around those that are `made` already, by host."""
-    builder, found = attachments.builder, dict[str, Forward]()
+    found: dict[str, Forward] = {}
 
     def so_far(fqn: str) -> Forward:
-        return found.get(fqn) or made.get(fqn) or builder.own_forward(fqn)
+        return found.get(fqn) or made.get(fqn) or builder.host.own_forward(fqn)
 
     for host, given in hosts.items():
-        placements = [(slot, placement) for slot, name in given for placement in builder.hosts[name][host]]
+        placements = [(slot, placement) for slot, name in given for placement in builder.placements[name][host]]
         prompts = [(slot, placement) for slot, placement in placements if virtual_tokens(placement)]
         if not prompts:
             continue
@@ -60,12 +65,12 @@ def put_prompts_in_front(
         assert entrance is not None
         front = Front([(slot, virtual_tokens(placement)) for slot, placement in prompts])
         tables = [
-            Table(s, _sources(attachments, placement), _virtual_rows(attachments, placement))
+            Table(s, _sources(builder, stacks, placement), _virtual_rows(builder, placement))
             for s, placement in prompts
         ]
         found[host] = EmbeddedRows(so_far(host), front, tables)
         fqn, follower = entrance.fqn, entrance.follower
-        module, own = builder.modules[fqn], builder.own_forward(fqn)
+        module, own = builder.modules[fqn], builder.host.own_forward(fqn)
         numbering = None if follower is not None else numbering_of(module, own)
         found[fqn] = PromptedRows(module, so_far(fqn), builder.modules[host], front, numbering)
         if follower is not None:
@@ -77,7 +82,7 @@ def touched(builder: ProgramBuilder, names: Iterable[str]) -> set[str]:
     """Return the FQNs of the modules whose forwards change while these deltas are attached."""
     found: set[str] = set()
     for name in names:
-        for host, placements in builder.hosts[name].items():
+        for host, placements in builder.placements[name].items():
             found.add(host)
             entering = [v.planned.site.row.entrance for v in placements if virtual_tokens(v)]
             found.update(fqn for e in entering if e is not None for fqn in (e.fqn, e.follower) if fqn is not None)
@@ -89,9 +94,9 @@ def virtual_tokens(placement: Placement) -> int:
     return methods()[placement.method].virtual_tokens(placement.planned.params)
 
 
-def _sources(attachments: Attachments, placement: Placement) -> dict[str, Source]:
-    stack, fqn = attachments.stacks.of(placement.delta), placement.planned.site.row.fqn
-    return {s.name: Source(stack, storage_key(fqn, s), attachments.deltas) for s in placement.planned.tensors}
+def _sources(builder: ProgramBuilder, stacks: Stacks, placement: Placement) -> dict[str, Source]:
+    stack, fqn = stacks.of(placement.delta), placement.planned.site.row.fqn
+    return {s.name: Source(stack, storage_key(fqn, s), builder.deltas) for s in placement.planned.tensors}
 
 
 def _simplified(placement: Placement) -> Callable[[Mapping[str, Tensor], str | None], tuple[Tensor, ...]]:
@@ -112,7 +117,7 @@ class _OwnTokens(DeltaTensors):
 
 
 def _virtual_rows(
-    attachments: Attachments, placement: Placement
+    builder: ProgramBuilder, placement: Placement
 ) -> Callable[[Mapping[str, Tensor], str | None], tuple[Tensor, ...]]:
     """Return what computes the embeddings of one delta's virtual tokens, `[tokens, width]`, by the method's formula."""
     method, params, site = methods()[placement.method], placement.planned.params, placement.planned.site
@@ -123,12 +128,12 @@ def _virtual_rows(
 
     def compute(own: Mapping[str, Tensor], name: str | None) -> tuple[Tensor, ...]:
         like = next(iter(own.values()))
-        given = _OwnTokens(own, _dropout(attachments, placement.delta if name is None else name, probability))
+        given = _OwnTokens(own, _dropout(builder, placement.delta if name is None else name, probability))
         ids = -1 - torch.arange(tokens, device=like.device)[None]
         return (method.apply(form, params, given, ids, lambda x: like.new_zeros(*x.shape, width))[0],)
 
     return compute
 
 
-def _dropout(attachments: Attachments, name: str, probability: float) -> Any:
-    return attachments.deltas[name].dropout(probability) if probability else lambda value: value
+def _dropout(builder: ProgramBuilder, name: str, probability: float) -> Any:
+    return builder.deltas[name].dropout(probability) if probability else lambda value: value

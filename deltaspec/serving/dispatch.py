@@ -88,7 +88,7 @@ class Current(Protocol):
 
 
 class Dispatch:
-    """The forward of a host while rows are armed."""
+    """The forward of a host while a mixer is installed."""
 
     __signature__ = property(lambda self: inspect.signature(self.own))  # generate passes what a forward takes by name
 

@@ -27,33 +27,31 @@ from deltaspec.serving.slots import Source
 if TYPE_CHECKING:
     from torch import nn
 
-    from deltaspec.runtime.active import Attachments
+    from deltaspec.deltas.stacks import Stacks
     from deltaspec.runtime.placements import Placement
     from deltaspec.runtime.program import Forward
     from deltaspec.runtime.program_builder import ProgramBuilder
     from deltaspec.serving.slots import Slot
 
 
-def bind_rows(attachments: Attachments, host: str, given: Sequence[tuple[Slot, str]]) -> Forward:
+def bind_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequence[tuple[Slot, str]]) -> Forward:
     """Build a host's forward for slots, each of the kind of the named delta, in order of application."""
-    builder, module = attachments.builder, attachments.builder.modules[host]
+    module = builder.modules[host]
     folds: list[tuple[Fold, tuple[Source, ...], Slot]] = []
     attends: list[tuple[Slot, Placement]] = []
     links, placements = [], []
     bound: list[Any] = []
     for slot, name in given:
-        stack = attachments.stacks.of(name)
+        stack = stacks.of(name)
         for placement in (
-            placement for placement in builder.placements_of(name) if host_of(placement.planned.site) == host
+            placement for placement in builder.placements.of(name) if host_of(placement.planned.site) == host
         ):
             if virtual_tokens(placement):
                 continue
             placements.append(placement)
             link, _, dropout = builder.link(placement, module)
             fqn = placement.planned.site.row.fqn
-            sources = tuple(
-                Source(stack, storage_key(fqn, spec), attachments.deltas) for spec in placement.planned.tensors
-            )
+            sources = tuple(Source(stack, storage_key(fqn, spec), builder.deltas) for spec in placement.planned.tensors)
             if placement.lowered:
                 fold = Fold((), methods()[placement.method], link.params, placement.planned.site, link.form.tensors)
                 folds.append((fold, sources, slot))
@@ -62,17 +60,17 @@ def bind_rows(attachments: Attachments, host: str, given: Sequence[tuple[Slot, s
             else:
                 links.append(replace(link, per_row=True))
                 bound += [*sources, *dropout, slot]
-    base: Any = builder.own_forward(host)
+    base: Any = builder.host.own_forward(host)
     if folds:
         if not all(_is_simple(builder, placement) for placement in placements if placement.lowered):
-            return HostRows(attachments, host, given)
-        base = FoldedRows(module, tuple(folds), host in builder.statistics)
+            return HostRows(builder, host, given)
+        base = FoldedRows(module, tuple(folds), host in builder.host.statistics)
     elif attends:
-        base = attend_rows(attachments, host, attends)
-    elif host in builder.statistics:
+        base = attend_rows(builder, stacks, host, attends)
+    elif host in builder.host.statistics:
         base = FrozenStatistics(module)
     if not placements:
-        return builder.own_forward(host)
+        return builder.host.own_forward(host)
     built = builder.region_of(host, placements, tuple(links))
     if "swapped" in built.bound:
         bound.append(Swapped(module))
@@ -85,8 +83,8 @@ class HostRows:
     Such a host takes and gives what it likes, so nothing in it can be batched by row; its outputs can be told apart.
     """
 
-    def __init__(self, attachments: Attachments, host: str, given: Sequence[tuple[Slot, str]]) -> None:
-        self._attachments, self._host = attachments, host
+    def __init__(self, builder: ProgramBuilder, host: str, given: Sequence[tuple[Slot, str]]) -> None:
+        self._builder, self._host = builder, host
         self._slots = [slot for slot, _ in given]
         self._forwards: dict[tuple[str, ...], Forward] = {}
 
@@ -109,10 +107,10 @@ class HostRows:
 
     def _forward(self, chosen: list[tuple[str, float]]) -> Forward:
         """Return the host's forward under deltas of these strengths."""
-        builder, names = self._attachments.builder, tuple(name for name, _ in chosen)
-        placements = [placement for name in names for placement in builder.hosts[name].get(self._host, ())]
+        builder, names = self._builder, tuple(name for name, _ in chosen)
+        placements = [placement for name in names for placement in builder.placements[name].get(self._host, ())]
         if not placements:
-            return builder.own_forward(self._host)
+            return builder.host.own_forward(self._host)
         part = {name: strength for name, strength in chosen if strength != 1.0}
         if part:
             return builder.bind(self._host, placements, part, Strengths(part))[0]
@@ -151,10 +149,10 @@ def _tensors_of(output: Any) -> Iterator[Tensor]:
             yield from _tensors_of(value)
 
 
-def refusals(attachments: Attachments, name: str) -> list[Diagnostic]:
+def refusals(builder: ProgramBuilder, name: str) -> list[Diagnostic]:
     """Return why a delta cannot be under single rows of a batch (DS441); empty where it can."""
-    builder, found = attachments.builder, []
-    for placement in builder.placements_of(name):
+    found = []
+    for placement in builder.placements.of(name):
         if reason := _refusal(builder, placement):
             message = f"delta {name!r} cannot be mixed row by row: {reason}"
             hint = f"run its rows apart, under c.only({name!r})"

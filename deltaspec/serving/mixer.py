@@ -1,15 +1,16 @@
 """Mixed batches: the forwards under which every row of a batch has deltas of its own.
 
-While rows are armed, each host has a dispatcher for its forward: what is attached, until rows are given for a call, and
-then the region of the rows' kinds. So one installation serves every assignment, in a compiled graph, too.
+While a mixer is installed, each host has a dispatcher for its forward: what is attached, until rows are given for a
+call, and then the region of the rows' kinds. So one installation serves every assignment, in a compiled graph, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,8 +27,10 @@ from deltaspec.serving.trial import rows_lead
 
 if TYPE_CHECKING:
     from deltaspec.deltas.stacks import Kind
-    from deltaspec.runtime.active import Attachments
+    from deltaspec.runtime.active import Active
+    from deltaspec.runtime.host import Host
     from deltaspec.runtime.program import Forward
+    from deltaspec.runtime.shared import Shared
     from deltaspec.serving.dispatch import Kinds
 
 
@@ -35,31 +38,47 @@ _NUMBERS: WeakKeyDictionary[Kind, int] = WeakKeyDictionary()
 _NEXT = count(1)
 
 
+class Pins(Protocol):
+    """Keeps deltas in memory."""
+
+    def pin(self, holder: object, names: Iterable[str]) -> None:
+        """Keep these for as long as an object lives that knows where they lie."""
+
+
 class Mixer:
     """Runs one backbone clone on rows under different deltas."""
 
-    def __init__(self, attachments: Attachments) -> None:
-        self._attachments = attachments
+    def __init__(self, active: Active, shared: Shared, host: Host, pins: Pins) -> None:
+        self._active, self._shared, self._host, self._pins = active, shared, host, pins
+        self._gate, self._stacks, self._builder = host.gate, shared.stacks, active.builder
         self.batch = Batch()
         self.running: Kinds | None = None
-        """Of the forward that runs now; None: it has no rows."""
+        """Kinds of the rows of the forward that runs now; None where it has no rows."""
         self._slots: list[Slot] = []
         self._mixed: dict[str, dict[Kinds, Forward]] = {}
-        """By host."""
+        """Forwards of each host, by kinds."""
         self._dispatchers: dict[str, Dispatch] = {}
-        """By host; the same ones whenever rows are armed, or compiled graphs would be compiled anew."""
+        """Dispatchers by host; the same ones at each installation, or compiled graphs would be compiled anew."""
         self._made: dict[Kinds, None] = {}  # no set: Dynamo would compile a graph anew whenever one grows
         self._mixable: set[Kind] = set()
         self._placed: dict[Kind, int] = {}
         self._tried: set[str] = set()
         """Hosts that are given the rows of a batch along dimension 0."""
         self._shown: set[Kinds] = set()
-        """Those of which all hosts are."""
+        """Kinds all of whose hosts are in `_tried`."""
         self._installed: list[tuple[dict[str, Any], Forward | None]] = []
-        """(module's `__dict__`, the instance-level forward it had before); empty while nothing is armed."""
+        """(module's `__dict__`, the instance-level forward it had before); empty while nothing is installed."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mixer:
+        """Make the one of a copied view: all that it remembers is made anew."""
+        active = copy.deepcopy(self._active, memo)
+        twin: Mixer | None = memo.get(id(self))  # copied with the active set, just now
+        if twin is None:
+            twin = memo[id(self)] = Mixer(active, active.shared, active.host, copy.deepcopy(self._pins, memo))
+        return twin
 
     @property
-    def armed(self) -> bool:
+    def installed(self) -> bool:
         """Whether dispatchers are installed."""
         return bool(self._installed)
 
@@ -70,102 +89,102 @@ class Mixer:
 
         Raises DeltaSpecError with all findings: unknown names (DS434), deltas that cannot be mixed (DS441).
         """
-        with self._attachments.gate.lock, self._attachments.family.lock:
+        with self._gate.lock, self._shared.lock:
             return self._rows(deltas, among)
 
     def _rows(self, deltas: Sequence[Any], among: Sequence[str]) -> Rows:
-        attachments = self._attachments
-        rows = parse_rows(deltas, attachments.order)
+        rows = parse_rows(deltas, self._shared.order)
         names = tuple(dict.fromkeys([*(name for row in rows for name in row), *among]))
-        attachments.require(names)
-        stacks = attachments.stacks
+        self._active.require(names)
+        stacks = self._stacks
         kinds = {name: stacks.kind(name) for name in names}
         if not self._mixable.issuperset(kinds.values()):
-            if findings := [finding for name in names for finding in refusals(attachments, name)]:
+            if findings := [finding for name in names for finding in refusals(self._builder, name)]:
                 raise DeltaSpecError(list(dict.fromkeys(findings)))
             self._mixable.update(kinds.values())
-        attachments.refuse_strengths(dict.fromkeys(n for row in rows for n, strength in row.items() if strength != 1.0))
+        self._shared.refuse_strengths(
+            dict.fromkeys(n for row in rows for n, strength in row.items() if strength != 1.0)
+        )
         for stack in {tuple(row) for row in rows if len(row) > 1}:
-            attachments.refuse_rivals(stack)
-        attachments.derive(name for name in names if name not in attachments.active)
+            self._shared.refuse_rivals(stack)
+        self._active.derive(name for name in names if name not in self._active.active)
         stacks.ensure(names)
         stacked = [tuple(kinds[name] for name in row) for row in (*rows, *([name] for name in among))]
         slots = chain(stacked, self._place)
         keys = tuple(f"{kind.method} {_number(kind)}" for kind in slots)
         if keys not in self._made:
             # All of their kinds at once: a stack that grows later is another shape to a compiled graph.
-            stacks.ensure([name for name in attachments.planned if stacks.kind(name) in slots])
+            stacks.ensure([name for name in self._shared.planned if stacks.kind(name) in slots])
             self._make(keys, [next(name for name in names if kinds[name] is kind) for kind in slots])
         table: list[list[tuple[str, int, float] | None]] = [[None] * len(rows) for _ in slots]
         for number, row in enumerate(rows):
             for name, slot in zip(row, places([kinds[name] for name in row], slots), strict=True):
                 table[slot][number] = (name, stacks.of(name).names[name], row[name])
-        tensors = to_tensors(table, len(rows), attachments.device)
+        tensors = to_tensors(table, len(rows), self._host.device)
         made = Rows(keys, *tensors, deltas=tuple(rows), places={n: stacks.of(n).names[n] for n in names})
-        attachments.libraries.pin(made, names)
+        self._pins.pin(made, names)
         return made
 
     def _place(self, kind: Kind) -> int:
         """Return a kind's place in the order of application: that of its first delta."""
         if kind not in self._placed:
-            attachments = self._attachments
-            alike = (name for name in attachments.planned if attachments.stacks.kind(name) is kind)
-            self._placed[kind] = min(attachments.order[name] for name in alike)
+            alike = (name for name in self._shared.planned if self._stacks.kind(name) is kind)
+            self._placed[kind] = min(self._shared.order[name] for name in alike)
         return self._placed[kind]
 
     def _make(self, kinds: Kinds, names: Sequence[str]) -> None:
         """Build the forwards of all hosts for kinds, each given by the name of a delta of it."""
-        with self._attachments.gate.switching(with_rows=True) if self.armed else nullcontext():
-            builder = self._attachments.builder
+        with self._gate.switching(with_rows=True) if self.installed else nullcontext():
+            builder = self._builder
             self._slots += [Slot(number, self.batch) for number in range(len(self._slots), len(kinds))]
             hosts: dict[str, list[tuple[Slot, str]]] = {}
             for slot, name in zip(self._slots, names, strict=False):
-                for host in builder.hosts[name]:
+                for host in builder.placements[name]:
                     hosts.setdefault(host, []).append((slot, name))
-            made = {host: bind_rows(self._attachments, host, given) for host, given in hosts.items()}
-            made |= put_prompts_in_front(self._attachments, hosts, made)
-            for fqn in builder.statistics:
+            made = {host: bind_rows(self._builder, self._stacks, host, given) for host, given in hosts.items()}
+            made |= put_prompts_in_front(self._builder, self._stacks, hosts, made)
+            for fqn in self._host.statistics:
                 made.setdefault(fqn, FrozenStatistics(builder.modules[fqn]))
-            made[""] = Entering(self, made.get("") or builder.own_forward(""))
+            made[""] = Entering(self, made.get("") or self._host.own_forward(""))
             for host, forward in made.items():
                 self._mixed.setdefault(host, {})[kinds] = forward
             self._made[kinds] = None
-            if self.armed:
-                self.disarm()
-                self.arm()
+            if self.installed:
+                self.remove()
+                self.install()
 
     def forget(self) -> None:
-        """Forget all that holds tensors, after they moved; nothing is armed."""
+        """Forget all that holds tensors, after they moved; nothing is installed."""
         self._mixed.clear()
         self._dispatchers.clear()
         self._made.clear()
 
-    def arm(self) -> None:
+    def install(self) -> None:
         """Install the dispatchers, over what is attached."""
-        if self.armed:
+        if self.installed:
             return
-        builder = self._attachments.builder
+        builder = self._builder
         # What is attached where no row has anything steps aside, too.
-        for host in self._mixed.keys() | {""} | touched(builder, self._attachments.active):
+        for host in self._mixed.keys() | {""} | touched(builder, self._active.active):
             attributes = builder.modules[host].__dict__
             before = attributes.get("forward")
             if (dispatch := self._dispatchers.get(host)) is None:
-                dispatch = Dispatch(self, builder.own_forward(host), self._mixed.setdefault(host, {}))
+                dispatch = Dispatch(self, self._host.own_forward(host), self._mixed.setdefault(host, {}))
                 self._dispatchers[host] = dispatch
             dispatch.plain = before or dispatch.own
             self._installed.append((attributes, before))
             attributes["forward"] = dispatch
 
-    def disarm(self) -> bool:
+    def remove(self) -> bool:
         """Take the dispatchers out; return whether there were some."""
-        armed = self.armed
+        installed = self.installed
         for attributes, before in self._installed:
             if before is None:
                 del attributes["forward"]
             else:
                 attributes["forward"] = before
         self._installed.clear()
-        return armed
+        return installed
 
     @contextmanager
     def using(
@@ -177,8 +196,7 @@ class Mixer:
 
         Raises DeltaSpecError: see `rows`; DS443 for a batch of another size, DS445 for a call inside another one.
         """
-        attachments = self._attachments
-        with attachments.gate.alone():
+        with self._gate.alone():
             if not isinstance(deltas, Rows):
                 rows = self.rows(deltas)
             elif deltas.kinds in self._made and self._is_current(deltas):
@@ -187,23 +205,23 @@ class Mixer:
                 rows = self.rows(deltas.deltas)
             self._try(rows.kinds, args, {} if keep else kwargs)
             self._start(rows, args, kwargs, keep)
-            armed = self.armed
-            if not armed:
-                attachments.arm()
+            installed = self.installed
+            if not installed:
+                self._active.install_rows()
             try:
                 yield
             finally:
                 self._stop()
-                if not armed:
-                    attachments.disarm()
+                if not installed:
+                    self._active.remove_rows()
 
     def _try(self, kinds: Kinds, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Have it shown, once a host, that the rows are where they are looked for; on the call's inputs, if need be."""
         if kinds in self._shown:
             return
-        modules = self._attachments.builder.modules
+        modules = self._host.modules
         hosts = [host for host, mixed in self._mixed.items() if host and kinds in mixed and host not in self._tried]
-        backbone = self._attachments.backbone
+        backbone = self._host.backbone
         if not hosts or rows_lead(backbone, {host: modules[host] for host in hosts}, backbone, args, kwargs):
             self._tried.update(hosts)
             self._shown.add(kinds)
@@ -219,7 +237,7 @@ class Mixer:
         """Run the model with rows inside a trace, which can install nothing."""
         if not isinstance(rows, Rows):
             raise RuntimeError("deltaspec DS444: under torch.compile pass deltas=c.rows([...]), made outside of it")
-        if not self.armed or rows.kinds not in self._made:
+        if not self.installed or rows.kinds not in self._made:
             raise RuntimeError("deltaspec DS444: the model was detached or moved since: make c.rows([...]) again")
         self._start(rows, args, kwargs)
         output = forward(*args, **kwargs)
@@ -230,9 +248,9 @@ class Mixer:
     @torch.no_grad()
     def _is_current(self, rows: Rows) -> bool:
         """Return whether the deltas are still where they were when the rows were made."""
-        stacks = self._attachments.stacks
-        with self._attachments.family.lock:
-            self._attachments.require(rows.places)
+        stacks = self._stacks
+        with self._shared.lock:
+            self._active.require(rows.places)
             stacks.ensure(rows.places)
             return all(stacks.of(name).names[name] == place for name, place in rows.places.items())
 
@@ -252,14 +270,13 @@ class Mixer:
 
     def proving(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the model, watched if nothing has shown yet that the rows' deltas are reached."""
-        attachments = self._attachments
-        if torch.compiler.is_compiling() or not attachments.unproven:
+        if torch.compiler.is_compiling() or not self._shared.unproven:
             return forward(*args, **kwargs)
         names = [name for slot in self._slots for name in slot.names]
-        if attachments.unproven.isdisjoint(names):
+        if self._shared.unproven.isdisjoint(names):
             return forward(*args, **kwargs)
-        output, seen = watched(attachments, forward, *args, **kwargs)
-        attachments.prove_reached(seen, names)
+        output, seen = watched(self._host.backbone, forward, *args, **kwargs)
+        self._shared.prove_reached(seen, names)
         return output
 
 

@@ -18,7 +18,7 @@ from deltaspec.graphs.row_ops import align
 if TYPE_CHECKING:
     from deltaspec.deltas.modules import Deltas
     from deltaspec.deltas.stack import Stack
-    from deltaspec.serving.assignment import Row, Rows
+    from deltaspec.serving.assignment import RowDeltas, Rows
     from deltaspec.serving.dispatch import Batch
 
 
@@ -73,7 +73,7 @@ class Slot:
         return () if self._rows is None else self._rows.names[self._number]
 
     @property
-    def deltas(self) -> tuple[Row, ...]:
+    def deltas(self) -> tuple[RowDeltas, ...]:
         """What each row is under, in all slots; no data in a compiled graph."""
         return () if self._rows is None else self._rows.deltas
 

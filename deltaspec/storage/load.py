@@ -12,29 +12,31 @@ import torch
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.methods.base import Method
 from deltaspec.methods.registry import methods
-from deltaspec.storage.saved import SavedSet, _finite, _not_finite, _without_values
+from deltaspec.storage.saved import SavedSet, is_finite, not_finite, without_values
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deltaspec.deltas.modules import Deltas
     from deltaspec.diagnostics.findings import Diagnostic
-    from deltaspec.runtime.active import Attachments as ActiveSet
+    from deltaspec.planning.plan import Plan
+    from deltaspec.runtime.active import Active
 
 
 _Read = TypeVar("_Read")
 
 
-def load(active: ActiveSet, directory: str | PathLike[str]) -> None:
+def load(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[str]) -> None:
     """Read the tensors of all saved deltas into the deltas of the same names. All or nothing.
 
     Raises DeltaSpecError (DS521-DS529, DS534) with all findings, the model unchanged: files missing or damaged, another
     backbone, a delta that the model lacks or has with another method or other params, tensors missing, surplus, of
     another shape, of a dtype that would lose digits, or not finite; a model on the meta device.
     """
-    _settled(directory, lambda saved: _load(active, saved))
+    settled(directory, lambda saved: fill(active, plan, deltas, saved))
 
 
-def _settled(directory: str | PathLike[str], read: Callable[[SavedSet], _Read]) -> _Read:
+def settled(directory: str | PathLike[str], read: Callable[[SavedSet], _Read]) -> _Read:
     """Read a set: the old one or the new one, where it is saved again meanwhile and the old one's files go."""
     while True:
         saved = SavedSet(directory)
@@ -45,10 +47,11 @@ def _settled(directory: str | PathLike[str], read: Callable[[SavedSet], _Read]) 
                 raise
 
 
-def _load(active: ActiveSet, saved: SavedSet) -> None:
-    findings = saved.check_backbone(active.plan.structure, active.backbone, active.plan.model_class)
+def fill(active: Active, plan: Plan, deltas: Deltas, saved: SavedSet) -> None:
+    """Read the tensors of a set into the deltas of the same names. All or nothing, as `load`."""
+    findings = saved.check_backbone(plan.structure, active.weights_fingerprint, plan.model_class)
     staged: list[tuple[Tensor, Tensor]] = []
-    own = [delta.name for delta in active.plan.deltas]  # those of libraries are no place for other tensors
+    own = [delta.name for delta in plan.deltas]  # those of libraries are no place for other tensors
     for name in saved.names:
         findings += saved.read(name, "lock")[1]
         if name not in own:
@@ -57,17 +60,17 @@ def _load(active: ActiveSet, saved: SavedSet) -> None:
                 saved.finding("DS524", f"the model has no delta {name!r}", f"it has: {known}; compile its spec too")
             )
             continue
-        findings += _other_meaning(saved, name, active)
-        tensors = dict(active.deltas[name].tensors())
+        findings += _other_meaning(saved, name, plan)
+        tensors = dict(deltas[name].tensors())
         if any(value.is_meta for value in tensors.values()):
-            findings.append(_without_values(name, "loaded"))
+            findings.append(without_values(name, "loaded"))
         staged += match(saved, name, tensors, findings)
     if findings:
         raise DeltaSpecError(findings)
     with torch.no_grad():
         for target, value in staged:
             target.copy_(value)
-    active.derive(list(active.planned))
+    active.derive([delta.name for delta in plan.deltas])
 
 
 def match(
@@ -97,14 +100,14 @@ def match(
             )
         elif not _fits(value.dtype, target.dtype):
             found("DS526", f"{name}: tensor {key} is {value.dtype}, the model's is {target.dtype}", "convert the model")
-        elif not _finite(value):
-            findings.append(_not_finite(name, key, str(saved.path(file))))
+        elif not is_finite(value):
+            findings.append(not_finite(name, key, str(saved.path(file))))
         else:
             staged.append((target, value))
     return staged
 
 
-def _other_meaning(saved: SavedSet, name: str, active: ActiveSet) -> list[Diagnostic]:
+def _other_meaning(saved: SavedSet, name: str, plan: Plan) -> list[Diagnostic]:
     """Compare a saved delta's spec with the model's: the same tensors mean something else under other params."""
     content, findings = saved.read(name, "spec")
     if content is None:
@@ -113,7 +116,7 @@ def _other_meaning(saved: SavedSet, name: str, active: ActiveSet) -> list[Diagno
         before = _meaning(json.loads(content), name)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
         return [saved.finding("DS522", f"is no resolved spec: {error}", "save again", saved.entry(name)["spec"])]
-    now = _meaning(active.plan.document(name), name)
+    now = _meaning(plan.document(name), name)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             message = f"{name}: {key} was {before.get(key)} when it was saved, the model's is {now.get(key)}"

@@ -18,26 +18,27 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltaspec.backbone.fingerprint import weights_fingerprint
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.documents.atomic import alone_in, sync, write_atomically
 from deltaspec.storage.saved import (
     ENDINGS,
     FORMAT,
     MANIFEST,
-    _finite,
-    _not_finite,
-    _without_values,
     digest,
     file_names,
+    is_finite,
+    not_finite,
     strays,
+    without_values,
 )
 
 if TYPE_CHECKING:
-    from deltaspec.runtime.active import Attachments as ActiveSet
+    from deltaspec.deltas.modules import Deltas
+    from deltaspec.planning.plan import Plan
+    from deltaspec.runtime.active import Active
 
 
-def save(active: ActiveSet, directory: str | PathLike[str]) -> None:
+def save(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[str]) -> None:
     """Write all deltas of a compiled model to a directory, made if need be; what it held of ours before is replaced.
 
     Raises DeltaSpecError where a delta holds NaN or infinite values (DS520), or none, on the meta device (DS534), or a
@@ -48,18 +49,17 @@ def save(active: ActiveSet, directory: str | PathLike[str]) -> None:
     from deltaspec.planning.lock import lock
 
     folder = Path(directory)
-    plan, attachments = active.plan, active
-    attachments.derive_detached()
-    findings = [_behind(name) for name in attachments.behind()]
+    active.derive_detached()
+    findings = [_behind(name) for name in active.behind()]
     for planned in plan.deltas:
-        tensors = dict(active.deltas[planned.name].tensors())
+        tensors = dict(deltas[planned.name].tensors())
         if any(value.is_meta for value in tensors.values()):
-            findings.append(_without_values(planned.name, "saved"))
+            findings.append(without_values(planned.name, "saved"))
             continue
-        findings += [_not_finite(planned.name, key) for key, value in tensors.items() if not _finite(value.detach())]
+        findings += [not_finite(planned.name, key) for key, value in tensors.items() if not is_finite(value.detach())]
     if findings:
         raise DeltaSpecError(findings)
-    weights = weights_fingerprint(active.backbone)
+    weights = active.weights_fingerprint()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -70,7 +70,7 @@ def save(active: ActiveSet, directory: str | PathLike[str]) -> None:
         try:
             for planned in plan.deltas:  # one delta's bytes in memory at a time
                 part = plan.alone(planned.name)
-                tensors = {key: value.detach().clone() for key, value in active.deltas[planned.name].tensors()}
+                tensors = {key: value.detach().clone() for key, value in deltas[planned.name].tensors()}
                 content = {
                     "file": to_bytes({key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"}),
                     "spec": _json(part.specs[0].to_data()),
@@ -84,13 +84,12 @@ def save(active: ActiveSet, directory: str | PathLike[str]) -> None:
                     write_atomically(folder / entry[field], content[field])
                     written.add(entry[field])
                 entries.append(entry)
+            attached = [name for name in active.active if any(delta.name == name for delta in plan.deltas)]
             manifest = {
                 "deltaspec": FORMAT,
                 "backbone": {"class": plan.model_class, "structure": plan.structure, "weights": weights},
-                "attached": [name for name in active.active if name not in attachments.libraries],
-                "strengths": {
-                    n: v for n, v in active.strengths.as_dict(active.active).items() if n not in attachments.libraries
-                },
+                "attached": attached,
+                "strengths": active.strengths.as_dict(attached),
                 "deltas": entries,
             }
             sync(folder)

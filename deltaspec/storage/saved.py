@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from deltaspec.backbone.fingerprint import weights_fingerprint
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
-def _finite(value: Tensor) -> bool:
+def is_finite(value: Tensor) -> bool:
+    """Return whether no value is NaN or infinite."""
     return not value.is_floating_point() or bool(torch.isfinite(value).all())
 
 
-def _not_finite(delta: str, key: str, file: str = "<model>") -> Diagnostic:
+def not_finite(delta: str, key: str, file: str = "<model>") -> Diagnostic:
+    """Return the finding about a tensor that is not finite, in the model or in a file."""
     hint = "the training diverged: go back to an earlier state"
     return Diagnostic(
         "DS520" if file == "<model>" else "DS527",
@@ -36,7 +37,8 @@ def _not_finite(delta: str, key: str, file: str = "<model>") -> Diagnostic:
     )
 
 
-def _without_values(delta: str, done: str) -> Diagnostic:
+def without_values(delta: str, done: str) -> Diagnostic:
+    """Return the finding about a delta on the meta device; `done` is what it cannot be."""
     message = f"{delta} is on the meta device, where tensors have no values, and cannot be {done}"
     hint = "compile or restore onto a model with weights"
     return Diagnostic("DS534", message, file="<model>", suggestion=hint)
@@ -100,11 +102,7 @@ class SavedSet:
         except OSError:
             return False
 
-    def check_backbone(self, structure: str, backbone: nn.Module, model_class: str) -> list[Diagnostic]:
-        """Compare the saved fingerprints with a backbone's."""
-        return self.check_fingerprints(structure, lambda: weights_fingerprint(backbone), model_class)
-
-    def check_fingerprints(
+    def check_backbone(
         self, structure: str, weights_of: Callable[[], str | None], model_class: str
     ) -> list[Diagnostic]:
         """Compare the saved fingerprints with these; that of the weights is asked for only where it counts."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
@@ -10,68 +9,54 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from deltaspec.backbone.clone import clone, deep_copy, norm_limited
-from deltaspec.backbone.reserved import remove
+from deltaspec.backbone.clone import deep_copy, norm_limited
 from deltaspec.deltas.modules import storage_key
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
-from deltaspec.runtime import forward_gate
+from deltaspec.runtime.copies import without_deltas
 from deltaspec.runtime.lowering import Fold, fold_widely, rounded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from deltaspec.planning.planned import PlannedSite
-    from deltaspec.runtime.active import Attachments
+    from deltaspec.runtime.active import Active
+    from deltaspec.runtime.host import Host
+    from deltaspec.runtime.shared import Shared
 
 
 _TIED = "tie_word_embeddings"
 
 
-def without_deltas(attachments: Attachments) -> nn.Module:
-    """Return a clone of the backbone, on the same storage, with the forwards that it had before it was compiled."""
-    plain = clone(attachments.backbone, replace={id(attachments): None})
-    twins = {id(old): new for old, new in zip(attachments.backbone.modules(), plain.modules(), strict=True)}
-    remove(plain)
-    forward_gate.remove(plain)
-    for fqn, module in plain.named_modules(remove_duplicate=False):
-        module.__dict__.pop("forward", None)
-        original = attachments.original_forward(fqn)
-        if original is not None:
-            # It is bound to the module it was put on: bind it to the copy.
-            module.__dict__["forward"] = copy.deepcopy(original, dict(twins))
-    return plain
-
-
 @torch.no_grad()
-def merge(attachments: Attachments, names: Collection[str]) -> nn.Module:
+def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) -> nn.Module:
     """Return a new plain model with these deltas folded in; it shares no storage with the backbone.
 
     Weights are folded in float32 where the delta is float32, and rounded once. Tied parameters that a delta changes at
     one end only are untied in the result. Raises DeltaSpecError (DS435) where a delta cannot be expressed in weights,
     (DS436) where two exclude each other.
     """
-    names = tuple(sorted(set(names), key=attachments.order.__getitem__))
-    attachments.libraries.require(names)
-    _refuse(attachments, names)
-    attachments.refuse_rivals(names)
-    strengths = attachments.strengths.as_dict(names)
-    attachments.derive(name for name in names if name not in attachments.active)
-    training = attachments.trained_in_backbone()
-    plain = deep_copy(without_deltas(attachments), {})
+    names = tuple(sorted(set(names), key=shared.order.__getitem__))
+    active.require(names)
+    _refuse(shared, host, names)
+    shared.refuse_rivals(names)
+    strengths = active.strengths.as_dict(names)
+    active.derive(name for name in names if name not in active.active)
+    training = host.trained_in_backbone()
+    plain = deep_copy(without_deltas(host), {})
     copies: dict[int, nn.Parameter] = {}
     changes: dict[str, list[tuple[str, PlannedSite]]] = {}
     for name in names:
-        for planned in attachments.planned[name].sites:
+        for planned in shared.planned[name].sites:
             changes.setdefault(planned.site.row.fqn, []).append((name, planned))
     for fqn, deltas in changes.items():
         module, row = plain.get_submodule(fqn), deltas[0][1].site.row
         folded: dict[str, Tensor] = {}
         for name, planned in deltas:
-            held, tensor_names = attachments.deltas[name], tuple(spec.name for spec in planned.tensors)
+            held, tensor_names = host.deltas[name], tuple(spec.name for spec in planned.tensors)
             own = DeltaTensors(tensor_names, [held.tensor(storage_key(fqn, spec)) for spec in planned.tensors])
-            fold = Fold((), methods()[attachments.planned[name].method], planned.params, planned.site, tensor_names)
+            fold = Fold((), methods()[shared.planned[name].method], planned.params, planned.site, tensor_names)
             strength = torch.tensor(strengths[name]) if name in strengths else None
             folded |= fold_widely(module, fold, own, folded, strength)
         for name, value in rounded(module, folded).items():
@@ -127,15 +112,15 @@ def _untie(plain: nn.Module) -> None:
             seen.add(id(parameter))
 
 
-def _refuse(attachments: Attachments, names: Collection[str]) -> None:
+def _refuse(shared: Shared, host: Host, names: Collection[str]) -> None:
     findings = []
-    for delta in (attachments.planned[name] for name in names):
+    for delta in (shared.planned[name] for name in names):
         reason = None
         if methods()[delta.method].promises.weight is None:
             reason = f"{delta.method} is not expressible in weights"
         else:
             for planned in delta.sites:
-                module = attachments.backbone.get_submodule(planned.site.row.fqn)
+                module = host.backbone.get_submodule(planned.site.row.fqn)
                 row = planned.site.row
                 if row.kind in ("linear", "conv1d", "embedding", "conv") and not row.has_parameter("weight"):
                     reason = f"the weight of {planned.fqn} ({row.type}) is computed, not a parameter"

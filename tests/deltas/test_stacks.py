@@ -46,7 +46,7 @@ def logits(compiled: CompiledModel, *names: str) -> Tensor:
 
 def rows(compiled: CompiledModel, name: str) -> dict[str, Tensor]:
     """Return a delta's tensors as its stack has them."""
-    stack = compiled._attachments.stacks.of(name)
+    stack = compiled._shared.stacks.of(name)
     return {key: tensor[stack.names[name]] for key, tensor in stack.tensors.items()}
 
 
@@ -67,7 +67,7 @@ def test_parameters_stay_the_objects_they_are():
     compiled.only("a")
     compiled(**LLAMA.inputs()).logits.sum().backward()
     grads = {name: p.grad for name, p in compiled.deltas["a"].named_parameters()}
-    compiled._attachments.stacks.ensure(ALIKE)
+    compiled._shared.stacks.ensure(ALIKE)
     assert_stacked(compiled, *ALIKE)
     assert [id(p) for p in compiled.backbone.parameters()] == objects
     assert all(p.grad is grads[name] for name, p in compiled.deltas["a"].named_parameters())
@@ -77,7 +77,7 @@ def test_parameters_stay_the_objects_they_are():
 
 def test_alike_deltas_share_a_stack_and_others_do_not():
     compiled = build(delta("a"), delta("b"), delta("wide", 3), delta("other", method="loha"))
-    stacks = compiled._attachments.stacks
+    stacks = compiled._shared.stacks
     stacks.ensure(compiled.deltas)
     assert stacks.of("a") is stacks.of("b")
     assert stacks.of("a").names == {"a": 1, "b": 2}
@@ -89,7 +89,7 @@ def test_alike_deltas_share_a_stack_and_others_do_not():
 
 def test_tensors_that_sites_share_are_stacked_once():
     compiled = build(delta("a", method="vera"))
-    stacks = compiled._attachments.stacks
+    stacks = compiled._shared.stacks
     stacks.ensure(["a"])
     assert set(stacks.of("a").tensors) == dict(compiled.deltas["a"].tensors()).keys()
     assert_stacked(compiled, "a")
@@ -99,7 +99,7 @@ def test_an_optimizer_trains_the_rows():
     compiled = build()
     compiled.only("b")
     optimizer = torch.optim.AdamW(compiled.trainable_parameters(), lr=0.1)
-    compiled._attachments.stacks.ensure(ALIKE)
+    compiled._shared.stacks.ensure(ALIKE)
     before = {name: {k: v.clone() for k, v in rows(compiled, name).items()} for name in ALIKE}
     compiled(**LLAMA.inputs(), labels=LLAMA.inputs()["input_ids"]).loss.backward()
     optimizer.step()
@@ -121,7 +121,7 @@ def test_files_and_copies_hold_a_delta_and_not_its_stack():
 
     one, parameters = size(compiled.deltas["d7"].state_dict()), size(list(compiled.deltas["d7"].parameters()))
     whole, pickled = size(compiled.state_dict()), len(pickle.dumps(compiled))
-    compiled._attachments.stacks.ensure(names)
+    compiled._shared.stacks.ensure(names)
     assert size(compiled.deltas["d7"].state_dict()) == pytest.approx(one, rel=0.01)
     assert size(list(compiled.deltas["d7"].parameters())) == pytest.approx(parameters, rel=0.01)
     assert size(compiled.state_dict()) == pytest.approx(whole, rel=0.01)
@@ -135,21 +135,21 @@ def test_files_and_copies_hold_a_delta_and_not_its_stack():
 
 def test_a_copy_of_the_model_does_not_share_rows():
     compiled = build()
-    compiled._attachments.stacks.ensure(ALIKE)
+    compiled._shared.stacks.ensure(ALIKE)
     twin = copy.deepcopy(compiled)
     before = logits(compiled, "a")
     with torch.no_grad():
         for parameter in twin.deltas["a"].parameters():
             parameter.zero_()
     assert torch.equal(logits(compiled, "a"), before)
-    twin._attachments.stacks.ensure(ALIKE)
+    twin._shared.stacks.ensure(ALIKE)
     assert_stacked(twin, *ALIKE)
     assert_stacked(compiled, *ALIKE)
 
 
 def test_what_is_stacked_stays_and_costs_nothing_again():
     compiled = build()
-    stacks = compiled._attachments.stacks
+    stacks = compiled._shared.stacks
     stacks.ensure(["a", "b"])
     generation, pointers = stacks.generation, [p.data_ptr() for p in compiled.deltas["a"].parameters()]
     stacks.ensure(["b", "a"])
@@ -181,7 +181,7 @@ def _assign(compiled: CompiledModel) -> None:
 @pytest.mark.parametrize("change", [_half, _data, _one, _assign])
 def test_tensors_that_were_moved_or_replaced_are_stacked_anew(change):
     compiled = build()
-    stacks = compiled._attachments.stacks
+    stacks = compiled._shared.stacks
     stacks.ensure(ALIKE)
     change(compiled)
     wanted = {name: {k: v.detach().clone() for k, v in compiled.deltas[name].tensors()} for name in ALIKE}
@@ -197,7 +197,7 @@ def test_tensors_that_were_moved_or_replaced_are_stacked_anew(change):
 
 def test_one_delta_of_another_dtype_has_a_stack_of_its_own():
     compiled = build()
-    stacks = compiled._attachments.stacks
+    stacks = compiled._shared.stacks
     stacks.ensure(ALIKE)
     compiled.deltas["b"].double()
     stacks.ensure(ALIKE)
@@ -210,7 +210,7 @@ def test_one_delta_of_another_dtype_has_a_stack_of_its_own():
 
 def test_rows_that_were_left_are_not_written_while_others_may_see_them():
     compiled = build()
-    stacks = compiled._attachments.stacks
+    stacks = compiled._shared.stacks
     stacks.ensure(ALIKE)
     state = compiled.state_dict()
     before = {key: value.clone() for key, value in state.items()}

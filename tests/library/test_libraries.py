@@ -217,7 +217,7 @@ def test_their_parameters_are_frozen_and_in_no_optimizer(saved):
 def test_tensors_are_rows_and_held_once(saved):
     compiled = build(OWN)
     library = compiled.library(saved[0], preload=True)
-    stack = compiled._attachments.stacks.of("french")
+    stack = compiled._shared.stacks.of("french")
     assert stack.names.keys() == set(NAMES)
     assert stack.capacity == 4
     assert stack.row_bytes * 4 == library.nbytes
@@ -303,10 +303,10 @@ def test_sites_that_are_not_proven_are_watched(example_inputs, tmp_path):
     compiled = deltaspec.compile(model, {"deltaspec": 1, "deltas": [own]}, example_inputs=ids())
     compiled.library(tmp_path, example_inputs=example_inputs)
     compiled.only("it")
-    assert compiled._attachments.unproven == (set() if example_inputs is not None else {"it"})
+    assert compiled._shared.unproven == (set() if example_inputs is not None else {"it"})
     with torch.no_grad():
         assert torch.equal(compiled(ids())["logits"], wanted)
-    assert not compiled._attachments.unproven
+    assert not compiled._shared.unproven
 
 
 def test_dropout_follows_the_mode(tmp_path):
@@ -340,7 +340,7 @@ def test_those_not_used_for_longest_make_way(saved):
     ):
         compiled.only(*names)
         assert set(library.loaded) == set(loaded)
-    assert compiled._attachments.stacks.of("dutch").capacity <= 4
+    assert compiled._shared.stacks.of("dutch").capacity <= 4
     for name in (*NAMES, *NAMES):
         assert torch.equal(run(compiled, name), wanted[name])
     compiled.only("french", "german")
@@ -368,7 +368,7 @@ def test_what_is_no_limit_is_refused(saved, limit):
     compiled = build(OWN)
     with pytest.raises(ValueError, match="limit"):
         compiled.library(saved[0], limit=limit)
-    assert "french" not in compiled._attachments.order
+    assert "french" not in compiled._shared.order
 
 
 def test_dropping_and_closing(saved):
@@ -393,7 +393,7 @@ def test_dropping_and_closing(saved):
         with pytest.raises(UnknownDeltaError):
             act("french")
     assert list(compiled.deltas) == ["own"]
-    assert all(stack.capacity == 0 for stacks in compiled._attachments.stacks._stacks.values() for stack in stacks)
+    assert all(stack.capacity == 0 for stacks in compiled._shared.stacks._stacks.values() for stack in stacks)
     compiled.library(directory)
     assert torch.equal(run(compiled, "french"), wanted["french"])
 
@@ -450,8 +450,8 @@ def test_programs_are_bounded(saved, monkeypatch):
         for name in NAMES:
             assert torch.equal(run(compiled, name), wanted[name])
             run(compiled, "own", name)
-    assert len(compiled._attachments._programs) <= 6
-    assert len(compiled._attachments._ready) <= 6
+    assert len(compiled._active._programs) <= 6
+    assert len(compiled._active._ready) <= 6
 
 
 # Other forms
@@ -512,7 +512,7 @@ def test_saving_is_about_compiled_deltas_alone(saved, tmp_path):
     compiled.only("own")
     again = pickle.loads(pickle.dumps(compiled))
     assert torch.equal(run(again, "own"), run(compiled, "own"))
-    assert "french" not in again._attachments.order
+    assert "french" not in again._shared.order
     assert compiled.simplified().attached == ("own",)
     with pytest.raises(UnknownDeltaError):
         compiled.simplified("french")
@@ -549,7 +549,7 @@ def test_names_that_are_taken(saved, tmp_path):
     with pytest.raises(DeltaSpecError, match="was compiled into this model") as error:
         compiled.library(directory)
     assert codes(error) == ["DS530"]
-    assert compiled._attachments.order.keys() == {"own", "french"}
+    assert compiled._shared.order.keys() == {"own", "french"}
     compiled = build(OWN)
     compiled.library(directory)
     with pytest.raises(DeltaSpecError, match="is in the library") as error:
@@ -606,7 +606,7 @@ def test_all_that_is_wrong_with_what_is_asked_is_found_and_nothing_is_loaded(sav
     library.close()
     with pytest.raises(DeltaSpecError, match="DS527"):
         compiled.library(directory, preload=True)
-    assert "french" not in compiled._attachments.order
+    assert "french" not in compiled._shared.order
 
 
 def _with(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], None]:

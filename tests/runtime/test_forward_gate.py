@@ -141,7 +141,7 @@ def test_a_forward_that_starts_during_a_switch_waits_for_its_end():
     expected = outputs(compiled)
     compiled.only("a")
     with ThreadPoolExecutor(1) as pool:
-        with compiled._attachments.gate.switching():
+        with compiled._host.gate.switching():
             future = pool.submit(outputs, compiled)
             time.sleep(0.1)
             assert not future.done()
@@ -158,7 +158,7 @@ def test_whatever_a_forward_raises_it_is_counted_out():
     ):
         with pytest.raises((TypeError, ValueError, AttributeError, DeltaSpecError)):
             call()
-        gate = compiled._attachments.gate
+        gate = compiled._host.gate
         assert not gate.running and gate.rows is None and not gate.closed
         compiled.only("a")
         compiled.only("b")

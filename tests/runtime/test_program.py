@@ -219,7 +219,7 @@ def test_a_switch_that_fails_changes_nothing(before, monkeypatch):
         raise Broken
 
     with monkeypatch.context() as patch:
-        patch.setattr(compiled._attachments.builder, "build", refuse)
+        patch.setattr(compiled._active.builder, "build", refuse)
         for act in (lambda: compiled.only("b"), lambda: compiled.attach("b")):
             with pytest.raises(Broken):
                 act()
@@ -254,8 +254,8 @@ def test_what_is_no_name_is_refused(wrong):
 
 def test_programs_that_write_the_same_modules_share_what_undoes_them():
     compiled = build()
-    programs = [compiled._attachments.program(names) for names in (("a",), ("b",), ("a", "b"), ("c",), ("d",))]
-    assert programs[0].places is programs[1].places is programs[2].places
+    programs = [compiled._active.program(names) for names in (("a",), ("b",), ("a", "b"), ("c",), ("d",))]
+    assert programs[0].footprint is programs[1].footprint is programs[2].footprint
     assert len({id(program.places) for program in programs}) == 3
 
 

@@ -583,12 +583,12 @@ def test_padding_has_no_gradient_in_a_mixed_batch_either(method):
 def test_stacking_leaves_no_second_copy_of_the_deltas():
     compiled = build(base("llama"), entry("a", "lora"), entry("b", "lora"))
     compiled(ids(), deltas=ROWS)
-    assert not any(compiled._attachments.stacks._left)
+    assert not any(compiled._shared.stacks._left)
     compiled = build(base("llama"), entry("a", "lora"), entry("b", "lora"))
     view = compiled.view()
     view(ids(), deltas=ROWS)
     view(ids(), deltas=ROWS)  # no kernel can still be reading what was left
-    assert not any(compiled._attachments.stacks._left)
+    assert not any(compiled._shared.stacks._left)
 
 
 def test_a_model_that_wants_its_rows_in_one_order_is_refused_and_its_own_errors_are_raised():

@@ -20,7 +20,7 @@ ROWS = ["a", None, "b", {"a": 0.5}, "a"]
 
 def calls(compiled: Any, host: str, rows: list[Any]) -> list[Any]:
     """Return the functions that the region of a host calls while these rows run."""
-    mixer = compiled._attachments.mixer
+    mixer = compiled._rows
     kinds = compiled.rows(rows).kinds
     graph: fx.Graph = _graph_of(mixer._mixed[host][kinds])
     compiled.detach()
