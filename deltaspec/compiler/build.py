@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Built(NamedTuple):
-    """What a compiled model is made of."""
+    """The parts of a compiled model: see their classes."""
 
     active: Active
     shared: Shared

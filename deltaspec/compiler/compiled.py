@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from deltaspec.runtime.host import Host
     from deltaspec.runtime.shared import Shared
     from deltaspec.serving.mixer import Mixer
-    from deltaspec.storage.saved import SavedSet
 
 
 class CompiledModel(torch.fx.GraphModule):
@@ -232,12 +231,6 @@ class CompiledModel(torch.fx.GraphModule):
 
         load(self._active, self.plan, self._host.deltas, directory)
         return self
-
-    def _fill(self, saved: SavedSet) -> None:
-        """Read the tensors of a set that was opened already."""
-        from deltaspec.storage.load import fill
-
-        fill(self._active, self.plan, self._host.deltas, saved)
 
     def merge(self, *names: str) -> nn.Module:
         """Return a new plain model of the original class with these deltas, or all attached ones, folded in."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Restore:
-    """What `only` and `detached` give: nothing to do with, or a context that puts the active set back at its end."""
+    """The result of `only` and `detached`: as a context, it puts the active set back at its end."""
 
     __slots__ = ("_active", "_before", "_strengths")
 

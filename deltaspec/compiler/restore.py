@@ -5,14 +5,16 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from deltaspec.compiler.build import build
+from deltaspec.compiler.compile import refuse_unusable
+from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.diagnostics.findings import DeltaSpecError
-from deltaspec.storage.load import settled
+from deltaspec.storage.load import fill, settled
 from deltaspec.storage.saved import ENDINGS
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from deltaspec.compiler.compiled import CompiledModel
     from deltaspec.storage.saved import SavedSet
 
 
@@ -24,8 +26,6 @@ def restore(
 
     Raises DeltaSpecError with all findings; `model` is never changed.
     """
-    from deltaspec.compiler.compile import refuse_unusable
-
     refuse_unusable(model, capture)
     return settled(directory, lambda saved: _restore(model, saved, capture, example_inputs))
 
@@ -33,7 +33,6 @@ def restore(
 def _restore(model: nn.Module, saved: SavedSet, capture: str, example_inputs: Any) -> CompiledModel:
     from deltaspec.backbone.fingerprint import structure_fingerprint, weights_fingerprint
     from deltaspec.backbone.tabulate import tabulate
-    from deltaspec.compiler.compile import compile_plan
     from deltaspec.language.load import load as load_spec
     from deltaspec.planning.resolve import plan
 
@@ -48,7 +47,8 @@ def _restore(model: nn.Module, saved: SavedSet, capture: str, example_inputs: An
         )
         raise DeltaSpecError([*found, *error.diagnostics]) from error
     # Every value comes from the files: no decomposition of a weight, no tokenizer of a text is needed.
-    compiled = compile_plan(model, planned, capture, drawn=False)
-    compiled._fill(saved)
+    built, capture, reason = build(model, planned, capture, drawn=False)
+    fill(built.active, planned, built.host.deltas, saved)
+    compiled = CompiledModel(built, capture, reason)
     compiled.only(saved.attached)
     return compiled

@@ -47,7 +47,7 @@ class Addend:
     method: str
     planned: PlannedSite
     own: Any
-    """Its tensors, as attributes."""
+    """Tensors of the source here, as attributes."""
 
     @property
     def factor(self) -> float:

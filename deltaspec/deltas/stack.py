@@ -25,7 +25,7 @@ _STEP = 16
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where a tensor lies in a row."""
+    """Place of a tensor in a row."""
 
     group: int
     """Index of the matrix it is in."""
@@ -36,7 +36,7 @@ class Extent:
 
 
 class Layout:
-    """Where the tensors of alike deltas lie in their rows: a matrix per dtype and device, in it by storage key."""
+    """Places of the tensors of alike deltas in their rows: a matrix per dtype and device, in it by storage key."""
 
     def __init__(self, tensors: Mapping[str, tuple[tuple[int, ...], Place]]) -> None:
         self.slots: dict[str, Extent] = {}

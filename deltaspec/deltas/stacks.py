@@ -88,9 +88,9 @@ class Stacks:
         self._kind_of: dict[Stack, Kind] = {}
         self._of: dict[str, Stack] = {}
         self._held: dict[str, Delta | None] = {}
-        """Held deltas, and the modules that show them."""
+        """Modules that show held deltas; None for those that no one asked for."""
         self._pointers: dict[str, tuple[int, ...]] = {}
-        """Where the tensors of a delta lay when they became views of its row."""
+        """Addresses of the tensors of a delta when they became views of its row."""
         self.generation = 0
         """Counts how often rows of any stack were moved: `Stack.tensors` are then new ones."""
 

@@ -32,9 +32,9 @@ class SavedDelta:
     """One saved delta."""
 
     name: str
-    """What the model knows it by."""
+    """Name that the model knows it by."""
     own: str
-    """Its name in the manifest."""
+    """Name in the manifest."""
     saved: SavedSet
 
     @property
@@ -89,24 +89,24 @@ class Template:
 
     planned: PlannedDelta
     tensors: dict[str, Tensor]
-    """What such a delta has, by storage key; on the meta device."""
+    """Tensors of such a delta, by storage key, on the meta device."""
     layout: Layout
-    """Of its rows, on the backbone's device."""
+    """Layout of its rows, on the backbone's device."""
     buffers: frozenset[str]
-    """Keys of those that are no parameters."""
+    """Keys of tensors that are no parameters."""
     size: int
     """Bytes of its tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Where values lie in a file, and where they belong."""
+    """A run of values in a file, and the tensor it belongs to."""
 
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
-    """In bytes, from the start of the file."""
+    """Bytes from the start of the file."""
     count: int
     """Number of values."""
 
@@ -131,7 +131,7 @@ class Piece:
 
 
 class Contents:
-    """Where everything lies in files of one header."""
+    """Places of all tensors in files of one header."""
 
     def __init__(self, pieces: tuple[Piece, ...]) -> None:
         self.pieces = pieces
@@ -162,7 +162,7 @@ class Reader:
         self._shared, self.inputs = shared, example_inputs
         self._templates: dict[str, Template] = {}
         self._contents: dict[tuple[bytes, Template], Contents] = {}
-        """By header of the file."""
+        """Contents by the header of the file, and the template that it was checked against."""
         self._observations: Any = None
 
     def moved(self) -> None:

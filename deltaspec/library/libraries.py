@@ -35,11 +35,11 @@ class Libraries:
         self._shared = shared
         self.opened: list[Opened] = []
         self._of: dict[str, Opened] = {}
-        """The directory of each known name."""
+        """Directory of each known name."""
         self._exposed: set[str] = set()
         """Names whose tensors a user was given."""
         self._pinned: dict[int, tuple[str, ...]] = {}
-        """What each prepared assignment to rows names."""
+        """Names in each prepared assignment to rows, by its id."""
         self._lock = shared.lock
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Libraries:

@@ -31,7 +31,7 @@ class Opened:
     size: int | None = None
     """The most bytes of their tensors."""
     loaded: OrderedDict[str, Template] = field(default_factory=OrderedDict)
-    """Those in memory, the one not used for longest first."""
+    """Deltas in memory, the one not used for longest first."""
 
     def use(self, name: str) -> None:
         """Note that a delta is used now."""

@@ -32,7 +32,7 @@ class Active:
     """The set of deltas that is attached in one view, and the programs of those that were."""
 
     rows: RowSwitch
-    """What runs rows under different deltas in this view; whoever makes the view puts it in."""
+    """Runs rows under different deltas in this view; whoever makes the view puts it in."""
 
     def __init__(self, shared: Shared, host: Host, residency: Residency, graph: fx.Graph | None) -> None:
         """Nothing is attached yet. `graph` is the whole model's, where it was traced."""

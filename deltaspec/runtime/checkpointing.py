@@ -24,9 +24,9 @@ class Recomputation:
     def __init__(self, modules: Iterable[Any], state: Callable[[], Any]) -> None:
         self._all, self._state = modules, state
         self._modules: list[Any] | None = None
-        """Those with a flag for checkpointing, as transformers' have."""
+        """Modules with a flag for checkpointing, as transformers' have; None: not looked for yet."""
         self._suspect = False
-        """Whether others have forwards that could do it."""
+        """Whether other modules have forwards that could checkpoint."""
 
     def after(self, output: Any) -> None:
         """Take the output of a forward, if parts of it may run again in its backward."""

@@ -36,7 +36,7 @@ class ForwardGate:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        """Held by what switches."""
+        """Held by whoever switches."""
         self.running: dict[int, int] = {}
         """How deep each thread is in forwards of the backbone."""
         self.closed = False

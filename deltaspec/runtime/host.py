@@ -47,7 +47,7 @@ class Host:
 
     @property
     def device(self) -> torch.device:
-        """Where the deltas are."""
+        """Device of the deltas."""
         return next((tensor.device for tensor in self.deltas.parameters()), torch.device("cpu"))
 
     def open_gate(self, after: Callable[[Any], None], moving: Callable[[Any], None]) -> None:

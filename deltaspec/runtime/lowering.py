@@ -30,16 +30,16 @@ class Fold:
     """One delta that works through the parameters of a module at or below a host."""
 
     path: tuple[str, ...]
-    """From the host to the module that owns the parameters; empty for the host itself."""
+    """Names from the host down to the module that owns the parameters; empty for the host itself."""
     method: Method
     params: MethodParams
     site: Site
     names: tuple[str, ...]
     """The delta's tensors, in the order they come in the call."""
     scaled: bool = False
-    """Its strength comes after its tensors."""
+    """Whether its strength comes after its tensors in the call."""
     stacked: frozenset[str] = field(init=False)
-    """Those that hold one tensor a matrix, where the site is a stacked parameter."""
+    """Names of tensors that hold one a matrix, where the site is a stacked parameter."""
 
     def __post_init__(self) -> None:
         specs = site_tensors(self.method, self.site, self.params) if self.site.stack else ()
@@ -54,7 +54,7 @@ class Attend:
     params: MethodParams
     form: Form
     scaled: bool = False
-    """Its strength comes after its tensors."""
+    """Whether its strength comes after its tensors in the call."""
 
     def bind(self, own: Any, strength: Tensor | None) -> Hook:
         """Return the hook that computes attention with these tensors."""

@@ -1,4 +1,4 @@
-"""Where deltas work: which modules' forwards change, and for which of their sites."""
+"""Placements: which modules' forwards change for a delta, and for which of its sites."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Placement:
     method: str
     planned: PlannedSite
     lowered: bool
-    """Works through the host's parameters instead of around its call."""
+    """Whether it works through the host's parameters instead of around its call."""
 
 
 class Placements(dict[str, dict[str, list[Placement]]]):

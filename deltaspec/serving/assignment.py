@@ -36,7 +36,7 @@ class Rows:
     """
 
     kinds: tuple[str, ...]
-    """What each slot holds, as keys of the model's own; the order of application."""
+    """Kinds of the slots, in the order of application, as keys of the model's own."""
     index: Tensor
     nearest: Tensor
     local: Tensor
@@ -44,9 +44,9 @@ class Rows:
     names: tuple[tuple[str, ...], ...]
     """The deltas in each slot."""
     deltas: tuple[RowDeltas, ...]
-    """What was asked for, row by row."""
+    """Deltas and strengths that were asked for, row by row."""
     places: Mapping[str, int]
-    """Where each delta lay in its stack."""
+    """Row of each delta in its stack when this was made."""
 
     def __len__(self) -> int:
         return self.index.shape[1]

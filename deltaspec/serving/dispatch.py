@@ -78,7 +78,7 @@ Kinds = tuple[str, ...]
 
 
 class Current(Protocol):
-    """What runs now."""
+    """Who knows what runs now."""
 
     batch: Batch
     running: Any
@@ -95,7 +95,7 @@ class Dispatch:
     def __init__(self, mixer: Current, own: Forward, mixed: Mapping[Kinds, Forward]) -> None:
         self._mixer, self.own, self._mixed = mixer, own, mixed
         self.plain = own
-        """What is attached."""
+        """Forward under what is attached, without rows."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the host: by rows if this forward has some, else as it is attached."""

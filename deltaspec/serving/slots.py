@@ -74,7 +74,7 @@ class Slot:
 
     @property
     def deltas(self) -> tuple[RowDeltas, ...]:
-        """What each row is under, in all slots; no data in a compiled graph."""
+        """Deltas and strengths of each row, in all slots; no data in a compiled graph."""
         return () if self._rows is None else self._rows.deltas
 
     @property

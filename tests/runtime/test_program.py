@@ -256,7 +256,7 @@ def test_programs_that_write_the_same_modules_share_what_undoes_them():
     compiled = build()
     programs = [compiled._active.program(names) for names in (("a",), ("b",), ("a", "b"), ("c",), ("d",))]
     assert programs[0].footprint is programs[1].footprint is programs[2].footprint
-    assert len({id(program.places) for program in programs}) == 3
+    assert len({id(program.footprint) for program in programs}) == 3
 
 
 @pytest.mark.parametrize("assign", [False, True])
