@@ -14,5 +14,7 @@ from deltaspec.methods.declarations import TensorSpec as TensorSpec
 from deltaspec.methods.shared.rank import Rank as Rank
 
 warnings.warn(
-    "deltaspec.methods._base goes with the next release; import from deltaspec.methods", DeprecationWarning, stacklevel=2
+    "deltaspec.methods._base goes with the next release; import from deltaspec.methods",
+    DeprecationWarning,
+    stacklevel=2,
 )

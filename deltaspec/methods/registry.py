@@ -38,7 +38,9 @@ class _Own(Mapping[str, "Method"]):
                 kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__
             ]
             [kind] = [kind for kind in kinds if issubclass(kind, Method)]
-            assert kind.name == name, f"methods/builtin/{name}.py defines the method {kind.name!r}; name the file after it"
+            assert kind.name == name, (
+                f"methods/builtin/{name}.py defines the method {kind.name!r}; name the file after it"
+            )
             self._found[name] = kind()
         return self._found[name]
 
