@@ -63,8 +63,8 @@ def formula(link: Link, open_call: bool) -> Formula:
     graph = fx.Graph()
     tracer = GraphAppendingTracer(graph)
     x = graph.placeholder("x")
-    has_dropout = bool(getattr(link.params, "dropout", 0))
-    given = _Formal(tracer, link.form.tensors, open_call, has_dropout)
+    method = methods()[link.method]
+    given = _Formal(tracer, link.form.tensors, open_call, method.dropout(link.params) > 0)
 
     def base(inner: fx.Proxy, **parameters: Any) -> fx.Proxy:
         if not parameters:
@@ -72,7 +72,7 @@ def formula(link: Link, open_call: bool) -> Formula:
         nodes = {name: getattr(value, "node", value) for name, value in parameters.items()}
         return fx.Proxy(graph.call_module("swapped", (nodes, inner.node)), tracer)
 
-    result = methods()[link.method].apply(link.form, link.params, given, fx.Proxy(x, tracer), base).node
+    result = method.apply(link.form, link.params, given, fx.Proxy(x, tracer), base).node
     own = set(given.nodes.values())
     for node in graph.nodes:
         if node.target == "swapped" or (node.target != "base" and not own.isdisjoint(node.all_input_nodes)):

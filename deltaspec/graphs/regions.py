@@ -18,6 +18,7 @@ from deltaspec.graphs.lifted import new_graph, to_function
 from deltaspec.graphs.links import Inputs, Link
 from deltaspec.graphs.passes.run import run_passes
 from deltaspec.graphs.rewrite import emit_chain
+from deltaspec.methods.registry import methods
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def region(key: RegionKey) -> Region:
         suffix = f"_{depth + 1}" if len(key.links) > 1 else ""
         tensors = {name: bind(name + suffix) for name in link.form.tensors}
         dropout = None
-        if getattr(link.params, "dropout", 0):
+        if methods()[link.method].dropout(link.params):
             dropout = f"dropout{suffix}"
             bind(dropout)
         strength = bind(f"strength{suffix}") if link.scaled or link.per_row else None

@@ -31,10 +31,20 @@ class Method(ABC):
     promises: ClassVar[Promises]
     example: ClassVar[Mapping[str, Any]] = {}
     """Parameters of an example, as in a spec; needed where some have no default."""
+    small: ClassVar[Mapping[str, Any]] = {}
+    """Parameters, as in a spec, that fit a model of width 8 to 32; needed where the defaults do not."""
+    foreign: ClassVar[Mapping[str, str | Mapping[Any, str] | None]] = {}
+    """What to write here for the parameters of other libraries' configurations of this method, by their names.
+
+    The name of a parameter here; or what to write for each value there, which may be a regular expression
+    (`{True: "scaling: rslora", r"pissa_niter_(\\d+)": r"{init: pissa, svd_iterations: \\1}"}`); or, with a space in it,
+    the suggestion itself (`delete it: …`). Names that mean the same in other methods need to be declared by one."""
     start: ClassVar[frozenset[str]] = frozenset({"init"})
     """Names of params on which nothing but the initial values depends."""
     default_roles: ClassVar[tuple[str, ...]]
     """Roles that `target` stands for when a delta leaves it out; empty: `target` is required."""
+    role_choice: ClassVar[str | None] = None
+    """Name of the parameter by which a spec chooses between default roles; a delta that sets it names no `target`."""
     descends: ClassVar[bool] = False
     """A selected module stands for every module at and below it that owns parameters (see `descends_to`)."""
     matrices: ClassVar[bool] = False
@@ -63,6 +73,14 @@ class Method(ABC):
     def roles(self, params: Any) -> tuple[str, ...]:
         """Return the default roles under these params."""
         return self.default_roles
+
+    def dropout(self, params: Any) -> float:
+        """Return the probability that `t.dropout` drops by: the parameter `dropout`, if the method has one."""
+        return float(getattr(params, "dropout", 0.0))
+
+    def rank(self, params: Any) -> int:
+        """Return the rank that a delta derived from this one has by default: the parameter `rank`, else 1."""
+        return int(getattr(params, "rank", 1))
 
     def is_default(self, row: Row, params: Any) -> bool:
         """Return whether a module is one of those that a left-out `target` stands for."""
@@ -100,7 +118,7 @@ class Method(ABC):
     def apply(self, form: Form, params: Any, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute the site's new hidden state; runs once under tracing, so it is plain torch code on proxies.
 
-        `t.<name>` are the delta's tensors, `t.dropout(v)` is dropout by `params.dropout`, `x` is the hidden
+        `t.<name>` are the delta's tensors, `t.dropout(v)` is dropout by `self.dropout(params)`, `x` is the hidden
         state that enters the site. `base(x)` gives what leaves without this delta; call it once.
         `t.argument(name)` is what the host is called with by that name, None where it is not given (declare the names
         in `arguments`). `t.call(function, *args)` calls a Python function on the values themselves, once a forward.

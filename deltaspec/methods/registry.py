@@ -1,5 +1,5 @@
-"""The methods, found by themselves: every module of this package that does not start with `_`,
-and every object that another package registers under the entry-point group `deltaspec.methods`.
+"""The methods, found by themselves: one a module of `builtin`, named after it, and every class that another package
+registers under the entry-point group `deltaspec.methods`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Own(Mapping[str, "Method"]):
     """deltaspec's own methods, each imported when it is first asked for: a spec uses few of them."""
 
     def __init__(self) -> None:
-        self._names = sorted(m.name for m in pkgutil.iter_modules(builtin.__path__) if not m.name.startswith("_"))
+        self._names = sorted(module.name for module in pkgutil.iter_modules(builtin.__path__))
         self._found: dict[str, Method] = {}
 
     def __getitem__(self, name: str) -> Method:
@@ -38,7 +38,9 @@ class _Own(Mapping[str, "Method"]):
                 kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__
             ]
             [kind] = [kind for kind in kinds if issubclass(kind, Method)]
-            assert kind.name == name, f"methods/{name}.py defines the method {kind.name!r}; name the file after it"
+            assert kind.name == name, (
+                f"methods/builtin/{name}.py defines the method {kind.name!r}; name the file after it"
+            )
             self._found[name] = kind()
         return self._found[name]
 

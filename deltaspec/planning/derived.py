@@ -37,7 +37,7 @@ def why_not(derivation: Derivation, method: str, parts: Sequence[PlannedSite]) -
     if not all(_plain(part.params) for part in parts):
         reason = f"{combine} takes plain factors, without use_dora, parts and init: orthogonal or pissa"
         return reason, "use combine: svd"
-    ranks = dict.fromkeys(getattr(part.params, "rank", 1) for part in parts)
+    ranks = dict.fromkeys(methods()[method].rank(part.params) for part in parts)
     if combine != "cat" and len(ranks) > 1:
         return f"{combine} needs sources of one rank, not {', '.join(map(str, ranks))}", "use combine: cat, or svd"
     return None
@@ -92,7 +92,7 @@ def place(spec: DeltaSpec, index: int, planned: Mapping[str, PlannedDelta]) -> t
         if problem := why_not(derivation, sources[0].method, parts):
             problems.setdefault(problem, fqn)
             continue
-        rank = rank_of(derivation, parts)
+        rank = rank_of(derivation, sources[0].method, parts)
         params = made.setdefault(rank, lora(rank))
         placed.append(PlannedSite(parts[0].site, params, _tensors(parts[0].site, params)))
     line, _ = spec.locate(("deltas", index))
@@ -130,9 +130,9 @@ def _tensors(site: Site, params: MethodParams) -> tuple[TensorSpec, ...]:
     return tuple(replace(spec, init=Init(), buffer=True) for spec in methods()[METHOD].tensors(site, params))
 
 
-def rank_of(derivation: Derivation, parts: Sequence[PlannedSite]) -> int:
+def rank_of(derivation: Derivation, method: str, parts: Sequence[PlannedSite]) -> int:
     """Return the rank of the result at a site, from the sources there: no more than the weight has for `svd`."""
-    ranks: list[int] = [getattr(part.params, "rank", 1) for part in parts]
+    ranks = [methods()[method].rank(part.params) for part in parts]
     if derivation.combine == "cat":
         return sum(ranks)
     if derivation.combine != "svd":

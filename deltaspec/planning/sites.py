@@ -101,9 +101,10 @@ class Placer:
         """Return the places that the delta's target means, in the order of the model's modules."""
         if self.entry.target is None:
             return self._expanded((row, None) for row in self._default_rows())
-        if getattr(self.entry.params, "placement", None) is not None:
-            message = "`placement` chooses the default target, and this delta names a target of its own"
-            self._find("DS402", message, "leave out one of the two", ("params", "placement"))
+        chooser = self.method.role_choice
+        if chooser is not None and getattr(self.entry.params, chooser) is not None:
+            message = f"`{chooser}` chooses the default target, and this delta names a target of its own"
+            self._find("DS402", message, "leave out one of the two", ("params", chooser))
         return self._select(self.entry.target)
 
     def _default_rows(self) -> list[Row]:

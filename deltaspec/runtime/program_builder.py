@@ -192,14 +192,14 @@ class ProgramBuilder:
         names = tuple(spec.name for spec in planned.tensors)
         tensors = [delta.tensor(storage_key(planned.site.row.fqn, spec)) for spec in planned.tensors]
         link = Link(placement.method, planned.params, form_of(planned.site, names), *_compute(tensors, module))
-        probability = getattr(planned.params, "dropout", 0)
+        probability = methods()[placement.method].dropout(planned.params)
         return link, tensors, [delta.dropout(probability)] if probability else []
 
     def _names(self, placement: Placement) -> SiteNames:
         """Return where one delta's tensors at a site are registered."""
         planned, prefix = placement.planned, f"{self.host.home}.{placement.delta}."
         tensors = {s.name: prefix + attribute_name(storage_key(planned.site.row.fqn, s)) for s in planned.tensors}
-        probability = getattr(planned.params, "dropout", 0)
+        probability = methods()[placement.method].dropout(planned.params)
         return SiteNames(tensors, prefix + Delta.dropout_name(probability) if probability else None)
 
 

@@ -122,7 +122,7 @@ def _virtual_rows(
     """Return what computes the embeddings of one delta's virtual tokens, `[tokens, width]`, by the method's formula."""
     method, params, site = methods()[placement.method], placement.planned.params, placement.planned.site
     form, tokens = form_of(site, tuple(spec.name for spec in placement.planned.tensors)), virtual_tokens(placement)
-    probability = getattr(params, "dropout", 0)
+    probability = method.dropout(params)
     width = site.row.out_features
     assert width is not None
 

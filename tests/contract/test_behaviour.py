@@ -61,32 +61,13 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {"gpt2": gpt2, "llama": llam
 BUILDERS = ARCHITECTURES | {"short llama": short_llama}
 WRITERS = ("gpt2", "llama", "t5")
 
-# Small sizes, with dropout where a method has some.
 PARAMS: dict[str, dict[str, Any]] = {
-    "adalora": {"rank": 2, "initial_rank": 3, "dropout": 0.2},
-    "adapter": {"width": 4, "dropout": 0.2},
-    "boft": {"block_size": 4},
-    "c3a": {"block_size": 4},
-    "compacter": {"width": 4, "divisions": 2},
-    "fourierft": {"frequencies": 20},
-    "full": {"tied": "together"},
-    "hira": {"rank": 2},
-    "hra": {"rank": 2},
-    "loha": {"rank": 2},
-    "lokr": {"rank": 2},
-    "lora": {"rank": 2, "dropout": 0.2},
-    "low_rank_adapter": {"width": 4},
-    "miss": {"rank": 2, "dropout": 0.2},
-    "oft": {"block_size": 4},
-    "p_tuning": {"tokens": 2, "width": 4},
-    "parallel_adapter": {"width": 4},
-    "prefix": {"tokens": 2},
-    "reft": {"rank": 2},
-    "road": {"group_size": 4},
-    "soft_prompt": {"tokens": 2},
-    "trainable_tokens": {"token_ids": [5, 9, 17]},
-    "vera": {"rank": 4, "dropout": 0.2},
+    name: {**method.small, **({"dropout": 0.2} if "dropout" in method.Params.model_fields else {})}
+    for name, method in builtin_methods().items()
 }
+"""Small sizes, with dropout where a method has some."""
+del PARAMS["p_tuning"]["dropout"]  # between layers of an LSTM, which its small bottleneck has not
+TOKENS = PARAMS["trainable_tokens"]["token_ids"]
 METHODS = tuple(builtin_methods())
 STACKED = pytest.mark.parametrize("stacked", [False, True], ids=["alone", "with lora"])
 
@@ -104,7 +85,7 @@ def base(architecture: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 @cache
 def planned(method: str, architecture: str, stacked: bool) -> Plan:
-    deltas: list[dict[str, Any]] = [{"name": "one", "method": method, "params": PARAMS.get(method, {})}]
+    deltas: list[dict[str, Any]] = [{"name": "one", "method": method, "params": PARAMS[method]}]
     if stacked:
         target = {"role": ["attn.qkv"] if architecture == "gpt2" else ["attn.q", "attn.v"]}
         deltas.append({"name": "two", "method": "lora", "params": {"rank": 2, "dropout": 0.2}, "target": target})
@@ -125,7 +106,7 @@ def compiled(method: str, architecture: str, stacked: bool, dtype: torch.dtype =
 @cache
 def inputs(architecture: str) -> dict[str, Tensor]:
     ids = torch.randint(3, 48, (2, 5), generator=torch.Generator().manual_seed(1))
-    ids[0, :3] = torch.tensor([5, 9, 17])
+    ids[0, :4] = torch.tensor(TOKENS)
     return {"input_ids": ids, "labels": ids[:, :4].clone() if architecture == "t5" else ids}
 
 

@@ -19,29 +19,19 @@ from deltaspec.methods.declarations import Init, Refusal
 from deltaspec.methods.registry import GROUP, methods
 from deltaspec.testing import check_method
 
-# Sizes that suit models this small; methods that are not here are checked with their defaults.
-PARAMS: dict[str, tuple[dict[str, Any], ...]] = {
-    "lora": ({"rank": 4}, {"rank": 2, "scaling": "rslora", "bias": True, "dropout": 0.1, "init": "normal"}),
-    "adapter": ({"width": 4}, {"width": 3, "position": "before", "scale": 0.5, "activation": "silu", "dropout": 0.1}),
-    "full": ({"tied": "together"}, {"tied": "alone"}),
-    "soft_prompt": ({"tokens": 3},),
-    "p_tuning": ({"tokens": 3, "width": 8}, {"tokens": 3, "width": 8, "encoder": "lstm", "dropout": 0.1}),
-    "trainable_tokens": ({"token_ids": [4, 26, 52, 80]},),
-    "prefix": ({"tokens": 3}, {"tokens": 2, "reparametrisation": "mlp", "width": 8}),
-    "road": ({"group_size": 8},),
-    "c3a": ({"block_size": 8},),
-    "oft": ({"block_size": 8},),
-    "miss": ({"rank": 4},),
-    "hira": ({"rank": 4},),
-    "vera": ({"rank": 8},),
-    "compacter": ({"width": 8, "divisions": 2},),
-    "low_rank_adapter": ({"width": 8},),
-    "parallel_adapter": ({"width": 4},),
+# Parameters that a method is checked with besides its small ones.
+MORE: dict[str, tuple[dict[str, Any], ...]] = {
+    "lora": ({"rank": 2, "scaling": "rslora", "bias": True, "dropout": 0.1, "init": "normal"},),
+    "adapter": ({"width": 3, "position": "before", "scale": 0.5, "activation": "silu", "dropout": 0.1},),
+    "delora": ({"rank": 3, "init": "random", "dropout": 0.1},),
+    "full": ({"tied": "alone"},),
+    "p_tuning": ({"tokens": 3, "width": 8, "encoder": "lstm", "dropout": 0.1},),
+    "prefix": ({"tokens": 2, "reparametrisation": "mlp", "width": 8},),
 }
 CASES = [
     pytest.param(method, params, architecture, id=f"{method}-{number}-{architecture}")
     for method in methods()
-    for number, params in enumerate(PARAMS.get(method, ({},)))
+    for number, params in enumerate((methods()[method].small, *MORE.get(method, ())))
     for architecture in ARCHITECTURES
 ]
 REFUSALS = {"DS350", "DS402", "DS404", "DS403"}
@@ -82,7 +72,7 @@ def test_every_method_keeps_the_contract_wherever_it_has_a_place(method, params,
 def test_every_method_has_a_place_by_its_default_roles_on_some_transformer(method):
     from deltaspec.planning import resolve as plan
 
-    params = PARAMS.get(method, ({},))[0]
+    params = methods()[method].small
     places = {}
     for name in TRANSFORMERS:
         spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": method, "params": params}]}
@@ -100,7 +90,7 @@ def test_the_first_four_methods_have_a_place_everywhere(method, architecture):
     from deltaspec.planning import resolve as plan
 
     chosen = ARCHITECTURES[architecture]
-    params = PARAMS.get(method, ({},))[0]
+    params = methods()[method].small
     target = {"type": "Linear"} if architecture != "gpt2" else {"type": "Conv1D"}
     spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": method, "params": params, "target": target}]}
     assert plan(chosen.model(), spec, example_inputs=chosen.inputs()).trainable > 0

@@ -35,6 +35,7 @@ bitfit           +  +  +  +  +  +  +  +  +  -  -  +  +  +  +  +  +  -  +  -  -  
 boft             +  +  +  +  +  +  +  +  -  -  -  +  -  -  -  -  +  +  -  -  -  +  +  -
 c3a              +  +  +  -  -  -  -  -  -  -  -  +  -  -  -  -  +  +  -  -  -  +  +  -
 compacter        +  +  +  -  -  -  -  -  -  +  +  +  +  +  -  -  -  -  +  +  +  -  -  -
+delora           +  +  +  -  -  -  -  -  -  -  -  +  -  -  -  -  +  +  -  -  -  +  +  -
 fourierft        +  +  +  -  -  -  -  -  -  -  -  +  -  -  -  -  +  +  -  -  -  +  +  -
 full             +  +  +  +  +  +  +  +  +  +  +  +  +  +  +  +  +  +  +  +  +  +  +  +
 hira             +  +  +  +  +  +  +  +  -  +  +  +  -  -  -  -  +  +  -  -  -  +  +  -
@@ -145,32 +146,6 @@ SITES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Any]] = {
     "ve": (*BARE, {"parameter": "**.vector"}),
 }
 
-# Sizes that fit widths this small; a method's own defaults, or its example, where there are none.
-PARAMS: dict[str, dict[str, Any]] = {
-    "adalora": {"rank": 2},
-    "adapter": {"width": 4},
-    "boft": {"block_size": 2},
-    "c3a": {"block_size": 8},
-    "compacter": {"width": 8, "divisions": 2},
-    "fourierft": {"frequencies": 20},
-    "full": {"tied": "together"},
-    "hira": {"rank": 2},
-    "hra": {"rank": 2},
-    "loha": {"rank": 2},
-    "lokr": {"rank": 2},
-    "lora": {"rank": 2},
-    "low_rank_adapter": {"width": 8},
-    "miss": {"rank": 2},
-    "oft": {"block_size": 2},
-    "p_tuning": {"tokens": 3, "width": 8},
-    "parallel_adapter": {"width": 4},
-    "prefix": {"tokens": 3},
-    "reft": {"rank": 2},
-    "road": {"group_size": 8},
-    "soft_prompt": {"tokens": 3},
-    "trainable_tokens": {"token_ids": [4, 26, 52, 80]},
-    "vera": {"rank": 4},
-}
 ELSEWHERE: dict[tuple[str, str], dict[str, Any]] = {
     ("lora", "dw"): {"rank": 16},  # a multiple of the groups
     ("c3a", "th"): {"block_size": 2},  # the vocabulary's width
@@ -199,7 +174,7 @@ def made(site: str) -> nn.Module:
 
 def compiled(method: str, site: str) -> tuple[nn.Module, deltaspec.CompiledModel]:
     model, (_, inputs, target) = made(site), SITES[site]
-    params = ELSEWHERE.get((method, site)) or PARAMS.get(method, {})
+    params = ELSEWHERE.get((method, site)) or methods()[method].small
     entry = {"name": "d", "method": method, "params": params, "target": target}
     return model, deltaspec.compile(model, {"deltaspec": 1, "deltas": [entry]}, example_inputs=inputs())
 

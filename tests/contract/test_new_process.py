@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from models import ARCHITECTURES
 from repository import ROOT
-from test_clauses import PARAMS
 
 import deltaspec
 from deltaspec.backbone.inputs import call_arguments
@@ -49,7 +48,7 @@ def test_every_method_is_restored_to_the_bit_in_a_new_process(tmp_path):
         for name in CHOSEN:
             architecture = ARCHITECTURES[name]
             model, inputs = architecture.model(), architecture.inputs()
-            delta = {"name": "d", "method": method, "params": PARAMS.get(method, ({},))[0]}
+            delta = {"name": "d", "method": method, "params": methods()[method].small}
             for target in (None, *architecture.targets):
                 document = {"deltaspec": 1, "deltas": [delta | ({} if target is None else {"target": target})]}
                 try:

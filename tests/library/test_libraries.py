@@ -26,14 +26,6 @@ from deltaspec.methods.registry import methods
 
 LLAMA = ARCHITECTURES["llama"]
 OWN = {"name": "own", "method": "lora", "params": {"rank": 3}, "target": {"role": "attn.q"}, "attached": False}
-SMALL: dict[str, dict[str, Any]] = {
-    "c3a": {"block_size": 8},
-    "compacter": {"width": 8, "divisions": 2},
-    "miss": {"rank": 4},
-    "p_tuning": {"tokens": 3, "width": 8},
-    "soft_prompt": {"tokens": 3},
-}
-"""Sizes that suit models this small."""
 NAMES = ("french", "german", "spanish", "dutch")
 
 
@@ -127,7 +119,7 @@ def test_what_was_loaded_in_inference_mode_lets_others_train(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(methods()))
 def test_every_method_acts_as_it_did_when_it_was_saved(name, tmp_path):
-    entry = {"name": "it", "method": name, "params": SMALL.get(name, dict(methods()[name].example))}
+    entry = {"name": "it", "method": name, "params": dict(methods()[name].small)}
     for architecture in (LLAMA, ARCHITECTURES["bert"], ARCHITECTURES["gpt2"]):
         for target in (None, *architecture.targets):
             spec = {"deltaspec": 1, "deltas": [entry if target is None else {**entry, "target": target}]}

@@ -171,16 +171,14 @@ def test_every_implementation_of_the_experts_sees_the_changed_weights(implementa
 
 
 MATRIX = sorted(name for name, method in methods().items() if method.matrices)
-SMALL = {"oft": {"block_size": 2}, "boft": {"block_size": 2}, "c3a": {"block_size": 2}, "fourierft": {"frequencies": 7}}
 
 
 @pytest.mark.parametrize("method", MATRIX)
 @pytest.mark.parametrize("parameter", ["inner.matrix", "inner.stack"])
 def test_every_method_for_matrices_keeps_its_contract_on_them(method, parameter):
-    params = SMALL.get(method, {"rank": 2})
     check_method(
         method, made(lambda: Outer(Bare())), torch.linspace(-1, 1, 16).reshape(2, 8),
-        target={"parameter": parameter}, params=params,
+        target={"parameter": parameter}, params=methods()[method].small,
     )  # fmt: skip
 
 
@@ -191,9 +189,7 @@ def test_a_stack_is_folded_as_its_matrices_are_one_by_one(method):
 
     stack = made(lambda: Outer(Bare()))
     x = torch.linspace(-1, 1, 16).reshape(2, 8)
-    compiled = stirred(
-        deltaspec.compile(stack, spec("**.stack", method, **SMALL.get(method, {"rank": 2})), example_inputs=x)
-    )
+    compiled = stirred(deltaspec.compile(stack, spec("**.stack", method, **methods()[method].small), example_inputs=x))
     folded = compiled.merge("d").inner.stack
     for expert in range(3):
         layer = nn.Sequential(nn.Linear(6, 8, bias=False)).requires_grad_(False)
@@ -201,7 +197,7 @@ def test_a_stack_is_folded_as_its_matrices_are_one_by_one(method):
         alone = deltaspec.compile(
             layer,
             {"deltaspec": 1, "deltas": [
-                {"name": "d", "method": method, "params": SMALL.get(method, {"rank": 2}), "target": "0"}
+                {"name": "d", "method": method, "params": methods()[method].small, "target": "0"}
             ]},
             example_inputs=torch.ones(1, 6),
         )  # fmt: skip
@@ -220,7 +216,7 @@ STARTS_AS_IDENTITY = [m for m in MATRIX if methods()[m].promises.identity_at_sta
 @pytest.mark.parametrize("method", STARTS_AS_IDENTITY)
 def test_a_fresh_delta_on_experts_changes_no_bit(method, build):
     model = made(build)
-    params = SMALL.get(method, {"rank": 2})
+    params = methods()[method].small
     compiled = deltaspec.compile(model, spec("**.experts.*_proj", method, **params))
     assert torch.equal(compiled(IDS).logits, model(IDS).logits)
 

@@ -46,12 +46,18 @@ def gate(document: Document, methods: Mapping[str, Method]) -> list[Diagnostic]:
         finding
         for error in errors
         if error.validator == "type" or tuple(error.absolute_path) not in mistyped
-        for finding in _diagnose(error, document)
+        for finding in _diagnose(error, document, methods)
     ]
 
 
 def _names_a_method(delta: Any, methods: Mapping[str, Method]) -> bool:
     return isinstance(delta, dict) and isinstance(delta.get("method"), str) and delta["method"] in methods
+
+
+def _method_at(path: Path, document: Document, methods: Mapping[str, Method]) -> Method | None:
+    """Return the method of the delta that a path leads into; None where there is none."""
+    delta = document.data["deltas"][path[1]] if path[:1] == ("deltas",) and len(path) > 1 else {}
+    return methods[delta["method"]] if _names_a_method(delta, methods) else None
 
 
 @lru_cache(maxsize=8)
@@ -76,15 +82,16 @@ def _whole_pattern(_: Any, pattern: str, instance: Any, __: Any) -> Iterator[Any
         yield ValidationError("")
 
 
-def _diagnose(error: Any, document: Document) -> Iterator[Diagnostic]:
+def _diagnose(error: Any, document: Document, methods: Mapping[str, Method]) -> Iterator[Diagnostic]:
     """Turn one error of jsonschema into findings."""
     path: Path = tuple(error.absolute_path)
     if error.validator == "additionalProperties":
         known = tuple(error.schema.get("properties", ()))
+        method = _method_at(path, document, methods)
         for key in error.instance:
             if key not in known:
                 message = f"unknown key {show_value(key)}"
-                hint = unknown_key_hint(key, path, known, error.instance)
+                hint = unknown_key_hint(key, path, known, error.instance, method)
                 yield document.diagnostic("DS201", message, (*path, key), hint, key=True)
         return
     if error.validator == "required":

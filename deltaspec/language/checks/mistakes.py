@@ -9,10 +9,11 @@ from unicodedata import name
 
 from deltaspec.diagnostics.wording import closest, show_value
 from deltaspec.documents.builder import MAX_NUMBER
-from deltaspec.language.checks.foreign import RENAMES, VALUES, parameter_hint, place_hint
+from deltaspec.language.checks.foreign import VALUES, parameter_hint, place_hint, renamed
 
 if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Path
+    from deltaspec.methods.base import Method
 
 
 _KEYS: Mapping[str, Mapping[str, str]] = {
@@ -90,13 +91,18 @@ def place(path: Path) -> str:
     return "selector"
 
 
-def unknown_key_hint(key: str, path: Path, known: Sequence[str], siblings: Mapping[str, Any]) -> str:
-    """Return what was meant by an unknown key of the mapping at `path`, which knows the keys `known`."""
+def unknown_key_hint(
+    key: str, path: Path, known: Sequence[str], siblings: Mapping[str, Any], method: Method | None = None
+) -> str:
+    """Return what was meant by an unknown key of the mapping at `path`, which knows the keys `known`.
+
+    `method` is that of the delta in which the mapping stands, if it is known.
+    """
     kind = place(path)
     plain = key.lower()
     value = siblings.get(key)
     if kind == "params":
-        if hint := parameter_hint(key, value, known):
+        if hint := parameter_hint(key, value, known, method):
             return hint
         if key in _DELTA and key not in known:
             return f"{key} belongs to the delta: write it beside params, not inside"
@@ -105,11 +111,10 @@ def unknown_key_hint(key: str, path: Path, known: Sequence[str], siblings: Mappi
             return hint
         if key in _ATOMS and key != "type":
             return f"selectors go under target: target: {{{key}: …}}"
-        own = _param_names(siblings.get("method"))
-        ours = key if key in own else next((name for name in RENAMES.get(plain, ()) if name in own), None)
-        if ours is not None:
+        own = tuple(method.Params.model_fields) if method else ()
+        if ours := key if key in own else renamed(key, own, method):
             return f"parameters go under params: params: {{{ours}: …}}"
-    if kind in ("params", "delta") and (hint := place_hint(key, value)):
+    if kind in ("params", "delta") and (hint := place_hint(key, value, method)):
         return hint
     if kind == "spec" and key in _DELTA:
         return f"{key} belongs to one delta: write it in an entry of deltas"
@@ -127,13 +132,6 @@ def _combination_hint(key: str, value: object, siblings: Mapping[str, Any]) -> s
     if "method" not in siblings and (ours == "combine" or isinstance(value, dict)):
         return f'did you mean "{ours}"?'
     return "a derived delta is written without a method: {name: blend, from: {a: 0.5, b: 0.5}, combine: linear}"
-
-
-def _param_names(method: object) -> tuple[str, ...]:
-    from deltaspec.methods.registry import builtin_methods
-
-    found = builtin_methods().get(method) if isinstance(method, str) else None
-    return tuple(found.Params.model_fields) if found else ()
 
 
 def method_hint(method: str, known: Sequence[str]) -> str:

@@ -58,6 +58,15 @@ class Adalora(Method):
     default_roles = (
         "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "mlp.up", "mlp.gate", "mlp.gate_up", "mlp.down",
     )  # fmt: skip
+    small = {"rank": 2, "initial_rank": 3}
+    foreign = {
+        "target_r": "rank",
+        "init_r": "initial_rank",
+        **dict.fromkeys(
+            ("tinit", "tfinal", "deltat", "total_step", "beta1", "beta2", "orth_reg_weight"),
+            'delete it: that is told to the training, RankAllocator(compiled, "name", warmup_steps=200, …)',
+        ),
+    }
 
     def refuse(self, site: Site, params: AdaloraParams) -> Refusal | None:
         """Take linear layers, embeddings and convolutions."""

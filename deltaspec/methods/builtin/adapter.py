@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import Init, Promises, TensorSpec
 from deltaspec.methods.shared.activations import Activation, activate
-from deltaspec.methods.shared.bottleneck import PLACEMENTS, SerialParams, bottleneck_width, in_series, refuse_serial
+from deltaspec.methods.shared.bottleneck import SerialMethod, SerialParams, bottleneck_width, in_series
 from deltaspec.methods.shared.shapes import hidden_width
 
 if TYPE_CHECKING:
-    from deltaspec.methods.declarations import Form, Refusal, Site
+    from deltaspec.methods.declarations import Form, Site
 
 
 class AdapterParams(SerialParams):
     """Parameters of adapter; the bottleneck is 24 wide unless `width` or `reduction` says otherwise."""
 
     activation: Activation = "gelu"
-    """Between the two projections."""
+    """Activation between the two projections."""
     norm_before: bool = False
     """A LayerNorm of its own on the bottleneck's input."""
     norm_after: bool = False
@@ -28,7 +27,7 @@ class AdapterParams(SerialParams):
     """Add the bottleneck's output to the hidden state; false puts it in its place, and nothing is the identity then."""
 
 
-class Adapter(Method):
+class Adapter(SerialMethod):
     """Bottleneck adapter."""
 
     name = "adapter"
@@ -36,19 +35,17 @@ class Adapter(Method):
     paper = "Parameter-Efficient Transfer Learning for NLP (arXiv:1902.00751)"
     Params = AdapterParams
     promises = Promises(identity_at_start=True, weight=None, per_row=True)
-    default_roles = PLACEMENTS["houlsby"]
-
-    def roles(self, params: AdapterParams) -> tuple[str, ...]:
-        """Return the roles of the placement."""
-        return PLACEMENTS[params.placement or "houlsby"]
+    small = {"width": 4}
+    foreign = SerialMethod.foreign | {
+        "ln_before": "norm_before",
+        "ln_after": "norm_after",
+        **dict.fromkeys(("use_gating", "inv_adapter", "cross_adapter", "original_ln_before", "original_ln_after")),
+        **dict.fromkeys(("residual_before_ln", "adapter_residual_before_ln", "output_adapter")),
+    }
 
     def is_identity_at_start(self, params: AdapterParams) -> bool:
         """Not without the residual."""
         return params.residual
-
-    def refuse(self, site: Site, params: AdapterParams) -> Refusal | None:
-        """Take whatever gives (or takes) a hidden state with its width in the last dimension."""
-        return refuse_serial(self.name, site, params.position)
 
     def tensors(self, site: Site, params: AdapterParams) -> tuple[TensorSpec, ...]:
         """Declare D `[width, hidden]`, its bias, U `[hidden, width]`, its bias, and the norms' weights and biases."""

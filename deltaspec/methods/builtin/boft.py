@@ -37,6 +37,13 @@ class Boft(Method):
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
+    small = {"block_size": 2}
+    foreign = {
+        "boft_block_size": "block_size",
+        "boft_block_num": "write block_size: 4 instead; there, that is the number of blocks; block_size is their width",
+        "boft_n_butterfly_factor": "factors",
+        "boft_dropout": None,
+    }
 
     def refuse(self, site: Site, params: BoftParams) -> Refusal | None:
         """Take linear layers and convolutions whose width the butterfly fills."""

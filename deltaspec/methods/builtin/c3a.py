@@ -37,6 +37,10 @@ class C3a(Method):
     promises = Promises(identity_at_start=False, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
+    small = {"block_size": 2}
+    foreign = {
+        "init_weights": {True: "init: zeros", "gaussian": "init: normal", "xavier_uniform": "init: xavier_uniform"}
+    }
 
     def refuse(self, site: Site, params: C3aParams) -> Refusal | None:
         """Take linear layers whose widths the blocks fill."""

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import Init, Promises, Refusal, TensorSpec
 from deltaspec.methods.shared.activations import Activation, activate
-from deltaspec.methods.shared.bottleneck import PLACEMENTS, SerialParams, bottleneck_width, in_series, refuse_serial
+from deltaspec.methods.shared.bottleneck import SerialMethod, SerialParams, bottleneck_width, in_series
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.shapes import hidden_width
 
@@ -29,10 +28,10 @@ class CompacterParams(SerialParams):
     """One set of rule matrices for all projections of the delta with as many divisions, as in the paper; false: each
     projection has its own."""
     activation: Activation = "gelu_tanh"
-    """Between the two projections."""
+    """Activation between the two projections."""
 
 
-class Compacter(Method):
+class Compacter(SerialMethod):
     """Compacter."""
 
     name = "compacter"
@@ -40,15 +39,21 @@ class Compacter(Method):
     paper = "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers (arXiv:2106.04647)"
     Params = CompacterParams
     promises = Promises(identity_at_start=False, weight=None, per_row=True)
-    default_roles = PLACEMENTS["houlsby"]
-
-    def roles(self, params: CompacterParams) -> tuple[str, ...]:
-        """Return the roles of the placement."""
-        return PLACEMENTS[params.placement or "houlsby"]
+    small = {"width": 4, "divisions": 2}
+    foreign = SerialMethod.foreign | {
+        "phm_rank": "rank",
+        **dict.fromkeys(("phm_dim", "hypercomplex_division"), "divisions"),
+        "shared_phm_rule": "share_rule",
+        **dict.fromkeys(
+            ("phm_c_init", "phm_init_range", "hypercomplex_nonlinearity", "learn_phm", "factorized_phm",
+             "factorized_phm_w", "factorized_phm_rule"),
+            "delete it: the start is the usual one",
+        ),
+    }  # fmt: skip
 
     def refuse(self, site: Site, params: CompacterParams) -> Refusal | None:
         """Take hidden states in the last dimension whose width, and the bottleneck's, the terms divide."""
-        refusal = refuse_serial(self.name, site, params.position)
+        refusal = super().refuse(site, params)
         hidden = hidden_width(site, params.position)
         if refusal is not None or hidden is None:
             return refusal

@@ -41,6 +41,12 @@ class Fourierft(Method):
     promises = Promises(identity_at_start=False, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
+    small = {"frequencies": 20}
+    foreign = {
+        "n_frequency": "frequencies",
+        "random_loc_seed": "frequency_seed",
+        "init_weights": {True: "init: zeros", False: "init: normal"},
+    }
 
     def refuse(self, site: Site, params: FourierftParams) -> Refusal | None:
         """Take linear layers."""

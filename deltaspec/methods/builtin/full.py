@@ -35,6 +35,7 @@ class Full(Method):
     promises = Promises(identity_at_start=True, weight="replace", per_row=True)
     default_roles = ("head",)
     descends = True
+    small = {"tied": "together"}
 
     def refuse(self, site: Site, params: FullParams) -> Refusal | None:
         """Take whatever owns parameters; ask about tied ones."""

@@ -37,6 +37,7 @@ class Hira(Method):
     strength = "weight"
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
+    small = {"rank": 2}
 
     def refuse(self, site: Site, params: HiraParams) -> Refusal | None:
         """Take linear layers, embeddings and convolutions."""

@@ -41,6 +41,8 @@ class Hra(Method):
     promises = Promises(identity_at_start=False, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
+    small = {"rank": 2}
+    foreign = {"apply_gs": "orthogonal"}
 
     def refuse(self, site: Site, params: HraParams) -> Refusal | None:
         """Take linear layers and convolutions."""

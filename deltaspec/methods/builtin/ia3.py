@@ -49,6 +49,10 @@ class Ia3(Method):
     default_roles = (
         "attn.k", "attn.v", "attn.qkv", "cross_attn.k", "cross_attn.v", "cross_attn.kv", "cross_attn.qkv", "mlp.down",
     )  # fmt: skip
+    foreign = {
+        "feedforward_modules": "delete it: position: auto scales what enters the second feed-forward layer by itself",
+        "init_ia3_weights": "delete it: the start is the usual one",
+    }
 
     def roles(self, params: Ia3Params) -> tuple[str, ...]:
         """Return the usual roles; those that hold the parts, where parts are asked for."""

@@ -46,6 +46,8 @@ class Loha(Method):
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
+    small = {"rank": 2}
+    foreign = {"use_effective_conv2d": "tucker"}
 
     def refuse(self, site: Site, params: LohaParams) -> Refusal | None:
         """Take linear layers, embeddings and convolutions."""

@@ -52,6 +52,8 @@ class Lokr(Method):
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
+    small = {"rank": 2}
+    foreign = {"decompose_factor": "factor", "rank_dropout_scale": None}
 
     def refuse(self, site: Site, params: LokrParams) -> Refusal | None:
         """Take linear layers, embeddings and convolutions."""

@@ -75,6 +75,22 @@ class Lora(Method):
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
+    small = {"rank": 2}
+    foreign = {
+        **dict.fromkeys(("r", "lora_r", "lora_rank", "rnk"), "rank"),
+        **dict.fromkeys(("lora_alpha", "scaling_factor"), "alpha"),
+        "lora_dropout": "dropout",
+        "lora_bias": "bias",
+        "dora": "use_dora",
+        **dict.fromkeys(("use_rslora", "rslora"), {True: "scaling: rslora", False: "scaling: standard"}),
+        "init_lora_weights": {
+            "gaussian": "init: normal",
+            "(pissa|orthogonal)": r"init: \1",
+            r"pissa_niter_(\d+)": r"{init: pissa, svd_iterations: \1}",
+        },
+        **dict.fromkeys(("layer_replication", "megatron_core", "use_bdlora", "use_qalora", "qalora_group_size")),
+        "alora_invocation_tokens": None,
+    }
 
     def roles(self, params: LoraParams) -> tuple[str, ...]:
         """Return the usual roles; those that hold the parts, where parts are asked for."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import Init, Promises, TensorSpec
 from deltaspec.methods.shared.activations import Activation, activate
-from deltaspec.methods.shared.bottleneck import PLACEMENTS, SerialParams, bottleneck_width, in_series, refuse_serial
+from deltaspec.methods.shared.bottleneck import SerialMethod, SerialParams, bottleneck_width, in_series
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.shapes import hidden_width
 
 if TYPE_CHECKING:
-    from deltaspec.methods.declarations import Form, Refusal, Site
+    from deltaspec.methods.declarations import Form, Site
 
 
 class LowRankAdapterParams(SerialParams):
@@ -22,10 +21,10 @@ class LowRankAdapterParams(SerialParams):
     rank: Rank = 1
     """Rank of both projections."""
     activation: Activation = "gelu_tanh"
-    """Between the two projections."""
+    """Activation between the two projections."""
 
 
-class LowRankAdapter(Method):
+class LowRankAdapter(SerialMethod):
     """Adapter with projections of low rank."""
 
     name = "low_rank_adapter"
@@ -33,15 +32,11 @@ class LowRankAdapter(Method):
     paper = "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers (arXiv:2106.04647), its baseline Adapter-LowRank"
     Params = LowRankAdapterParams
     promises = Promises(identity_at_start=True, weight=None, per_row=True)
-    default_roles = PLACEMENTS["houlsby"]
-
-    def roles(self, params: LowRankAdapterParams) -> tuple[str, ...]:
-        """Return the roles of the placement."""
-        return PLACEMENTS[params.placement or "houlsby"]
-
-    def refuse(self, site: Site, params: LowRankAdapterParams) -> Refusal | None:
-        """Take whatever gives (or takes) a hidden state with its width in the last dimension."""
-        return refuse_serial(self.name, site, params.position)
+    small = {"width": 4}
+    foreign = SerialMethod.foreign | {
+        **dict.fromkeys(("low_rank_rank", "low_rank_w_rank"), "rank"),
+        "low_rank_w_init": "delete it: the start is the usual one",
+    }
 
     def tensors(self, site: Site, params: LowRankAdapterParams) -> tuple[TensorSpec, ...]:
         """Declare D = down_left `[width, rank]` · down_right `[rank, hidden]` and U likewise, with their biases."""

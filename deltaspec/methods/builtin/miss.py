@@ -42,6 +42,12 @@ class Miss(Method):
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
+    small = {"rank": 2}
+    foreign = {
+        "miss_dropout": "dropout",
+        "mini_r": {"(.*)": r"{variant: mini, width: \1}"},
+        "init_weights": {"(bat|mini)": r"variant: \1"},
+    }
 
     def refuse(self, site: Site, params: MissParams) -> Refusal | None:
         """Take linear layers that are at least as wide as a shard."""

@@ -42,6 +42,15 @@ class Oft(Method):
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
+    small = {"block_size": 2}
+    foreign = {
+        "r": "write block_size: 32 instead; there, that is the number of blocks; block_size is their width",
+        "oft_block_size": "block_size",
+        "block_share": "shared_blocks",
+        "use_cayley_neumann": {True: "transform: cayley_neumann", False: "transform: cayley"},
+        "num_cayley_neumann_terms": "terms",
+        **dict.fromkeys(("coft", "eps")),
+    }
 
     def refuse(self, site: Site, params: OftParams) -> Refusal | None:
         """Take linear layers, embeddings and convolutions whose width the blocks fill."""

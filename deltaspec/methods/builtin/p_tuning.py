@@ -49,6 +49,13 @@ class PTuning(PromptMethod):
     Params = PTuningParams
     promises = Promises(identity_at_start=False, weight=None, per_row=True)
     default_roles = ("embed",)
+    small = {"tokens": 2, "width": 4}
+    foreign = {
+        "encoder_hidden_size": "width",
+        "encoder_num_layers": "layers",
+        "encoder_dropout": "dropout",
+        "encoder_reparameterization_type": {"MLP": "encoder: mlp", "LSTM": "encoder: lstm"},
+    }
 
     def tensors(self, site: Site, params: PTuningParams) -> tuple[TensorSpec, ...]:
         """Declare the encoder's input `[tokens, width]` and its layers, weights `[out, in]`."""

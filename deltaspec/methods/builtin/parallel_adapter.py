@@ -20,7 +20,7 @@ class ParallelAdapterParams(WidthParams):
     """Parameters of parallel_adapter; the bottleneck is 24 wide unless `width` or `reduction` says otherwise."""
 
     activation: Activation = "relu"
-    """Between the two projections."""
+    """Activation between the two projections."""
     dropout: Dropout = 0.0
     """Probability of dropping an entry of the bottleneck's input while training."""
     scale: Scale = 4.0
@@ -38,6 +38,7 @@ class ParallelAdapter(Method):
     Params = ParallelAdapterParams
     promises = Promises(identity_at_start=True, weight=None, per_row=True)
     default_roles = ("attn", "mlp")
+    small = {"width": 4}
 
     def refuse(self, site: Site, params: ParallelAdapterParams) -> Refusal | None:
         """Take whatever takes and gives a hidden state with its width in the last dimension."""

@@ -41,6 +41,14 @@ class Prefix(Method):
     descends = True
     attends = True
     strength = "attention"
+    small = {"tokens": 2}
+    foreign = {
+        **dict.fromkeys(("prefix_token_num", "prefix_length"), "tokens"),
+        "mid_dim": "width",
+        "prefix_projection": {True: "reparametrisation: mlp", False: "reparametrisation: none"},
+        "flat": {True: "reparametrisation: none", False: "reparametrisation: mlp"},
+        **dict.fromkeys(("cross_prefix", "encoder_prefix")),
+    }
 
     def descends_to(self, row: Row) -> bool:
         """Stand for the modules that call the attention function; a block may hold them further down."""

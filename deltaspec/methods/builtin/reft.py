@@ -68,6 +68,14 @@ class Reft(Method):
     Params = ReftParams
     promises = Promises(identity_at_start=False, weight=None, per_row=True)
     default_roles = ("block",)
+    small = {"rank": 2}
+    foreign = {
+        "low_rank_dimension": "rank",
+        "prefix_positions": "first",
+        "suffix_positions": "last",
+        "tied_weights": "tied",
+        **dict.fromkeys(("orthogonality", "subtract_projection"), {True: "form: loreft", False: "form: direft"}),
+    }
 
     def refuse(self, site: Site, params: ReftParams) -> Refusal | None:
         """Take hidden states in the last dimension, and for chosen positions a module that is told of padding."""

@@ -38,6 +38,7 @@ class Road(Method):
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     example = {"group_size": 32}
+    small = {"group_size": 4}
 
     def refuse(self, site: Site, params: RoadParams) -> Refusal | None:
         """Take linear layers whose output width is a multiple of the group size."""

@@ -62,6 +62,14 @@ class SoftPrompt(PromptMethod):
     promises = Promises(identity_at_start=False, weight=None, per_row=True)
     start = frozenset({"init", "text", "tokenizer", "token_ids"})
     default_roles = ("embed",)
+    small = {"tokens": 2}
+    foreign = {
+        **dict.fromkeys(("num_virtual_tokens", "soft_token_num", "prompt_length"), "tokens"),
+        "prompt_tuning_init": {"TEXT": "init: text", "SAMPLE_VOCAB": "init: vocabulary", "RANDOM": "init: uniform"},
+        "prompt_tuning_init_text": "text",
+        "tokenizer_name_or_path": "tokenizer",
+        "tokenizer_kwargs": None,
+    }
 
     def virtual_tokens(self, params: SoftPromptParams) -> int:
         """Return the number of rows; a plan's params always have one."""

@@ -45,6 +45,8 @@ class TrainableTokens(Method):
     example = {"token_ids": (0, 1)}
     strength = "weight"
     default_roles = ("embed",)
+    small = {"token_ids": [4, 15, 26, 39]}
+    foreign = {"token_indices": "token_ids"}
 
     def is_default(self, row: Row, params: TrainableTokensParams) -> bool:
         """Take the table of input embeddings, and not those of positions and segments."""

@@ -39,6 +39,15 @@ class Vera(Method):
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
+    small = {"rank": 4}
+    foreign = {
+        "vera_dropout": "dropout",
+        "d_initial": "initial_scale",
+        "projection_prng_key": (
+            "delete it: the shared matrices are drawn by the spec's own seed (seed: 0, beside deltas)"
+        ),
+        "save_projection": "delete it: the shared matrices are always saved",
+    }
 
     def refuse(self, site: Site, params: VeraParams) -> Refusal | None:
         """Take linear layers."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import MethodParams, Refusal
 from deltaspec.methods.shared.shapes import channels_first, hidden_width
 
@@ -53,6 +54,28 @@ class SerialParams(WidthParams):
     placement: Placement | None = None
     """Where it goes if the delta names no target: `houlsby` (the default) after the attention's output projection and
     after the feed-forward's second layer, `pfeiffer` after the whole block."""
+
+
+class SerialMethod(Method):
+    """A bottleneck before or after a module."""
+
+    default_roles = PLACEMENTS["houlsby"]
+    role_choice = "placement"
+    foreign = {
+        **dict.fromkeys(("bottleneck_dim", "bottleneck_size", "bottleneck", "adapter_dim"), "width"),
+        "reduction_factor": "reduction",
+        **dict.fromkeys(("non_linearity", "nonlinearity", "act", "act_fn", "activation_fn"), "activation"),
+        **dict.fromkeys(("scaling", "scaling_factor"), "scale"),
+        "mh_adapter": {True: "placement: houlsby", False: "placement: pfeiffer"},
+    }
+
+    def roles(self, params: Any) -> tuple[str, ...]:
+        """Return the roles of the placement."""
+        return PLACEMENTS[params.placement or "houlsby"]
+
+    def refuse(self, site: Site, params: Any) -> Refusal | None:
+        """Take whatever gives (or takes) a hidden state with its width in the last dimension."""
+        return refuse_serial(self.name, site, params.position)
 
 
 def bottleneck_width(hidden: int, params: WidthParams, default: int | None, reduction: int = 1) -> int:

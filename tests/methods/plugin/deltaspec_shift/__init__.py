@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Form, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods import Form, Method, MethodParams, Promises, Refusal, Site, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
