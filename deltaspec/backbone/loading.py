@@ -24,6 +24,7 @@ from torch import nn
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import closest
+from deltaspec.names.paths import is_inside
 
 _FACTORY = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
@@ -179,7 +180,7 @@ def _imported(reference: str, name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+        if error.name is not None and is_inside(name, error.name):
             hint = "it is looked for in the current directory and in the environment that deltaspec runs in"
             _fail("DS323", f"there is no module {error.name}", reference, hint)
         _fail("DS323", f"importing {name} failed: {_brief(error)}{_where(error)}", reference)

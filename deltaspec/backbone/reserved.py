@@ -66,11 +66,6 @@ def remove(backbone: nn.Module) -> None:
     del backbone.get_submodule(parent)._modules[name]
 
 
-def is_inside(fqn: str, deltas: str) -> bool:
-    """Return whether a name of a module or tensor is the deltas' own."""
-    return fqn == deltas or fqn.startswith(deltas + ".")
-
-
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ITERATES = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
 

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from deltaspec.diagnostics.codes import CODES
 from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.diagnostics.wording import plural
 
 GITHUB_LIMIT = 10
 """Annotations of one kind that GitHub shows for a step."""
@@ -18,7 +19,8 @@ GITHUB_LIMIT = 10
 
 def summary(diagnostics: Sequence[Diagnostic], files: int) -> str:
     """Write `3 files, 2 findings`."""
-    return f"{_counted(files, 'file')}, {_counted(len(diagnostics), 'finding')}"
+    findings = len(diagnostics)
+    return f"{files} {plural(files, 'file')}, {findings} {plural(findings, 'finding')}"
 
 
 def as_text(diagnostics: Sequence[Diagnostic], files: int | None = None, color: bool = False) -> str:
@@ -99,10 +101,6 @@ FORMATS: Mapping[str, Callable[[Sequence[Diagnostic], int | None], str]] = {
     "github": as_github,
     "sarif": as_sarif,
 }
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _colored(d: Diagnostic) -> str:

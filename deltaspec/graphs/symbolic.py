@@ -14,6 +14,7 @@ from deltaspec.backbone.forwards import arguments_of
 from deltaspec.graphs.links import Inputs
 from deltaspec.graphs.regions import hidden_out, with_hidden_out
 from deltaspec.graphs.rewrite import emit_chain
+from deltaspec.names.paths import is_inside
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,7 +80,7 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
         if (fqn not in called or fqn in sites) and (module._forward_hooks or module._forward_pre_hooks) and fqn:
             return None, f"{fqn} has hooks, which a trace would fix or put in another order"
     for host in sorted(hosts):
-        if not any(host == name or host.startswith(name + ".") for name in called):
+        if not any(is_inside(host, name) for name in called):
             return None, f"{host or 'the model'} is not called in its trace, and a delta needs its forward"
     return graph, "it traces, the same in training and evaluation mode"
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics.wording import counted
 from deltaspec.methods.registry import methods
-from deltaspec.planning.sites import counted, shown
+from deltaspec.names.folding import shown
 
 if TYPE_CHECKING:
     from deltaspec.language.model import DeltaSpec
@@ -43,7 +44,7 @@ def _conflicts(specs: Sequence[DeltaSpec], deltas: Sequence[PlannedDelta]) -> li
                     clashes.setdefault((other.name, twice, behind), []).append(site.fqn)
         for (other_name, twice, behind), names_ in clashes.items():
             path = ("deltas", index, "target") if spec.deltas[index].target else ("deltas", index, "method")
-            where = f"{counted(names_)}: {shown(names_)}"
+            where = f"{counted(len(names_), 'site')}: {shown(names_)}"
             if twice:
                 message = f"deltas {other_name!r} and {delta.name!r} both replace the same parameters ({where})"
                 hint = f"take the part out of one of them, or {_TURNS}"
@@ -73,7 +74,7 @@ def _unseen(
                     clashes.setdefault((other.name, behind), []).append(site.fqn)
     findings = []
     for (other_name, behind), names in clashes.items():
-        where = f"{counted(names)}: {shown(names)}"
+        where = f"{counted(len(names), 'site')}: {shown(names)}"
         message = f"delta {delta.name!r} computes from weights that delta {other_name!r} before it changes ({where})"
         hint = _TURNS if behind else f"list {delta.name!r} before {other_name!r}, or {_TURNS}"
         findings.append(spec.diagnostic("DS406", message, ("deltas", index, "method"), hint))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from deltaspec.diagnostics.wording import counted, plural
 from deltaspec.names.folding import fold, unfold
 from deltaspec.planning.planned import count_trainable, fraction
 
@@ -133,7 +134,7 @@ def _lines(plan: Printed) -> Iterator[tuple[str, str]]:
         yield from _remarks(delta.checks, delta.notes)
     if len(plan.deltas) != 1 or plan.checks or plan.notes:
         yield "", ""
-        number = f"{len(plan.deltas)} delta" if len(plan.deltas) == 1 else f"{len(plan.deltas)} deltas"
+        number = f"{len(plan.deltas)} {plural(len(plan.deltas), 'delta')}"
         yield from _wrapped(f"Total: {number}, {_size(len(plan.sites), plan.trainable, plan)}", "bold")
         yield from _remarks(plan.checks, plan.notes)
     yield "", ""
@@ -170,8 +171,7 @@ def _model(plan: Printed) -> str:
 
 def _size(sites: int, trainable: int, plan: Printed) -> str:
     share = percent(fraction(trainable, plan.base_parameters))
-    plural = "" if sites == 1 else "s"
-    return f"{sites} site{plural}, {trainable:,} trainable parameters, {share} of the base"
+    return f"{sites} {plural(sites, 'site')}, {trainable:,} trainable parameters, {share} of the base"
 
 
 def percent(share: float) -> str:
@@ -278,8 +278,7 @@ def markdown(plan: Printed) -> str:
         out.append(f"| {name} | {_cell(method)} | {sites:,} | {trainable:,} | {share} |")
     for delta in plan.deltas:
         start = "" if delta.attached else ", starts detached"
-        number = "1 site" if len(delta.sites) == 1 else f"{len(delta.sites):,} sites"
-        out += ["", f"<details><summary>{delta.name}: {number}{start}</summary>", ""]
+        out += ["", f"<details><summary>{delta.name}: {counted(len(delta.sites), 'site')}{start}</summary>", ""]
         out += ["| sites | tensors |", "|---|---|"]
         for group in groups(delta):
             names = "<br>".join(f"`{_cell(pattern or '(the model itself)')}`" for pattern, _ in group.patterns)
