@@ -19,7 +19,7 @@ from deltaspec.methods.declarations import Refusal
 from deltaspec.methods.registry import methods
 from deltaspec.names.folding import shown
 from deltaspec.planning import derived
-from deltaspec.planning.conflicts import _conflicts
+from deltaspec.planning.conflicts import conflicts
 from deltaspec.planning.expectations import delta_checks, spec_checks
 from deltaspec.planning.plan import Plan
 from deltaspec.planning.planned import PlannedDelta
@@ -98,7 +98,7 @@ def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observ
         findings += [*own_findings, *unmet]
         deltas += own
         resolved.append(spec)
-    findings += _conflicts(specs, deltas)
+    findings += conflicts(specs, deltas)
     if findings:
         raise DeltaSpecError(in_order(findings))
     return Plan(

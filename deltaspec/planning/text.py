@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.wording import counted, plural
 from deltaspec.names.folding import fold, unfold
@@ -15,47 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from deltaspec.methods.declarations import MethodParams
-    from deltaspec.planning.planned import PlannedDelta, PlannedSite
-
-
-class Printed(Protocol):
-    """What is read of a plan."""
-
-    @property
-    def deltas(self) -> tuple[PlannedDelta, ...]: ...
-
-    @property
-    def specs(self) -> tuple[Any, ...]: ...
-
-    @property
-    def checks(self) -> tuple[str, ...]: ...
-
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-
-    @property
-    def sites(self) -> tuple[PlannedSite, ...]: ...
-
-    @property
-    def trainable(self) -> int: ...
-
-    @property
-    def fraction(self) -> float: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def structure(self) -> str: ...
-
-    @property
-    def model_class(self) -> str: ...
-
-    @property
-    def model_type(self) -> str | None: ...
-
-    @property
-    def base_parameters(self) -> int: ...
+    from deltaspec.planning.planned import PlannedDelta, PlannedDeltas, PlannedSite
 
 
 WIDTH = 100
@@ -101,12 +61,12 @@ def groups(delta: PlannedDelta) -> list[Group]:
     ]
 
 
-def plain(plan: Printed) -> str:
+def plain(plan: PlannedDeltas) -> str:
     """Write the plan as plain text, 100 columns wide."""
     return "\n".join(line for line, _ in _lines(plan))
 
 
-def coloured(plan: Printed) -> Text:
+def coloured(plan: PlannedDeltas) -> Text:
     """Write the plan for a terminal: the same text, with styles."""
     from rich.text import Text
 
@@ -116,7 +76,7 @@ def coloured(plan: Printed) -> Text:
     return text
 
 
-def _lines(plan: Printed) -> Iterator[tuple[str, str]]:
+def _lines(plan: PlannedDeltas) -> Iterator[tuple[str, str]]:
     """Return the lines of the plan, each with its style."""
     yield from _wrapped(f"Plan for {_model(plan)}", "bold")
     for delta in plan.deltas:
@@ -164,12 +124,12 @@ def _content(group: Group) -> str:
     return text + "; through the weight, not around a call" * group.bypassed
 
 
-def _model(plan: Printed) -> str:
+def _model(plan: PlannedDeltas) -> str:
     kind = f"{plan.model_type}, " if plan.model_type else ""
     return f"{plan.model_class} ({kind}{plan.base_parameters:,} parameters)"
 
 
-def _size(sites: int, trainable: int, plan: Printed) -> str:
+def _size(sites: int, trainable: int, plan: PlannedDeltas) -> str:
     share = percent(fraction(trainable, plan.base_parameters))
     return f"{sites} {plural(sites, 'site')}, {trainable:,} trainable parameters, {share} of the base"
 
@@ -217,7 +177,7 @@ def _changed(params: MethodParams, base: MethodParams) -> dict[str, Any]:
     return {name: value for name, value in own.items() if value != usual[name]}
 
 
-def plan_data(plan: Printed) -> dict[str, Any]:
+def plan_data(plan: PlannedDeltas) -> dict[str, Any]:
     """Return the plan as JSON data."""
     return {
         "model": {
@@ -266,7 +226,7 @@ def _delta_data(delta: PlannedDelta) -> dict[str, Any]:
     }
 
 
-def markdown(plan: Printed) -> str:
+def markdown(plan: PlannedDeltas) -> str:
     """Write the plan for a comment in a pull request."""
     out = [f"### Plan for {_model(plan)}", ""]
     out += ["| delta | method | sites | trainable | of the base |", "|---|---|---:|---:|---:|"]
