@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from deltaspec.backbone.walk import every
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
 
@@ -29,7 +28,7 @@ def place(backbone: nn.Module, deltas: Reserved) -> None:
 
 def refuse_backbone(model: nn.Module) -> None:
     """Raise DeltaSpecError for a model that holds deltas already, or something else under their name."""
-    if any(isinstance(module, Reserved) for module in every(model)):
+    if any(isinstance(module, Reserved) for module in model.modules()):
         message = f"{type(model).__name__} is compiled already"
         hint = "take the original model, with all specs at once: compile(model, spec_a, spec_b)"
         raise DeltaSpecError([Diagnostic("DS431", message, "<model>", suggestion=hint)])
