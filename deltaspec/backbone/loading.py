@@ -147,6 +147,7 @@ def _model_class(reference: str, name: str, config: Any) -> Callable[[Any], Any]
 
 
 def _remedy(error: Exception) -> str | None:
+    """Return the way out where a model needs code from a hub: transformers says so in a ValueError's text alone."""
     if "trust_remote_code" in str(error):
         return "write a factory that loads it, and name it as package.module:factory"
     return None

@@ -70,5 +70,6 @@ _ITERATES = frozenset({"children", "named_children", "modules", "named_modules",
 
 
 def _names_in_forward(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the names that a forward's code looks up; nothing else tells, before it runs, that it walks children."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return frozenset(code.co_names if code else ())

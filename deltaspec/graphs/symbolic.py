@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from deltaspec.graphs.links import Link
-
-
-_ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
 class _Tracer(fx.Tracer):
@@ -62,7 +58,7 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
             return None, f"it does not trace: {type(error).__name__}: {reason}"
     if written := _written(before, _state(twin)):
         return None, f"its forward writes {', '.join(written)}, which a trace would leave out"
-    training, evaluation = (_ADDRESS.sub("", graph.python_code("self").src) for graph in graphs)
+    training, evaluation = map(_steps, graphs)
     if training != evaluation:
         return None, "its traces in training and in evaluation mode differ"
     graph = graphs[1]
@@ -83,6 +79,11 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
         if not any(is_inside(host, name) for name in called):
             return None, f"{host or 'the model'} is not called in its trace, and a delta needs its forward"
     return graph, "it traces, the same in training and evaluation mode"
+
+
+def _steps(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """Return what a trace does, step by step, in a form that is equal for equal traces."""
+    return [(n.name, n.op, n.target, fx.node.map_arg((n.args, n.kwargs), lambda a: a.name)) for n in graph.nodes]
 
 
 def _state(model: nn.Module) -> dict[str, tuple[Any, int]]:

@@ -227,6 +227,7 @@ class Placer:
         if why := _computed_weight(self.method, site, params):
             return why
         if refusal := self.method.refuse(site, params):
+            # A method that asks for example_inputs lacks what a forward would have shown.
             failed = self.observations.failure if "example_inputs" in refusal.suggestion else None
             told = f"; no forward could be run here: {failed}" if failed else ""
             return "DS402", refusal.reason, f"{refusal.suggestion}{told}"
