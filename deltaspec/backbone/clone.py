@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Container
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from deltaspec.backbone.walk import every
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
 
@@ -24,7 +24,7 @@ def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any
     where the model holds something that cannot be copied.
     """
     memo: dict[int, Any] = dict(replace or {})
-    modules = every(model, memo)
+    modules = _copied(model, memo)
     for module in modules:
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
@@ -64,13 +64,25 @@ def hollow(model: nn.Module) -> nn.Module:
             made[id(tensor)] = nn.Parameter(zero, False) if isinstance(tensor, nn.Parameter) else zero.clone()
         return made[id(tensor)]
 
-    for module in every(twin):
+    for module in twin.modules():
         registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
         for members in registries:
             for name, value in members.items():
                 if isinstance(value, torch.Tensor) and value.is_meta:
                     members[name] = filled(value)
     return twin
+
+
+def _copied(model: nn.Module, replaced: Container[int]) -> list[nn.Module]:
+    """Return the modules of a model, without those of these ids and what they alone hold: thousands of deltas, say."""
+    found: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found and id(module) not in replaced:
+            found[id(module)] = module
+            waiting += module.children()
+    return list(found.values())
 
 
 def _not_copied(model: nn.Module, reason: str) -> DeltaSpecError:

@@ -15,6 +15,7 @@ from torch import nn
 
 from deltaspec.backbone.forwards import arguments_of
 from deltaspec.backbone.table import Entrance
+from deltaspec.names.paths import is_inside
 
 _KNOWN = frozenset(
     "input_ids attention_mask token_type_ids position_ids cache_position inputs_embeds past_key_values head_mask "
@@ -36,7 +37,7 @@ def entrances(modules: list[tuple[str, nn.Module]]) -> dict[int, Entrance]:
     taking = [(fqn, module) for fqn, module in named if {"input_ids", "attention_mask"} <= set(_optional(module))]
     found: dict[int, Entrance] = {}
     for fqn, module in taking:
-        if any(other is not module and _is_below(other_fqn, fqn) for other_fqn, other in taking):
+        if any(other is not module and is_inside(other_fqn, fqn) for other_fqn, other in taking):
             continue
         embedding = _part(module, "get_input_embeddings")
         if embedding is None:
@@ -89,7 +90,3 @@ def _arguments(forward: Callable[..., Any]) -> dict[str, bool]:
     parameters = arguments_of(forward)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return {p.name: p.default is None or p.default is p.empty for p in named}
-
-
-def _is_below(fqn: str, container: str) -> bool:
-    return fqn.startswith(container + ".") if container else bool(fqn)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deltaspec.backbone.reserved import find, is_inside
+from deltaspec.backbone.reserved import find
+from deltaspec.names.paths import is_inside
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -24,6 +24,7 @@ from torch import nn
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import closest
+from deltaspec.names.paths import is_inside
 
 _FACTORY = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
@@ -146,6 +147,7 @@ def _model_class(reference: str, name: str, config: Any) -> Callable[[Any], Any]
 
 
 def _remedy(error: Exception) -> str | None:
+    """Return the way out where a model needs code from a hub: transformers says so in a ValueError's text alone."""
     if "trust_remote_code" in str(error):
         return "write a factory that loads it, and name it as package.module:factory"
     return None
@@ -179,7 +181,7 @@ def _imported(reference: str, name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+        if error.name is not None and is_inside(name, error.name):
             hint = "it is looked for in the current directory and in the environment that deltaspec runs in"
             _fail("DS323", f"there is no module {error.name}", reference, hint)
         _fail("DS323", f"importing {name} failed: {_brief(error)}{_where(error)}", reference)

@@ -19,6 +19,7 @@ from deltaspec.backbone.attention import AttentionShape, record_shapes
 from deltaspec.backbone.clone import clone, hollow
 from deltaspec.backbone.flow import METADATA, Fate, fates
 from deltaspec.backbone.inputs import call_arguments, dummy_inputs, moved_to
+from deltaspec.names.paths import is_inside
 
 if TYPE_CHECKING:
     from deltaspec.backbone.table import Row
@@ -168,17 +169,13 @@ class Recorder:
             name = self._names[id(module)]
             found = self._seen.get(name, Observation(False))
             # A parametrisation, for one, hands its own parameters to its children.
-            if readers := {r for r in self._readers.get(name, ()) if not _is_below(r, name)}:
+            if readers := {r for r in self._readers.get(name, ()) if not is_inside(r, name)}:
                 # Whoever stands above both the module and all its readers can run with another weight in its place.
                 host = _common([fqn.rpartition(".")[0], *readers])
                 reads = None if found.called else tuple(sorted(self._reads[name]))
                 found = replace(found, host=host, reads=reads)
             result[fqn] = found
         return result
-
-
-def _is_below(fqn: str, module: str) -> bool:
-    return not module or fqn.startswith(module + ".")
 
 
 def _common(names: list[str]) -> str:
@@ -236,7 +233,7 @@ def _static(model: nn.Module) -> dict[str, Observation]:
     for fqn, module in modules.items():
         if type(module).forward is nn.TransformerEncoderLayer.forward:
             # Its fast path reads every parameter below it in one kernel call.
-            inside = [name for name in modules if name.startswith(fqn + "." if fqn else "") and name != fqn]
+            inside = [name for name in modules if is_inside(name, fqn) and name != fqn]
             found |= {name: Observation(False, host=fqn) for name in inside}
         elif isinstance(module, nn.MultiheadAttention) and fqn not in found:
             name = f"{fqn}.out_proj" if fqn else "out_proj"

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from deltaspec.backbone.walk import every
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
 
@@ -29,7 +28,7 @@ def place(backbone: nn.Module, deltas: Reserved) -> None:
 
 def refuse_backbone(model: nn.Module) -> None:
     """Raise DeltaSpecError for a model that holds deltas already, or something else under their name."""
-    if any(isinstance(module, Reserved) for module in every(model)):
+    if any(isinstance(module, Reserved) for module in model.modules()):
         message = f"{type(model).__name__} is compiled already"
         hint = "take the original model, with all specs at once: compile(model, spec_a, spec_b)"
         raise DeltaSpecError([Diagnostic("DS431", message, "<model>", suggestion=hint)])
@@ -66,15 +65,11 @@ def remove(backbone: nn.Module) -> None:
     del backbone.get_submodule(parent)._modules[name]
 
 
-def is_inside(fqn: str, deltas: str) -> bool:
-    """Return whether a name of a module or tensor is the deltas' own."""
-    return fqn == deltas or fqn.startswith(deltas + ".")
-
-
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ITERATES = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
 
 
 def _names_in_forward(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the names that a forward's code looks up; nothing else tells, before it runs, that it walks children."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return frozenset(code.co_names if code else ())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,19 +104,6 @@ def _alike(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList) and any(
         all(issubclass(kind, base) for kind in others) for base in bases if not base.__module__.startswith("torch.nn.")
     )
-
-
-def every(model: nn.Module, without: Container[int] = ()) -> list[nn.Module]:
-    """Return what `model.modules()` does, without a generator a level; without modules of these ids."""
-    found: dict[int, nn.Module] = {}
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in found and id(module) not in without:
-            found[id(module)] = module
-            if module._modules:
-                waiting += [child for child in list(module._modules.values())[::-1] if child is not None]
-    return list(found.values())
 
 
 def named(model: nn.Module, but: str) -> Iterator[tuple[str, nn.Module]]:

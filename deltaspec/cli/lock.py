@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from deltaspec.cli.plan import plan_from
+from deltaspec.diagnostics.wording import counted
 
 
 @click.command()
@@ -17,7 +18,6 @@ def command(model: str, specs: tuple[str, ...]) -> None:
     have drifted from it. Exit codes: 0 written, 1 findings (nothing is written), 2 usage.
     """
     from deltaspec.planning.lock import lock_path, write_lock
-    from deltaspec.planning.sites import counted
 
     planned = plan_from(model, specs)
     paths = [lock_path(spec) for spec in specs]
@@ -28,4 +28,4 @@ def command(model: str, specs: tuple[str, ...]) -> None:
             write_lock(part, path)
         except OSError as error:
             raise click.UsageError(f"{path} cannot be written: {error.strerror}") from None
-        click.echo(f"{path}: {counted(part.sites)}, {part.trainable:,} trainable parameters")
+        click.echo(f"{path}: {counted(len(part.sites), 'site')}, {part.trainable:,} trainable parameters")

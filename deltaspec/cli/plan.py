@@ -13,6 +13,7 @@ import click
 from deltaspec.cli._shared import report, show, wants_color
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.diagnostics.render import FORMATS
+from deltaspec.diagnostics.wording import counted, plural
 
 if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Diagnostic
@@ -44,13 +45,14 @@ def command(model: str, specs: tuple[str, ...], check: bool, output_format: str)
         return
     if check:
         from deltaspec.planning.lock import check_lock, lock_path
-        from deltaspec.planning.sites import counted
 
         parts = list(zip(planned.parts(), map(lock_path, specs), strict=True))
         _report([finding for part, path in parts for finding in check_lock(part, path)], output_format)
         if output_format == "text":
             for part, path in parts:
-                click.echo(f"{path}: up to date, {counted(part.sites)}, {part.trainable:,} trainable parameters")
+                click.echo(
+                    f"{path}: up to date, {counted(len(part.sites), 'site')}, {part.trainable:,} trainable parameters"
+                )
     elif output_format == "text":
         from rich.console import Console
 
@@ -82,7 +84,7 @@ def _report(diagnostics: tuple[Diagnostic, ...] | list[Diagnostic], output_forma
     if not diagnostics:
         click.echo("The lock is up to date.")
         return
-    click.echo(f"### deltaspec: {len(diagnostics)} finding{'s' * (len(diagnostics) != 1)}\n\n```")
+    click.echo(f"### deltaspec: {len(diagnostics)} {plural(len(diagnostics), 'finding')}\n\n```")
     click.echo("\n".join(map(str, diagnostics)))
     click.echo("```")
     click.get_current_context().exit(1)

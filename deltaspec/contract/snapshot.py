@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from deltaspec.names.paths import is_inside
 from deltaspec.runtime.forward_gate import COUNTING
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def snapshot(model: nn.Module, *, identity: bool = False, skip: str | None = Non
     """
     seen: dict[str, Any] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
-        if skip is not None and (fqn == skip or fqn.startswith(skip + ".")):
+        if skip is not None and is_inside(fqn, skip):
             continue
         place = f"{fqn}:" if fqn else ":"
         seen[f"{place}class"] = type(module)

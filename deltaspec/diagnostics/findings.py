@@ -25,12 +25,14 @@ class Diagnostic:
     """Path inside the document (`deltas[0].target.path`); printed where there is no line."""
 
     def __str__(self) -> str:
-        if self.line:
-            place = f"{self.file}:{self.line}:{self.column}"
-        else:
-            place = f"{self.file}:{self.where}" if self.where else self.file
-        text = f"{place}: error[{self.code}] {self.message}"
-        return f"{text}\n  = help: {self.suggestion}" if self.suggestion else text
+        return written(self)
+
+
+def written(d: Diagnostic, place: str = "{}", code: str = "{}", hint: str = "{}") -> str:
+    """Write a finding as text, its three marked parts in the forms given: `{}` stands for the part."""
+    where = f"{d.file}:{d.line}:{d.column}" if d.line else f"{d.file}:{d.where}" if d.where else d.file
+    text = f"{place.format(f'{where}:')} {code.format(f'error[{d.code}]')} {d.message}"
+    return f"{text}\n  {hint.format('= help:')} {d.suggestion}" if d.suggestion else text
 
 
 class DeltaSpecError(ValueError):

@@ -10,7 +10,8 @@ from typing import Any
 from urllib.parse import quote
 
 from deltaspec.diagnostics.codes import CODES
-from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.diagnostics.findings import Diagnostic, written
+from deltaspec.diagnostics.wording import plural
 
 GITHUB_LIMIT = 10
 """Annotations of one kind that GitHub shows for a step."""
@@ -18,12 +19,14 @@ GITHUB_LIMIT = 10
 
 def summary(diagnostics: Sequence[Diagnostic], files: int) -> str:
     """Write `3 files, 2 findings`."""
-    return f"{_counted(files, 'file')}, {_counted(len(diagnostics), 'finding')}"
+    findings = len(diagnostics)
+    return f"{files} {plural(files, 'file')}, {findings} {plural(findings, 'finding')}"
 
 
 def as_text(diagnostics: Sequence[Diagnostic], files: int | None = None, color: bool = False) -> str:
     """Write findings for people: `file:line:col: error[DS302] …`, each with its help, and a summary."""
-    lines = [_colored(d) if color else str(d) for d in diagnostics]
+    styles = ("\x1b[1m{}\x1b[0m", "\x1b[1;31m{}\x1b[0m", "\x1b[36m{}\x1b[0m") if color else ()
+    lines = [written(d, *styles) for d in diagnostics]
     if files is not None:
         lines.append(summary(diagnostics, files))
     return "\n".join(lines)
@@ -99,17 +102,6 @@ FORMATS: Mapping[str, Callable[[Sequence[Diagnostic], int | None], str]] = {
     "github": as_github,
     "sarif": as_sarif,
 }
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _colored(d: Diagnostic) -> str:
-    head, _, rest = str(d).partition(f" error[{d.code}] ")
-    message, separator, hint = rest.partition("\n  = help: ")
-    text = f"\x1b[1m{head}\x1b[0m \x1b[1;31merror[{d.code}]\x1b[0m {message}"
-    return f"{text}\n  \x1b[36m= help:\x1b[0m {hint}" if separator else text
 
 
 def _data(text: str) -> str:

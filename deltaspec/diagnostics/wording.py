@@ -14,6 +14,16 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     return candidates[found[0]] if found else None
 
 
+def plural(number: int, noun: str) -> str:
+    """Return the form of a noun for a number: `site`, `sites`."""
+    return noun if number == 1 else f"{noun}s"
+
+
+def counted(number: int, noun: str) -> str:
+    """Write `1 site`, `12 sites`, `1,200 sites`."""
+    return f"{number:,} {plural(number, noun)}"
+
+
 def show_path(path: Sequence[str | int]) -> str:
     """Write a document path as `deltas[0].target.path`."""
     text = ""

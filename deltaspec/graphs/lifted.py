@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
-import re
+import ast
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 from torch import fx
-from torch.fx.graph import CodeGen
 
-_LIFTED = re.compile(r"self\.(base|swapped|dropout)(_\w+)?\(")
-_SPLAT = re.compile(r"_splat_args = (\w+), _splat_kwargs = (\w+)")
-
-
-class _LiftedCodeGen(CodeGen):
-    """Generates a plain function: the host and dropout are arguments, not attributes of a `self`."""
-
-    def gen_fn_def(self, free_vars: list[str], *args: Any, **kwargs: Any) -> str:
-        return super().gen_fn_def(free_vars, *args, **kwargs).replace("(self, ", "(", 1)
-
-
-def new_graph() -> fx.Graph:
-    """Make an empty graph whose modules are named like placeholders: `base`, `swapped`, `dropout`."""
-    graph = fx.Graph()
-    graph.set_codegen(_LiftedCodeGen())
-    return graph
+SPLAT_ARGS, SPLAT_KWARGS = "_splat_args", "_splat_kwargs"
+"""Keywords of a module's call that are spread in it: a graph has no way to say `*args` and `**kwargs` there."""
+_STARS = {SPLAT_ARGS: b"*", SPLAT_KWARGS: b"**"}
 
 
 def to_function(graph: fx.Graph, title: str) -> tuple[Callable[..., Any], str]:
-    """Generate the function of a finished graph: (function, its source). What nobody uses is taken out."""
+    """Generate the function of a finished graph: (function, its source). What nobody uses is taken out.
+
+    The modules that the graph calls are named like placeholders of it: `base`, `swapped`, `dropout`.
+    """
     for node in reversed(graph.nodes):
         if node.op == "call_function" and not node.users:
             graph.erase_node(node)
-    graph.on_generate_code(lambda _: _lift)
     graph.lint()
-    source = graph.python_code("self")
-    namespace = dict(source.globals)
-    exec(compile(source.src, f"<deltaspec {title}>", "exec"), namespace)
+    generated = graph.python_code("self")
+    source = without_self(generated.src)
+    namespace = dict(generated.globals)
+    exec(compile(source, f"<deltaspec {title}>", "exec"), namespace)
     function: Callable[..., Any] = namespace["forward"]
-    return function, source.src.strip() + "\n"
+    return function, source.strip() + "\n"
 
 
-def _lift(lines: list[str]) -> list[str]:
-    return [_SPLAT.sub(r"*\1, **\2", _LIFTED.sub(r"\1\2(", line)) for line in lines]
+def without_self(source: str) -> str:
+    """Take `self` out of generated source: `self.base(x)` becomes `base(x)`, and what is to be spread gets its stars.
+
+    The syntax tree says where; the text stays as it was generated elsewhere.
+    """
+    text = source.encode()
+    starts = [0, *accumulate(len(line) + 1 for line in text.split(b"\n"))]
+
+    def start(node: Any) -> int:
+        return starts[int(node.lineno) - 1] + int(node.col_offset)
+
+    edits: list[tuple[int, int, bytes]] = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            me, following = node.args.args[:2]
+            edits.append((start(me), start(following), b""))
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+            edits.append((start(node), start(node) + len(b"self."), b""))
+        elif isinstance(node, ast.keyword) and node.arg in _STARS:
+            edits.append((start(node), start(node.value), _STARS[node.arg]))
+    for first, end, new in sorted(edits, reverse=True):
+        text = text[:first] + new + text[end:]
+    return text.decode()

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from deltaspec.backbone.stand_in import no_gradient_of_padding
 from deltaspec.graphs.formula import formula
-from deltaspec.graphs.lifted import new_graph, to_function
+from deltaspec.graphs.lifted import to_function
 from deltaspec.graphs.links import widened
 from deltaspec.graphs.row_ops import add_linear_rows, align, linear_rows, rows_in, rows_out, take, toward_rows
 
@@ -200,7 +200,7 @@ class _Emitter:
         if not steps:
             return self._tensor(target, zeros=False)
         used = dict.fromkeys(n for step in steps for n in step.all_input_nodes if n not in steps)
-        sub = new_graph()
+        sub = fx.Graph()
         modules = [name for name in ("dropout", "swapped") if any(step.target == name for step in steps)]
         env: dict[fx.Node, fx.Node] = {}
         places = {name: sub.placeholder(name) for name in modules}

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from deltaspec.graphs.lifted import new_graph, to_function
+from deltaspec.graphs.lifted import SPLAT_ARGS, SPLAT_KWARGS, to_function
 from deltaspec.graphs.links import Inputs, Link
 from deltaspec.graphs.passes.run import run_passes
 from deltaspec.graphs.rewrite import emit_chain
@@ -95,7 +95,7 @@ def with_hidden_out(output: Any, hidden: Tensor) -> Any:
 @cache
 def region(key: RegionKey) -> Region:
     """Build the region of a form of site; made once per process."""
-    graph = new_graph()
+    graph = fx.Graph()
     bound = ["base"]
     graph.placeholder("base")
 
@@ -168,7 +168,7 @@ def _open_call(
             both = graph.call_function(with_hidden_in, (args, kwargs, key.hidden, value))
             given_args = graph.call_function(_getitem, (both, 0))
             given_kwargs = graph.call_function(_getitem, (both, 1))
-        splat: dict[str, Any] = {"_splat_args": given_args, "_splat_kwargs": given_kwargs}
+        splat: dict[str, Any] = {SPLAT_ARGS: given_args, SPLAT_KWARGS: given_kwargs}
         if replaced:
             swapped()
             output = graph.call_module("swapped", (replaced,), splat)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,14 +13,12 @@ from deltaspec.backbone.forwards import arguments_of
 from deltaspec.graphs.links import Inputs
 from deltaspec.graphs.regions import hidden_out, with_hidden_out
 from deltaspec.graphs.rewrite import emit_chain
+from deltaspec.names.paths import is_inside
 
 if TYPE_CHECKING:
     from torch import nn
 
     from deltaspec.graphs.links import Link
-
-
-_ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
 class _Tracer(fx.Tracer):
@@ -61,7 +58,7 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
             return None, f"it does not trace: {type(error).__name__}: {reason}"
     if written := _written(before, _state(twin)):
         return None, f"its forward writes {', '.join(written)}, which a trace would leave out"
-    training, evaluation = (_ADDRESS.sub("", graph.python_code("self").src) for graph in graphs)
+    training, evaluation = map(_steps, graphs)
     if training != evaluation:
         return None, "its traces in training and in evaluation mode differ"
     graph = graphs[1]
@@ -79,9 +76,14 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
         if (fqn not in called or fqn in sites) and (module._forward_hooks or module._forward_pre_hooks) and fqn:
             return None, f"{fqn} has hooks, which a trace would fix or put in another order"
     for host in sorted(hosts):
-        if not any(host == name or host.startswith(name + ".") for name in called):
+        if not any(is_inside(host, name) for name in called):
             return None, f"{host or 'the model'} is not called in its trace, and a delta needs its forward"
     return graph, "it traces, the same in training and evaluation mode"
+
+
+def _steps(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """Return what a trace does, step by step, in a form that is equal for equal traces."""
+    return [(n.name, n.op, n.target, fx.node.map_arg((n.args, n.kwargs), lambda a: a.name)) for n in graph.nodes]
 
 
 def _state(model: nn.Module) -> dict[str, tuple[Any, int]]:

@@ -31,6 +31,13 @@ def fold(names: Iterable[str]) -> list[str]:
     return folded
 
 
+def shown(names: Iterable[str], most: int = 3) -> str:
+    """Fold names for a message; the first few patterns, and how many more there are."""
+    patterns = [pattern or "the model itself" for pattern in fold(names)]
+    more = f" and {len(patterns) - most} more" if len(patterns) > most else ""
+    return ", ".join(patterns[:most]) + more
+
+
 def unfold(pattern: str, limit: int = 1_000_000) -> list[str]:
     """Return the names that a folded pattern stands for. Raises ValueError for more than `limit` names."""
     parts = _GROUP.split(pattern)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from deltaspec.diagnostics.wording import counted
 from deltaspec.methods.declarations import MethodParams
 from deltaspec.methods.matrices import site_tensors
 from deltaspec.methods.shared.rank import MAX_RANK, Budget
@@ -66,10 +67,8 @@ def choose_rank(
     if count <= limit:
         return Choice(name, budget, rank)
     share = "" if isinstance(budget.budget, int) else f" ({budget} of {parameters:,})"
-    number = "1 site" if len(sites) == 1 else f"{len(sites):,} sites"
-    problem = (
-        f"a budget of {limit:,} trainable parameters{share} is too small: {name} {rank} on {number} takes {count:,}"
-    )
+    needed = f"{name} {rank} on {counted(len(sites), 'site')} takes {count:,}"
+    problem = f"a budget of {limit:,} trainable parameters{share} is too small: {needed}"
     return Choice(name, budget, rank, problem, f"write budget: {count} or more, or choose fewer sites")
 
 

@@ -3,90 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics.wording import counted
 from deltaspec.methods.registry import methods
-from deltaspec.planning.sites import counted, shown
+from deltaspec.names.folding import shown
 
 if TYPE_CHECKING:
     from deltaspec.language.model import DeltaSpec
-    from deltaspec.methods.base import Method
     from deltaspec.planning.planned import PlannedDelta, PlannedSite
 
 
+Clash = Literal["computes from", "replaces", "both replace"]
+"""What the second of two deltas does to what the first one changes, or what both do."""
 _TURNS = "let them take turns: attached: false on one"
-
-
-def _conflicts(specs: Sequence[DeltaSpec], deltas: Sequence[PlannedDelta]) -> list[Diagnostic]:
-    """Find deltas that cannot share a site: a trained copy replaces the weight, so nothing may come before it."""
-    findings = []
-    places = [(spec, index) for spec in specs for index in range(len(spec.deltas))]
-    before: dict[str, list[tuple[PlannedDelta, PlannedSite]]] = {}
-    for (spec, index), delta in zip(places, deltas, strict=True):
-        method = methods()[delta.method]
-        replaces = method.promises.weight == "replace"
-        findings += _unseen(spec, index, delta, before)
-        clashes: dict[tuple[str, bool, bool], list[str]] = {}
-        for site in delta.sites if replaces else ():
-            for other, earlier in before.get(site.site.row.fqn, ()):
-                form = methods()[other.method].promises.weight
-                if form is None:
-                    continue  # what works around the call does so around the trained copy, too
-                twice = form == "replace"
-                names = {t.name for t in site.tensors} & {t.name for t in earlier.tensors}
-                # They may take turns; both at once would silently drop the first. Attaching refuses that, too (DS436).
-                if (names or not twice) and other.attached and delta.attached:
-                    behind = _clashes_behind(other, earlier, site, method)
-                    clashes.setdefault((other.name, twice, behind), []).append(site.fqn)
-        for (other_name, twice, behind), names_ in clashes.items():
-            path = ("deltas", index, "target") if spec.deltas[index].target else ("deltas", index, "method")
-            where = f"{counted(names_)}: {shown(names_)}"
-            if twice:
-                message = f"deltas {other_name!r} and {delta.name!r} both replace the same parameters ({where})"
-                hint = f"take the part out of one of them, or {_TURNS}"
-            else:
-                message = f"delta {delta.name!r} replaces weights that delta {other_name!r} before it changes ({where})"
-                hint = _TURNS if behind else f"list {delta.name!r} before {other_name!r}, or {_TURNS}"
-            findings.append(spec.diagnostic("DS406", message, path, hint))
-        for site in delta.sites:
-            before.setdefault(site.site.row.fqn, []).append((delta, site))
-    return findings
-
-
-def _unseen(
-    spec: DeltaSpec, index: int, delta: PlannedDelta, before: Mapping[str, list[tuple[PlannedDelta, PlannedSite]]]
-) -> list[Diagnostic]:
-    """Find what computes from the backbone's weight behind a delta that changes it: merged, it would be another one."""
-    method = methods()[delta.method]
-    clashes: dict[tuple[str, bool], list[str]] = {}
-    for site in delta.sites if delta.attached else ():
-        if method.reads_weight(site.site, site.params):
-            for other, earlier in before.get(site.site.row.fqn, ()):
-                first = methods()[other.method]
-                # Where both fold, the second does see the weight that the first one made.
-                seen = method.folds(site.site, site.params) and first.folds(earlier.site, earlier.params)
-                if other.attached and first.promises.weight is not None and not seen:
-                    behind = _clashes_behind(other, earlier, site, method)
-                    clashes.setdefault((other.name, behind), []).append(site.fqn)
-    findings = []
-    for (other_name, behind), names in clashes.items():
-        where = f"{counted(names)}: {shown(names)}"
-        message = f"delta {delta.name!r} computes from weights that delta {other_name!r} before it changes ({where})"
-        hint = _TURNS if behind else f"list {delta.name!r} before {other_name!r}, or {_TURNS}"
-        findings.append(spec.diagnostic("DS406", message, ("deltas", index, "method"), hint))
-    return findings
-
-
-def _clashes_behind(other: PlannedDelta, earlier: PlannedSite, site: PlannedSite, method: Method) -> bool:
-    """Return whether a delta that now comes first could not come behind the one of this method either."""
-    first = methods()[other.method]
-    if first.promises.weight == "replace":
-        return True
-    both_fold = first.folds(earlier.site, earlier.params) and method.folds(site.site, site.params)
-    return first.reads_weight(earlier.site, earlier.params) and not both_fold
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +27,17 @@ class _Weights:
     """What one weight-expressible delta does with the weights of its sites, as FQNs of modules."""
 
     called: frozenset[str]
-    """Changed around the module's call."""
+    """Modules whose weight it changes around their call."""
     folded: frozenset[str]
-    """Changed by folding into the weight."""
+    """Modules whose weight it changes by folding into it."""
     reads: frozenset[str]
-    """Computed from."""
+    """Modules whose weight it computes from."""
     replaced: frozenset[str] | None
-    """Parameters that it replaces; None where it adds."""
+    """FQNs of the parameters that it replaces; None where it adds."""
 
     @property
     def sites(self) -> frozenset[str]:
-        """Changed either way."""
+        """Modules whose weight it changes either way."""
         return self.called | self.folded
 
     def misses(self, before: _Weights) -> frozenset[str]:
@@ -112,25 +45,83 @@ class _Weights:
         return self.reads & (before.called | (before.folded - self.folded))
 
 
+def _clashes(before: _Weights, after: _Weights) -> Iterator[tuple[Clash, frozenset[str]]]:
+    """Return why two deltas cannot act at once in this order, and where: modules, or parameters that both replace.
+
+    A trained copy replaces the weight, so nothing may come before it; what computes from the backbone's own weight
+    behind a delta that changes it would be another one once merged.
+    """
+    if unseen := after.misses(before):
+        yield "computes from", unseen
+    if after.replaced is None:
+        return
+    if before.replaced is None:
+        if both := before.sites & after.sites:
+            yield "replaces", both
+    elif both := before.replaced & after.replaced:
+        yield "both replace", both
+
+
+def conflicts(specs: Sequence[DeltaSpec], deltas: Sequence[PlannedDelta]) -> list[Diagnostic]:
+    """Find deltas that start attached and cannot act at once (DS406); those that take turns may share a site."""
+    findings = []
+    places = [(spec, index) for spec in specs for index in range(len(spec.deltas))]
+    earlier: list[tuple[str, _Weights]] = []
+    for (spec, index), delta in zip(places, deltas, strict=True):
+        if delta.attached and _changes_weights(delta):
+            after = _weights(delta)
+            for name, before in earlier:
+                # Where the one that comes first could not come behind either, another order is no way out.
+                stuck = before.misses(after) if before.replaced is None else before.sites
+                for clash, names in _clashes(before, after):
+                    for behind, sites in _by_way_out(delta, names, stuck).items():
+                        findings.append(_conflict(spec, index, name, clash, sites, behind))
+            earlier.append((delta.name, after))
+    return findings
+
+
+def _by_way_out(delta: PlannedDelta, names: frozenset[str], stuck: frozenset[str]) -> dict[bool, list[str]]:
+    """Return the sites that names of modules or parameters mean: those that are stuck, and the others."""
+    found: dict[bool, list[str]] = {}
+    for site in delta.sites:
+        module = site.site.row.fqn
+        if module in names or not names.isdisjoint(_parameters(site)):
+            found.setdefault(module in stuck, []).append(site.fqn)
+    return found
+
+
+def _conflict(spec: DeltaSpec, index: int, other: str, clash: Clash, sites: list[str], stuck: bool) -> Diagnostic:
+    entry, where = spec.deltas[index], f"{counted(len(sites), 'site')}: {shown(sites)}"
+    key = "target" if entry.target and clash != "computes from" else "method"
+    if clash == "both replace":
+        message = f"deltas {other!r} and {entry.name!r} both replace the same parameters ({where})"
+        hint = f"take the part out of one of them, or {_TURNS}"
+    else:
+        message = f"delta {entry.name!r} {clash} weights that delta {other!r} before it changes ({where})"
+        hint = _TURNS if stuck else f"list {entry.name!r} before {other!r}, or {_TURNS}"
+    return spec.diagnostic("DS406", message, ("deltas", index, key), hint)
+
+
 class Rivals:
     """Knows which of a model's deltas cannot act at once."""
 
     def __init__(self, deltas: Iterable[PlannedDelta]) -> None:
         self._weights: dict[str, _Weights] = {}
+        """What each delta does with weights, by its name."""
         self._known: dict[int, tuple[tuple[PlannedSite, ...], _Weights]] = {}
-        """By tuple of sites, which alike deltas share."""
+        """The same by the identity of a tuple of sites, which alike deltas share."""
         for delta in deltas:
             self.add(delta)
 
     def __deepcopy__(self, memo: object) -> Rivals:
         """Copy without what it knows of, which is data."""
         twin = type(self)(())
-        twin._weights, twin._known = dict(self._weights), dict(self._known)
+        vars(twin).update(_weights=dict(self._weights), _known=dict(self._known))
         return twin
 
     def add(self, delta: PlannedDelta) -> None:
         """Take in a delta."""
-        if methods()[delta.method].promises.weight is not None:
+        if _changes_weights(delta):
             found = self._known.get(id(delta.sites))
             if found is None:
                 found = self._known[id(delta.sites)] = delta.sites, _weights(delta)
@@ -145,29 +136,31 @@ class Rivals:
         findings = []
         weighty = [name for name in names if name in self._weights]
         for a, b in itertools.combinations(weighty, 2):
-            before, after = self._weights[a], self._weights[b]
-            if both := after.misses(before):
-                message = f"delta {b!r} computes from the weight of {min(both)}, which delta {a!r} before it changes"
-                findings.append(Diagnostic("DS436", message, suggestion=f"attach one of them: c.only({b!r})"))
-            if after.replaced is None:
-                continue
-            if before.replaced is None:
-                if both := before.sites & after.sites:
-                    message = f"delta {b!r} replaces the weight of {min(both)}, which delta {a!r} before it changes"
-                    findings.append(Diagnostic("DS436", message, suggestion=f"attach one of them: c.only({b!r})"))
-            elif both := before.replaced & after.replaced:
-                message = f"deltas {a!r} and {b!r} both replace {min(both)}"
-                findings.append(Diagnostic("DS436", message, suggestion=f"attach one of them: c.only({a!r})"))
+            for clash, where in _clashes(self._weights[a], self._weights[b]):
+                message = f"delta {b!r} {clash} the weight of {min(where)}, which delta {a!r} before it changes"
+                if clash == "both replace":
+                    message = f"deltas {a!r} and {b!r} both replace {min(where)}"
+                alone = a if clash == "both replace" else b
+                findings.append(Diagnostic("DS436", message, suggestion=f"attach one of them: c.only({alone!r})"))
         if findings:
             raise DeltaSpecError(findings)
 
 
+def _changes_weights(delta: PlannedDelta) -> bool:
+    return methods()[delta.method].promises.weight is not None
+
+
 def _weights(delta: PlannedDelta) -> _Weights:
     method = methods()[delta.method]
-    folded = {s.site.row.fqn for s in delta.sites if method.folds(s.site, s.params)}
-    reads = {s.site.row.fqn for s in delta.sites if method.reads_weight(s.site, s.params)}
-    called = {s.site.row.fqn for s in delta.sites} - folded
-    replaced = None
-    if method.promises.weight == "replace":
-        replaced = frozenset(f"{site.site.row.fqn}.{spec.name}" for site in delta.sites for spec in site.tensors)
-    return _Weights(frozenset(called), frozenset(folded), frozenset(reads), replaced)
+    folded = frozenset(s.site.row.fqn for s in delta.sites if method.folds(s.site, s.params))
+    reads = frozenset(s.site.row.fqn for s in delta.sites if method.reads_weight(s.site, s.params))
+    called = frozenset(s.site.row.fqn for s in delta.sites) - folded
+    replaces = method.promises.weight == "replace"
+    return _Weights(
+        called, folded, reads, frozenset(p for s in delta.sites for p in _parameters(s)) if replaces else None
+    )
+
+
+def _parameters(planned: PlannedSite) -> list[str]:
+    """Return the FQNs that the tensors of a site have where they stand for the module's own parameters."""
+    return [f"{planned.site.row.fqn}.{tensor.name}" for tensor in planned.tensors]

@@ -61,9 +61,6 @@ def _changes(method: str, planned: PlannedSite) -> Iterable[str]:
     return methods()[method].fold(planned.site, planned.params, own, weights)
 
 
-# The plan
-
-
 def order(spec: DeltaSpec) -> list[int]:
     """Return the indices of a spec's deltas, each one after its sources."""
     index = {entry.name: number for number, entry in enumerate(spec.deltas)}
@@ -72,8 +69,6 @@ def order(spec: DeltaSpec) -> list[int]:
 
 def place(spec: DeltaSpec, index: int, planned: Mapping[str, PlannedDelta]) -> tuple[PlannedDelta, list[Diagnostic]]:
     """Plan a derived delta from its planned sources; give the findings, too."""
-    from deltaspec.planning.derived import why_not
-
     entry = spec.deltas[index]
     assert entry.combine is not None and isinstance(entry.params, DerivedParams)
     derivation = Derivation(entry.combine, tuple(entry.sources.items()), entry.params)
@@ -118,15 +113,11 @@ def place(spec: DeltaSpec, index: int, planned: Mapping[str, PlannedDelta]) -> t
 
 def lora(rank: int) -> MethodParams:
     """Return the parameters of a derived delta's sites: lora's, for a scale of 1."""
-    from deltaspec.methods.registry import methods
-
     return methods()[METHOD].Params.model_validate({"rank": rank, "alpha": float(rank)})
 
 
 def _tensors(site: Site, params: MethodParams) -> tuple[TensorSpec, ...]:
     """Declare lora's tensors, as buffers that are filled later."""
-    from deltaspec.methods.registry import methods
-
     return tuple(replace(spec, init=Init(), buffer=True) for spec in methods()[METHOD].tensors(site, params))
 
 

@@ -7,9 +7,10 @@ from math import floor
 from typing import TYPE_CHECKING
 
 from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.diagnostics.wording import counted
+from deltaspec.names.folding import shown
 from deltaspec.names.paths import is_inside
 from deltaspec.planning.planned import fraction
-from deltaspec.planning.sites import counted, shown
 from deltaspec.selection.select import select
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def delta_checks(spec: DeltaSpec, index: int, delta: PlannedDelta) -> Result:
     ):
         if bounds is None:
             continue
-        words = f"{_plural(actual, noun)}, expected {_bounds(bounds)}"
+        words = f"{counted(actual, noun)}, expected {_bounds(bounds)}"
         if _holds(bounds, actual):
             met.append(words)
         else:
@@ -69,7 +70,7 @@ def spec_checks(spec: DeltaSpec, deltas: Sequence[PlannedDelta], table: ModuleTa
             inside = [site.fqn for site in delta.sites if any(_touches(site, match) for match in matches)]
             if inside:
                 clashes += 1
-                where = f"{counted(inside)}: {shown(inside)}"
+                where = f"{counted(len(inside), 'site')}: {shown(inside)}"
                 message = f"delta {delta.name!r} changes what should stay untouched ({where})"
                 hint = f"leave it out of the delta's target: not: …; untouched are {shown(_names(matches))}"
                 findings.append(spec.diagnostic("DS504", message, selector.location, hint))
@@ -83,12 +84,12 @@ def _trainable(spec: DeltaSpec, actual: int, table: ModuleTable) -> list[tuple[s
     bounds, base = spec.expect.trainable, table.parameters
     found = []
     if bounds.min is not None or bounds.max is not None:
-        words = f"{_plural(actual, 'trainable parameter')} in all, expected {_bounds(bounds)}"
+        words = f"{counted(actual, 'trainable parameter')} in all, expected {_bounds(bounds)}"
         found.append((words, _holds(bounds, actual)))
     if bounds.max_fraction is not None:
         share, most = fraction(actual, base), bounds.max_fraction
         words = (
-            f"{_plural(actual, 'trainable parameter')} are {100 * share:.4g} % of the base's {base:,}, "
+            f"{counted(actual, 'trainable parameter')} are {100 * share:.4g} % of the base's {base:,}, "
             f"expected at most {100 * most:.4g} % ({floor(most * base):,})"
         )
         found.append((words, share <= most))
@@ -117,7 +118,3 @@ def _bounds(bounds: Count) -> str:
     if bounds.min is not None and bounds.max is not None:
         return f"{bounds.min:,} to {bounds.max:,}"
     return f"at least {bounds.min:,}" if bounds.min is not None else f"at most {bounds.max:,}"
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deltaspec.names.folding import unfold
-from deltaspec.planning.sites import counted, shown
+from deltaspec.diagnostics.wording import counted
+from deltaspec.names.folding import shown, unfold
 
 if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Diagnostic
@@ -78,7 +78,7 @@ def _delta_changes(old: dict[str, Any] | None, new: dict[str, Any], lock_name: s
         ([name for name in old_sites if name not in new_sites], "gone"),
     ):
         if names:
-            yield "DS515", f"{counted(names)} {verb}: {shown(names, most=8)}"
+            yield "DS515", f"{counted(len(names), 'site')} {verb}: {shown(names, most=8)}"
     both = [name for name in new_sites if name in old_sites]
     yield from _group_changes(both, old_sites, new_sites)
     if old["trainable"] != new["trainable"]:
@@ -96,7 +96,7 @@ def _group_changes(
             if before != after:
                 changed.setdefault((key, _shown(after), _shown(before)), []).append(name)
     for (key, after, before), where in changed.items():
-        yield "DS516", f"{_WORDS[key]} {after}, was {before} ({counted(where)}: {shown(where)})"
+        yield "DS516", f"{_WORDS[key]} {after}, was {before} ({counted(len(where), 'site')}: {shown(where)})"
 
 
 def _sites(delta: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+from deltaspec.backbone.fingerprint import digest, structure_fingerprint
+
 if TYPE_CHECKING:
+    from deltaspec.backbone.table import ModuleTable
     from deltaspec.language.derivation import Derivation
+    from deltaspec.language.model import DeltaSpec
     from deltaspec.methods.declarations import MethodParams, Site, TensorSpec
 
 
@@ -57,6 +62,81 @@ class PlannedDelta:
         return count_trainable(self.sites)
 
 
+@dataclass(frozen=True, eq=False)
+class PlannedDeltas:
+    """All deltas of a plan, the model they are for, and what was found out about them: a plan's data.
+
+    Equal to others that make the same thing, that is by their fingerprints.
+    """
+
+    deltas: tuple[PlannedDelta, ...]
+    """In order of application."""
+    specs: tuple[DeltaSpec, ...]
+    """The specs it was made from, with ranks in place of budgets."""
+    table: ModuleTable
+    checks: tuple[str, ...] = ()
+    """The specs' expectations that were met, with the numbers."""
+    notes: tuple[str, ...] = ()
+    proven: bool = True
+    """A forward was run and reached every site; else the compiled model's first forward is watched."""
+
+    @property
+    def model_class(self) -> str:
+        """Class name of the backbone."""
+        return self.table.model_class
+
+    @property
+    def model_type(self) -> str | None:
+        """`config.model_type` of a transformers backbone."""
+        return self.table.model_type
+
+    @property
+    def base_parameters(self) -> int:
+        """Number of values in the backbone's parameters, tied ones once."""
+        return self.table.parameters
+
+    @property
+    def sites(self) -> tuple[PlannedSite, ...]:
+        """All sites of all deltas, delta by delta."""
+        return tuple(site for delta in self.deltas for site in delta.sites)
+
+    @cached_property
+    def trainable(self) -> int:
+        """Number of trainable values of all deltas."""
+        return sum(delta.trainable for delta in self.deltas)
+
+    @property
+    def fraction(self) -> float:
+        """Trainable values over the backbone's parameters."""
+        return fraction(self.trainable, self.base_parameters)
+
+    @cached_property
+    def structure(self) -> str:
+        """Fingerprint of the backbone's structure; its weights and their dtype do not matter."""
+        return structure_fingerprint(self.table)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`sha256:…` over everything that decides what compile makes; expectations and comments do not."""
+        return digest([self.structure, *(_identity(delta) for delta in self.deltas)])
+
+    def __getitem__(self, name: str) -> PlannedDelta:
+        """Return a delta by name. Raises KeyError, naming the known ones."""
+        if name in self._by_name:
+            return self._by_name[name]
+        raise KeyError(f"no delta {name!r}; there are: {', '.join(self._by_name)}")
+
+    @cached_property
+    def _by_name(self) -> dict[str, PlannedDelta]:
+        return {delta.name: delta for delta in self.deltas}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PlannedDeltas) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+
 def count_trainable(sites: Iterable[PlannedSite]) -> int:
     """Count the trainable values of a delta's sites, shared tensors once."""
     counts = {t.key or (s.site.row.fqn, t.name): t.count for s in sites for t in s.tensors}
@@ -69,6 +149,7 @@ def fraction(part: int, whole: int) -> float:
 
 
 def _identity(delta: PlannedDelta) -> list[object]:
+    """Return everything that decides what `compile` makes of a delta, as JSON data."""
     params: dict[int, object] = {}  # sites share a few params objects: dump each once
     sites: list[object] = []
     for planned in delta.sites:

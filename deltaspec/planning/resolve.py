@@ -13,15 +13,17 @@ from deltaspec.backbone.observe import Observations
 from deltaspec.backbone.reserved import refuse_backbone
 from deltaspec.backbone.tabulate import tabulate
 from deltaspec.diagnostics.findings import DeltaSpecError, in_order
+from deltaspec.diagnostics.wording import counted
 from deltaspec.language.load import load
 from deltaspec.methods.declarations import Refusal
 from deltaspec.methods.registry import methods
+from deltaspec.names.folding import shown
 from deltaspec.planning import derived
-from deltaspec.planning.conflicts import _conflicts
+from deltaspec.planning.conflicts import conflicts
 from deltaspec.planning.expectations import delta_checks, spec_checks
 from deltaspec.planning.plan import Plan
 from deltaspec.planning.planned import PlannedDelta
-from deltaspec.planning.sites import Placer, counted, shown
+from deltaspec.planning.sites import Placer
 from deltaspec.selection.select import select
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observ
         findings += [*own_findings, *unmet]
         deltas += own
         resolved.append(spec)
-    findings += _conflicts(specs, deltas)
+    findings += conflicts(specs, deltas)
     if findings:
         raise DeltaSpecError(in_order(findings))
     return Plan(
@@ -120,7 +122,7 @@ def _remarks(delta: PlannedDelta) -> list[str]:
     for site in delta.sites:
         if remark := methods()[delta.method].remark(site.site, site.params):
             said.setdefault(remark, []).append(site.fqn)
-    return [f"{remark} ({counted(names)}: {shown(names)})" for remark, names in said.items()]
+    return [f"{remark} ({counted(len(names), 'site')}: {shown(names)})" for remark, names in said.items()]
 
 
 def _contract(spec: DeltaSpec, table: ModuleTable) -> list[Diagnostic]:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from deltaspec.backbone.observe import Observations
 from deltaspec.backbone.table import ModuleTable, Row
 from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.diagnostics.wording import counted
 from deltaspec.language.model import DeltaSpec
 from deltaspec.methods.declarations import MethodParams, Site
 from deltaspec.methods.matrices import as_matrices, site_tensors
 from deltaspec.methods.registry import methods
 from deltaspec.methods.shared.shapes import static_widths
-from deltaspec.names.folding import fold
+from deltaspec.names.folding import shown
 from deltaspec.planning.budget import choose_rank
 from deltaspec.planning.planned import PlannedDelta, PlannedSite
 from deltaspec.selection.select import select
@@ -156,10 +157,12 @@ class Placer:
             chosen |= dict.fromkeys(fresh, number)
             if fresh or len(self.findings) > before or not places or override.match.optional:
                 continue
-            message = f"override {number + 1} applies to no site of this delta, which has {counted(places)}"
+            has = counted(len(places), "site")
+            message = f"override {number + 1} applies to no site of this delta, which has {has}"
             hint = "an earlier override takes every site it matches; the first match wins, so put it first"
             if not mine:
-                hint = f"it matches {counted(matched)}; the delta's sites: {shown(name(row, p) for row, p in places)}"
+                there = shown(name(row, p) for row, p in places)
+                hint = f"it matches {counted(len(matched), 'site')}; the delta's sites: {there}"
             self._find("DS405", message, hint, ("overrides", number, "match"))
         return chosen
 
@@ -217,7 +220,7 @@ class Placer:
                 kept.append((site, params, override))
         for (code, _), group in refused.items():
             names = shown(fqn for fqn, _, _ in group)
-            self._find(code, f"{group[0][1]} ({counted(group)}: {names})", group[0][2])
+            self._find(code, f"{group[0][1]} ({counted(len(group), 'site')}: {names})", group[0][2])
         return kept
 
     def why_not(self, site: Site, params: MethodParams) -> tuple[str, str, str]:
@@ -225,6 +228,7 @@ class Placer:
         if why := _computed_weight(self.method, site, params):
             return why
         if refusal := self.method.refuse(site, params):
+            # A method that asks for example_inputs lacks what a forward would have shown.
             failed = self.observations.failure if "example_inputs" in refusal.suggestion else None
             told = f"; no forward could be run here: {failed}" if failed else ""
             return "DS402", refusal.reason, f"{refusal.suggestion}{told}"
@@ -276,19 +280,6 @@ class Placer:
 def name(row: Row, parameter: str | None) -> str:
     """Name a place."""
     return Site(row, parameter).fqn
-
-
-def counted(things: Iterable[object], noun: str = "site") -> str:
-    """Write `1 site`, `12 sites`."""
-    number = len(list(things))
-    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def shown(names: Iterable[str], most: int = 3) -> str:
-    """Fold names for a message; the first few patterns, and how many more there are."""
-    patterns = [pattern or "the model itself" for pattern in fold(names)]
-    more = f" and {len(patterns) - most} more" if len(patterns) > most else ""
-    return ", ".join(patterns[:most]) + more
 
 
 def _in_dtype(tensors: tuple[TensorSpec, ...], dtype: str | None) -> tuple[TensorSpec, ...]:

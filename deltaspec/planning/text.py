@@ -5,8 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from deltaspec.diagnostics.wording import counted, plural
 from deltaspec.names.folding import fold, unfold
 from deltaspec.planning.planned import count_trainable, fraction
 
@@ -14,47 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from deltaspec.methods.declarations import MethodParams
-    from deltaspec.planning.planned import PlannedDelta, PlannedSite
-
-
-class Printed(Protocol):
-    """What is read of a plan."""
-
-    @property
-    def deltas(self) -> tuple[PlannedDelta, ...]: ...
-
-    @property
-    def specs(self) -> tuple[Any, ...]: ...
-
-    @property
-    def checks(self) -> tuple[str, ...]: ...
-
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-
-    @property
-    def sites(self) -> tuple[PlannedSite, ...]: ...
-
-    @property
-    def trainable(self) -> int: ...
-
-    @property
-    def fraction(self) -> float: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def structure(self) -> str: ...
-
-    @property
-    def model_class(self) -> str: ...
-
-    @property
-    def model_type(self) -> str | None: ...
-
-    @property
-    def base_parameters(self) -> int: ...
+    from deltaspec.planning.planned import PlannedDelta, PlannedDeltas, PlannedSite
 
 
 WIDTH = 100
@@ -100,12 +61,12 @@ def groups(delta: PlannedDelta) -> list[Group]:
     ]
 
 
-def plain(plan: Printed) -> str:
+def plain(plan: PlannedDeltas) -> str:
     """Write the plan as plain text, 100 columns wide."""
     return "\n".join(line for line, _ in _lines(plan))
 
 
-def coloured(plan: Printed) -> Text:
+def coloured(plan: PlannedDeltas) -> Text:
     """Write the plan for a terminal: the same text, with styles."""
     from rich.text import Text
 
@@ -115,7 +76,7 @@ def coloured(plan: Printed) -> Text:
     return text
 
 
-def _lines(plan: Printed) -> Iterator[tuple[str, str]]:
+def _lines(plan: PlannedDeltas) -> Iterator[tuple[str, str]]:
     """Return the lines of the plan, each with its style."""
     yield from _wrapped(f"Plan for {_model(plan)}", "bold")
     for delta in plan.deltas:
@@ -133,7 +94,7 @@ def _lines(plan: Printed) -> Iterator[tuple[str, str]]:
         yield from _remarks(delta.checks, delta.notes)
     if len(plan.deltas) != 1 or plan.checks or plan.notes:
         yield "", ""
-        number = f"{len(plan.deltas)} delta" if len(plan.deltas) == 1 else f"{len(plan.deltas)} deltas"
+        number = f"{len(plan.deltas)} {plural(len(plan.deltas), 'delta')}"
         yield from _wrapped(f"Total: {number}, {_size(len(plan.sites), plan.trainable, plan)}", "bold")
         yield from _remarks(plan.checks, plan.notes)
     yield "", ""
@@ -163,15 +124,14 @@ def _content(group: Group) -> str:
     return text + "; through the weight, not around a call" * group.bypassed
 
 
-def _model(plan: Printed) -> str:
+def _model(plan: PlannedDeltas) -> str:
     kind = f"{plan.model_type}, " if plan.model_type else ""
     return f"{plan.model_class} ({kind}{plan.base_parameters:,} parameters)"
 
 
-def _size(sites: int, trainable: int, plan: Printed) -> str:
+def _size(sites: int, trainable: int, plan: PlannedDeltas) -> str:
     share = percent(fraction(trainable, plan.base_parameters))
-    plural = "" if sites == 1 else "s"
-    return f"{sites} site{plural}, {trainable:,} trainable parameters, {share} of the base"
+    return f"{sites} {plural(sites, 'site')}, {trainable:,} trainable parameters, {share} of the base"
 
 
 def percent(share: float) -> str:
@@ -217,7 +177,7 @@ def _changed(params: MethodParams, base: MethodParams) -> dict[str, Any]:
     return {name: value for name, value in own.items() if value != usual[name]}
 
 
-def plan_data(plan: Printed) -> dict[str, Any]:
+def plan_data(plan: PlannedDeltas) -> dict[str, Any]:
     """Return the plan as JSON data."""
     return {
         "model": {
@@ -266,7 +226,7 @@ def _delta_data(delta: PlannedDelta) -> dict[str, Any]:
     }
 
 
-def markdown(plan: Printed) -> str:
+def markdown(plan: PlannedDeltas) -> str:
     """Write the plan for a comment in a pull request."""
     out = [f"### Plan for {_model(plan)}", ""]
     out += ["| delta | method | sites | trainable | of the base |", "|---|---|---:|---:|---:|"]
@@ -278,8 +238,7 @@ def markdown(plan: Printed) -> str:
         out.append(f"| {name} | {_cell(method)} | {sites:,} | {trainable:,} | {share} |")
     for delta in plan.deltas:
         start = "" if delta.attached else ", starts detached"
-        number = "1 site" if len(delta.sites) == 1 else f"{len(delta.sites):,} sites"
-        out += ["", f"<details><summary>{delta.name}: {number}{start}</summary>", ""]
+        out += ["", f"<details><summary>{delta.name}: {counted(len(delta.sites), 'site')}{start}</summary>", ""]
         out += ["| sites | tensors |", "|---|---|"]
         for group in groups(delta):
             names = "<br>".join(f"`{_cell(pattern or '(the model itself)')}`" for pattern, _ in group.patterns)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from deltaspec.backbone.table import ModuleTable, Row
+from deltaspec.diagnostics.wording import plural
 from deltaspec.methods.registry import methods
 from deltaspec.names.folding import ranges
 from deltaspec.selection.select import Match, select
@@ -140,7 +141,7 @@ class Tree:
             ties = dict.fromkeys(other.rpartition(".")[0] for p in row.parameters for other in p.tied)
             notes += [f"tied to {_shortened(tuple(ties))}"] if ties else []
         if self.depth is not None and depth >= self.depth and (inside := number * (self._sites(row) - len(marks))):
-            notes.append(f"{inside} {'site' if inside == 1 else 'sites'} inside")
+            notes.append(f"{inside} {plural(inside, 'site')} inside")
         return Line(
             guide=guide,
             name=group.name,

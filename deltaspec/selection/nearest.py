@@ -9,7 +9,7 @@ from json import dumps
 from time import process_time
 from typing import TYPE_CHECKING
 
-from deltaspec.diagnostics.wording import closest
+from deltaspec.diagnostics.wording import closest, counted
 from deltaspec.methods.registry import builtin_methods
 from deltaspec.names.folding import fold
 from deltaspec.names.patterns import PatternError, compile_glob, compile_regex, fullmatch
@@ -30,11 +30,6 @@ class Missing:
     code: str
     message: str
     suggestion: str | None
-
-
-def counted(number: int, noun: str = "module") -> str:
-    """Write `1 module`, `12 modules`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def missing(atom: Atom, index: Index, hit: bool) -> Missing | None:
@@ -75,7 +70,7 @@ def _path_hint(text: str, index: Index) -> str | None:
         return hint
     for glob in _near_globs(text, names):
         if found := _count(glob, names):
-            return f"did you mean {dumps(glob)} ({counted(found)})?"
+            return f"did you mean {dumps(glob)} ({counted(found, 'module')})?"
     parameters = [p.fqn for row in index.table.rows for p in row.parameters]
     if found := _count(text, parameters):
         return f"this names {counted(found, 'parameter')}: write parameter: {dumps(text)}"
@@ -88,7 +83,7 @@ def _role_called(name: str, index: Index) -> str | None:
     plain = sorted(role for role in meant if role is not None and not role.startswith("cross_"))
     if len(plain) != 1:
         return None
-    found = counted(sum(plain[0] in row.roles for row in index.rows))
+    found = counted(sum(plain[0] in row.roles for row in index.rows), "module")
     return f"{name} is another architecture's name: did you mean role: {plain[0]} ({found})?"
 
 
@@ -163,7 +158,7 @@ def _regex_hint(text: str, index: Index) -> str | None:
         except PatternError:
             return None
         if found:
-            return f"a regex must match the whole name: did you mean {dumps(pattern)} ({counted(found)})?"
+            return f"a regex must match the whole name: did you mean {dumps(pattern)} ({counted(found, 'module')})?"
     return None
 
 
@@ -175,7 +170,7 @@ def _type_hint(text: str, index: Index) -> str | None:
     bare = text.rpartition(".")[2]
     near = bare if bare in counts else closest(bare, counts)
     if near is not None:
-        return f"did you mean {near} ({counted(counts[near])})?"
+        return f"did you mean {near} ({counted(counts[near], 'module')})?"
     if text in index.table.rows[0].bases:
         return "that is the model itself, which is no module to select: name one inside it"
     common = sorted({row.type for row in index.rows if row.parameters})

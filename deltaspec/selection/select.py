@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from deltaspec.backbone.table import Row
 from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.diagnostics.wording import counted
 from deltaspec.language.model import DeltaSpec
 from deltaspec.language.selectors import Selector
 from deltaspec.names.patterns import BacktrackingError
@@ -161,19 +162,19 @@ class _Search:
         }
 
     def _empty(self, parts: list[_Part], location: Path) -> None:
-        counts = ", ".join(f"{part.text} ({nearest.counted(self._modules(part.items))})" for part in parts)
+        counts = ", ".join(f"{part.text} ({self._modules(part.items)})" for part in parts)
         hint = None
         for place, part in reversed(list(enumerate(parts))):
             rest = [other.items for other in parts[:place] + parts[place + 1 :]]
             left = set(rest[0]).intersection(*rest[1:]) if rest else ()
             if left:
-                hint = f"without {part.text} it would match {nearest.counted(self._modules(left))}"
+                hint = f"without {part.text} it would match {self._modules(left)}"
                 break
         message = f"nothing matches all of: {counts}" if len(parts) > 1 else f"nothing matches {counts}"
         self._find("DS305", message, location, hint)
 
-    def _modules(self, items: Collection[Item]) -> int:
-        return len({number for number, _ in items})
+    def _modules(self, items: Collection[Item]) -> str:
+        return counted(len({number for number, _ in items}), "module")
 
     def _find(self, code: str, message: str, location: Path, suggestion: str | None) -> None:
         self.findings.append(self.spec.diagnostic(code, message, location, suggestion))

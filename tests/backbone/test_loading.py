@@ -176,6 +176,18 @@ def test_a_hub_id_uses_the_cache_and_the_same_code(here, monkeypatch):
     assert asked == [("org/model", {"trust_remote_code": False, "local_files_only": False})]
 
 
+def test_code_from_a_hub_is_not_run_and_the_way_out_is_named(here):
+    """Only the text of transformers' ValueError tells this failure from others: should it change, this fails."""
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+    (here / "config.json").write_text(json.dumps({"model_type": "its-own", "auto_map": auto_map}))
+    (here / "own.py").write_text("raise SystemExit('this was run')")
+    with pytest.raises(DeltaSpecError) as caught:
+        model_from("config.json")
+    (found,) = caught.value.diagnostics
+    assert found.code == "DS322" and "needs model code of its own" in found.message
+    assert "write a factory that loads it" in str(found.suggestion)
+
+
 def test_factories(here):
     (here / "factories.py").write_text(FACTORIES)
     small = model_from("factories:small")

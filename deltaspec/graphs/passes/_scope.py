@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from torch import fx
 
+from deltaspec.names.paths import is_inside
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 _NEW: set[Any] = set()
 
@@ -34,7 +36,7 @@ class Scope:
             return False
         if self.home is None:
             return node.op == "placeholder"
-        return node.op == "get_attr" and str(node.target).startswith(f"{self.home}.")
+        return node.op == "get_attr" and is_inside(str(node.target), self.home)
 
     def may_overwrite(self, node: fx.Node, *users: fx.Node) -> bool:
         """Return whether these users may write into what a node gives: it is new, and nothing else reads it.

@@ -37,13 +37,13 @@ REGIONS: dict[RegionKey, Any] = {}
 
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch):
-    from deltaspec.runtime import programs
+    from deltaspec.runtime import program_builder
 
     def recording(key: RegionKey) -> Any:
         REGIONS[key] = region(key)
         return REGIONS[key]
 
-    monkeypatch.setattr(programs, "region", recording)
+    monkeypatch.setattr(program_builder, "region", recording)
 
 
 def site(compiled: Any) -> str:
