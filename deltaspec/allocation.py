@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from deltaspec.compiler.compiled import CompiledModel
 
 
-NAMES = ("down", "singular", "up")
-
-
 class RankAllocator:
     """Drops the least important ranks of one `adalora` delta until its sites have `rank` on average.
 
