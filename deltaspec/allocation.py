@@ -5,6 +5,8 @@
 >>> loss.backward(); optimizer.step(); allocator.step(); optimizer.zero_grad()
 
 With transformers: `Trainer(model=c.backbone, callbacks=[allocator.callback()])`.
+
+Uses compiled models as a user would.
 """
 
 from __future__ import annotations
