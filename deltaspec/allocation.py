@@ -5,6 +5,8 @@
 >>> loss.backward(); optimizer.step(); allocator.step(); optimizer.zero_grad()
 
 With transformers: `Trainer(model=c.backbone, callbacks=[allocator.callback()])`.
+
+Uses compiled models as a user would.
 """
 
 from __future__ import annotations
@@ -21,9 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deltaspec.compiler.compiled import CompiledModel
-
-
-NAMES = ("down", "singular", "up")
 
 
 class RankAllocator:

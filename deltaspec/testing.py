@@ -1,4 +1,7 @@
-"""For the authors of methods: `check_method("mine")`, in a test of your own, checks the contract every method keeps."""
+"""For the authors of methods: `check_method("mine")`, in a test of your own, checks the contract every method keeps.
+
+Uses `contract` alone.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """The command line: `deltaspec VERB`. Each file of this package is a verb, and only the one asked for is imported.
 
+Reads arguments and prints; decides nothing.
+
 Exit codes: 0 clean, 1 findings, 2 usage or internal error.
 """
 

@@ -231,7 +231,7 @@ def _losses(case: Case, make: Callable[..., torch.optim.Optimizer], rate: float)
             require(step > 0, "all gradients of a fresh delta are zero, so it cannot learn")
             break
         for gradient in given:
-            gradient /= norm
+            gradient.div_(norm)
         optimizer.step()
     return start, case.loss(compiled).item()
 

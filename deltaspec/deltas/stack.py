@@ -87,11 +87,6 @@ class Stack:
         places = [(flat.dtype, flat.device) for flat in self.flats]
         return frozenset((key, places[slot.group]) for key, slot in self.layout.slots.items())
 
-    @property
-    def row_bytes(self) -> int:
-        """Size of a row."""
-        return sum(flat.shape[1] * flat.element_size() for flat in self.flats)
-
     def make_room(self, more: int, limit: int | None = None) -> bool:
         """Make room for so many more deltas; return whether the rows moved.
 

@@ -91,8 +91,6 @@ class Stacks:
         """Modules that show held deltas; None for those that no one asked for."""
         self._pointers: dict[str, tuple[int, ...]] = {}
         """Addresses of the tensors of a delta when they became views of its row."""
-        self.generation = 0
-        """Counts how often rows of any stack were moved: `Stack.tensors` are then new ones."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stacks:
         """Copy with what is held; deltas that are modules are copied as such, and stacked anew when asked for."""
@@ -220,7 +218,6 @@ class Stacks:
         stack.release(name, again=again)
         if not stack.names:  # it stays, without memory: whoever reads it finds what it holds next
             stack.empty()
-            self.generation += 1
 
     def _module(self, name: str) -> Delta:
         delta = self._held.get(name)
@@ -248,7 +245,6 @@ class Stacks:
             self._rebind(stack)
 
     def _rebind(self, stack: Stack) -> None:
-        self.generation += 1
         for name in stack.names:
             if name in self._pointers:
                 self._bind(name, stack)

@@ -151,12 +151,15 @@ def test_what_is_stacked_stays_and_costs_nothing_again():
     compiled = build()
     stacks = compiled._shared.stacks
     stacks.ensure(["a", "b"])
-    generation, pointers = stacks.generation, [p.data_ptr() for p in compiled.deltas["a"].parameters()]
+
+    def pointers():
+        return [p.data_ptr() for p in compiled.deltas["a"].parameters()]
+
+    before = pointers()
     stacks.ensure(["b", "a"])
-    assert stacks.generation == generation
-    assert [p.data_ptr() for p in compiled.deltas["a"].parameters()] == pointers
-    stacks.ensure(["c"])  # grows
-    assert stacks.generation > generation
+    assert pointers() == before
+    stacks.ensure(["c"])  # grows, so all rows move
+    assert set(pointers()).isdisjoint(before)
     assert_stacked(compiled, *ALIKE)
 
 

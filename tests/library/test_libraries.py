@@ -212,7 +212,7 @@ def test_tensors_are_rows_and_held_once(saved):
     stack = compiled._shared.stacks.of("french")
     assert stack.names.keys() == set(NAMES)
     assert stack.capacity == 4
-    assert stack.row_bytes * 4 == library.nbytes
+    assert sum(flat[0].nbytes for flat in stack.flats) * 4 == library.nbytes
     for key, tensor in compiled.deltas["dutch"].tensors():
         assert tensor.data_ptr() == stack.tensors[key][stack.names["dutch"]].data_ptr()
 
