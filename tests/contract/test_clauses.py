@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import ARCHITECTURES, TRANSFORMERS, Architecture
+from small_params import PARAMS
 from torch import nn
 
 from deltaspec.contract.trial import ContractError
@@ -19,25 +20,6 @@ from deltaspec.methods.declarations import Init, Refusal
 from deltaspec.methods.registry import GROUP, methods
 from deltaspec.testing import check_method
 
-# Sizes that suit models this small; methods that are not here are checked with their defaults.
-PARAMS: dict[str, tuple[dict[str, Any], ...]] = {
-    "lora": ({"rank": 4}, {"rank": 2, "scaling": "rslora", "bias": True, "dropout": 0.1, "init": "normal"}),
-    "adapter": ({"width": 4}, {"width": 3, "position": "before", "scale": 0.5, "activation": "silu", "dropout": 0.1}),
-    "full": ({"tied": "together"}, {"tied": "alone"}),
-    "soft_prompt": ({"tokens": 3},),
-    "p_tuning": ({"tokens": 3, "width": 8}, {"tokens": 3, "width": 8, "encoder": "lstm", "dropout": 0.1}),
-    "trainable_tokens": ({"token_ids": [4, 26, 52, 80]},),
-    "prefix": ({"tokens": 3}, {"tokens": 2, "reparametrisation": "mlp", "width": 8}),
-    "road": ({"group_size": 8},),
-    "c3a": ({"block_size": 8},),
-    "oft": ({"block_size": 8},),
-    "miss": ({"rank": 4},),
-    "hira": ({"rank": 4},),
-    "vera": ({"rank": 8},),
-    "compacter": ({"width": 8, "divisions": 2},),
-    "low_rank_adapter": ({"width": 8},),
-    "parallel_adapter": ({"width": 4},),
-}
 CASES = [
     pytest.param(method, params, architecture, id=f"{method}-{number}-{architecture}")
     for method in methods()

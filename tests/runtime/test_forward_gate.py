@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_twin import LLAMA, build, code, outputs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from views import LLAMA, build, code, outputs
 
 import deltaspec
 from deltaspec.compiler.compiled import CompiledModel

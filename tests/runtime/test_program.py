@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import Counting
 from torch import Tensor, nn
 
 import deltaspec
@@ -15,21 +16,6 @@ from deltaspec.diagnostics.findings import DeltaSpecError
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 DELTAS = {"a": ("lora", "0"), "b": ("lora", "0"), "c": ("lora", ["0", "2"]), "d": ("bitfit", "2")}
-
-
-class Counting(nn.Module):
-    """Writes two buffers in every forward: one in place, one by replacing it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("last", torch.zeros(4))
-        self.register_buffer("absent", None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.count.add_(1)
-        self.last = x.detach().mean(0)
-        return x * self.count
 
 
 def model() -> nn.Sequential:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_behaviour import base
-from test_mixer import alone, batch, build, close, entry
+from mixed_rows import alone, batch, build, close, entry
+from tiny_models import base
 from torch import fx
 
 import deltaspec
