@@ -5,8 +5,13 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from plugin_method import Plugin
+
+import deltaspec.methods
+from deltaspec.methods.registry import GROUP, builtin_methods, methods
 
 # Before torch is imported: on models this small, a second thread only waits for the first.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -52,3 +57,24 @@ def restless() -> Iterator[None]:
     sys.setswitchinterval(5e-6)
     yield
     sys.setswitchinterval(before)
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    found = {**builtin_methods(), "zz_plugin": Plugin()}
+    monkeypatch.setattr(deltaspec.methods, "methods", lambda: found)
+    monkeypatch.setattr("deltaspec.language.validate.methods", lambda: found)
+    return found
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Register a method as another installed package would, through the entry-point group."""
+
+    def add(kind):
+        entry = SimpleNamespace(name=kind.name, load=lambda: kind)
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry] if group == GROUP else [])
+        methods.cache_clear()
+
+    yield add
+    methods.cache_clear()

@@ -1,0 +1,22 @@
+"""Models with soft prompts."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import deltaspec
+
+
+def compiled(model: nn.Module, *tokens: int, **params: Any) -> Any:
+    """Compile one soft prompt for each number of tokens."""
+    deltas = [
+        {"name": f"p{number}", "method": "soft_prompt", "params": {"tokens": count, **params}}
+        for number, count in enumerate(tokens)
+    ]
+    return deltaspec.compile(model, {"deltaspec": 1, "deltas": deltas})
+
+
+def prompt(c: Any) -> Tensor:
+    """All attached prompts, in order."""
+    return torch.cat([p.detach() for name in c.attached for p in c.deltas[name].parameters()])
