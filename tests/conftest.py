@@ -1,4 +1,4 @@
-"""What several test files share: pretrained weights that packages carry (`make test` installs them)."""
+"""Fixtures of several folders: weights that packages carry (`make test` installs them), plug-ins, restless threads."""
 
 import os
 import sys
@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import pytest
 from plugin_method import Plugin
 
-import deltaspec.methods
-from deltaspec.methods.registry import GROUP, builtin_methods, methods
+from deltaspec.methods.registry import GROUP, methods
 
 # Before torch is imported: on models this small, a second thread only waits for the first.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -60,14 +59,6 @@ def restless() -> Iterator[None]:
 
 
 @pytest.fixture
-def plugin(monkeypatch):
-    found = {**builtin_methods(), "zz_plugin": Plugin()}
-    monkeypatch.setattr(deltaspec.methods, "methods", lambda: found)
-    monkeypatch.setattr("deltaspec.language.validate.methods", lambda: found)
-    return found
-
-
-@pytest.fixture
 def register(monkeypatch):
     """Register a method as another installed package would, through the entry-point group."""
 
@@ -78,3 +69,10 @@ def register(monkeypatch):
 
     yield add
     methods.cache_clear()
+
+
+@pytest.fixture
+def plugin(register):
+    """Register a method of another package; give all methods by name."""
+    register(Plugin)
+    return methods()

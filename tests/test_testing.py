@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from broken_methods import _Refusing
+from broken_methods import Refusing
 from torch import nn
 
 from deltaspec.contract.trial import ContractError
@@ -17,7 +17,7 @@ def test_the_built_in_net_serves_authors_without_a_model():
 
 
 def test_a_refusal_and_an_unfit_model_are_not_failures_of_the_contract(register):
-    register(_Refusing)
+    register(Refusing)
     with pytest.raises(DeltaSpecError, match="DS402"):
         check_method("refusing")
     with pytest.raises(ValueError, match="evaluation mode"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from broken_methods import _Dead, _Deaf, _Loud, _Misfolded, _Mistaken, _Random, _Stuck, _Writing
+from broken_methods import Dead, Deaf, Loud, Misfolded, Mistaken, Random, Stuck, Writing
 from models import ARCHITECTURES, TRANSFORMERS, Architecture
 from small_params import PARAMS
 
@@ -86,14 +86,14 @@ def test_the_first_four_methods_have_a_place_everywhere(method, architecture):
 @pytest.mark.parametrize(
     ("kind", "clause", "seen"),
     [
-        (_Loud, "identity at start", "before any training"),
-        (_Deaf, "gradients", "got no gradient|zero at every site"),
-        (_Dead, "gradients", "no trainable value reaches the output"),
-        (_Misfolded, "merging", "differ from attached by up to"),
-        (_Random, "initial values", "advanced torch's random state|start otherwise"),
-        (_Writing, "counts|initial values", "the original model was changed"),
-        (_Stuck, "learning", "all gradients of a fresh delta are zero"),
-        (_Mistaken, "merging", "KeyError: 'wieght'"),
+        (Loud, "identity at start", "before any training"),
+        (Deaf, "gradients", "got no gradient|zero at every site"),
+        (Dead, "gradients", "no trainable value reaches the output"),
+        (Misfolded, "merging", "differ from attached by up to"),
+        (Random, "initial values", "advanced torch's random state|start otherwise"),
+        (Writing, "counts|initial values", "the original model was changed"),
+        (Stuck, "learning", "all gradients of a fresh delta are zero"),
+        (Mistaken, "merging", "KeyError: 'wieght'"),
     ],
 )
 def test_a_broken_method_is_caught_by_the_clause_it_breaks(register, kind, clause, seen):

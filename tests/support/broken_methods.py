@@ -11,42 +11,42 @@ from deltaspec.methods.builtin.lora import Lora
 from deltaspec.methods.declarations import Init, Refusal
 
 
-class _Loud(Lora):
+class Loud(Lora):
     name = "loud"
 
     def apply(self, form, params, t, x, base):
         return super().apply(form, params, t, x, base) + 1e-3
 
 
-class _Deaf(Lora):
+class Deaf(Lora):
     name = "deaf"
 
     def apply(self, form, params, t, x, base):
         return base(x) + t.up.detach().sum() + t.down.sum() * 0
 
 
-class _Dead(Adapter):
+class Dead(Adapter):
     name = "dead"
 
     def apply(self, form, params, t, x, base):
         return base(x)
 
 
-class _Misfolded(Lora):
+class Misfolded(Lora):
     name = "misfolded"
 
     def fold(self, site, params, t, weights):
         return {"weight": weights["weight"] - params.scale * t.up @ t.down}
 
 
-class _Random(Lora):
+class Random(Lora):
     name = "random"
 
     def initialise(self, site, params, weights, generator):
         return {"down": torch.randn(params.rank, site.row.in_features)}
 
 
-class _Writing(Lora):
+class Writing(Lora):
     name = "writing"
 
     def initialise(self, site, params, weights, generator):
@@ -54,21 +54,21 @@ class _Writing(Lora):
         return {}
 
 
-class _Stuck(Lora):
+class Stuck(Lora):
     name = "stuck"
 
     def tensors(self, site, params):
         return tuple(replace(spec, init=Init("zeros")) for spec in super().tensors(site, params))
 
 
-class _Mistaken(Lora):
+class Mistaken(Lora):
     name = "mistaken"
 
     def fold(self, site, params, t, weights):
         return {"wieght": super().fold(site, params, t, weights)["weight"]}
 
 
-class _Refusing(Lora):
+class Refusing(Lora):
     name = "refusing"
 
     def refuse(self, site, params):
