@@ -13,6 +13,7 @@ from deltaspec.contract.trial import ContractError
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.methods.builtin.lora import Lora
 from deltaspec.methods.registry import methods
+from deltaspec.planning.resolve import plan
 from deltaspec.testing import check_method
 
 CASES = [
@@ -57,8 +58,6 @@ def test_every_method_keeps_the_contract_wherever_it_has_a_place(method, params,
 
 @pytest.mark.parametrize("method", methods())
 def test_every_method_has_a_place_by_its_default_roles_on_some_transformer(method):
-    from deltaspec.planning import resolve as plan
-
     params = PARAMS.get(method, ({},))[0]
     places = {}
     for name in TRANSFORMERS:
@@ -74,8 +73,6 @@ def test_every_method_has_a_place_by_its_default_roles_on_some_transformer(metho
     ("method", "architecture"), [(m, a) for m in ("lora", "adapter", "bitfit", "full") for a in ARCHITECTURES]
 )
 def test_the_first_four_methods_have_a_place_everywhere(method, architecture):
-    from deltaspec.planning import resolve as plan
-
     chosen = ARCHITECTURES[architecture]
     params = PARAMS.get(method, ({},))[0]
     target = {"type": "Linear"} if architecture != "gpt2" else {"type": "Conv1D"}

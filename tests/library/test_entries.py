@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from saved_library import LLAMA, NAMES, OWN, _with, build, codes, file_of, lora, run, sign
 from torch import Tensor
 
-from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.diagnostics.findings import DeltaSpecError, UnknownDeltaError
 
 
 def test_a_directory_of_directories(saved, tmp_path):
@@ -45,7 +45,10 @@ def test_names_that_are_taken(saved, tmp_path):
     with pytest.raises(DeltaSpecError, match="was compiled into this model") as error:
         compiled.library(directory)
     assert codes(error) == ["DS530"]
-    assert compiled._attachments.order.keys() == {"own", "french"}
+    assert set(compiled.deltas) == {"own", "french"}
+    for name in NAMES[1:]:  # nor is any other name known
+        with pytest.raises(UnknownDeltaError):
+            compiled.only(name)
     compiled = build(OWN)
     compiled.library(directory)
     with pytest.raises(DeltaSpecError, match="is in the library") as error:
@@ -88,7 +91,8 @@ def test_all_that_is_wrong_with_what_is_asked_is_found_and_nothing_is_loaded(sav
     library.close()
     with pytest.raises(DeltaSpecError, match="DS527"):
         compiled.library(directory, preload=True)
-    assert "french" not in compiled._attachments.order
+    with pytest.raises(UnknownDeltaError):
+        compiled.only("french")
 
 
 def _first(tensors: dict[str, Tensor], value: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

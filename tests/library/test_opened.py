@@ -6,10 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from inside import KEPT, programs_kept, rows_of_memory
 from saved_library import LLAMA, NAMES, OWN, build, codes, lora, run
 from views import alone, code, outputs, serve
 
-from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.diagnostics.findings import DeltaSpecError, UnknownDeltaError
 
 
 def test_those_not_used_for_longest_make_way(saved):
@@ -25,7 +26,7 @@ def test_those_not_used_for_longest_make_way(saved):
     ):
         compiled.only(*names)
         assert set(library.loaded) == set(loaded)
-    assert compiled._attachments.stacks.of("dutch").capacity <= 4
+    assert rows_of_memory(compiled) <= 4
     for name in (*NAMES, *NAMES):
         assert torch.equal(run(compiled, name), wanted[name])
     compiled.only("french", "german")
@@ -53,7 +54,8 @@ def test_what_is_no_limit_is_refused(saved, limit):
     compiled = build(OWN)
     with pytest.raises(ValueError, match="limit"):
         compiled.library(saved[0], limit=limit)
-    assert "french" not in compiled._attachments.order
+    with pytest.raises(UnknownDeltaError):
+        compiled.only("french")
 
 
 def test_tensors_that_a_user_holds_are_not_written_by_the_next_delta(saved):
@@ -100,7 +102,7 @@ def test_what_is_in_training_is_not_dropped(saved):
 
 
 def test_programs_are_bounded(saved, monkeypatch):
-    monkeypatch.setattr("deltaspec.runtime.active._PROGRAMS", 3)
+    monkeypatch.setattr(KEPT, 3)
     directory, wanted = saved
     compiled = build(OWN)
     compiled.library(directory, limit=2)
@@ -108,8 +110,7 @@ def test_programs_are_bounded(saved, monkeypatch):
         for name in NAMES:
             assert torch.equal(run(compiled, name), wanted[name])
             run(compiled, "own", name)
-    assert len(compiled._attachments._programs) <= 6
-    assert len(compiled._attachments._ready) <= 6
+    assert programs_kept(compiled) <= 6
 
 
 @pytest.mark.usefixtures("restless")

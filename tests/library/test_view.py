@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from inside import rows_of_memory
 from saved_library import LLAMA, NAMES, OWN, build, codes, run
 
 from deltaspec.diagnostics.findings import DeltaSpecError, UnknownDeltaError
@@ -83,7 +84,7 @@ def test_dropping_and_closing(saved):
         with pytest.raises(UnknownDeltaError):
             act("french")
     assert list(compiled.deltas) == ["own"]
-    assert all(stack.capacity == 0 for stacks in compiled._attachments.stacks._stacks.values() for stack in stacks)
+    assert rows_of_memory(compiled) == 0
     compiled.library(directory)
     assert torch.equal(run(compiled, "french"), wanted["french"])
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from inside import builder, program
 from models import Counting
 from torch import Tensor, nn
 
@@ -205,7 +206,7 @@ def test_a_switch_that_fails_changes_nothing(before, monkeypatch):
         raise Broken
 
     with monkeypatch.context() as patch:
-        patch.setattr(compiled._attachments.builder, "build", refuse)
+        patch.setattr(builder(compiled), "build", refuse)
         for act in (lambda: compiled.only("b"), lambda: compiled.attach("b")):
             with pytest.raises(Broken):
                 act()
@@ -240,9 +241,9 @@ def test_what_is_no_name_is_refused(wrong):
 
 def test_programs_that_write_the_same_modules_share_what_undoes_them():
     compiled = build()
-    programs = [compiled._attachments.program(names) for names in (("a",), ("b",), ("a", "b"), ("c",), ("d",))]
+    programs = [program(compiled, *names) for names in (("a",), ("b",), ("a", "b"), ("c",), ("d",))]
     assert programs[0].places is programs[1].places is programs[2].places
-    assert len({id(program.places) for program in programs}) == 3
+    assert len({id(each.places) for each in programs}) == 3
 
 
 @pytest.mark.parametrize("assign", [False, True])
