@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from four_deltas import build
 from models import ARCHITECTURES
 
 import deltaspec
@@ -24,3 +25,14 @@ def test_the_region_of_a_lora_reads_as_its_formula():
     ], region.code
     compiled.detach()
     assert dict(compiled.regions) == {}
+
+
+def test_the_symbolic_region_is_the_whole_model():
+    compiled = build("traceable-symbolic")
+    compiled.only("low", "wide")
+    [(place, region)] = compiled.regions.items()
+    assert place == ""
+    region.graph.lint()
+    calls = [str(node.target) for node in region.graph.nodes if node.op == "call_module"]
+    assert [name for name in calls if "dropout" not in name] == ["conv", "bn", "up", "norm", "head"]
+    assert "gelu" in region.code

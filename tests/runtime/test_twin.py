@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -256,60 +254,6 @@ def test_parameters_that_a_load_replaces_are_replaced_for_all_views():
     )
     for each in (view, compiled):
         assert torch.equal(outputs(each), outputs(other))
-
-
-def test_a_view_is_saved_loaded_merged_simplified_and_exported_as_any_model(tmp_path):
-    compiled = build()
-    view = compiled.view()
-    view.only("a")
-    expected = outputs(view)
-    view.save(tmp_path / "saved")
-    with torch.no_grad():
-        for parameter in compiled.deltas["a"].parameters():
-            parameter.zero_()
-    assert not torch.equal(outputs(view), expected)
-    compiled.load(tmp_path / "saved")
-    assert torch.equal(outputs(view), expected)
-    assert torch.allclose(outputs(view.merge()), expected, atol=1e-5)
-    assert torch.equal(outputs(view.simplified()), expected)
-    exported = view.export((), LLAMA.inputs() | {"use_cache": False})
-    assert torch.allclose(outputs(exported.module(), use_cache=False), expected, atol=1e-5)
-    assert compiled.attached == ()
-
-
-def test_a_copy_of_a_view_is_a_model_of_its_own(tmp_path):
-    names = ("n1", "n2")
-    source = build(*(lora(name) for name in names))
-    source.save(tmp_path)
-    compiled = build()
-    compiled.library(tmp_path)
-    view = compiled.view()
-    view.only({"a": 0.5})
-    expected = outputs(view)
-    restored = pickle.loads(pickle.dumps(view))
-    twin = copy.deepcopy(view)
-    for copied in (restored, twin):
-        assert copied.strengths == {"a": 0.5} and torch.equal(outputs(copied), expected)
-        assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in compiled.parameters()}
-        copied.double().float()
-        for parameter in copied.deltas["a"].parameters():
-            parameter.data.zero_()
-        assert torch.equal(outputs(view), expected)
-    for name in names:
-        assert torch.equal(outputs(twin.only(name) and twin), outputs(source.only(name) and source))
-
-
-def test_a_view_is_compiled_as_any_model():
-    compiled = build()
-    view = compiled.view()
-    view.only("a")
-    expected = outputs(view)
-    torch._dynamo.reset()
-    for target in (view, view.backbone):
-        fast = torch.compile(target, fullgraph=True, backend="eager")
-        assert torch.equal(outputs(fast), expected)
-    with view.only("b"):
-        assert torch.equal(outputs(fast), outputs(view))
 
 
 def test_derived_deltas_are_computed_for_all_views_and_only_written_when_they_change():

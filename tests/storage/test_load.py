@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import Traceable
 from saved_set import CHOSEN, SPEC, build, forge, manifest, refused, rewrite, run, state
-from torch import Tensor
+from torch import Tensor, nn
 
 import deltaspec
 from deltaspec.diagnostics.findings import DeltaSpecError
@@ -127,3 +127,12 @@ def test_reading_while_the_deltas_are_saved_again_gives_the_new_ones(tmp_path, m
         new.save(tmp_path)
         with pytest.raises(DeltaSpecError, match="DS521.*saved again in the meantime"):
             known.only("low")
+
+
+def test_loading_compares_what_the_tensors_mean(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    deltaspec.compile(model, single(rank=2)).save(tmp_path)
+    other = deltaspec.compile(model, single(rank=2, alpha=99.0))
+    with pytest.raises(DeltaSpecError, match=r"DS529.*params.alpha was 16.0.*99.0"):
+        other.load(tmp_path)
+    deltaspec.compile(model, single(rank=2, dropout=0.5)).load(tmp_path)

@@ -20,3 +20,9 @@ def compiled(model: nn.Module, *tokens: int, **params: Any) -> Any:
 def prompt(c: Any) -> Tensor:
     """All attached prompts, in order."""
     return torch.cat([p.detach() for name in c.attached for p in c.deltas[name].parameters()])
+
+
+def by_hand(model: Any, rows: Tensor, ids: Tensor, **kwargs: Any) -> Any:
+    """Run the original on embeddings with the rows in front."""
+    embeds = torch.cat([rows.expand(len(ids), -1, -1), model.get_input_embeddings()(ids)], dim=1)
+    return model(inputs_embeds=embeds, **kwargs)
