@@ -8,6 +8,7 @@ import pytest
 import torch
 from four_deltas import build, disturb, run, spec
 from models import ARCHITECTURES, Branching, Traceable
+from one_delta import single
 from torch import fx, nn
 
 import deltaspec

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import ARCHITECTURES, Branching, Traceable
-from one_delta import perturb
+from one_delta import perturb, single
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import Traceable
+from one_delta import single
 from saved_set import CHOSEN, SPEC, build, forge, manifest, refused, rewrite, run, state
 from torch import Tensor, nn
 
