@@ -12,6 +12,8 @@ import deltaspec
 from benchmarks.harness import Item, Row, interleave, ratio, seconds, verdict
 from benchmarks.models import LLAMA_LINEAR, llama, peft, spec
 from benchmarks.profiles import difference
+from deltaspec.backbone.reserved import find
+from deltaspec.deltas.stacks import Stacks
 from deltaspec.graphs.passes.fuse_rows import add_low_rank_rows_
 from deltaspec.graphs.row_ops import add_linear_rows, linear_rows
 from deltaspec.serving.dispatch import Batch
@@ -112,10 +114,14 @@ def fused() -> Iterator[Row]:
     sites = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(SITES)))
     names = [f"d{i}" for i in range(ROWS)]
     compiled = deltaspec.compile(sites, spec(names, [f"{i}" for i in range(SITES)]), example_inputs=torch.randn(1, 512))
-    stacks, slot = compiled._shared.stacks, Slot(0, Batch(rows=ROWS, size=ROWS))
+    slot = Slot(0, Batch(rows=ROWS, size=ROWS))
     slot.fill(compiled.rows(names))
+    found = find(compiled.backbone)
+    assert found is not None
+    stacks = Stacks(found[1], {planned.name: planned for planned in compiled.plan.deltas})
+    stacks.ensure(names)
     stack = stacks.of("d0")
-    down, up = ([Source(stack, f"{i}.{name}", stacks.home) for i in range(SITES)] for name in ("down", "up"))
+    down, up = ([Source(stack, f"{i}.{name}", found[1]) for i in range(SITES)] for name in ("down", "up"))
     for tokens in TOKENS:
         x = torch.randn(ROWS, tokens, 512)
 

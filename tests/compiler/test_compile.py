@@ -2,63 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-import io
 import threading
-from typing import Any
 
 import pytest
 import torch
+from four_deltas import build, disturb, run, spec
 from models import ARCHITECTURES, Branching, Traceable
-from torch import Tensor, fx, nn
+from one_delta import single
+from torch import fx, nn
 
 import deltaspec
-from deltaspec.backbone.clone import clone
 from deltaspec.backbone.inputs import call_arguments
 from deltaspec.backbone.reserved import home
 from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.contract.snapshot import differences, snapshot
 from deltaspec.contract.trial import floats, same
 from deltaspec.diagnostics.findings import DeltaSpecError
-
-LINEARS = {"gpt2": {"type": "Conv1D"}}
-
-
-def spec(architecture: str = "traceable-modules") -> dict[str, Any]:
-    linear = LINEARS.get(architecture, {"type": "Linear"})
-    return {
-        "deltaspec": 1,
-        "deltas": [
-            {"name": "norms", "method": "full", "target": {"type": "LayerNorm", "optional": True}},
-            {"name": "low", "method": "lora", "params": {"rank": 2, "dropout": 0.1}, "target": linear},
-            {"name": "wide", "method": "adapter", "params": {"width": 3}, "target": linear},
-            {"name": "bias", "method": "bitfit", "target": linear, "attached": False},
-        ],
-    }
-
-
-def build(architecture: str = "traceable-modules", model: nn.Module | None = None) -> CompiledModel:
-    chosen = ARCHITECTURES[architecture]
-    compiled = deltaspec.compile(
-        model or chosen.model(), spec(architecture), capture=chosen.capture, example_inputs=chosen.inputs()
-    )
-    disturb(compiled)
-    return compiled
-
-
-@torch.no_grad()
-def disturb(compiled: CompiledModel, number: int = 1) -> None:
-    generator = torch.Generator().manual_seed(number)
-    for delta in compiled.deltas.values():
-        for parameter in delta.parameters():
-            parameter.add_((torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter))
-
-
-@torch.no_grad()
-def run(model: nn.Module, architecture: str = "traceable-modules") -> list[Tensor]:
-    args, kwargs = call_arguments(ARCHITECTURES[architecture].inputs())
-    return floats(model(*args, **kwargs))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -173,155 +132,30 @@ def test_what_cannot_be_compiled():
         deltaspec.compile(Locked(), spec())
 
 
-@pytest.mark.parametrize("architecture", ["bert", "t5", "traceable-modules", "branching"])
-def test_both_roots_take_the_arguments_of_the_backbone(architecture):
-    compiled = build(architecture)
-    compiled.graph.lint()
-    args, kwargs = call_arguments(ARCHITECTURES[architecture].inputs())
-    wanted = list(inspect.signature(type(compiled.backbone).forward).parameters)[1:]
-    names = list(inspect.signature(compiled.forward).parameters)
-    assert [name for name in names if name != "deltas"] == wanted
-    assert "deltas" in names
-    with torch.no_grad():
-        assert same(floats(compiled(*args, **kwargs)), floats(compiled.backbone(*args, **kwargs)))
-        keywords = dict(zip(wanted, args, strict=False)) | kwargs
-        assert same(floats(compiled(**keywords)), floats(compiled.backbone(*args, **kwargs)))
+def test_an_embedding_that_renormalises_itself_does_not_reach_the_original():
+    model = nn.Sequential(nn.Embedding(10, 4, max_norm=1.0))
+    before = model[0].weight.detach().clone()
+    deltaspec.compile(model, single(target="0"))(torch.arange(10)[None])
+    assert torch.equal(before, model[0].weight)
 
 
-def test_forwards_that_cannot_be_mirrored_are_passed_through():
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor, /, *more: Tensor, scale: Any = torch.tensor(2.0), **rest: float) -> Tensor:  # noqa: B008
-            return self.fc(x) * scale + sum(more) + sum(rest.values())
-
-    model = Odd().eval()
-    compiled = deltaspec.compile(model, {"deltaspec": 1, "deltas": [{"name": "d", "method": "lora", "target": "fc"}]})
-    x = torch.randn(2, 4)
-    for args, kwargs in (((x,), {}), ((x, x, x), {}), ((x,), {"scale": 3}), ((x, x), {"scale": x, "bonus": 1.5})):
-        assert torch.equal(compiled(*args, **kwargs), model(*args, **kwargs))
-    disturb(compiled)
-    assert not torch.equal(compiled(x), model(x))
+def test_a_layer_of_width_zero():
+    model = nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2))
+    x = torch.ones(2, 3)
+    assert torch.equal(deltaspec.compile(model, single())(x), model(x))
 
 
-def test_the_region_of_a_lora_reads_as_its_formula():
-    chosen = ARCHITECTURES["bert"]
-    delta = {"name": "low", "method": "lora", "params": {"rank": 4, "alpha": 8}, "target": "**.query"}
-    compiled = deltaspec.compile(chosen.model(), {"deltaspec": 1, "deltas": [delta]})
-    assert list(compiled.regions) == [f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)]
-    region = compiled.regions["bert.encoder.layer.0.attention.self.query"]
-    assert region is compiled.regions["bert.encoder.layer.1.attention.self.query"]  # graphs belong to shapes
-    region.graph.lint()
-    body = [line.split(";")[0].strip() for line in region.code.splitlines() if " = " in line or "return" in line]
-    assert body == [
-        "input_1 = input",
-        "base_1 = base(input_1)",
-        "add_low_rank_ = deltaspec_graphs_passes_fuse_addition_add_low_rank_(base_1, input_1, down, up, 2.0)",
-        "return add_low_rank_",
-    ], region.code
-    compiled.detach()
-    assert dict(compiled.regions) == {}
-
-
-def test_the_symbolic_region_is_the_whole_model():
-    compiled = build("traceable-symbolic")
-    compiled.only("low", "wide")
-    [(place, region)] = compiled.regions.items()
-    assert place == ""
-    region.graph.lint()
-    calls = [str(node.target) for node in region.graph.nodes if node.op == "call_module"]
-    assert [name for name in calls if "dropout" not in name] == ["conv", "bn", "up", "norm", "head"]
-    assert "gelu" in region.code
-
-
-@pytest.mark.parametrize("architecture", ["bert", "traceable-symbolic", "branching"])
-def test_deep_copies_share_nothing(architecture):
-    compiled = build(architecture)
-    hits = []
-    compiled.register_forward_hook(lambda *_: hits.append(1))
-    expected = run(compiled, architecture)
-    twin = copy.deepcopy(compiled)
-    assert hits == [1] and same(run(twin, architecture), expected) and hits == [1, 1]
-    assert twin.attached == compiled.attached and twin.plan is compiled.plan
-    addresses = {p.data_ptr() for p in compiled.parameters()}
-    assert addresses.isdisjoint(p.data_ptr() for p in twin.parameters())
-    disturb(twin, 3)
-    assert same(run(compiled, architecture), expected) and not same(run(twin, architecture), expected)
-    backbone = copy.deepcopy(compiled.backbone)
-    assert same(run(backbone, architecture), expected)
-    disturb(compiled, 4)
-    assert same(run(backbone, architecture), expected)
-    frozen = copy.deepcopy(compiled.detach())
-    assert {p.requires_grad for p in frozen.parameters()} == {True}
-
-
-def test_saving_the_whole_module_keeps_all_of_it():
-    for architecture in ("traceable-symbolic", "branching"):
-        compiled = build(architecture)
-        compiled.only("low")
-        stream = io.BytesIO()
-        torch.save(compiled, stream)
-        stream.seek(0)
-        back = torch.load(stream, weights_only=False)
-        assert back.capture == compiled.capture and back.attached == ("low",)
-        for names in (("low",), (), ("wide", "bias")):
-            assert same(run(back.attach(*names) if names else back.detach(), architecture),
-                        run(compiled.attach(*names) if names else compiled.detach(), architecture))  # fmt: skip
-
-
-@pytest.mark.parametrize("architecture", ["traceable-symbolic", "traceable-modules"])
-def test_what_was_compiled_in_inference_mode_trains_outside_of_it(architecture):
-    chosen = ARCHITECTURES[architecture]
-    model = chosen.model()
+def test_what_cannot_be_compiled_says_so():
     with torch.inference_mode():
-        compiled = deltaspec.compile(model, spec(architecture), capture=chosen.capture)
-        compiled(chosen.inputs())
-    disturb(compiled)
-    compiled(chosen.inputs()).sum().backward()
-    assert all(parameter.grad is not None for parameter in compiled.trainable_parameters())
-
-
-def test_an_unknown_attribute_is_an_attribute_error():
-    compiled = build()
-    with pytest.raises(AttributeError, match="nonsense"):
-        _ = compiled.nonsense
-    assert not hasattr(compiled, "nonsense")
-    assert compiled.head is compiled.backbone.head
-    with pytest.raises(TypeError):
-        compiled.deltas["new"] = nn.Module()
-
-
-def test_only_the_parameters_of_attached_deltas_are_trainable():
-    compiled = build()
-    for names in (("low",), ("low", "wide"), ("norms", "bias"), ()):
-        compiled.only(*names)
-        found = {id(p) for p in compiled.trainable_parameters()}
-        assert found == {id(p) for name in names for p in compiled.deltas[name].parameters()}
-
-
-def test_several_threads_may_call_one_model():
-    compiled = build("branching").eval()
-    inputs = ARCHITECTURES["branching"].inputs()
-    expected = run(compiled, "branching")
-    results: list[list[Tensor]] = []
-
-    def work() -> None:
-        with torch.no_grad():
-            results.extend(floats(compiled(inputs)) for _ in range(5))
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 20 and all(same(result, expected) for result in results)
-
-
-def test_a_fresh_clone_and_a_detached_backbone_look_the_same():
-    for architecture in ARCHITECTURES:
-        model = ARCHITECTURES[architecture].model()
-        compiled = build(architecture, model).detach()
-        fresh = snapshot(clone(model))
-        assert differences(fresh, snapshot(compiled.backbone, skip=home(compiled.backbone))) == []
+        model = nn.Linear(4, 4)
+    with pytest.raises(DeltaSpecError, match="DS430.*inference_mode"):
+        deltaspec.compile(nn.Sequential(model), single())
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Module, not NoneType"):
+        deltaspec.compile(None, single())
+    with pytest.raises(TypeError, match="a spec is a path, a dict or a DeltaSpec, not int"):
+        deltaspec.compile(nn.Linear(4, 4), 5)
+    compiled = deltaspec.compile(nn.Sequential(nn.Linear(4, 4)), single())
+    with pytest.raises(DeltaSpecError, match="DS431"):
+        deltaspec.compile(compiled, single())
+    with pytest.raises(TypeError, match="one by one"):
+        compiled.attach(["d"])

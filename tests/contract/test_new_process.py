@@ -3,14 +3,13 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
-from models import ARCHITECTURES
+from models import ARCHITECTURES, first_output
 from repository import ROOT
+from small_params import PARAMS
 
 import deltaspec
-from deltaspec.backbone.inputs import call_arguments
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.methods.registry import methods
 
@@ -19,9 +18,7 @@ RELOAD = """
 import sys
 from pathlib import Path
 import torch
-from repository import ROOT
-from test_new_process import CHOSEN, first_output
-from models import ARCHITECTURES
+from models import ARCHITECTURES, first_output
 import deltaspec
 
 for folder in sorted(Path(sys.argv[1]).iterdir()):
@@ -33,13 +30,6 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     assert torch.equal(first_output(compiled, inputs), expected), folder.name
     print(folder.name)
 """
-
-
-def first_output(model, inputs):
-    args, kwargs = call_arguments(inputs)
-    with torch.no_grad():
-        output = model(*args, **kwargs)
-    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def test_every_method_is_restored_to_the_bit_in_a_new_process(tmp_path):
@@ -67,8 +57,7 @@ def test_every_method_is_restored_to_the_bit_in_a_new_process(tmp_path):
                 break
     assert {entry.split("-")[0] for entry in done} == set(methods())
     command = [sys.executable, "-c", RELOAD, str(tmp_path)]
-    here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests" / "support"]))}
-    run = subprocess.run(command, capture_output=True, text=True, cwd=here, env=environment, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.split() == sorted(done)

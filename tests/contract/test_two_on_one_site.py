@@ -50,7 +50,7 @@ def stack(model, inputs, first, second, target):
     return compiled
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.product(PARAMS, PARAMS))
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(PARAMS, PARAMS)))
 def test_attached_is_merged(first, second):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 8)).double(), torch.randn(3, 8).double()

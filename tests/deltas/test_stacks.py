@@ -14,9 +14,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 import deltaspec
+from deltaspec.backbone.reserved import find
 from deltaspec.compiler.compiled import CompiledModel
-from deltaspec.deltas.stack import Layout, Stack
-from deltaspec.deltas.stacks import kind_of
+from deltaspec.deltas.stacks import Stacks, kind_of
 
 LLAMA = ARCHITECTURES["llama"]
 ALIKE = ("a", "b", "c")
@@ -44,16 +44,23 @@ def logits(compiled: CompiledModel, *names: str) -> Tensor:
         return compiled(**LLAMA.inputs()).logits
 
 
-def rows(compiled: CompiledModel, name: str) -> dict[str, Tensor]:
+def stacks_of(compiled: CompiledModel) -> Stacks:
+    """Stacks for a model's deltas, none of which is stacked yet."""
+    found = find(compiled.backbone)
+    assert found is not None
+    return Stacks(found[1], {planned.name: planned for planned in compiled.plan.deltas})
+
+
+def rows(stacks: Stacks, name: str) -> dict[str, Tensor]:
     """Return a delta's tensors as its stack has them."""
-    stack = compiled._shared.stacks.of(name)
+    stack = stacks.of(name)
     return {key: tensor[stack.names[name]] for key, tensor in stack.tensors.items()}
 
 
-def assert_stacked(compiled: CompiledModel, *names: str) -> None:
+def assert_stacked(stacks: Stacks, compiled: CompiledModel, *names: str) -> None:
     """The tensors of these deltas are their rows: the same values at the same place."""
     for name in names:
-        for key, row in rows(compiled, name).items():
+        for key, row in rows(stacks, name).items():
             own = compiled.deltas[name].tensor(key)
             assert torch.equal(own, row), key
             assert own.data_ptr() == row.data_ptr(), key
@@ -62,13 +69,14 @@ def assert_stacked(compiled: CompiledModel, *names: str) -> None:
 
 def test_parameters_stay_the_objects_they_are():
     compiled = build()
+    stacks = stacks_of(compiled)
     before = {name: logits(compiled, name) for name in ALIKE}
     objects = [id(p) for p in compiled.backbone.parameters()]
     compiled.only("a")
     compiled(**LLAMA.inputs()).logits.sum().backward()
     grads = {name: p.grad for name, p in compiled.deltas["a"].named_parameters()}
-    compiled._shared.stacks.ensure(ALIKE)
-    assert_stacked(compiled, *ALIKE)
+    stacks.ensure(ALIKE)
+    assert_stacked(stacks, compiled, *ALIKE)
     assert [id(p) for p in compiled.backbone.parameters()] == objects
     assert all(p.grad is grads[name] for name, p in compiled.deltas["a"].named_parameters())
     for name in ALIKE:
@@ -77,7 +85,7 @@ def test_parameters_stay_the_objects_they_are():
 
 def test_alike_deltas_share_a_stack_and_others_do_not():
     compiled = build(delta("a"), delta("b"), delta("wide", 3), delta("other", method="loha"))
-    stacks = compiled._shared.stacks
+    stacks = stacks_of(compiled)
     stacks.ensure(compiled.deltas)
     assert stacks.of("a") is stacks.of("b")
     assert stacks.of("a").names == {"a": 1, "b": 2}
@@ -89,23 +97,24 @@ def test_alike_deltas_share_a_stack_and_others_do_not():
 
 def test_tensors_that_sites_share_are_stacked_once():
     compiled = build(delta("a", method="vera"))
-    stacks = compiled._shared.stacks
+    stacks = stacks_of(compiled)
     stacks.ensure(["a"])
     assert set(stacks.of("a").tensors) == dict(compiled.deltas["a"].tensors()).keys()
-    assert_stacked(compiled, "a")
+    assert_stacked(stacks, compiled, "a")
 
 
 def test_an_optimizer_trains_the_rows():
     compiled = build()
+    stacks = stacks_of(compiled)
     compiled.only("b")
     optimizer = torch.optim.AdamW(compiled.trainable_parameters(), lr=0.1)
-    compiled._shared.stacks.ensure(ALIKE)
-    before = {name: {k: v.clone() for k, v in rows(compiled, name).items()} for name in ALIKE}
+    stacks.ensure(ALIKE)
+    before = {name: {k: v.clone() for k, v in rows(stacks, name).items()} for name in ALIKE}
     compiled(**LLAMA.inputs(), labels=LLAMA.inputs()["input_ids"]).loss.backward()
     optimizer.step()
-    assert_stacked(compiled, *ALIKE)
+    assert_stacked(stacks, compiled, *ALIKE)
     changed = {
-        name for name in ALIKE if any(not torch.equal(v, before[name][k]) for k, v in rows(compiled, name).items())
+        name for name in ALIKE if any(not torch.equal(v, before[name][k]) for k, v in rows(stacks, name).items())
     }
     assert changed == {"b"}
 
@@ -113,6 +122,7 @@ def test_an_optimizer_trains_the_rows():
 def test_files_and_copies_hold_a_delta_and_not_its_stack():
     names = [f"d{i}" for i in range(40)]
     compiled = build(*map(delta, names))
+    stacks = stacks_of(compiled)
 
     def size(values: Any) -> int:
         buffer = io.BytesIO()
@@ -121,7 +131,7 @@ def test_files_and_copies_hold_a_delta_and_not_its_stack():
 
     one, parameters = size(compiled.deltas["d7"].state_dict()), size(list(compiled.deltas["d7"].parameters()))
     whole, pickled = size(compiled.state_dict()), len(pickle.dumps(compiled))
-    compiled._shared.stacks.ensure(names)
+    stacks.ensure(names)
     assert size(compiled.deltas["d7"].state_dict()) == pytest.approx(one, rel=0.01)
     assert size(list(compiled.deltas["d7"].parameters())) == pytest.approx(parameters, rel=0.01)
     assert size(compiled.state_dict()) == pytest.approx(whole, rel=0.01)
@@ -135,32 +145,34 @@ def test_files_and_copies_hold_a_delta_and_not_its_stack():
 
 def test_a_copy_of_the_model_does_not_share_rows():
     compiled = build()
-    compiled._shared.stacks.ensure(ALIKE)
+    stacks = stacks_of(compiled)
+    stacks.ensure(ALIKE)
     twin = copy.deepcopy(compiled)
     before = logits(compiled, "a")
     with torch.no_grad():
         for parameter in twin.deltas["a"].parameters():
             parameter.zero_()
     assert torch.equal(logits(compiled, "a"), before)
-    twin._shared.stacks.ensure(ALIKE)
-    assert_stacked(twin, *ALIKE)
-    assert_stacked(compiled, *ALIKE)
+    others = stacks_of(twin)
+    others.ensure(ALIKE)
+    assert_stacked(others, twin, *ALIKE)
+    assert_stacked(stacks, compiled, *ALIKE)
 
 
 def test_what_is_stacked_stays_and_costs_nothing_again():
     compiled = build()
-    stacks = compiled._shared.stacks
+    stacks = stacks_of(compiled)
     stacks.ensure(["a", "b"])
-
-    def pointers():
-        return [p.data_ptr() for p in compiled.deltas["a"].parameters()]
-
-    before = pointers()
+    made = {key: id(tensor) for key, tensor in stacks.of("a").tensors.items()}
+    pointers = [p.data_ptr() for p in compiled.deltas["a"].parameters()]
     stacks.ensure(["b", "a"])
-    assert pointers() == before
-    stacks.ensure(["c"])  # grows, so all rows move
-    assert set(pointers()).isdisjoint(before)
-    assert_stacked(compiled, *ALIKE)
+    assert {key: id(tensor) for key, tensor in stacks.of("a").tensors.items()} == made
+    assert [p.data_ptr() for p in compiled.deltas["a"].parameters()] == pointers
+    before = stacks.of("a").tensors
+    stacks.ensure(["c"])  # grows
+    assert stacks.of("a").tensors.keys() == before.keys()
+    assert all(tensor is not before[key] for key, tensor in stacks.of("a").tensors.items())
+    assert_stacked(stacks, compiled, *ALIKE)
 
 
 def _half(compiled: CompiledModel) -> None:
@@ -184,13 +196,13 @@ def _assign(compiled: CompiledModel) -> None:
 @pytest.mark.parametrize("change", [_half, _data, _one, _assign])
 def test_tensors_that_were_moved_or_replaced_are_stacked_anew(change):
     compiled = build()
-    stacks = compiled._shared.stacks
+    stacks = stacks_of(compiled)
     stacks.ensure(ALIKE)
     change(compiled)
     wanted = {name: {k: v.detach().clone() for k, v in compiled.deltas[name].tensors()} for name in ALIKE}
     stacks.ensure(["b"])
     stacks.ensure(ALIKE)
-    assert_stacked(compiled, *ALIKE)
+    assert_stacked(stacks, compiled, *ALIKE)
     for name in ALIKE:
         for key, value in wanted[name].items():
             assert torch.equal(compiled.deltas[name].tensor(key), value)
@@ -200,11 +212,11 @@ def test_tensors_that_were_moved_or_replaced_are_stacked_anew(change):
 
 def test_one_delta_of_another_dtype_has_a_stack_of_its_own():
     compiled = build()
-    stacks = compiled._shared.stacks
+    stacks = stacks_of(compiled)
     stacks.ensure(ALIKE)
     compiled.deltas["b"].double()
     stacks.ensure(ALIKE)
-    assert_stacked(compiled, *ALIKE)
+    assert_stacked(stacks, compiled, *ALIKE)
     assert stacks.of("a") is stacks.of("c")
     assert stacks.of("b").tensors.keys() == stacks.of("a").tensors.keys()
     assert {tensor.dtype for tensor in stacks.of("b").tensors.values()} == {torch.float64}
@@ -213,7 +225,7 @@ def test_one_delta_of_another_dtype_has_a_stack_of_its_own():
 
 def test_rows_that_were_left_are_not_written_while_others_may_see_them():
     compiled = build()
-    stacks = compiled._shared.stacks
+    stacks = stacks_of(compiled)
     stacks.ensure(ALIKE)
     state = compiled.state_dict()
     before = {key: value.clone() for key, value in state.items()}
@@ -224,52 +236,3 @@ def test_rows_that_were_left_are_not_written_while_others_may_see_them():
     for parameter in compiled.deltas["a"].parameters():
         parameter.detach().fill_(7)
     assert all(torch.equal(state[key], before[key]) for key in state)
-
-
-def test_room_is_made_for_many_at_once_or_by_half():
-    stack = Stack(Layout({"t": ((2, 3), (torch.float32, torch.device("cpu")))}))
-    assert stack.make_room(4)
-    assert stack.capacity == 4
-    for index in range(4):
-        stack.flats[0][stack.take(str(index))] = index + 1
-    assert not stack.make_room(0)
-    assert stack.make_room(1)
-    assert stack.capacity == 6
-    assert [float(stack.tensors["t"][row].unique()) for row in stack.names.values()] == [1, 2, 3, 4]
-    assert not stack.tensors["t"][0].any()
-    stack.release("2", again=True)
-    assert stack.take("new") == 3
-    stack.release("1", again=False)  # it may be seen from outside
-    assert [stack.take(name) for name in ("x", "y")] == [5, 6]
-    assert stack.make_room(1)  # without growing: the row that was left comes back in the new memory
-    assert stack.capacity == 6
-    assert stack.take("z") == 2
-
-
-@pytest.mark.parametrize("limit, capacity", [(5, 5), (100, 6), (3, 5)])
-def test_growth_keeps_to_a_limit_that_is_enough(limit, capacity):
-    stack = Stack(Layout({"t": ((1,), (torch.float32, torch.device("cpu")))}))
-    stack.make_room(4)
-    for index in range(4):
-        stack.take(str(index))
-    stack.make_room(1, limit)
-    assert stack.capacity == capacity
-
-
-def test_tensors_of_any_shape_and_dtype_have_rows():
-    cpu = torch.device("cpu")
-    shapes = {"scalar": (), "odd": (3, 5), "none": (0, 4), "half": (7,), "number": (2,)}
-    dtypes = {"half": torch.bfloat16, "number": torch.int64}
-    stack = Stack(Layout({key: (shape, (dtypes.get(key, torch.float32), cpu)) for key, shape in shapes.items()}))
-    stack.make_room(2)
-    values = {}
-    for name in ("one", "two"):
-        row = stack.take(name)
-        for key, shape in shapes.items():
-            values[name, key] = (torch.randn(shape) * 10).to(dtypes.get(key, torch.float32))
-            stack.view(key, row).copy_(values[name, key])
-    for (name, key), value in values.items():
-        view = stack.view(key, stack.names[name])
-        assert torch.equal(view, value)
-        assert view.untyped_storage().nbytes() == value.nbytes
-    assert len(stack.flats) == 3

@@ -8,9 +8,9 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from mixed_rows import PROMPTS, batch, build, entry, ids
 from models import Traceable
-from test_behaviour import ARCHITECTURES, BUILDERS, base
-from test_mixer import PROMPTS, batch, build, entry, ids
+from tiny_models import ARCHITECTURES, BUILDERS, base
 from torch import nn
 from torch.nn import functional as F
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import ARCHITECTURES, Branching, Traceable
+from one_delta import perturb, single
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -226,3 +227,15 @@ def test_a_forward_that_writes_into_its_modules_is_not_traced(what):
     assert torch.equal(compiled(x), model(x))
     with pytest.raises(DeltaSpecError, match=f"DS432.*writes {what}"):
         deltaspec.compile(model, spec, capture="symbolic")
+
+
+def test_a_hook_on_a_site_sees_what_leaves_the_delta_in_every_capture():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    compiled = deltaspec.compile(model, single())
+    assert compiled.capture == "modules" and "hooks" in compiled.capture_reason
+    with pytest.raises(DeltaSpecError, match="DS432"):
+        deltaspec.compile(model, single(), capture="symbolic")
+    perturb(compiled)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(compiled(x), compiled.merge()(x))

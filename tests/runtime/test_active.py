@@ -4,101 +4,23 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from five_deltas import NAMES, TARGETS, build, move, outputs, planned, spec
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES
-from torch import Tensor, nn
 
 import deltaspec
 from deltaspec.backbone.clone import clone
 from deltaspec.backbone.inputs import call_arguments
 from deltaspec.backbone.reserved import RESERVED
-from deltaspec.compiler.compile import compile_plan
 from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.contract.snapshot import differences, snapshot
 from deltaspec.contract.trial import floats, same, seed
 from deltaspec.diagnostics.findings import DeltaSpecError, UnknownDeltaError
-from deltaspec.planning.plan import Plan
-from deltaspec.planning.resolve import plan
-
-NAMES = ("norms", "low", "wide", "bias", "spare")
-TARGETS: dict[str, dict[str, Any]] = {
-    "bert": {
-        "norms": {"role": "norm"},
-        "low": {"role": ["attn.q", "attn.v"]},
-        "wide": {"role": "block"},
-        "bias": {"role": "mlp.up"},
-    },
-    "gpt2": {
-        "norms": {"role": "norm"},
-        "low": {"role": ["attn.qkv", "mlp.up"]},
-        "wide": {"role": "attn"},
-        "bias": {"role": "mlp.up"},
-    },
-    "t5": {
-        "norms": {"role": "norm"},
-        "low": {"role": ["attn.q", "mlp.down"]},
-        "wide": {"role": "block"},
-        "bias": {"role": "attn.o"},
-    },
-    "branching": {"norms": "norm", "low": ["block.*", "embed"], "wide": "block.down", "bias": ["block.up", "head"]},
-    "traceable-modules": {"norms": ["bn", "norm"], "low": ["conv", "up"], "wide": "up", "bias": ["conv", "bn"]},
-    "traceable-symbolic": {"norms": ["bn", "norm"], "low": ["conv", "up"], "wide": "up", "bias": ["conv", "bn"]},
-}
-
-
-def spec(architecture: str) -> dict[str, Any]:
-    """Five deltas that meet on many sites, of four methods; the last starts detached."""
-    where = TARGETS[architecture]
-    return {
-        "deltaspec": 1,
-        "deltas": [
-            {"name": "norms", "method": "full", "target": where["norms"]},
-            {"name": "low", "method": "lora", "params": {"rank": 2, "dropout": 0.1}, "target": where["low"]},
-            {"name": "wide", "method": "adapter", "params": {"width": 3}, "target": where["wide"]},
-            {"name": "bias", "method": "bitfit", "target": where["bias"]},
-            {"name": "spare", "method": "lora", "params": {"rank": 3}, "target": where["low"], "attached": False},
-        ],
-    }
-
-
-@cache
-def planned(architecture: str) -> tuple[nn.Module, Any, Plan]:
-    chosen = ARCHITECTURES[architecture]
-    model, inputs = chosen.model(), chosen.inputs()
-    return model, inputs, plan(model, spec(architecture), example_inputs=inputs)
-
-
-def build(architecture: str) -> CompiledModel:
-    model, _, made = planned(architecture)
-    compiled = compile_plan(model, made, ARCHITECTURES[architecture].capture)
-    move(compiled, 5)
-    return compiled
-
-
-@torch.no_grad()
-def move(compiled: CompiledModel, number: int) -> None:
-    """Change all delta tensors, the same way for the same number."""
-    generator = torch.Generator().manual_seed(number)
-    for delta in compiled.deltas.values():
-        for parameter in delta.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """Run in evaluation mode, then go back to the mode that the model was in."""
-    args, kwargs = call_arguments(inputs)
-    mode = model.training
-    result = floats(model.eval()(*args, **kwargs))
-    model.train(mode)
-    return result
-
 
 subsets = st.lists(st.sampled_from(NAMES), unique=True, max_size=4)
 steps = st.one_of(
@@ -287,36 +209,6 @@ def test_switching_deltas_makes_no_new_forward_and_touches_the_modules_of_the_se
     compiled.attach("low")
     again = {n: m.__dict__["forward"] for n, m in compiled.backbone.named_modules() if "forward" in m.__dict__}
     assert all(again[name] is first[name] for name in sites)
-
-
-def test_flags_that_were_off_before_stay_off_after():
-    model = ARCHITECTURES["bert"].model()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = "layer.1" in name
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    compiled = deltaspec.compile(model, spec("bert"))
-    for names in (("low",), (), ("low", "wide"), ()):
-        compiled.only(*names)
-        found = {n: p.requires_grad for n, p in compiled.backbone.named_parameters() if not n.startswith(RESERVED)}
-        assert found == (dict.fromkeys(flags, False) if names else flags)
-    assert {n for n, p in compiled.named_parameters() if p.requires_grad and n.startswith(f"backbone.{RESERVED}")}
-
-
-def test_batch_statistics_of_the_backbone_never_move_and_those_of_a_delta_do():
-    chosen = ARCHITECTURES["traceable-modules"]
-    model, inputs = chosen.model(), chosen.inputs()
-    compiled = build("traceable-modules").train()
-    base = model.bn.running_mean.clone()
-    own = dict(compiled.deltas["norms"].tensors())["bn.running_mean"]
-    for active, moves in ((("low",), False), (("norms", "low"), True)):
-        compiled.only(*active)
-        kept = own.clone()
-        compiled(inputs)
-        assert torch.equal(own, kept) is not moves
-        assert torch.equal(compiled.backbone.bn.running_mean, base)
-    compiled.detach()
-    compiled.eval()
-    assert same(outputs(compiled, inputs), outputs(model, inputs))
 
 
 def test_the_hooks_of_other_libraries_on_a_site_still_run_and_stay():

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_twin import LLAMA, build, code, outputs
+from inside import gate
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from views import LLAMA, build, code, outputs
 
 import deltaspec
 from deltaspec.compiler.compiled import CompiledModel
@@ -141,7 +142,7 @@ def test_a_forward_that_starts_during_a_switch_waits_for_its_end():
     expected = outputs(compiled)
     compiled.only("a")
     with ThreadPoolExecutor(1) as pool:
-        with compiled._host.gate.switching():
+        with gate(compiled).switching():
             future = pool.submit(outputs, compiled)
             time.sleep(0.1)
             assert not future.done()
@@ -158,8 +159,8 @@ def test_whatever_a_forward_raises_it_is_counted_out():
     ):
         with pytest.raises((TypeError, ValueError, AttributeError, DeltaSpecError)):
             call()
-        gate = compiled._host.gate
-        assert not gate.running and gate.rows is None and not gate.closed
+        door = gate(compiled)
+        assert not door.running and door.rows is None and not door.closed
         compiled.only("a")
         compiled.only("b")
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from inside import builder, program
+from models import Counting
 from torch import Tensor, nn
 
 import deltaspec
@@ -15,21 +17,6 @@ from deltaspec.diagnostics.findings import DeltaSpecError
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 DELTAS = {"a": ("lora", "0"), "b": ("lora", "0"), "c": ("lora", ["0", "2"]), "d": ("bitfit", "2")}
-
-
-class Counting(nn.Module):
-    """Writes two buffers in every forward: one in place, one by replacing it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("last", torch.zeros(4))
-        self.register_buffer("absent", None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.count.add_(1)
-        self.last = x.detach().mean(0)
-        return x * self.count
 
 
 def model() -> nn.Sequential:
@@ -219,7 +206,7 @@ def test_a_switch_that_fails_changes_nothing(before, monkeypatch):
         raise Broken
 
     with monkeypatch.context() as patch:
-        patch.setattr(compiled._active.builder, "build", refuse)
+        patch.setattr(builder(compiled), "build", refuse)
         for act in (lambda: compiled.only("b"), lambda: compiled.attach("b")):
             with pytest.raises(Broken):
                 act()
@@ -254,9 +241,9 @@ def test_what_is_no_name_is_refused(wrong):
 
 def test_programs_that_write_the_same_modules_share_what_undoes_them():
     compiled = build()
-    programs = [compiled._active.program(names) for names in (("a",), ("b",), ("a", "b"), ("c",), ("d",))]
-    assert programs[0].footprint is programs[1].footprint is programs[2].footprint
-    assert len({id(program.footprint) for program in programs}) == 3
+    programs = [program(compiled, *names) for names in (("a",), ("b",), ("a", "b"), ("c",), ("d",))]
+    assert programs[0].places is programs[1].places is programs[2].places
+    assert len({id(each.places) for each in programs}) == 3
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from models import ARCHITECTURES
+from readers import INPUTS, Reader, build
 from torch import nn
 from torch.nn import functional as F
 
 import deltaspec
-from deltaspec import DeltaSpecError
+from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 
@@ -120,3 +123,33 @@ def test_a_weight_that_a_parametrisation_computes(inputs):
     around = deltaspec.compile(model, spec("lora", "0"), example_inputs=inputs)
     with pytest.raises(DeltaSpecError, match="DS435.* is computed, not a parameter"):
         around.merge()
+
+
+def test_without_inputs_the_first_forward_tells_of_a_bypass():
+    spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": "adapter", "target": "read"}]}
+    made = deltaspec.compile(build(Reader), spec)
+    assert "not proven" in str(made.plan)
+    with pytest.raises(DeltaSpecError, match="DS437.*'d' is bypassed: the model reads the weights of read"):
+        made(INPUTS)
+    assert torch.equal(made.detach()(INPUTS), build(Reader)(INPUTS))
+
+
+@pytest.mark.parametrize("capture", ["symbolic", "modules"])
+def test_without_inputs_a_weight_that_is_called_and_read_is_told_too(capture):
+    def made(method: str) -> CompiledModel:
+        spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": method, "target": "both"}]}
+        return deltaspec.compile(build(Reader), spec, capture=capture)
+
+    with pytest.raises(DeltaSpecError, match="DS437.*reads the weights of both besides calling it"):
+        made("lora")(INPUTS)
+    assert made("adapter")(INPUTS).shape == (2, 5, 16)  # which works around the call, and leaves the weight alone
+
+
+def test_without_inputs_a_good_first_forward_passes_and_leaves_no_hooks():
+    model = ARCHITECTURES["branching"].model()
+    spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": "lora", "target": ["head", "block.up"]}]}
+    made = deltaspec.compile(model, spec)
+    made(ARCHITECTURES["branching"].inputs())
+    hooks = [m for m in made.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert hooks == []
+    assert "forward" not in made.backbone.__dict__

@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import pickle
-import random
-import sys
 import weakref
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, Architecture
-from test_program import Counting
+from models import ARCHITECTURES, Architecture, Counting
 from torch import Tensor, nn
+from views import LLAMA, alone, build, code, lora, outputs, serve
 
-import deltaspec
 from deltaspec.compiler.compiled import CompiledModel
-from deltaspec.contract.trial import disturb
 from deltaspec.diagnostics.findings import DeltaSpecError
 
-LLAMA = ARCHITECTURES["llama"]
 KINDS = ("llama", "bert", "t5", "traceable-symbolic", "branching")
-ROLES = {"role": ["attn.q", "attn.v", "mlp.up"]}
-
-
-def lora(name: str, rank: int = 2, **more: Any) -> dict[str, Any]:
-    return {"name": name, "method": "lora", "params": {"rank": rank}, "target": ROLES, "attached": False} | more
-
-
-DELTAS = (
-    lora("a"),
-    lora("b"),
-    lora("c", 3),
-    {"name": "d", "method": "ia3", "attached": False},
-    {"name": "e", "method": "bitfit", "target": {"role": "norm"}, "attached": False},
-)
-
-
-def build(*deltas: dict[str, Any], model: nn.Module | None = None, **options: Any) -> CompiledModel:
-    spec = {"deltaspec": 1, "deltas": list(deltas or DELTAS)}
-    compiled = deltaspec.compile(model or LLAMA.model(), spec, **options)
-    disturb(compiled)
-    return compiled
 
 
 def two(architecture: Architecture) -> CompiledModel:
@@ -57,23 +27,9 @@ def two(architecture: Architecture) -> CompiledModel:
     return build(*deltas, model=architecture.model(), capture=architecture.capture, example_inputs=inputs)
 
 
-def outputs(compiled: Callable[..., Any], architecture: Architecture = LLAMA, **more: Any) -> Tensor:
-    inputs = architecture.inputs()
-    found = compiled(**inputs, **more) if isinstance(inputs, dict) else compiled(inputs, **more)
-    result: Tensor = found if isinstance(found, Tensor) else found["logits"]
-    return result
-
-
 def storages(compiled: nn.Module) -> dict[int, int]:
     tensors = [*compiled.parameters(), *compiled.buffers()]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-
-
-def code(error: pytest.ExceptionInfo[DeltaSpecError]) -> str:
-    return error.value.diagnostics[0].code
-
-
-# What a view is
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -244,58 +200,6 @@ def test_threads_train_different_deltas_at_once_as_each_trains_alone():
         assert all(torch.equal(p, w) for p, w in zip(compiled.deltas[name].parameters(), found, strict=True))
 
 
-# Serving under load
-
-
-@pytest.fixture
-def restless() -> Iterator[None]:
-    """Let threads take turns a thousand times as often as they do."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(5e-6)
-    yield
-    sys.setswitchinterval(before)
-
-
-def serve(view: CompiledModel, seed: int, names: tuple[str, ...], expected: dict[Any, Tensor], rounds: int) -> int:
-    """Switch at random, and count the outputs that are not what they are alone."""
-    torch.set_num_threads(1)
-    choose, wrong = random.Random(seed), 0
-    with torch.no_grad():
-        for _ in range(rounds):
-            name = choose.choice(names)
-            match choose.randrange(5):
-                case 0:
-                    view.only(name)
-                    wrong += not torch.equal(outputs(view), expected[name])
-                case 1:
-                    with view.only({name: 0.5}):
-                        wrong += not torch.equal(outputs(view), expected[name, 0.5])
-                case 2:
-                    rows = [name, choose.choice([None, name])]
-                    wrong += not torch.equal(outputs(view, deltas=rows), expected[tuple(rows)])
-                case 3:
-                    with view.detached():
-                        wrong += not torch.equal(outputs(view), expected[None])
-                case 4:
-                    view.detach()
-                    view.attach(name)
-                    wrong += not torch.equal(outputs(view.backbone), expected[name])
-    return wrong
-
-
-@torch.no_grad()
-def alone(compiled: CompiledModel, names: tuple[str, ...]) -> dict[Any, Tensor]:
-    expected: dict[Any, Tensor] = {None: outputs(compiled.detach())}
-    for name in names:
-        with compiled.only(name):
-            expected[name] = outputs(compiled)
-        with compiled.only({name: 0.5}):
-            expected[name, 0.5] = outputs(compiled)
-        for rows in ((name, None), (name, name)):
-            expected[rows] = outputs(compiled, deltas=rows)
-    return expected
-
-
 @pytest.mark.usefixtures("restless")
 def test_threads_on_views_of_their_own_get_what_they_get_alone():
     names = ("a", "b", "c", "d", "e")
@@ -305,48 +209,6 @@ def test_threads_on_views_of_their_own_get_what_they_get_alone():
     with ThreadPoolExecutor(len(views)) as pool:
         found = list(pool.map(lambda i: serve(views[i], i, names, expected, 50), range(len(views))))
     assert found == [0] * len(views)
-
-
-@pytest.mark.usefixtures("restless")
-@pytest.mark.parametrize("limit", [None, 9])
-def test_views_load_deltas_of_one_library_at_once(tmp_path, limit):
-    """With a limit, each thread's loading drops what no other is using (one attached, one in rows); stacks grow."""
-    names = tuple(f"n{i}" for i in range(12))
-    source = build(*(lora(name) for name in names))
-    source.save(tmp_path)
-    expected = alone(source, names)
-    compiled = build(lora("own"))
-    library = compiled.library(tmp_path, limit=limit)
-    views = [compiled, *(compiled.view() for _ in range(3))]
-    with ThreadPoolExecutor(len(views)) as pool:
-        found = list(pool.map(lambda i: serve(views[i], i, names, expected, 40), range(len(views))))
-    assert found == [0] * len(views)
-    assert limit is None or len(library.loaded) <= limit
-    for view in views:
-        view.detach()
-        assert set(view.deltas) == set(compiled.deltas)
-    library.close()
-    with pytest.raises(DeltaSpecError, match="DS434"):
-        views[1].only("n1")
-
-
-def test_a_delta_of_a_library_stays_while_any_view_uses_it(tmp_path):
-    names = ("n1", "n2", "n3")
-    source = build(*(lora(name) for name in names))
-    source.save(tmp_path)
-    expected = alone(source, names)
-    compiled = build(lora("own"))
-    library = compiled.library(tmp_path, limit=2)
-    view = compiled.view()
-    view.only("n1")
-    for name in ("n2", "n3", "n2"):
-        compiled.only(name)
-        assert torch.equal(outputs(view), expected["n1"]) and torch.equal(outputs(compiled), expected[name])
-    with pytest.raises(DeltaSpecError) as error:
-        library.drop("n1")
-    assert code(error) == "DS532"
-    view.train()
-    assert torch.equal(outputs(compiled.eval()), expected["n2"])
 
 
 def test_rows_made_for_one_view_serve_another():
@@ -392,60 +254,6 @@ def test_parameters_that_a_load_replaces_are_replaced_for_all_views():
     )
     for each in (view, compiled):
         assert torch.equal(outputs(each), outputs(other))
-
-
-def test_a_view_is_saved_loaded_merged_simplified_and_exported_as_any_model(tmp_path):
-    compiled = build()
-    view = compiled.view()
-    view.only("a")
-    expected = outputs(view)
-    view.save(tmp_path / "saved")
-    with torch.no_grad():
-        for parameter in compiled.deltas["a"].parameters():
-            parameter.zero_()
-    assert not torch.equal(outputs(view), expected)
-    compiled.load(tmp_path / "saved")
-    assert torch.equal(outputs(view), expected)
-    assert torch.allclose(outputs(view.merge()), expected, atol=1e-5)
-    assert torch.equal(outputs(view.simplified()), expected)
-    exported = view.export((), LLAMA.inputs() | {"use_cache": False})
-    assert torch.allclose(outputs(exported.module(), use_cache=False), expected, atol=1e-5)
-    assert compiled.attached == ()
-
-
-def test_a_copy_of_a_view_is_a_model_of_its_own(tmp_path):
-    names = ("n1", "n2")
-    source = build(*(lora(name) for name in names))
-    source.save(tmp_path)
-    compiled = build()
-    compiled.library(tmp_path)
-    view = compiled.view()
-    view.only({"a": 0.5})
-    expected = outputs(view)
-    restored = pickle.loads(pickle.dumps(view))
-    twin = copy.deepcopy(view)
-    for copied in (restored, twin):
-        assert copied.strengths == {"a": 0.5} and torch.equal(outputs(copied), expected)
-        assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in compiled.parameters()}
-        copied.double().float()
-        for parameter in copied.deltas["a"].parameters():
-            parameter.data.zero_()
-        assert torch.equal(outputs(view), expected)
-    for name in names:
-        assert torch.equal(outputs(twin.only(name) and twin), outputs(source.only(name) and source))
-
-
-def test_a_view_is_compiled_as_any_model():
-    compiled = build()
-    view = compiled.view()
-    view.only("a")
-    expected = outputs(view)
-    torch._dynamo.reset()
-    for target in (view, view.backbone):
-        fast = torch.compile(target, fullgraph=True, backend="eager")
-        assert torch.equal(outputs(fast), expected)
-    with view.only("b"):
-        assert torch.equal(outputs(fast), outputs(view))
 
 
 def test_derived_deltas_are_computed_for_all_views_and_only_written_when_they_change():

@@ -1,75 +1,18 @@
-"""Selection against sets computed another way, the findings of wrong selectors, and their explanations."""
+"""Selection against sets computed another way."""
 
-import re
 import time
 
 import pytest
-import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import MODELS, SIZES, TABLES, built, finding, fqns, names, run
 from torch import nn
 
 from deltaspec.backbone.tabulate import tabulate
 from deltaspec.language.load import load
 from deltaspec.selection.explain import explain
 from deltaspec.selection.select import Match, select
-
-SIZES = dict(hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, vocab_size=32)
-BART = dict(d_model=8, vocab_size=32, encoder_layers=4, decoder_layers=2, max_position_embeddings=16)
-BART |= dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)
-
-
-def built(name, config):
-    with torch.device("meta"):
-        return getattr(transformers, name)(config)
-
-
-class Plain(nn.Module):
-    """Shared, single and repeated modules, and parameters of its own, at the root as well."""
-
-    def __init__(self):
-        super().__init__()
-        self.token = nn.Parameter(torch.zeros(3))
-        self.blocks = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 8), "down": nn.Linear(8, 4)}) for _ in range(5)])
-        self.tail = nn.Sequential(nn.Conv1d(4, 6, 3), nn.LayerNorm(4), nn.Linear(4, 2, bias=False))
-        self.again = self.tail[2]
-
-
-MODELS = {
-    "bert": built("BertForSequenceClassification", transformers.BertConfig(**SIZES)),
-    "bare": built("BertModel", transformers.BertConfig(**SIZES)),
-    "bart": built("BartForConditionalGeneration", transformers.BartConfig(**BART)),
-    "gpt2": built("GPT2LMHeadModel", transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=32)),
-    "plain": Plain(),
-}
-TABLES = {name: tabulate(model) for name, model in MODELS.items()}
-
-
-def run(model, target, selectors=None):
-    document = {"deltaspec": 1, "deltas": [{"name": "d", "method": "lora", "target": target}]}
-    if selectors:
-        document["selectors"] = selectors
-    spec = load(document)
-    return select(spec.deltas[0].target, TABLES[model], spec.selectors, spec)
-
-
-def names(model, target, selectors=None):
-    """Return the selected names; the selector must be right."""
-    matches, findings = run(model, target, selectors)
-    assert findings == []
-    return [match.fqn for match in matches]
-
-
-def finding(model, target, selectors=None):
-    """Return the one finding of a wrong selector."""
-    _, findings = run(model, target, selectors)
-    assert len(findings) == 1, [str(f) for f in findings]
-    return findings[0]
-
-
-def fqns(model, pattern):
-    return [name for name, _ in MODELS[model].named_modules() if name and re.fullmatch(pattern, name)]
 
 
 def test_paths():
@@ -238,70 +181,6 @@ def test_any_all_and_not_are_set_operations(case):
     assert none == [] and [m.fqn for m in silent] == [m.fqn for m in matches]
 
 
-# Wrong selectors, and what is said about them: model, target, code, part of the message, part of the suggestion.
-WRONG = [
-    ("bart", "**.fc9", "DS302", 'no module matches path "**.fc9"', 'did you mean "**.fc2" (6 modules)?'),
-    ("bart", "fc2", "DS302", 'path "fc2"', 'did you mean "**.fc2" (6 modules)?'),
-    ("bert", "self.query", "DS302", "", '"**.self.query" (4 modules)'),
-    ("bert", "encoder.layer.*.output", "DS302", "", '"bert.encoder.layer.*.output" (4 modules)'),
-    ("bare", "bert.encoder.layer.*.output", "DS302", "", '"encoder.layer.*.output" (4 modules)'),
-    ("bare", "bert.encoder.layer.1", "DS302", "", '"encoder.layer.1" (1 module)'),
-    ("bert", "bert.encoder.*.query", "DS302", "", '"bert.encoder.**.query" (4 modules)'),
-    ("bert", "bert.encoder.layer.9.output", "DS302", "", "there is no 9 in bert.encoder.layer: it has 0..3"),
-    ("bert", "bert.9", "DS302", "", "bert has embeddings, encoder"),
-    ("bert", "**.99", "DS302", "", "own names here: bert"),
-    ("bert", "bert.encodr.layer.*.output", "DS302", "", '"bert.encoder.layer.*.output" (4 modules)'),
-    ("bert", "**.QUERY", "DS302", "", '"**.query" (4 modules)'),
-    ("bert", "bert.encoder.layer.*.zzz", "DS302", "", "bert.encoder.layer.* has attention, intermediate, output"),
-    ("bert", "bert.encoder.layer.0.attention.self.query.weight", "DS302", "", "this names 1 parameter"),
-    ("bert", "**.q_proj", "DS302", "", "q_proj is another architecture's name: did you mean role: attn.q (4 modules)?"),
-    ("gpt2", "**.q_proj", "DS302", "", "did you mean role: attn.qkv (2 modules)?"),
-    ("bert", "**.zzz", "DS302", "", "own names here: bert, embeddings, word_embeddings"),
-    ("bert", "zzz", "DS302", "", "the model has bert, dropout, classifier"),
-    ("bert", "classifier.weight", "DS302", "", 'this names 1 parameter: write parameter: "classifier.weight"'),
-    ("bert", {"type": "Linaer"}, "DS302", "no module matches type Linaer", "did you mean Linear"),
-    ("bert", {"type": "torch.nn.Linear"}, "DS302", "", "did you mean Linear (26 modules)?"),
-    ("gpt2", {"type": "Conv2d"}, "DS302", "", "did you mean Conv1D (8 modules)?"),
-    ("plain", {"type": "Xyzzy"}, "DS302", "", "classes with parameters here: Conv1d, LayerNorm, Linear"),
-    ("bert", {"regex": r".*\.qery"}, "DS302", 'regex ".*', None),
-    ("bert", {"shape": {"in": ">99999"}}, "DS302", 'shape {in: ">99999"}', "widths here (in, out): (2, 8)"),
-    ("gpt2", {"role": "attn.q"}, "DS303", "gpt2 fuses q, k and v in attn.qkv", "select attn.qkv"),
-    ("bert", {"role": "mlp.gate"}, "DS303", "no module of this bert has role mlp.gate", "roles here: attn, attn.k"),
-    ("bert", {"role": "cross_attn"}, "DS303", "", "roles here"),
-    ("plain", {"role": "attn.q"}, "DS303", "the roles of Plain are not known", "use path: or type: instead; known are"),
-    ("bert", {"path": "**", "layers": {"from": 3, "to": 9}}, "DS304", "no layer 9",
-     "bert.encoder.layer has layers 0..3"),
-    ("bert", {"path": "**", "layers": [0, 7, 8]}, "DS304", "no layer 7, 8", "0..3"),
-    ("bart", {"path": "**", "layers": {"last": 5}}, "DS304", "no layer 4",
-     "model.encoder.layers has layers 0..3; model.decoder.layers has layers 0..1"),
-    ("bert", {"role": "attn.q", "type": "LayerNorm"}, "DS305",
-     "nothing matches all of: type LayerNorm (9 modules), role attn.q (4 modules)",
-     "without role attn.q it would match 9 modules"),
-    ("bert", {"path": "**.query", "not": "**.query"}, "DS305", 'not (path "**.query")', "would match 4 modules"),
-    ("bert", {"path": "**.query", "not": "**.qurey"}, "DS302", 'path "**.qurey"', '"**.query"'),
-    ("bert", {"any": ["**.query", {"path": "**.key", "layers": {"first": 1}, "type": "LayerNorm"}]}, "DS305", "", ""),
-    ("bert", {"parameter": "wieght"}, "DS308", 'no parameter matches parameter "wieght"', "did you mean weight?"),
-    ("bert", {"parameter": "encoder.layer.0.output.dense.bias"}, "DS308", "", '"**.encoder.layer.0.output.dense.bias"'),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("model", "target", "code", "message", "suggestion"), WRONG, ids=lambda v: str(v)[:40])
-def test_wrong_selectors(model, target, code, message, suggestion):
-    found = finding(model, target)
-    assert found.code == code and message in found.message
-    assert suggestion is None or suggestion in (found.suggestion or "")
-
-
-@pytest.mark.parametrize(
-    "case", [c for c in WRONG if isinstance(c[1], str) or set(c[1]) == {"path"}], ids=lambda c: str(c[1])
-)
-def test_suggested_paths_are_true(case):
-    model, target, *_ = case
-    suggested = re.search(r'did you mean "(.+)" \((\d+) modules?\)', finding(model, target).suggestion or "")
-    if suggested:
-        assert len(names(model, suggested[1])) == int(suggested[2])
-
-
 def test_optional_excuses_what_matches_nothing():
     assert run("bert", {"any": ["**.query", {"path": "**.nope", "optional": True}]})[1] == []
     assert run("bert", {"path": "**.nope", "optional": True}) == ((), [])
@@ -386,40 +265,3 @@ def test_selectors_that_refer_to_each_other_are_resolved_once():
     _, findings = run("bert", {"ref": "s0"}, {**layers, "s11": "**.nix"})
     assert [f.code for f in findings] == ["DS302"]
     assert time.process_time() - start < 0.5
-
-
-def test_explain_says_atom_by_atom():
-    target = {
-        "role": ["attn.q", "attn.v"],
-        "layers": {"from": 3},
-        "any": [{"ref": "linears"}, {"path": "classifier"}],
-        "not": "**.value",
-    }
-    selectors = {"linears": {"type": "Linear"}}
-    spec = load({"deltaspec": 1, "selectors": selectors,
-                 "deltas": [{"name": "d", "method": "lora", "target": target}]})  # fmt: skip
-    rows = {row.fqn: row for row in TABLES["bert"].rows}
-    row = rows["bert.encoder.layer.1.attention.self.query"]
-    reasons = explain(spec.deltas[0].target, TABLES["bert"], row, spec.selectors)
-    assert [str(reason) for reason in reasons] == [
-        "role [attn.q, attn.v]: accepted, its roles are attn.q",
-        "layers {from: 3}: refused, layer 1 of bert.encoder.layer",
-        "any: accepted, 1 of 2 hold",
-        "  ref linears: accepted",
-        "    type Linear: accepted, it is a Linear",
-        '  path "classifier": refused, the name is bert.encoder.layer.1.attention.self.query',
-        "not: accepted, it does not hold",
-        '  path "**.value": refused, the name is bert.encoder.layer.1.attention.self.query',
-    ]
-    assert reasons[1].location == ("deltas", 0, "target", "layers")
-    root = explain(spec.deltas[0].target, TABLES["bert"], rows[""], spec.selectors)
-    assert [r.accepted for r in root] == [False]
-
-
-def test_explain_parameters():
-    spec = load({"deltaspec": 1, "deltas": [{"name": "d", "method": "full", "target": {"parameter": "**.bias"}}]})
-    rows = {row.fqn: row for row in TABLES["plain"].rows}
-    (yes,) = explain(spec.deltas[0].target, TABLES["plain"], rows["tail.0"], {})
-    (no,) = explain(spec.deltas[0].target, TABLES["plain"], rows["tail.2"], {})
-    assert str(yes) == 'parameter "**.bias": accepted, its parameter bias'
-    assert str(no) == 'parameter "**.bias": refused, its own parameters are weight'

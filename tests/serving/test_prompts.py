@@ -1,4 +1,4 @@
-"""Prefixes and prompts row by row: every row of a mixed batch is what it is alone."""
+"""Virtual tokens row by row: every row of a mixed batch is what it is alone."""
 
 from typing import Any
 
@@ -6,100 +6,22 @@ import pytest
 import torch
 import torch._dynamo.testing
 from prompt_models import bart, bert, build, gemma3, gpt2, llama, opt, roberta, t5, tokens
-from torch import Tensor, nn
-from transformers import GPT2Model
+from prompt_rows import (
+    DELTAS,
+    GENERATED,
+    MODELS,
+    PREFIXES,
+    PROMPTS,
+    assert_as_alone,
+    compiled,
+    inputs,
+    only,
+    real,
+    row_of,
+)
+from torch import Tensor
 
-import deltaspec
 from deltaspec.diagnostics.findings import DeltaSpecError
-from deltaspec.serving.numbering import Numbering, numbering_of
-
-MODELS = [llama, gpt2, bert, opt, t5, bart]
-DELTAS: list[dict[str, Any]] = [
-    {"name": "lora", "method": "lora", "target": {"any": [{"role": ["attn.q", "attn.qkv"], "optional": True}]}},
-    {"name": "long", "method": "prefix", "params": {"tokens": 5}},
-    {"name": "short", "method": "prefix", "params": {"tokens": 2, "reparametrisation": "mlp", "width": 8}},
-    {"name": "other", "method": "prefix", "params": {"tokens": 5}},
-    {"name": "soft", "method": "soft_prompt", "params": {"tokens": 4}},
-    {"name": "more", "method": "soft_prompt", "params": {"tokens": 4}},
-    {"name": "tuned", "method": "p_tuning", "params": {"tokens": 3, "width": 8}},
-    {"name": "lstm", "method": "p_tuning", "params": {"tokens": 2, "width": 8, "encoder": "lstm"}},
-]
-PREFIXES = ["long", None, "short", "lora", ("long", "short"), "other"]
-PROMPTS = ["soft", None, "tuned", "lora", "more", ("lora", "soft", "lstm"), ("long", "tuned")]
-
-
-def compiled(model: nn.Module, *names: str) -> Any:
-    """Compile the deltas of these names (or all), with values that matter."""
-    chosen = [delta for delta in DELTAS if not names or delta["name"] in names]
-    c = deltaspec.compile(model, {"deltaspec": 1, "deltas": chosen})
-    if "lora" in c.deltas:
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in c.deltas["lora"].parameters():
-                parameter.normal_(0, 0.3, generator=generator)
-    return c
-
-
-def masked(rows: int, side: str | None) -> tuple[Tensor, Tensor]:
-    """Make ids `[rows, 7]` and a mask with as much padding in each row as its number, up to 3."""
-    ids = tokens(rows, 7)
-    mask = torch.ones_like(ids)
-    for row in range(rows if side else 0):
-        count = row % 4
-        place = slice(0, count) if side == "left" else slice(7 - count, 7)
-        ids[row, place], mask[row, place] = 0, 0
-    return ids, mask
-
-
-def inputs(make: Any, rows: int, side: str | None) -> dict[str, Any]:
-    ids, mask = masked(rows, side)
-    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if make in (t5, bart):
-        torch.manual_seed(4)
-        given["decoder_input_ids"] = torch.randint(3, 90, (rows, 4))
-    return given
-
-
-def only(c: Any, entry: Any) -> Any:
-    if entry is None:
-        return c.only()
-    return c.only(entry) if isinstance(entry, str | dict) else c.only(*entry)
-
-
-def row_of(given: dict[str, Any], row: int) -> dict[str, Any]:
-    return {name: value[row : row + 1] if isinstance(value, Tensor) else value for name, value in given.items()}
-
-
-def real(given: dict[str, Any], row: int, value: Tensor) -> Tensor:
-    """The real tokens of a row of an output; a decoder's are all real."""
-    mask = given.get("attention_mask")
-    return value if mask is None or value.shape[0] != mask.shape[1] else value[mask[row] == 1]
-
-
-def assert_as_alone(c: Any, given: dict[str, Any], deltas: list[Any]) -> Any:
-    out = c(**given, deltas=deltas)
-    for row, entry in enumerate(deltas):
-        with only(c, entry):
-            alone = c(**row_of(given, row))
-        got, expected = real(given, row, out.logits[row]), real(given, row, alone.logits[0])
-        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4, msg=lambda m, r=row, e=entry: f"{r} {e}: {m}")
-    return out
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("side", [None, "left", "right"])
-@pytest.mark.parametrize("make", [*MODELS, gemma3])
-def test_prefixes(make: Any, side: str | None, implementation: str) -> None:
-    model = build(make)
-    model.set_attn_implementation(implementation)
-    c = compiled(model, "lora", "long", "short", "other")
-    given = inputs(make, len(PREFIXES), side)
-    out = assert_as_alone(c, given, PREFIXES)
-    assert not torch.allclose(out.logits[0], c(**row_of(given, 0)).logits[0], atol=1e-3)
-    if side is None:
-        del given["attention_mask"]
-        assert_as_alone(c, given, PREFIXES)
 
 
 @torch.no_grad()
@@ -114,9 +36,6 @@ def test_prompts(make: Any, side: str | None, cached: bool | None) -> None:
     if side is None:
         del given["attention_mask"]
         assert_as_alone(c, given, PROMPTS)
-
-
-GENERATED = ["soft", None, ("lora", "soft", "lstm"), "long", "tuned", ("short", "more")]
 
 
 @pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"num_beams": 3}, {"num_beams": 2, "use_cache": False}])
@@ -168,18 +87,6 @@ def test_going_on_from_a_cache(make: Any, side: str | None) -> None:
                 alone = c(input_ids=given["input_ids"][row : row + 1], **row_of(first, row)).past_key_values
                 again = c(input_ids=more[row : row + 1], past_key_values=alone, **row_of(second, row))
             torch.testing.assert_close(out.logits[row], again.logits[0], atol=2e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("make", [llama, gpt2, opt, bert, roberta])
-def test_positions_and_embeddings_given(make: Any) -> None:
-    model = build(make)
-    c = compiled(model)
-    given = inputs(make, len(GENERATED), "left")
-    given["position_ids"] = (given["attention_mask"].cumsum(1) + 4).clamp(max=40)
-    assert_as_alone(c, given, GENERATED)
-    given["inputs_embeds"] = model.get_input_embeddings()(given.pop("input_ids"))
-    assert_as_alone(c, given, GENERATED)
 
 
 @torch.no_grad()
@@ -237,21 +144,6 @@ def test_one_backward_gives_each_delta_its_own_gradient(make: Any, side: str) ->
         torch.testing.assert_close(together[name], gradient, atol=3e-4, rtol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("make", [llama, t5])
-def test_prefixes_by_strength(make: Any, implementation: str) -> None:
-    model = build(make)
-    model.set_attn_implementation(implementation)
-    c = compiled(model, "lora", "long", "short", "other")
-    deltas: list[Any] = [{"long": 0.5}, {"long": 1.5, "short": 0.25}, {"other": 0.0}, None, "short", {"lora": 0.5}]
-    out = assert_as_alone(c, inputs(make, len(deltas), "left"), deltas)
-    bare = c.only()
-    with bare:
-        expected = c(**inputs(make, len(deltas), "left")).logits
-    torch.testing.assert_close(out.logits[2:4], expected[2:4], atol=2e-5, rtol=1e-4)
-
-
 def test_prompts_have_no_strength() -> None:
     c = compiled(build(llama))
     with pytest.raises(DeltaSpecError, match="DS446"):
@@ -259,26 +151,6 @@ def test_prompts_have_no_strength() -> None:
     with pytest.raises(DeltaSpecError, match="DS446"):
         c.rows([{"tuned": 0.5, "lora": 0.5}, None])
     assert c(input_ids=tokens(2), deltas=[{"soft": 1.0}, None]).logits.isfinite().all()
-
-
-class Sparse(GPT2Model):
-    """Numbers its positions by even numbers, unless it is told numbers."""
-
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **more: Any) -> Any:
-        if position_ids is None:
-            position_ids = torch.arange(0, 2 * input_ids.shape[1], 2)[None]
-        return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **more)
-
-
-@torch.no_grad()
-def test_a_numbering_of_its_own_is_refused_where_it_matters() -> None:
-    model = build(gpt2)
-    model.transformer.__class__ = Sparse
-    c, given = compiled(model, "soft", "lora"), inputs(gpt2, 2, "left")
-    assert numbering_of(model.transformer, model.transformer.forward) is Numbering.UNKNOWN
-    with pytest.raises(DeltaSpecError, match="DS447"):
-        c(**given, use_cache=True, deltas=["soft", None])
-    assert_as_alone(c, given | {"position_ids": torch.arange(7).expand(2, -1)}, ["soft", None])
 
 
 @torch.no_grad()
@@ -318,12 +190,6 @@ def test_an_encoder_that_ran_before(make: Any) -> None:
     torch.testing.assert_close(again.logits, out.logits, atol=1e-5, rtol=1e-5)
     with pytest.raises(DeltaSpecError, match="DS447"):
         c(**states, deltas=PROMPTS)
-
-
-def test_a_static_cache_is_refused() -> None:
-    c = compiled(build(llama), "soft")
-    with pytest.raises(DeltaSpecError, match="DS439"):
-        c.generate(tokens(2), max_new_tokens=2, cache_implementation="static", deltas=["soft", None])
 
 
 ASSIGNED: list[list[Any]] = [

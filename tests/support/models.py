@@ -24,6 +24,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from deltaspec.backbone.inputs import call_arguments
+
 VOCABULARY = 90
 
 
@@ -206,3 +208,26 @@ ARCHITECTURES = {
     )
 }
 TRANSFORMERS = tuple(name for name in ARCHITECTURES if name in {"bert", "gpt2", "llama", "t5", "bart", "vit"})
+
+
+class Counting(nn.Module):
+    """Writes two buffers in every forward: one in place, one by replacing it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(4))
+        self.register_buffer("absent", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        self.last = x.detach().mean(0)
+        return x * self.count
+
+
+@torch.no_grad()
+def first_output(model: nn.Module, inputs: Any) -> Tensor:
+    """Run a model on inputs as `Architecture.inputs` gives them."""
+    args, kwargs = call_arguments(inputs)
+    output = model(*args, **kwargs)
+    return output if isinstance(output, Tensor) else output[0]

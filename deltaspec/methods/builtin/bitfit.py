@@ -28,7 +28,7 @@ class BitfitParams(MethodParams):
     """Parameters of bitfit."""
 
     add_missing: bool = True
-    """Return a bias to modules that have none; false refuses such sites."""
+    """Give a bias to modules that have none; false refuses such sites."""
     parts: PartNames | None = None
     """On a fused projection (role attn.qkv, mlp.gate_up): change the biases of these parts of it alone, such as [q]."""
 

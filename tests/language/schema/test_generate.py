@@ -1,60 +1,16 @@
 """The generated schema: valid under both drafts, described, committed, and of one mind with the loader."""
 
 import json
-from pathlib import Path
-from typing import Annotated
 
 import jsonschema
-import pytest
 import yaml
-from click.testing import CliRunner
-from pydantic import Field
 from repository import ROOT
 
-import deltaspec.methods
-from deltaspec.cli import main
 from deltaspec.language.load import load
-from deltaspec.language.migrate import CURRENT, migrate
 from deltaspec.language.schema.accept import COMMITTED
 from deltaspec.language.schema.generate import schema, schema_text
 from deltaspec.language.validate import validate
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import MethodParams
 from deltaspec.methods.registry import builtin_methods
-
-
-class PluginParams(MethodParams):
-    """Parameters of the test's own method."""
-
-    tokens: Annotated[int, Field(ge=1)]
-    """Number of tokens."""
-    places: tuple[int, ...] = ()
-    """Some places."""
-    undescribed: float | None = None
-
-
-class Plugin(Method):
-    """A method of another package."""
-
-    name = "zz_plugin"
-    summary = "a method of another package"
-    paper = "none"
-    Params = PluginParams
-    default_roles = ("attn.q",)
-
-    def tensors(self, site, params):
-        return ()
-
-    def apply(self, form, params, t, x, base):
-        return base(x)
-
-
-@pytest.fixture
-def plugin(monkeypatch):
-    found = {**builtin_methods(), "zz_plugin": Plugin()}
-    monkeypatch.setattr(deltaspec.methods, "methods", lambda: found)
-    monkeypatch.setattr("deltaspec.language.validate.methods", lambda: found)
-    return found
 
 
 def walk(node, path=()):
@@ -147,33 +103,3 @@ def test_a_plugin_that_cannot_be_loaded_is_a_finding(monkeypatch):
     found = validate({"deltaspec": 1, "deltas": [{"name": "d", "method": "theirs"}]})
     assert [d.code for d in found] == ["DS219", "DS206"]
     assert "ImportError: no such thing" in found[0].message
-
-
-def test_migrating_the_current_version_changes_nothing():
-    data = {"deltaspec": CURRENT, "deltas": []}
-    assert migrate(data) == data
-
-
-# --- deltaspec schema -------------------------------------------------------------------------------------------------
-
-
-def test_the_verb_prints_writes_and_checks(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run = CliRunner().invoke
-    assert run(main, ["schema"]).output == schema_text()
-    assert run(main, ["schema", "--check"]).exit_code == 1
-    assert run(main, ["schema", COMMITTED]).exit_code == 0
-    assert Path(COMMITTED).read_text(encoding="utf-8") == schema_text()
-    assert run(main, ["schema", "--check"]).exit_code == 0
-    Path(COMMITTED).write_text(schema_text().replace("Bounds of a count", "Bonds of a count"), encoding="utf-8")
-    drifted = run(main, ["schema", "--check"])
-    assert drifted.exit_code == 1
-    assert '-      "description": "Bonds of a count' in drifted.output
-    assert '+      "description": "Bounds of a count' in drifted.output
-    assert "error[DS221] the schema file is out of date" in drifted.output
-
-
-def test_the_verb_includes_plugins_only_when_asked(plugin):
-    run = CliRunner().invoke
-    assert "zz_plugin" in run(main, ["schema", "--with-plugins"]).output
-    assert "zz_plugin" not in run(main, ["schema"]).output

@@ -7,62 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from prefixes import cache_of, compiled, distilbert, own, qwen3, vit
 from prompt_models import BASIC, DECODERS, bart, bert, build, gpt2, llama, roberta, t5, tokens
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertModel,
-    BloomConfig,
-    BloomForCausalLM,
-    DistilBertConfig,
-    DistilBertModel,
-    DynamicCache,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 import deltaspec
 from deltaspec.compiler.restore import restore
 from deltaspec.contract.snapshot import differences, snapshot
 from deltaspec.diagnostics.findings import DeltaSpecError
-
-
-def distilbert() -> nn.Module:
-    return DistilBertModel(DistilBertConfig(vocab_size=90, dim=32, hidden_dim=64, n_layers=2, n_heads=4))
-
-
-def qwen3() -> nn.Module:
-    return Qwen3ForCausalLM(Qwen3Config(**BASIC, num_key_value_heads=2, head_dim=8))
-
-
-def vit() -> nn.Module:
-    sizes = {key: value for key, value in BASIC.items() if not key.endswith("_id") and key != "vocab_size"}
-    return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8))
-
-
-def compiled(model: nn.Module, *deltas: dict[str, Any], **params: Any) -> Any:
-    """Compile one prefix, or one for each dict of a delta's keys."""
-    listed = [{"name": f"p{n}", "method": "prefix", **delta} for n, delta in enumerate(deltas or ({"params": params},))]
-    return deltaspec.compile(model, {"deltaspec": 1, "deltas": listed})
-
-
-def own(c: Any, site: str, delta: str = "p0") -> dict[str, Tensor]:
-    """The tensors of one site, by own name."""
-    return {key.removeprefix(f"{site}."): t for key, t in c.deltas[delta].tensors() if key.startswith(f"{site}.")}
-
-
-def cache_of(c: Any, model: Any, rows: int, heads: int) -> Any:
-    """The prefix as a cache that was there before the first token."""
-    cache = DynamicCache(config=model.config)
-    for layer, planned in enumerate(c.plan.sites):
-        tensors = own(c, planned.fqn)
-        key, value = (
-            tensors[n].unflatten(1, (heads, -1)).transpose(0, 1).expand(rows, -1, -1, -1) for n in ("key", "value")
-        )
-        cache.update(key, value, layer)
-    return cache
 
 
 @torch.no_grad()
@@ -338,34 +294,6 @@ def test_together_with_other_methods() -> None:
         merged.deltas[name].load_state_dict(c.deltas[name].state_dict())
     torch.testing.assert_close(merged(input_ids=ids).logits, out, atol=1e-5, rtol=1e-5)
     assert torch.equal(c.generate(ids, max_new_tokens=4), c.generate(ids, max_new_tokens=4, use_cache=False))
-
-
-def refused(model: nn.Module, **delta: Any) -> str:
-    with pytest.raises(DeltaSpecError) as caught:
-        deltaspec.plan(model, {"deltaspec": 1, "deltas": [{"name": "p", "method": "prefix", **delta}]})
-    return str(caught.value)
-
-
-def test_refusals() -> None:
-    assert "does not call transformers' attention" in refused(build(llama), target="**.q_proj")
-    assert "does not call transformers' attention" in refused(build(llama), target={"role": "mlp"})
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=90, hidden_size=32, n_layer=2, n_head=4))
-    assert "BloomAttention" in refused(bloom, target={"role": "attn"})
-    plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 1)
-    assert "MultiheadAttention" in refused(plain, target="**.self_attn")
-    assert "not on the parameter" in refused(build(llama), target={"parameter": "**.q_proj.weight"})
-    flex = build(llama)
-    flex.config._attn_implementation = "flex_attention"
-    assert "sdpa or eager" in refused(flex)
-
-
-def test_an_attention_function_chosen_later_is_refused() -> None:
-    c, ids = compiled(build(llama), tokens=3), tokens()
-    c.backbone.set_attn_implementation("eager")
-    assert c(input_ids=ids).logits.isfinite().all()
-    c.config._attn_implementation = "flex_attention"
-    with pytest.raises(DeltaSpecError, match="DS438"):
-        c(input_ids=ids)
 
 
 def test_a_model_without_a_role_map_has_its_attention_for_a_target() -> None:

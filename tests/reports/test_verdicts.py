@@ -1,0 +1,20 @@
+"""Why a delta changes a module: a derived one is where its sources are."""
+
+from blends import Net, X, spec
+
+import deltaspec
+
+
+def test_tree_and_explain_show_it_where_its_sources_are():
+    from deltaspec.backbone.observe import Observations
+    from deltaspec.backbone.tabulate import tabulate
+    from deltaspec.reports.tree import targets
+    from deltaspec.reports.verdicts import find_row, verdicts
+
+    model, loaded = Net(), deltaspec.load(spec(target="a"))
+    table = tabulate(model)
+    assert [match.row.fqn for match in targets(loaded, 2, table)[0]] == ["a"]
+    for fqn in ("a", "b"):
+        found = verdicts(loaded, table, Observations(model, X), find_row(table, fqn))
+        assert [(v.delta, v.taken) for v in found] == [(n, fqn == "a") for n in ("french", "legal", "blend")]
+        assert found[2].outcome.startswith("as its source french: ")
