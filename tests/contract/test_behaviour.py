@@ -21,6 +21,7 @@ from deltaspec.planning.plan import Plan
 from deltaspec.planning.resolve import plan
 
 WRITERS = ("gpt2", "llama", "t5")
+TOKENS = PARAMS["trainable_tokens"]["token_ids"]
 METHODS = tuple(builtin_methods())
 STACKED = pytest.mark.parametrize("stacked", [False, True], ids=["alone", "with lora"])
 

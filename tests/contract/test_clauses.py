@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from broken_methods import Dead, Deaf, Loud, Misfolded, Mistaken, Random, Stuck, Writing
 from models import ARCHITECTURES, TRANSFORMERS, Architecture
-from small_params import PARAMS
 
 from deltaspec.contract.trial import ContractError
 from deltaspec.diagnostics.findings import DeltaSpecError
@@ -16,6 +15,15 @@ from deltaspec.methods.registry import methods
 from deltaspec.planning.resolve import plan
 from deltaspec.testing import check_method
 
+MORE: dict[str, tuple[dict[str, Any], ...]] = {
+    "lora": ({"rank": 2, "scaling": "rslora", "bias": True, "dropout": 0.1, "init": "normal"},),
+    "adapter": ({"width": 3, "position": "before", "scale": 0.5, "activation": "silu", "dropout": 0.1},),
+    "delora": ({"rank": 3, "init": "random", "dropout": 0.1},),
+    "full": ({"tied": "alone"},),
+    "p_tuning": ({"tokens": 3, "width": 8, "encoder": "lstm", "dropout": 0.1},),
+    "prefix": ({"tokens": 2, "reparametrisation": "mlp", "width": 8},),
+}
+"""Parameters that a method is checked with besides its small ones."""
 CASES = [
     pytest.param(method, params, architecture, id=f"{method}-{number}-{architecture}")
     for method in methods()
@@ -58,7 +66,7 @@ def test_every_method_keeps_the_contract_wherever_it_has_a_place(method, params,
 
 @pytest.mark.parametrize("method", methods())
 def test_every_method_has_a_place_by_its_default_roles_on_some_transformer(method):
-    params = PARAMS.get(method, ({},))[0]
+    params = methods()[method].small
     places = {}
     for name in TRANSFORMERS:
         spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": method, "params": params}]}

@@ -7,7 +7,6 @@ import sys
 import torch
 from models import ARCHITECTURES, first_output
 from repository import ROOT
-from small_params import PARAMS
 
 import deltaspec
 from deltaspec.diagnostics.findings import DeltaSpecError

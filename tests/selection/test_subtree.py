@@ -5,7 +5,6 @@ from module_trees import Part, circular, shared, tied, tree
 from torch import nn
 
 from deltaspec.backbone.tabulate import tabulate
-from deltaspec.backbone.walk import every
 from deltaspec.names.paths import is_inside
 from deltaspec.selection.subtree import Subtrees
 

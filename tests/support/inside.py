@@ -9,17 +9,17 @@ from deltaspec.compiler.compiled import CompiledModel
 
 def gate(compiled: CompiledModel) -> Any:
     """Return what lets forwards, switches and rows into a view."""
-    return compiled._attachments.gate
+    return compiled._host.gate
 
 
 def builder(compiled: CompiledModel) -> Any:
     """Return what builds the programs of a view."""
-    return compiled._attachments.builder
+    return compiled._active.builder
 
 
 def program(compiled: CompiledModel, *names: str) -> Any:
     """Return the program of an active set."""
-    return compiled._attachments.program(names)
+    return compiled._active.program(names)
 
 
 KEPT = "deltaspec.runtime.active._PROGRAMS"
@@ -28,18 +28,18 @@ KEPT = "deltaspec.runtime.active._PROGRAMS"
 
 def programs_kept(compiled: CompiledModel) -> int:
     """Count the programs that a view keeps, by the way of finding them that has most."""
-    active = compiled._attachments
+    active = compiled._active
     return max(len(active._programs), len(active._ready))
 
 
 def unproven(compiled: CompiledModel) -> set[str]:
     """Return the deltas whose sites no forward was seen to reach yet."""
-    return set(compiled._attachments.unproven)
+    return set(compiled._shared.unproven)
 
 
 def stacks(compiled: CompiledModel) -> Any:
     """Return the stacks that the deltas of a model, and of its libraries, lie in."""
-    return compiled._attachments.stacks
+    return compiled._shared.stacks
 
 
 def rows_of_memory(compiled: CompiledModel) -> int:

@@ -19,6 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from deltaspec.methods.registry import builtin_methods
+
 COMMON: dict[str, Any] = {"vocab_size": 48, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
 BASIC = COMMON | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -48,32 +50,12 @@ def bert() -> nn.Module:
 
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {"gpt2": gpt2, "llama": llama, "t5": t5, "bert": bert}
 BUILDERS = ARCHITECTURES | {"short llama": short_llama}
-# Small sizes, with dropout where a method has some.
 PARAMS: dict[str, dict[str, Any]] = {
-    "adalora": {"rank": 2, "initial_rank": 3, "dropout": 0.2},
-    "adapter": {"width": 4, "dropout": 0.2},
-    "boft": {"block_size": 4},
-    "c3a": {"block_size": 4},
-    "compacter": {"width": 4, "divisions": 2},
-    "fourierft": {"frequencies": 20},
-    "full": {"tied": "together"},
-    "hira": {"rank": 2},
-    "hra": {"rank": 2},
-    "loha": {"rank": 2},
-    "lokr": {"rank": 2},
-    "lora": {"rank": 2, "dropout": 0.2},
-    "low_rank_adapter": {"width": 4},
-    "miss": {"rank": 2, "dropout": 0.2},
-    "oft": {"block_size": 4},
-    "p_tuning": {"tokens": 2, "width": 4},
-    "parallel_adapter": {"width": 4},
-    "prefix": {"tokens": 2},
-    "reft": {"rank": 2},
-    "road": {"group_size": 4},
-    "soft_prompt": {"tokens": 2},
-    "trainable_tokens": {"token_ids": [5, 9, 17]},
-    "vera": {"rank": 4, "dropout": 0.2},
+    name: {**method.small, **({"dropout": 0.2} if "dropout" in method.Params.model_fields else {})}
+    for name, method in builtin_methods().items()
 }
+"""Small sizes, with dropout where a method has some."""
+del PARAMS["p_tuning"]["dropout"]  # between layers of an LSTM, which its small bottleneck has not
 
 
 @cache
