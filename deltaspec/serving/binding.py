@@ -14,7 +14,7 @@ from deltaspec.runtime.program import Forward
 from deltaspec.runtime.program_builder import form_of
 from deltaspec.serving.attention import AttendedRows, AttendRows
 from deltaspec.serving.numbering import numbering_of
-from deltaspec.serving.prompts import EmbeddedRows, FollowingRows, Front, PromptedRows
+from deltaspec.serving.prompts import EmbeddedRows, FollowingRows, PromptedRows, RowFront
 from deltaspec.serving.slots import Source, Table
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def put_prompts_in_front(
             continue
         entrance = prompts[0][1].planned.site.row.entrance
         assert entrance is not None
-        front = Front([(slot, virtual_tokens(placement)) for slot, placement in prompts])
+        front = RowFront([(slot, virtual_tokens(placement)) for slot, placement in prompts])
         tables = [
             Table(s, _sources(attachments, placement), _virtual_rows(attachments, placement))
             for s, placement in prompts
