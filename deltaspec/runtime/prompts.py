@@ -264,7 +264,7 @@ class Following(Around):
         """Run the decoder."""
         given, most = self.arguments(args, kwargs), self.front.most()
         states = given.get("encoder_hidden_states")
-        mask = None if states is None or not most else self._mask(given, states, most)
+        mask: Tensor | None = None if states is None or not most else self._mask(given, states, most)
         if mask is not None and mask.shape[-1] + most == states.shape[1]:
             if mask.dim() != 2:
                 message = "a prompt needs an attention_mask of shape [batch, tokens]"
