@@ -1,7 +1,7 @@
 """Where a prompt ends while text is generated: remembered over the forwards of one `generate`.
 
-A model's own `generate` is watched, by an entry of its `__dict__`: a forward without a cache does not show whether it is a
-prompt alone or one that was gone on from. What runs now is kept by context, and so by thread and by task.
+A model's own `generate` is watched, by an entry of its `__dict__`: a forward without a cache does not show whether it
+is a prompt alone or one that was gone on from. What runs now is kept by context, and so by thread and by task.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def unwatch(backbone: nn.Module) -> None:
 
 
 def _generating(backbone: nn.Module) -> list[Any]:
-    able = (module for module in backbone.modules() if hasattr(type(module), "generate"))
+    # A copy that is being made has no children yet, and takes over what was watched in the other.
+    modules = backbone.modules() if "_modules" in backbone.__dict__ else ()
+    able = (module for module in modules if hasattr(type(module), "generate"))
     return [module for module in able if isinstance(module.generate, MethodType)]
 
 

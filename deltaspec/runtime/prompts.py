@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Forward = Callable[..., Any]
 ENCODED = "encoder_attention_mask"
 """Name under which a decoder is given the mask of its encoder's tokens."""
+_GO_ON = "to go on from a cache made with this prompt, pass the new tokens only, and the mask of all tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +88,9 @@ class Front:
     def __init__(self, lengths: Sequence[int]) -> None:
         self.total = sum(lengths)
         """Number of tokens of all deltas."""
-        self._ids: list[int] = []
+        after = [sum(lengths[number:]) for number in range(1, len(lengths) + 1)]
+        self._ids = [-1 - more - place for length, more in zip(lengths, after, strict=True) for place in range(length)]
         """In the deltas' order; the last delta is the outermost at the embedding, so its ids start at -1."""
-        for number, length in enumerate(lengths):
-            start = -1 - sum(lengths[number + 1 :])
-            self._ids += range(start, start - length, -1)
 
     def most(self) -> int:
         """Return the largest number of tokens that a row has."""
@@ -193,11 +192,9 @@ class Prompted(Around):
         """Lengthen the mask of the padding, and say where the prompt stands."""
         mask, places = checked_mask(given), past + entering.shape[1]
         gap = self.front.gap(mask, most)
-        if mask is None:
-            return gap
-        if mask.shape[1] == places:
+        if mask is not None and mask.shape[1] == places:
             given["attention_mask"] = gap.lengthen(mask)
-        elif mask.shape[1] != places + most:  # some callers count the prompt in it
+        elif mask is not None and mask.shape[1] != places + most:  # some callers count the prompt in it
             raise mask_error(mask, places)
         return gap
 
@@ -207,10 +204,8 @@ class Prompted(Around):
         if positions is None or given.get("attention_mask") is not None or torch.compiler.is_compiling():
             return
         if int(positions.max()) + 1 + tokens != whole:
-            raise prompt_error(
-                "the position_ids are not those of the tokens that follow this cache, which holds a prompt, too",
-                "to go on from a cache made with this prompt, pass the new tokens only, and the mask of all tokens",
-            )
+            message = "the position_ids are not those of the tokens that follow this cache, which holds a prompt, too"
+            raise prompt_error(message, _GO_ON)
 
     def _fill(self, given: dict[str, Any], gap: Gap, entering: Tensor, virtual: Tensor) -> None:
         """Put the virtual tokens, ids `[rows or 1, tokens]`, into the inputs."""
@@ -288,10 +283,8 @@ def checked_mask(given: dict[str, Any], name: str = "attention_mask") -> Tensor 
 
 def mask_error(mask: Tensor, tokens: int) -> DeltaSpecError:
     """Make the error about a mask of another length than the input with its past."""
-    return prompt_error(
-        f"the attention_mask covers {mask.shape[1]} positions, and there are {tokens} tokens",
-        "to go on from a cache made with this prompt, pass the new tokens only, and the mask of all tokens",
-    )
+    message = f"the attention_mask covers {mask.shape[1]} positions, and there are {tokens} tokens"
+    return prompt_error(message, _GO_ON)
 
 
 def _wants_tuple(module: nn.Module, given: dict[str, Any]) -> bool:
