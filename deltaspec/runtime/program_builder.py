@@ -6,10 +6,10 @@ A program is made once per active set and kept, so that a switch only writes one
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -35,6 +35,24 @@ if TYPE_CHECKING:
     from deltaspec.runtime.host import Host
     from deltaspec.runtime.placements import Placement, Placements
     from deltaspec.runtime.program import Forward
+
+
+Given: TypeAlias = "Callable[[Placement, list[Tensor]], tuple[list[Any], list[Any]]]"
+"""From a placement and its tensors to what its formula gets for them, and its strength, if it acts by one."""
+
+
+@dataclass(slots=True)
+class SortedOut:
+    """The deltas at one host by how they work there, in order, with what their formulas are given."""
+
+    folds: list[tuple[Fold, list[Any]]] = field(default_factory=list)
+    """Deltas that work through parameters."""
+    attends: list[tuple[Placement, Attend, list[Any]]] = field(default_factory=list)
+    """Deltas that work inside the attention function."""
+    links: list[Link] = field(default_factory=list)
+    """Deltas that work around the host's call."""
+    arguments: list[Any] = field(default_factory=list)
+    """Arguments of all links."""
 
 
 class ProgramBuilder:
@@ -127,39 +145,56 @@ class ProgramBuilder:
 
         Those in `scaled` act by their strengths, by default those of the attached deltas.
         """
-        module = self.modules[host]
-        folds: list[Fold] = []
-        attends: list[Attend] = []
-        links: list[Link] = []
-        leading: list[Any] = []
-        inside: list[Any] = []
-        bound: list[Any] = []
-        for placement in _virtual_outermost(placements):
-            link, tensors, dropout = self.link(placement, module)
-            is_scaled = placement.delta in scaled
-            strength = [(strengths or self.strengths).tensor(placement.delta, tensors[0])] if is_scaled else []
-            if placement.lowered:
-                path = placement.planned.site.row.fqn.removeprefix(host).removeprefix(".")
-                segments = tuple(path.split(".")) if path else ()
-                method = methods()[placement.method]
-                folds.append(Fold(segments, method, link.params, placement.planned.site, link.form.tensors, is_scaled))
-                leading += [*tensors, *strength]
-            elif methods()[placement.method].attends:
-                attends.append(Attend(methods()[placement.method], link.params, link.form, is_scaled))
-                inside += [*tensors, *strength]
-            else:
-                links.append(replace(link, scaled=is_scaled))
-                bound += [*tensors, *dropout, *strength]
-        leading += inside
-        built = self.region_of(host, placements, tuple(links), len(leading))
+
+        def given(placement: Placement, tensors: list[Tensor]) -> tuple[list[Any], list[Any]]:
+            name = placement.delta
+            return tensors, [(strengths or self.strengths).tensor(name, tensors[0])] if name in scaled else []
+
+        sorted_out = self.sort_out(host, ((placement, given) for placement in _virtual_outermost(placements)))
         frozen = host in self.host.statistics and not _owns_statistics(placements)
+        folds, attends = sorted_out.folds, sorted_out.attends
         if folds or attends:
-            base: Any = Lowered(module, tuple(folds), frozen, tuple(attends))
+            hooked = tuple(attend for _, attend, _ in attends)
+            base: Any = Lowered(self.modules[host], tuple(fold for fold, _ in folds), frozen, hooked)
         else:
-            base = FrozenStatistics(module) if frozen else self.host.own_forward(host)
-        if "swapped" in built.bound:
-            bound.append(Swapped(module))
-        return functools.partial(built.function, base, *leading, *bound), built
+            base = FrozenStatistics(self.modules[host]) if frozen else self.host.own_forward(host)
+        leading = [value for _, values in folds for value in values]
+        leading += [value for _, _, values in attends for value in values]
+        return self.bind_region(host, placements, sorted_out, base, leading)
+
+    def sort_out(
+        self,
+        host: str,
+        placements: Iterable[tuple[Placement, Given]],
+        *,
+        per_row: bool = False,
+    ) -> SortedOut:
+        """Sort the deltas at one host by how they work there; `per_row`: what they are given is each row's."""
+        found, module = SortedOut(), self.modules[host]
+        for placement, given in placements:
+            method, site = methods()[placement.method], placement.planned.site
+            link, own, dropout = self.link(placement, module)
+            values, strength = given(placement, own)
+            if placement.lowered:
+                path = site.row.fqn.removeprefix(host).removeprefix(".")
+                segments = tuple(path.split(".")) if path else ()
+                fold = Fold(segments, method, link.params, site, link.form.tensors, bool(strength))
+                found.folds.append((fold, [*values, *strength]))
+            elif method.attends:
+                attend = Attend(method, link.params, link.form, bool(strength))
+                found.attends.append((placement, attend, [*values, *strength]))
+            else:
+                found.links.append(replace(link, scaled=bool(strength) and not per_row, per_row=per_row))
+                found.arguments += [*values, *dropout, *strength]
+        return found
+
+    def bind_region(
+        self, host: str, placements: list[Placement], sorted_out: SortedOut, base: Any, leading: Sequence[Any] = ()
+    ) -> tuple[Forward, Region]:
+        """Bind the function of a host's region to what it calls, arguments of that, and those of its links."""
+        built = self.region_of(host, placements, tuple(sorted_out.links), len(leading))
+        swapped = [Swapped(self.modules[host])] if "swapped" in built.bound else []
+        return functools.partial(built.function, base, *leading, *sorted_out.arguments, *swapped), built
 
     def region_of(self, host: str, placements: list[Placement], links: tuple[Link, ...], lowered: int = 0) -> Region:
         """Return the region of a host: what is called, and the links around it."""

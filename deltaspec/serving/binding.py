@@ -22,6 +22,8 @@ from deltaspec.serving.slots import Source, Table
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deltaspec.deltas.modules import Deltas
+    from deltaspec.deltas.stack import Stack
     from deltaspec.deltas.stacks import Stacks
     from deltaspec.runtime.placements import Placement
     from deltaspec.runtime.program_builder import ProgramBuilder
@@ -39,7 +41,7 @@ def attend_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Seque
             compute = _simplified(placement)
             method, params = methods()[kind], methods()[kind].Params(**settings)
             names = tuple(spec.name for spec in method.tensors(site, params))
-        table = Table(slot, _sources(builder, stacks, placement), compute)
+        table = Table(slot, sources_of(placement, stacks.of(placement.delta), builder.deltas), compute)
         hooks.append(AttendRows(Attend(method, params, form_of(site, names)), table))
     return functools.partial(Lowered(builder.modules[host], (), hooks=tuple(hooks)), ())
 
@@ -65,7 +67,9 @@ def put_prompts_in_front(
         assert entrance is not None
         front = RowFront([(slot, virtual_tokens(placement)) for slot, placement in prompts])
         tables = [
-            Table(s, _sources(builder, stacks, placement), _virtual_rows(builder, placement))
+            Table(
+                s, sources_of(placement, stacks.of(placement.delta), builder.deltas), _virtual_rows(builder, placement)
+            )
             for s, placement in prompts
         ]
         found[host] = EmbeddedRows(so_far(host), front, tables)
@@ -94,9 +98,10 @@ def virtual_tokens(placement: Placement) -> int:
     return methods()[placement.method].virtual_tokens(placement.planned.params)
 
 
-def _sources(builder: ProgramBuilder, stacks: Stacks, placement: Placement) -> dict[str, Source]:
-    stack, fqn = stacks.of(placement.delta), placement.planned.site.row.fqn
-    return {s.name: Source(stack, storage_key(fqn, s), builder.deltas) for s in placement.planned.tensors}
+def sources_of(placement: Placement, stack: Stack, deltas: Deltas) -> dict[str, Source]:
+    """Return where the tensors of a placement are, for all deltas of its kind, by own name."""
+    fqn = placement.planned.site.row.fqn
+    return {s.name: Source(stack, storage_key(fqn, s), deltas) for s in placement.planned.tensors}
 
 
 def _simplified(placement: Placement) -> Callable[[Mapping[str, Tensor], str | None], tuple[Tensor, ...]]:

@@ -4,78 +4,59 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from deltaspec.backbone.frozen import FrozenStatistics
-from deltaspec.backbone.stand_in import Swapped, no_gradient_of_padding
-from deltaspec.deltas.modules import storage_key
+from deltaspec.backbone.stand_in import no_gradient_of_padding
 from deltaspec.deltas.strengths import Strengths
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.graphs.row_ops import align, rows_in, rows_out, take
 from deltaspec.methods.registry import methods
-from deltaspec.runtime.lowering import Fold, Lowered
+from deltaspec.runtime.lowering import Lowered
 from deltaspec.runtime.placements import host_of
 from deltaspec.runtime.program_builder import call_form
-from deltaspec.serving.binding import attend_rows, virtual_tokens
-from deltaspec.serving.slots import Source
+from deltaspec.serving.binding import attend_rows, sources_of, virtual_tokens
 
 if TYPE_CHECKING:
     from torch import nn
 
     from deltaspec.deltas.stacks import Stacks
+    from deltaspec.runtime.lowering import Fold
     from deltaspec.runtime.placements import Placement
     from deltaspec.runtime.program import Forward
-    from deltaspec.runtime.program_builder import ProgramBuilder
+    from deltaspec.runtime.program_builder import Given, ProgramBuilder
     from deltaspec.serving.slots import Slot
 
 
 def bind_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequence[tuple[Slot, str]]) -> Forward:
     """Build a host's forward for slots, each of the kind of the named delta, in order of application."""
-    module = builder.modules[host]
-    folds: list[tuple[Fold, tuple[Source, ...], Slot]] = []
-    attends: list[tuple[Slot, Placement]] = []
-    links, placements = [], []
-    bound: list[Any] = []
-    for slot, name in given:
-        stack = stacks.of(name)
-        for placement in (
-            placement for placement in builder.placements.of(name) if host_of(placement.planned.site) == host
-        ):
-            if virtual_tokens(placement):
-                continue
-            placements.append(placement)
-            link, _, dropout = builder.link(placement, module)
-            fqn = placement.planned.site.row.fqn
-            sources = tuple(Source(stack, storage_key(fqn, spec), builder.deltas) for spec in placement.planned.tensors)
-            if placement.lowered:
-                fold = Fold(
-                    (), methods()[placement.method], link.params, placement.planned.site, link.form.tensors, scaled=True
-                )
-                folds.append((fold, sources, slot))
-            elif methods()[placement.method].attends:
-                attends.append((slot, placement))
-            else:
-                links.append(replace(link, per_row=True))
-                bound += [*sources, *dropout, slot]
-    base: Any = builder.host.own_forward(host)
-    if folds:
+    pairs = [(p, slot) for slot, name in given for p in builder.placements[name].get(host, ()) if not virtual_tokens(p)]
+    if not pairs:
+        return builder.host.own_forward(host)
+
+    def of_slot(slot: Slot) -> Given:
+        def of_rows(placement: Placement, _: list[Tensor]) -> tuple[list[Any], list[Any]]:
+            return list(sources_of(placement, stacks.of(placement.delta), builder.deltas).values()), [slot]
+
+        return of_rows
+
+    placements = [placement for placement, _ in pairs]
+    sorted_out = builder.sort_out(host, ((placement, of_slot(slot)) for placement, slot in pairs), per_row=True)
+    frozen, module = host in builder.host.statistics, builder.modules[host]
+    if sorted_out.folds:
         if not all(_is_simple(builder, placement) for placement in placements if placement.lowered):
             return HostRows(builder, host, given)
-        base = FoldedRows(module, tuple(folds), host in builder.host.statistics)
-    elif attends:
-        base = attend_rows(builder, stacks, host, attends)
-    elif host in builder.host.statistics:
-        base = FrozenStatistics(module)
-    if not placements:
-        return builder.host.own_forward(host)
-    built = builder.region_of(host, placements, tuple(links))
-    if "swapped" in built.bound:
-        bound.append(Swapped(module))
-    return functools.partial(built.function, base, *bound)
+        base: Any = FoldedRows(module, sorted_out.folds, frozen)
+    elif sorted_out.attends:
+        base = attend_rows(
+            builder, stacks, host, [(values[-1], placement) for placement, _, values in sorted_out.attends]
+        )
+    else:
+        base = FrozenStatistics(module) if frozen else builder.host.own_forward(host)
+    return builder.bind_region(host, placements, sorted_out, base)[0]
 
 
 class HostRows:
@@ -206,17 +187,16 @@ def _untold(host: str, rows: int) -> Diagnostic:
 class FoldedRows:
     """The own forward of a module of one argument, each row with parameters of its own, computed at each call."""
 
-    def __init__(
-        self, module: nn.Module, folds: tuple[tuple[Fold, tuple[Source, ...], Slot], ...], frozen: bool
-    ) -> None:
-        self.module, self.folds = module, folds
-        self.lowered = Lowered(module, tuple(fold for fold, _, _ in folds), frozen)
+    def __init__(self, module: nn.Module, folds: Sequence[tuple[Fold, list[Any]]], frozen: bool) -> None:
+        """Each fold comes with the sources of its tensors, and its slot."""
+        self.module, self.given = module, [(values[:-1], values[-1]) for _, values in folds]
+        self.lowered = Lowered(module, tuple(fold for fold, _ in folds), frozen)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the module."""
-        entering = rows_in(self.folds[0][2], x)
+        entering = rows_in(self.given[0][1], x)
         tensors: list[Tensor] = []
-        for _, sources, slot in self.folds:
+        for sources, slot in self.given:
             tensors += (take(slot, source, entering, False) for source in sources)
             tensors.append(slot.grown("strength", entering.shape[0]))
         # Where tokens were given their rows, a row by itself is what the module expects; else it is one of a batch.
