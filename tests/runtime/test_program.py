@@ -242,7 +242,7 @@ def test_what_is_no_name_is_refused(wrong):
 def test_programs_that_write_the_same_modules_share_what_undoes_them():
     compiled = build()
     programs = [program(compiled, *names) for names in (("a",), ("b",), ("a", "b"), ("c",), ("d",))]
-    assert programs[0].places is programs[1].places is programs[2].places
+    assert programs[0].footprint is programs[1].footprint is programs[2].footprint
     assert len({id(each.places) for each in programs}) == 3
 
 
