@@ -1,4 +1,4 @@
-"""What identifies a backbone: its structure exactly, its weights and saved buffers by a fixed sample of their bytes."""
+"""The identity of a backbone: its structure exactly, its weights and saved buffers by a fixed sample of their bytes."""
 
 from __future__ import annotations
 

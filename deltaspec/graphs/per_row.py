@@ -35,7 +35,7 @@ _BINARY = frozenset({operator.add, operator.sub, operator.mul, operator.truediv,
 def emit_per_row(
     tracer: GraphAppendingTracer, link: Link, inputs: Inputs, value: fx.Proxy, base: Callable[[fx.Proxy], fx.Proxy]
 ) -> fx.Node:
-    """Emit one link whose tensors are `Source`s and whose strength is a `Slot`; `base` emits what stands before it."""
+    """Emit one link, its tensors `RowSource`s and its strength a `RowSlot`; `base` emits what stands before it."""
     emitter = _Emitter(tracer, link, inputs, value, base)
     return emitter.run()
 
@@ -60,7 +60,7 @@ class _Emitter:
         self.host: fx.Node | None = None
         """The host's call in the formula."""
         self.leaving: fx.Node | None = None
-        """What the host gave, in its own dtype and shape."""
+        """Output of the host, in its own dtype and shape."""
         self._taken: dict[tuple[fx.Node, bool], fx.Node] = {}
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:

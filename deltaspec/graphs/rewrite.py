@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Tensors:
-    """What a formula sees as `t`: the delta's tensors as proxies, dropout, the host's other arguments."""
+    """Stands for `t` in a formula: the delta's tensors as proxies, dropout, the host's other arguments."""
 
     def __init__(self, tracer: GraphAppendingTracer, inputs: Inputs, widen: torch.dtype | None) -> None:
         self._tracer, self._inputs, self._widen = tracer, inputs, widen
@@ -47,7 +47,7 @@ class _Tensors:
 
 
 def emit_chain(graph: fx.Graph, x: fx.Node, links: tuple[Link, ...], inputs: tuple[Inputs, ...], call: Call) -> fx.Node:
-    """Emit, at the graph's insertion point, a site's chain of deltas around its host; give the node of the result.
+    """Emit, at the graph's insertion point, a site's chain of deltas around its host; return the node of the result.
 
     The first link stands next to the host. Each method calls its base itself, so it decides what comes before and
     after.

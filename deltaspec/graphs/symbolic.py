@@ -171,7 +171,7 @@ def rewrite_site(
 
 @dataclass(frozen=True, slots=True)
 class SiteNames:
-    """Where the tensors of one link are registered on the backbone: own name -> dotted path."""
+    """The paths under which the backbone holds the tensors of one link, by own name."""
 
     tensors: dict[str, str]
     dropout: str | None

@@ -124,6 +124,11 @@ class DeltaSpec(Part):
     """What the plan must come to."""
     _document: Document = PrivateAttr()
 
+    def model_post_init(self, context: Any) -> None:
+        """Keep the document that the fields were read from, which is the context of their validation."""
+        if isinstance(context, Document):
+            self._document = context
+
     @property
     def name(self) -> str:
         """File name, or `<spec>`."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 Result = tuple[tuple[str, ...], list[Diagnostic]]
-"""Expectations that were met, in words, and findings for those that were not."""
+"""Expectations that were met, in words, and findings about those that were not."""
 
 
 def delta_checks(spec: DeltaSpec, index: int, delta: PlannedDelta) -> Result:

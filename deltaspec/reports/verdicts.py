@@ -1,4 +1,4 @@
-"""Why a delta does, or does not, change one module of a model."""
+"""Verdicts: why a delta does, or does not, change one module of a model."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one delta says about one module."""
+    """The verdict of one delta on one module."""
 
     delta: str
     method: str
     taken: bool
     outcome: str
-    """In words: what is put there, or who refused it."""
+    """The tensors that are put there, in words, or who refused it."""
     location: str
-    """Of the delta: `file:line:column`."""
+    """Place of the delta: `file:line:column`."""
     reasons: tuple[tuple[Reason, str], ...]
     """Each condition of the target with its verdict, and its place in the document."""
 

@@ -60,12 +60,12 @@ def select(
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one condition of a selector leaves."""
+    """The set that one condition of a selector leaves."""
 
     text: str
     items: Collection[Item]
     excused: bool = False
-    """It may be empty."""
+    """Whether it may be empty."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.members: list[tuple[Item, ...]] = []
-        """What each row comes to: itself, if it is not the root, and its parameters, if any atom asks for them."""
+        """Items of each row: itself, if it is not the root, and its parameters, if any atom asks for them."""
         for number, row in enumerate(self.index.table.rows):
             whole: tuple[Item, ...] = ((number, None),) if row.fqn else ()
             names = (p.name for p in row.parameters) if self.with_parameters else ()
