@@ -99,7 +99,7 @@ class DeltaEntry(Part):
     attached: bool = True
     """Whether it starts attached."""
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
-    """Of its tensors; left out, the backbone's, but float32 where that is of half precision or quantised."""
+    """dtype of its tensors; left out, the backbone's, but float32 where that is of half precision or quantised."""
 
     def params_with(self, override: Override) -> MethodParams:
         """Return the method's parameters with an override's in place of the delta's."""
