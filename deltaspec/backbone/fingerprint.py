@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from deltaspec.backbone.reserved import find
-from deltaspec.names.paths import is_inside
+from deltaspec.names.paths import below, is_inside
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,7 +48,7 @@ def _tensors(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in module._buffers.items():
             if buffer is None or name in module._non_persistent_buffers_set or not buffer.is_floating_point():
                 continue
-            place = f"{fqn}.{name}" if fqn else name
+            place = below(fqn, name)
             if not _is_delta(place, home):
                 yield place, kept.get((fqn, name), buffer)
 

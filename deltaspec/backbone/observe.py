@@ -19,7 +19,7 @@ from deltaspec.backbone.attention import AttentionShape, record_shapes
 from deltaspec.backbone.clone import clone, hollow
 from deltaspec.backbone.flow import METADATA, Fate, fates
 from deltaspec.backbone.inputs import call_arguments, dummy_inputs, moved_to
-from deltaspec.names.paths import is_inside
+from deltaspec.names.paths import below, is_inside
 
 if TYPE_CHECKING:
     from deltaspec.backbone.table import Row
@@ -236,8 +236,7 @@ def _static(model: nn.Module) -> dict[str, Observation]:
             inside = [name for name in modules if is_inside(name, fqn) and name != fqn]
             found |= {name: Observation(False, host=fqn) for name in inside}
         elif isinstance(module, nn.MultiheadAttention) and fqn not in found:
-            name = f"{fqn}.out_proj" if fqn else "out_proj"
-            found[name] = Observation(False, host=fqn)
+            found[below(fqn, "out_proj")] = Observation(False, host=fqn)
         elif isinstance(module, nn.ParameterList | nn.ParameterDict):
             found[fqn] = Observation(False, host=fqn.rpartition(".")[0])
     return found

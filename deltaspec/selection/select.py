@@ -17,6 +17,7 @@ from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.wording import counted
 from deltaspec.language.model import DeltaSpec
 from deltaspec.language.selectors import Selector
+from deltaspec.names.paths import below
 from deltaspec.names.patterns import BacktrackingError
 from deltaspec.selection import nearest
 from deltaspec.selection.atoms import Index, atoms, parameter_atoms
@@ -41,7 +42,7 @@ class Match:
     @property
     def fqn(self) -> str:
         """Name of the module, or of the parameter."""
-        return self.row.fqn if self.parameter is None else f"{self.row.fqn}.{self.parameter}".lstrip(".")
+        return self.row.fqn if self.parameter is None else below(self.row.fqn, self.parameter)
 
 
 def select(
