@@ -62,13 +62,15 @@ def _changes(method: str, planned: PlannedSite) -> Iterable[str]:
     return methods()[method].fold(planned.site, planned.params, own, weights)
 
 
-def order(spec: DeltaSpec) -> list[int]:
+def sources_first(spec: DeltaSpec) -> list[int]:
     """Return the indices of a spec's deltas, each one after its sources."""
     index = {entry.name: number for number, entry in enumerate(spec.deltas)}
     return [index[name] for name in in_order({entry.name: entry.sources for entry in spec.deltas})]
 
 
-def place(spec: DeltaSpec, index: int, planned: Mapping[str, PlannedDelta]) -> tuple[PlannedDelta, list[Diagnostic]]:
+def plan_derived(
+    spec: DeltaSpec, index: int, planned: Mapping[str, PlannedDelta]
+) -> tuple[PlannedDelta, list[Diagnostic]]:
     """Plan a derived delta from its planned sources; return the findings, too."""
     entry = spec.deltas[index]
     assert entry.combine is not None and isinstance(entry.params, DerivedParams)

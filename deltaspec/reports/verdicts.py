@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import closest, show_path
 from deltaspec.names.paths import is_inside
-from deltaspec.planning.derived import order
+from deltaspec.planning.derived import sources_first
 from deltaspec.planning.sites import Placer
 from deltaspec.planning.text import show_params
 from deltaspec.selection.explain import Reason, explain
@@ -54,7 +54,7 @@ def find_row(table: ModuleTable, name: str) -> Row:
 def verdicts(spec: DeltaSpec, table: ModuleTable, observations: Observations, row: Row) -> list[Verdict]:
     """Return what each delta of a spec says about a module."""
     found: dict[str, Verdict] = {}
-    for index in order(spec):
+    for index in sources_first(spec):
         entry = spec.deltas[index]
         if not entry.sources:
             found[entry.name] = _verdict(Placer(spec, index, table, observations, [], []), row)

@@ -68,7 +68,7 @@ _METHODS: Mapping[str, str] = {
 _YES, _NO = ("yes", "on", "true", "y"), ("no", "off", "false", "n")
 
 
-def place(path: Path) -> str:
+def kind_at(path: Path) -> str:
     """Return what kind of mapping stands at a path of a document."""
     last = path[-1] if path else None
     if last is None or last == "model":
@@ -92,7 +92,7 @@ def place(path: Path) -> str:
 
 def unknown_key_hint(key: str, path: Path, known: Sequence[str], siblings: Mapping[str, Any]) -> str:
     """Return what was meant by an unknown key of the mapping at `path`, which knows the keys `known`."""
-    kind = place(path)
+    kind = kind_at(path)
     plain = key.lower()
     value = siblings.get(key)
     if kind == "params":
