@@ -7,8 +7,6 @@ embedding, and everything after it (heads, losses, pooling over ids) sees only w
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -81,12 +79,7 @@ def _scale(embedding: Any) -> float:
 
 
 def _optional(module: nn.Module) -> dict[str, bool]:
-    return _arguments(type(module).forward)
-
-
-@cache
-def _arguments(forward: Callable[..., Any]) -> dict[str, bool]:
     """Return the named arguments of a forward, and which of them are tensors that may be left out (default None)."""
-    parameters = arguments_of(forward)
+    parameters = arguments_of(type(module).forward)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return {p.name: p.default is None or p.default is p.empty for p in named}

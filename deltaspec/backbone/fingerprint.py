@@ -1,4 +1,4 @@
-"""What identifies a backbone: its structure exactly, its weights and saved buffers by a fixed sample of their bytes."""
+"""The identity of a backbone: its structure exactly, its weights and saved buffers by a fixed sample of their bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from deltaspec.backbone.reserved import find
-from deltaspec.names.paths import is_inside
+from deltaspec.names.paths import below, is_inside
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,7 +46,7 @@ def _tensors(backbone: nn.Module, kept: Mapping[tuple[str, str], Tensor]) -> Ite
         for name, buffer in module._buffers.items():
             if buffer is None or name in module._non_persistent_buffers_set or not buffer.is_floating_point():
                 continue
-            place = f"{fqn}.{name}" if fqn else name
+            place = below(fqn, name)
             if not _is_delta(place, home):
                 yield place, kept.get((fqn, name), buffer)
 

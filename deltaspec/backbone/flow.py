@@ -1,4 +1,4 @@
-"""What becomes of what leaves a module: whether anything that a model gives was computed from it, and with gradients.
+"""The fate of what leaves a module: whether anything that a model gives was computed from it, and with gradients.
 
 The graph that autograd keeps of one forward tells. What it does not follow (indices, comparisons, values that Python
 looks at, tensors that modules keep) counts as used, so a module is called idle only where nothing took up its output.
@@ -28,11 +28,11 @@ METADATA = frozenset(
 
 
 Fate = Literal["used", "idle", "still"]
-"""Of a module's output: something was computed from it; nothing was; it has no gradients, for the module keeps none."""
+"""Fate of a module's output: something was computed from it; nothing was; the module gives it no gradients."""
 
 
 def fates(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Fate]:
-    """Run a copy of a model, whose parameters all get gradients: give by name what became of modules' outputs.
+    """Run a copy of a model, whose parameters all get gradients: return what became of modules' outputs, by name.
 
     Modules that are not named are used as usual.
     """
@@ -97,7 +97,7 @@ class _Flow(TorchFunctionMode):
         self._left.setdefault(id(module), []).extend((*nodes, *bases))
 
     def fates(self, given: Any) -> dict[int, Fate]:
-        """Tell of modules, by identity, what of all that is given was computed from their output."""
+        """Return what became of modules' outputs, by identity of the modules; the others' are used in what is given."""
         tensors, complete = _tensors(given)
         waiting = [*self._used, *(tensor.grad_fn for tensor in tensors)]
         if not complete or all(node is None for node in waiting):

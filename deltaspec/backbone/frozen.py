@@ -51,7 +51,7 @@ class Flags:
         """Whether parameters may have been replaced (cast, loaded, copied) since they were found."""
 
     def freeze(self) -> None:
-        """Take all out of training; remember which were in."""
+        """Freeze all, and remember which were in training."""
         if self.moved:
             self._find()
         self._thawed = [parameter for parameter in self._distinct if parameter.requires_grad]
@@ -88,11 +88,11 @@ class BufferGuard:
         self._modules = list(modules)
         self._homes = [module._buffers for module in self._modules]
         self._kept: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
-        """(module's buffers, name, the buffer, a copy of it)."""
+        """What is put back: (module's buffers, name, the buffer, a copy of it)."""
         self._counted: list[Tensor] = []
         """The buffers that count their writes."""
         self._versions: list[int] = []
-        """Their counts when their copies were made."""
+        """Counts of writes of those buffers when their copies were made."""
         self.moved = False
         """Whether buffers may have been moved, cast or copied since they were watched."""
 
@@ -132,7 +132,7 @@ class BufferGuard:
             self._versions = [buffer._version for buffer in self._counted]
 
     def loaded(self) -> None:
-        """Take persistent buffers for what a load made of them."""
+        """Keep what a load made of persistent buffers."""
         if self.moved:
             self._follow()
         versions = dict(zip(map(id, self._counted), self._versions, strict=True))
@@ -160,7 +160,7 @@ class BufferGuard:
         self.moved = False
 
     def _follow(self) -> None:
-        """Take the buffers that came of a move or a cast for those that are kept, with what was kept in them."""
+        """Watch the buffers that came of a move or a cast in place of the old ones, with what was kept of these."""
         indices = {id(home): index for index, home in enumerate(self._homes)}
         self._homes = [module._buffers for module in self._modules]
         kept = []

@@ -19,7 +19,7 @@ from deltaspec.backbone.attention import AttentionShape, record_shapes
 from deltaspec.backbone.clone import clone, hollow
 from deltaspec.backbone.flow import METADATA, Fate, fates
 from deltaspec.backbone.inputs import call_arguments, dummy_inputs, moved_to
-from deltaspec.names.paths import is_inside
+from deltaspec.names.paths import below, is_inside
 
 if TYPE_CHECKING:
     from deltaspec.backbone.table import Row
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What one forward showed of one module."""
+    """The findings of one forward about one module."""
 
     called: bool
     in_width: int | None = None
@@ -37,15 +37,15 @@ class Observation:
     host: str | None = None
     """FQN of the module whose forward read this one's parameters, instead of calling it or besides."""
     reads: tuple[str, ...] | None = None
-    """Own names of the parameters that are read, where there is a host; None: all."""
+    """Own names of the parameters that the host reads; None: all."""
     attention: AttentionShape | None = None
-    """What its attention function was given."""
+    """Shape of what its attention function was given."""
     dims: int | None = None
     """Number of dimensions of the hidden state that left."""
     moves: bool = False
-    """What left has other positions (all dimensions but the last) than what entered."""
+    """Whether what left has other positions (all dimensions but the last) than what entered."""
     fate: Fate = "used"
-    """What became of what left it (or its host)."""
+    """Fate of what left it, or its host."""
 
     def useless(self, kind: str, weight: bool) -> tuple[str, str] | None:
         """Return why a delta at a module of this kind, in its `weight` or around it, does nothing, and the way out."""
@@ -59,7 +59,7 @@ class Observation:
 
 
 class Observations:
-    """What one forward of a model shows of its modules. The forward runs when it is first needed.
+    """Lets one forward of a model show what its modules do. It runs when it is first needed.
 
     Where no inputs are given, it is not needed for the linear and norm layers that have a role in an architecture of
     transformers: the test suite observes each of those architectures.
@@ -70,7 +70,7 @@ class Observations:
         self._vouched = example_inputs is None and type(model).__module__.startswith("transformers.models.")
         self._seen: dict[str, Observation] | None = None
         self.failure: str | None = None
-        """Why a forward was needed and could not run; static knowledge about torch's own modules is there even so."""
+        """Reason why a needed forward could not run; static knowledge about torch's own modules is there even so."""
 
     def of(self, row: Row) -> Observation | None:
         """Return what is known of a module; None where the forward could not run."""
@@ -107,7 +107,7 @@ class Recorder:
         self._model = model
         self._stack: list[str] = []
         self._entered: list[Any] = []
-        """What entered the modules on the stack."""
+        """Positions of what entered each module on the stack."""
         self._seen: dict[str, Observation] = {}
         self._readers: dict[str, set[str]] = {}
         self._reads: dict[str, set[str]] = {}
@@ -192,7 +192,7 @@ def _common(names: list[str]) -> str:
 def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Observation], str | None]:
     """Run the model once on meta tensors, in evaluation mode, on a copy of its structure.
 
-    Give (observation by FQN, None), or (static knowledge about torch's own modules, why nothing could be run). Where
+    Returns (observation by FQN, None), or (static knowledge about torch's own modules, why nothing could be run). Where
     the forward looks at values, which meta tensors do not have, it is run once on the model's own weights instead, or
     on zeros where it has none. A second run, in which gradients are kept, tells which outputs are used; where it fails,
     nothing is known of that. `example_inputs`: a mapping of keywords, a tuple or list of positional arguments, or one
@@ -227,7 +227,7 @@ def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Obs
 
 
 def _static(model: nn.Module) -> dict[str, Observation]:
-    """Modules that torch's own classes read without calling, at least in evaluation mode."""
+    """Find modules that torch's own classes read without calling, at least in evaluation mode."""
     found: dict[str, Observation] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for fqn, module in modules.items():
@@ -236,8 +236,7 @@ def _static(model: nn.Module) -> dict[str, Observation]:
             inside = [name for name in modules if is_inside(name, fqn) and name != fqn]
             found |= {name: Observation(False, host=fqn) for name in inside}
         elif isinstance(module, nn.MultiheadAttention) and fqn not in found:
-            name = f"{fqn}.out_proj" if fqn else "out_proj"
-            found[name] = Observation(False, host=fqn)
+            found[below(fqn, "out_proj")] = Observation(False, host=fqn)
         elif isinstance(module, nn.ParameterList | nn.ParameterDict):
             found[fqn] = Observation(False, host=fqn.rpartition(".")[0])
     return found
@@ -254,7 +253,7 @@ def _run(model: nn.Module, example_inputs: Any, device: str | None) -> dict[str,
 
 
 def _fates(model: nn.Module, example_inputs: Any, device: str | None) -> dict[str, Fate]:
-    """Tell of modules, by name, that the model uses their output in no way, or without gradients."""
+    """Return the modules, by name, whose output the model uses in no way, or without gradients."""
     twin, args, kwargs = _prepared(model, example_inputs, device)
     try:
         return fates(twin, args, kwargs)

@@ -11,7 +11,7 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
 
 class Reserved(nn.Module):
-    """What stands under the reserved name: the deltas of a compiled backbone."""
+    """The module under the reserved name: the deltas of a compiled backbone."""
 
 
 RESERVED = "deltaspec"
@@ -60,7 +60,7 @@ def home(backbone: nn.Module) -> str:
 
 
 def remove(backbone: nn.Module) -> None:
-    """Take the deltas out of a backbone."""
+    """Remove the deltas from a backbone."""
     parent, _, name = home(backbone).rpartition(".")
     del backbone.get_submodule(parent)._modules[name]
 

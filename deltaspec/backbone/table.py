@@ -13,11 +13,11 @@ class ParameterInfo:
     """One parameter that a module owns directly."""
 
     name: str
-    """DeltaTensors name, such as `weight`."""
+    """Own name, such as `weight`."""
     fqn: str
     shape: tuple[int, ...]
     dtype: str
-    """Without the `torch.` prefix: `float32`."""
+    """Name of its dtype, without the `torch.` prefix: `float32`."""
     tied: tuple[str, ...] = ()
     """FQNs of the other places that hold the very same parameter."""
 
@@ -51,7 +51,7 @@ class Row:
     stack: str | None
     """FQN of the ModuleList-like container of repeated layers it lies in (`encoder.layer`)."""
     layer: int | None
-    """Index in that container."""
+    """Index of its layer in that container."""
     parameters: tuple[ParameterInfo, ...]
     """Parameters the module owns directly."""
     buffers: tuple[ParameterInfo, ...]
@@ -68,19 +68,19 @@ class Row:
     aliases: tuple[str, ...] = ()
     """Other FQNs under which the very same module object is found."""
     attends: bool = False
-    """It looks up its attention function in transformers' AttentionInterface."""
+    """Whether it looks up its attention function in transformers' AttentionInterface."""
     entrance: Entrance | None = None
-    """Where its ids enter the model, if it is the embedding of token ids."""
+    """Entrance of its ids into the model, if it is the embedding of token ids."""
     computed: tuple[str, ...] = ()
     """Names of the tensors that a hook computes before each forward (the older weight and spectral norms)."""
     arguments: tuple[str, ...] = ()
     """Names of the arguments that its forward takes by name."""
     transposed: bool = False
-    """Its stacked parameters are `[experts, in, out]` (transformers' `is_transposed`), not `[experts, out, in]`."""
+    """Whether stacked parameters are `[experts, in, out]` (transformers' `is_transposed`), not `[experts, out, in]`."""
     parts: Parts | None = None
-    """What its output is made of, where it is a fused projection and the layout is known."""
+    """Parts of its output, where it is a fused projection and the layout is known."""
     faithful: bool = True
-    """Its forward computes what torch's class of its kind (linear, conv1d, norm) does."""
+    """Whether its forward computes what torch's class of its kind (linear, conv1d, norm) does."""
     vocabulary: bool = False
     """Whether it is the table of input embeddings, as the model itself says (`get_input_embeddings`)."""
 
@@ -120,15 +120,15 @@ class ModuleTable:
 
 @dataclass(frozen=True, slots=True)
 class Entrance:
-    """Where the ids of one embedding enter the model."""
+    """The place where the ids of one embedding enter the model."""
 
     fqn: str
-    """The innermost model that takes ids and a mask."""
+    """FQN of the innermost model that takes ids and a mask."""
     follower: str | None = None
-    """The decoder that is given this encoder's output together with the encoder's mask."""
+    """FQN of the decoder that is given this encoder's output together with the encoder's mask."""
     scale: float = 1.0
     """Factor that the embedding puts on its rows."""
     places: int | None = None
     """Number of positions that the model has, where its config says."""
     problem: str | None = None
-    """Why no tokens can be put in front here."""
+    """Reason why no tokens can be put in front here; None: they can."""

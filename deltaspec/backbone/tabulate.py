@@ -22,6 +22,7 @@ from deltaspec.backbone.forwards import arguments_of
 from deltaspec.backbone.table import ConvInfo, ModuleTable, ParameterInfo, Row
 from deltaspec.backbone.walk import model_type_of, own, subtree_sizes, walk
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.names.paths import below
 
 if TYPE_CHECKING:
     from deltaspec.backbone.table import Entrance
@@ -45,7 +46,7 @@ def tabulate(model: nn.Module) -> ModuleTable:
     holders: dict[int, list[str]] = {}
     for node in nodes:
         for name, parameter in own(node.module._parameters):
-            holders.setdefault(id(parameter), []).append(_join(node.fqn, name))
+            holders.setdefault(id(parameter), []).append(below(node.fqn, name))
     sizes = subtree_sizes(nodes, holders)
     classes: dict[type, tuple[tuple[str, ...], str]] = {}
     vocabulary = _vocabulary(model)
@@ -156,18 +157,9 @@ def _bases(kind: type) -> tuple[str, ...]:
 
 
 def _info(name: str, fqn: str, tensor: torch.Tensor, holders: list[str]) -> ParameterInfo:
-    place = _join(fqn, name)
+    place = below(fqn, name)
     if is_lazy(tensor):
         message = f"{place} is lazy: it has no shape before the first forward"
         raise DeltaSpecError([Diagnostic("DS310", message, "<model>", suggestion="run the model once on real inputs")])
     tied = tuple(other for other in holders if other != place) if len(holders) > 1 else ()
-    return ParameterInfo(name, place, tuple(tensor.shape), _dtype_name(tensor.dtype), tied)
-
-
-@cache
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _join(fqn: str, name: str) -> str:
-    return f"{fqn}.{name}" if fqn else name
+    return ParameterInfo(name, place, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tied)

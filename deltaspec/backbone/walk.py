@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from deltaspec.names.paths import below
 from deltaspec.roles.maps import RoleMap, role_map
 
 # A module shared at n levels has exponentially many names; nobody asks for the rest.
@@ -69,11 +70,10 @@ def walk(model: nn.Module) -> tuple[list[Node], list[str], set[str]]:
         else:
             return
         above.add(id(module))
-        prefix = f"{fqn}." if fqn else ""
-        layered = stack is None and _is_stack(module, prefix, roles)
+        layered = stack is None and _is_stack(module, fqn, roles)
         for index, (name, child) in enumerate(own(module._modules)):
             place = (fqn, index) if layered else (stack, layer)
-            visit(f"{prefix}{name}", child, model_type, roles, config, *place)
+            visit(below(fqn, name), child, model_type, roles, config, *place)
         above.remove(id(module))
 
     root = getattr(model, "config", None)
@@ -82,12 +82,12 @@ def walk(model: nn.Module) -> tuple[list[Node], list[str], set[str]]:
     return list(nodes.values()), model_types, maps
 
 
-def _is_stack(module: nn.Module, prefix: str, roles: RoleMap | None) -> bool:
+def _is_stack(module: nn.Module, fqn: str, roles: RoleMap | None) -> bool:
     """Return whether a module holds the repeated layers: those with role `block`, else any list of like modules."""
     if not isinstance(module, _LISTS) or not len(module):
         return False
     if roles is not None and "block" in roles.patterns:
-        return any("block" in roles.roles_of(f"{prefix}{name}") for name in module._modules)
+        return any("block" in roles.roles_of(below(fqn, name)) for name in module._modules)
     if len(module) == 1:  # a model of one layer, but not a wrapper around the real list
         return type(module) is nn.ModuleList and not any(_alike(m) for m in module.modules())
     return _alike(module)
@@ -112,12 +112,8 @@ def named(model: nn.Module, but: str) -> Iterator[tuple[str, nn.Module]]:
     while waiting:
         name, module = waiting.pop()
         yield name, module
-        prefix = f"{name}." if name else ""
-        waiting += [
-            (prefix + own_name, child)
-            for own_name, child in list(module._modules.items())[::-1]
-            if child is not None and prefix + own_name != but
-        ]
+        children = [(below(name, own_name), child) for own_name, child in own(module._modules)]
+        waiting += [child for child in reversed(children) if child[0] != but]
 
 
 def own(members: Any) -> list[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from deltaspec.cli._shared import show
 from deltaspec.diagnostics.findings import DeltaSpecError
 
 _EXTRAS = {"torch": "torch", "safetensors": "torch", "transformers": "transformers"}
-"""What an installation for `validate` alone lacks, and the extra that has it."""
+"""Packages that an installation for `validate` alone lacks, with the extra that has each."""
 
 
 class _Verbs(click.Group):

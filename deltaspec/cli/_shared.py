@@ -1,4 +1,4 @@
-"""What several verbs share: options, and the reporting of findings."""
+"""The parts that several verbs share: options, and the reporting of findings."""
 
 from __future__ import annotations
 

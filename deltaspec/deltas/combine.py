@@ -28,7 +28,7 @@ from deltaspec.language.derivation import METHOD, in_order
 from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
 from deltaspec.methods.shared.weights import canonical
-from deltaspec.planning.derived import _plain
+from deltaspec.planning.derived import has_plain_factors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ class Addend:
     @property
     def plain(self) -> bool:
         """Whether the update is scale · B A."""
-        return self.method == METHOD and _plain(self.planned.params)
+        return self.method == METHOD and has_plain_factors(self.planned.params)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from deltaspec.diagnostics.wording import closest
 
 Path = tuple[str | int, ...]
-"""Where a value lies in a document: keys and indices from the root."""
+"""Path of a value in a document: keys and indices from the root."""
 
 
 @dataclass(frozen=True, slots=True)

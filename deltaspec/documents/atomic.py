@@ -43,7 +43,7 @@ def sync(folder: Path) -> None:
 def alone_in(folder: Path) -> Iterator[bool]:
     """Wait until no other writer, of any process, is in this context for a directory; leaves no file behind.
 
-    Gives whether that is sure: where directories cannot be locked (Windows, some network file systems), it does not
+    Yields whether that is sure: where directories cannot be locked (Windows, some network file systems), it does not
     wait.
     """
     if sys.platform == "win32":

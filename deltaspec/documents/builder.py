@@ -1,4 +1,4 @@
-"""What the YAML and the JSON reader share: bounds, and the building of data with places."""
+"""The part that the YAML and the JSON reader share: bounds, and the building of data with places."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ class Builder:
 
     @property
     def at_start(self) -> bool:
-        """Return whether nothing was built yet."""
+        """Whether nothing was built yet."""
         return self._root_mark is None
 
     @property
     def awaits_key(self) -> bool:
-        """Return whether the next value is a mapping's key."""
+        """Whether the next value is a mapping's key."""
         return bool(self._frames) and isinstance(self._frames[-1].container, dict) and not self._frames[-1].awaits_value
 
     def begin(self, container: dict[str, Any] | list[Any], line: int, column: int) -> None:
@@ -91,7 +91,7 @@ class Builder:
         self._frames.pop()
 
     def value(self, value: Any, line: int, column: int) -> None:
-        """Take a scalar: a key where a key is due."""
+        """Place a scalar: a key where a key is due."""
         if isinstance(value, str) and (found := bad_character(value)) is not None:
             self.refuse("DS104", found[1], line, column)
         if not self.awaits_key:
@@ -168,7 +168,7 @@ def printable(text: str) -> str:
 
 
 def number(text: str, builder: Builder, line: int, column: int) -> int | float:
-    """Read a decimal number literal; refuses absurd ones, and gives 0 then."""
+    """Read a decimal number literal; refuse absurd ones, and return 0 then."""
     if len(text) > MAX_LITERAL:
         message = f"a number of {len(text)} characters"
         builder.refuse("DS111", message, line, column, "quote it, if it is text")

@@ -98,7 +98,7 @@ def from_text(text: str, name: str = "<text>") -> Document:
 
 
 def from_data(data: Mapping[str, Any], name: str = "<spec>") -> Document:
-    """Take a document given as Python data, copied. Raises DeltaSpecError where JSON could not hold it."""
+    """Copy a document given as Python data. Raises DeltaSpecError where JSON could not hold it."""
     findings: list[Diagnostic] = []
     nodes = 0
 

@@ -47,7 +47,7 @@ class _Reader:
             self._fail("more text after the end of the document", "put each spec into its own file")
 
     def _step(self) -> None:
-        """Take the next item of the innermost list or mapping, or its end."""
+        """Read the next item of the innermost list or mapping, or its end."""
         closing = self._open[-1]
         here = self._peek()
         empty = self._fresh
@@ -115,7 +115,7 @@ class _Reader:
         self._at += len(text)
 
     def _peek(self) -> str:
-        """Skip white space; give the next character, or nothing at the end."""
+        """Skip white space, and return the next character; nothing at the end."""
         space = _SPACE.match(self._text, self._at)
         assert space is not None
         self._at = space.end()

@@ -76,7 +76,7 @@ def _scalar(event: yaml.ScalarEvent, builder: Builder, line: int, column: int) -
 
 
 def _resolve(text: str, builder: Builder, line: int, column: int) -> Any:
-    """Return a plain scalar its type, by the YAML 1.2 core schema."""
+    """Return what a plain scalar stands for, by the YAML 1.2 core schema."""
     if text in _WORDS:
         return _WORDS[text]
     if _INT.fullmatch(text) or _FLOAT.fullmatch(text):

@@ -25,11 +25,11 @@ class Formula:
     arguments: dict[str, fx.Node]
     result: fx.Node
     own: frozenset[fx.Node]
-    """What depends on the delta's tensors, and the host on other parameters; the host's own output does not count."""
+    """Nodes that depend on the delta's tensors or call the host on other parameters; the host's own output is none."""
 
 
 class _Formal:
-    """What a formula sees as `t` while it is traced apart."""
+    """Stands for `t`, the delta's tensors, while a formula is traced apart."""
 
     def __init__(
         self, tracer: GraphAppendingTracer, names: tuple[str, ...], open_call: bool, has_dropout: bool

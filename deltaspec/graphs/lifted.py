@@ -32,7 +32,7 @@ def to_function(graph: fx.Graph, title: str) -> tuple[Callable[..., Any], str]:
 
 
 def without_self(source: str) -> str:
-    """Take `self` out of generated source: `self.base(x)` becomes `base(x)`, and what is to be spread gets its stars.
+    """Remove `self` from generated source: `self.base(x)` becomes `base(x)`, and what is to be spread gets its stars.
 
     The syntax tree says where; the text stays as it was generated elsewhere.
     """

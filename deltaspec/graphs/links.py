@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 Call = Callable[..., fx.Node]
-"""Emits one call of the host: (input node, replaced parameters by own name) -> node of what leaves."""
+"""Emitter of one call of the host: (input node, replaced parameters by own name) -> node of what leaves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,11 @@ class Link:
     compute: str | None = None
     """dtype to compute in where the delta's is not the host's own (`float32`), without the torch prefix: the wider."""
     narrow: bool = False
-    """The delta's tensors have another dtype than `compute`."""
+    """Whether the delta's tensors have another dtype than `compute`."""
     scaled: bool = False
-    """What it adds is scaled by a strength, which is data."""
+    """Whether what it adds is scaled by a strength, which is data."""
     per_row: bool = False
-    """Each row of the batch has its own tensors and its own strength."""
+    """Whether each row of the batch has its own tensors and its own strength."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,11 @@ class Inputs:
     tensors: dict[str, fx.Node]
     dropout: str | None
     argument: Callable[[str], fx.Node] | None = None
-    """Emits the lookup of one of the host's arguments by name; None where the host takes the hidden state alone."""
+    """Emitter of a lookup of one of the host's arguments by name; None where the host takes the hidden state alone."""
     strength: fx.Node | None = None
-    """Its strength, where it is scaled; the `Slot` that holds the rows' strengths, where it is per row."""
+    """Node of its strength, where it is scaled; of the rows' `RowSlot`, where it is per row."""
     swapped: Callable[[], fx.Node] | None = None
-    """Gives the input that runs the host on other parameters, for formulas per row."""
+    """Emitter of the input that runs the host on other parameters, for formulas per row."""
 
 
 def widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,16 +32,8 @@ _ELEMENTWISE = frozenset({F.gelu, F.relu, F.silu, F.leaky_relu, torch.tanh, torc
 _BINARY = frozenset({operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul})
 
 
-def emit_per_row(
-    tracer: GraphAppendingTracer, link: Link, inputs: Inputs, value: fx.Proxy, base: Callable[[fx.Proxy], fx.Proxy]
-) -> fx.Node:
-    """Emit one link whose tensors are `Source`s and whose strength is a `Slot`; `base` emits what stands before it."""
-    emitter = _Emitter(tracer, link, inputs, value, base)
-    return emitter.run()
-
-
-class _Emitter:
-    """Emits the traced formula of one link into a region's graph."""
+class RowEmitter:
+    """Emits one link, its tensors `RowSource`s and its strength a `RowSlot`; `base` emits what stands before it."""
 
     def __init__(
         self,
@@ -60,18 +52,18 @@ class _Emitter:
         self.host: fx.Node | None = None
         """The host's call in the formula."""
         self.leaving: fx.Node | None = None
-        """What the host gave, in its own dtype and shape."""
+        """Output of the host, in its own dtype and shape."""
         self._taken: dict[tuple[fx.Node, bool], fx.Node] = {}
 
-    def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+    def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.graph.call_function(function, args)
 
     def run(self) -> fx.Node:
         """Emit, in the formula's own order: a cache that the host fills is asked after its call."""
         x = self.value.node
         if self.compute is not None and not self.ids:
-            x = self.call(_cast, x, self.compute)
-        self.env[self.formula.x] = self.call(rows_in, self.slot, x)
+            x = self._call(_cast, x, self.compute)
+        self.env[self.formula.x] = self._call(rows_in, self.slot, x)
         for node in self.formula.result.graph.nodes:
             if node in self.formula.own or node in self.env:
                 continue
@@ -92,8 +84,8 @@ class _Emitter:
         assert self.host is not None or self.formula.x in self.env
         result = self._finish(self.formula.result)
         assert self.leaving is not None
-        result = self.call(rows_out, self.leaving, result)
-        return result if self.compute is None else self.call(_like, result, self.leaving)
+        result = self._call(rows_out, self.leaving, result)
+        return result if self.compute is None else self._call(_like, result, self.leaving)
 
     def _call_host(self, node: fx.Node | None) -> None:
         entering = self.formula.x if node is None else node.args[0]
@@ -102,14 +94,14 @@ class _Emitter:
         if entering is not self.formula.x:
             changed = self._own(entering) if entering in self.formula.own else self.env[entering]
             if not self.ids:
-                changed = self.call(toward_rows, self.env[self.formula.x], changed, self.slot)
-            changed = self.call(rows_out, self.value.node, changed)
+                changed = self._call(toward_rows, self.env[self.formula.x], changed, self.slot)
+            changed = self._call(rows_out, self.value.node, changed)
             if self.compute is not None and not self.ids:
-                changed = self.call(_like, changed, self.value.node)
+                changed = self._call(_like, changed, self.value.node)
             inner = fx.Proxy(changed, self.tracer)
         self.leaving = self.base(inner).node
-        output = self.leaving if self.compute is None else self.call(_cast, self.leaving, self.compute)
-        self.plain = self.call(rows_in, self.slot, output)
+        output = self.leaving if self.compute is None else self._call(_cast, self.leaving, self.compute)
+        self.plain = self._call(rows_in, self.slot, output)
         if node is not None:
             self.host, self.env[node] = node, self.plain
 
@@ -123,8 +115,10 @@ class _Emitter:
             if y is self.host and linear and set(result.kwargs) <= {"alpha"}:
                 assert isinstance(update, fx.Node)
                 inner, weight = (self._value(arg, {}) for arg in update.args)
-                return self.call(add_linear_rows, self.plain, inner, weight, self.slot, result.kwargs.get("alpha", 1.0))
-        return self.call(toward_rows, self.plain, self._own(result), self.slot)
+                return self._call(
+                    add_linear_rows, self.plain, inner, weight, self.slot, result.kwargs.get("alpha", 1.0)
+                )
+        return self._call(toward_rows, self.plain, self._own(result), self.slot)
 
     def _own(self, target: fx.Node) -> fx.Node:
         return self._value(target, {}) if self._is_direct(target) else self._vmapped(target)
@@ -171,14 +165,14 @@ class _Emitter:
         else:
             rule, args = self._rule(node), [self._value(arg, done) for arg in node.args]
             if rule == "linear":
-                new = self.call(linear_rows, *args)
+                new = self._call(linear_rows, *args)
             elif rule == "dropout":
                 assert self.inputs.dropout is not None
                 new = self.graph.call_module(self.inputs.dropout, tuple(args))
             else:
                 if rule == "binary" and any(map(self._is_vector, node.args)):
                     vector = 0 if self._is_vector(node.args[0]) else 1
-                    args[vector] = self.call(align, args[vector], args[1 - vector])
+                    args[vector] = self._call(align, args[vector], args[1 - vector])
                 function: Any = node.target
                 new = self.graph.call_function(function, tuple(args), dict(node.kwargs))
         done[node] = new
@@ -188,8 +182,8 @@ class _Emitter:
         if (node, zeros) not in self._taken:
             name = next(name for name, known in self.formula.tensors.items() if known is node)
             source, x = self.inputs.tensors[name], self.env[self.formula.x]
-            taken = self.call(take, self.slot, source, x, zeros)
-            self._taken[node, zeros] = self.call(widened, taken, self.compute) if self.link.narrow else taken
+            taken = self._call(take, self.slot, source, x, zeros)
+            self._taken[node, zeros] = self._call(widened, taken, self.compute) if self.link.narrow else taken
         return self._taken[node, zeros]
 
     # Everything else
@@ -222,7 +216,7 @@ class _Emitter:
             given.append(self.inputs.swapped())
         values = [self._tensor(n, False) if self._is_vector(n) else self.env[n] for n in used]
         mapped = _over_rows(function, len(modules), f"{self.link.method}_per_row")
-        return self.call(mapped, *given, *values)
+        return self._call(mapped, *given, *values)
 
     def _dropout_input(self) -> fx.Node:
         dropout: fx.Node = next(n for n in self.graph.find_nodes(op="placeholder") if n.target == self.inputs.dropout)

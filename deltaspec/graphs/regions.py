@@ -23,7 +23,7 @@ from deltaspec.methods.registry import methods
 
 @dataclass(frozen=True, slots=True)
 class RegionKey:
-    """What a region's graph depends on."""
+    """Everything that a region's graph depends on."""
 
     links: tuple[Link, ...]
     argument: str | None
@@ -35,7 +35,7 @@ class RegionKey:
     arguments: tuple[str, ...] = ()
     """Names of the host's arguments in order, where a formula asks for one."""
     owned: bool = False
-    """What `base` gives is a new tensor that nothing else holds, so passes may let it be overwritten."""
+    """Whether `base` gives a new tensor that nothing else holds, so that passes may let it be overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Region:
     """One fx graph and the function generated from it."""
 
     key: RegionKey | None
-    """None for the region of a whole model."""
+    """Key that it was built for; None for the region of a whole model."""
     graph: fx.Graph
     code: str
     function: Callable[..., Any]

@@ -14,7 +14,7 @@ from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from deltaspec.graphs.links import widened
-from deltaspec.graphs.per_row import emit_per_row
+from deltaspec.graphs.per_row import RowEmitter
 from deltaspec.graphs.row_ops import toward
 from deltaspec.methods.registry import methods
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Tensors:
-    """What a formula sees as `t`: the delta's tensors as proxies, dropout, the host's other arguments."""
+    """Stands for `t` in a formula: the delta's tensors as proxies, dropout, the host's other arguments."""
 
     def __init__(self, tracer: GraphAppendingTracer, inputs: Inputs, widen: torch.dtype | None) -> None:
         self._tracer, self._inputs, self._widen = tracer, inputs, widen
@@ -47,7 +47,7 @@ class _Tensors:
 
 
 def emit_chain(graph: fx.Graph, x: fx.Node, links: tuple[Link, ...], inputs: tuple[Inputs, ...], call: Call) -> fx.Node:
-    """Emit, at the graph's insertion point, a site's chain of deltas around its host; give the node of the result.
+    """Emit, at the graph's insertion point, a site's chain of deltas around its host; return the node of the result.
 
     The first link stands next to the host. Each method calls its base itself, so it decides what comes before and
     after.
@@ -60,7 +60,8 @@ def emit_chain(graph: fx.Graph, x: fx.Node, links: tuple[Link, ...], inputs: tup
             return fx.Proxy(call(value.node, nodes), tracer)
         link, given = links[depth], inputs[depth]
         if link.per_row:
-            return fx.Proxy(emit_per_row(tracer, link, given, value, lambda inner: run(depth - 1, inner, {})), tracer)
+            emitter = RowEmitter(tracer, link, given, value, lambda inner: run(depth - 1, inner, {}))
+            return fx.Proxy(emitter.run(), tracer)
         compute = None if link.compute is None else getattr(torch, link.compute)
         # Ids have no dtype to compute in, and nothing between two of them.
         cast = value if compute is None or link.form.kind == "embedding" else value.to(compute)

@@ -18,10 +18,10 @@ DELTAS = "deltas"
 
 
 class RowCalls(Protocol):
-    """What runs a backbone with deltas row by row."""
+    """Runs a backbone with deltas row by row."""
 
     def call(self, deltas: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run it."""
+        """Run `forward` with these deltas."""
 
 
 class Entry(nn.Module):

@@ -1,4 +1,4 @@
-"""What the formulas of mixed batches call: each row's own tensors, and rows in and out of a hidden state."""
+"""Functions that the formulas of mixed batches call: each row's own tensors, and rows in and out of a hidden state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RowBatch(Protocol):
 
 
 class RowSlot(Protocol):
-    """What the rows of a batch have at one place in the order of application: data that a graph reads."""
+    """The deltas of a batch's rows at one place in the order of application: data that a graph reads."""
 
     @property
     def batch(self) -> RowBatch:
@@ -52,7 +52,7 @@ def take(slot: RowSlot, source: RowSource, x: Tensor, zeros: bool) -> Tensor:
 
 
 def rows_in(slot: RowSlot, x: Tensor) -> Tensor:
-    """Return a hidden state its rows as first dimension.
+    """Return a hidden state with its rows as first dimension.
 
     `x` is `[rows, …]` (times the beams), `[1, …]` for all rows, or the tokens of all rows, `[rows * tokens, width]`.
     What has two dimensions becomes `[rows, tokens, width]`: a row by itself then has as many as it has in a batch.

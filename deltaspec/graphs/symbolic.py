@@ -13,7 +13,7 @@ from deltaspec.backbone.forwards import arguments_of
 from deltaspec.graphs.links import Inputs
 from deltaspec.graphs.regions import hidden_out, with_hidden_out
 from deltaspec.graphs.rewrite import emit_chain
-from deltaspec.names.paths import is_inside
+from deltaspec.names.paths import below, is_inside
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,13 +90,12 @@ def _state(model: nn.Module) -> dict[str, tuple[Any, int]]:
     """Return what a forward may leave in its modules: buffers with their counts of writes, and other attributes."""
     found: dict[str, tuple[Any, int]] = {}
     for fqn, module in model.named_modules():
-        prefix = f"{fqn}." if fqn else ""
         for name, buffer in module._buffers.items():
             counts = isinstance(buffer, Tensor) and not buffer.is_inference()  # a trace may leave a proxy here
-            found[prefix + name] = (buffer, buffer._version if counts else -1)
+            found[below(fqn, name)] = (buffer, buffer._version if counts else -1)
         for name, value in module.__dict__.items():
             if name != "training" and not name.startswith("_tensor_constant"):  # fx's own
-                found[prefix + name] = (value, 0)
+                found[below(fqn, name)] = (value, 0)
     return found
 
 
@@ -171,7 +170,7 @@ def rewrite_site(
 
 @dataclass(frozen=True, slots=True)
 class SiteNames:
-    """Where the tensors of one link are registered on the backbone: own name -> dotted path."""
+    """The paths under which the backbone holds the tensors of one link, by own name."""
 
     tensors: dict[str, str]
     dropout: str | None

@@ -1,7 +1,7 @@
 """Derived deltas: built from other deltas of their spec, without training.
 
 Whatever it is made of, a derived delta is a low-rank update of scale 1: it has lora's tensors, as buffers, and works,
-merges and is saved as lora. How its tensors are computed, and when, is in `combination.py`.
+merges and is saved as lora. How its tensors are computed, and when, is in `deltas/combine.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METHOD = "lora"
 """The method that a derived delta has."""
 Combine = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]
 OTHERS = ("method", "target", "overrides")
-"""Keys that only other deltas have."""
+"""Keys that only deltas have which are not derived."""
 _USED: Mapping[str, tuple[str, ...]] = {
     "linear": (),
     "cat": (),
@@ -50,16 +50,16 @@ class DerivedParams(MethodParams):
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)] | None = None
     """For `svd`: rank of the result; left out, the largest of the sources'."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    """For `dare_*`: of the choice of values that are kept."""
+    """For `dare_*`: seed of the choice of values that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Derivation:
-    """What a derived delta is built from, and how."""
+    """The sources of a derived delta, and how it is built from them."""
 
     combine: str
     sources: tuple[tuple[str, float], ...]
-    """Name and weight."""
+    """Name and weight of each source."""
     params: DerivedParams
 
     def to_data(self) -> dict[str, Any]:
@@ -77,9 +77,6 @@ def written(combine: str | None, params: MethodParams) -> dict[str, Any]:
     fields, values = type(params).model_fields, params.model_dump(mode="json")
     keys = values if combine is None else _USED[combine]
     return {key: values[key] for key in keys if values[key] is not None or fields[key].default is not None}
-
-
-# The document
 
 
 def check(document: Document, methods: Mapping[str, Method]) -> Iterator[Diagnostic]:

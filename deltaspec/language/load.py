@@ -32,9 +32,7 @@ def load(spec: str | os.PathLike[str] | Mapping[str, Any] | DeltaSpec) -> DeltaS
 def parse(document: Document) -> DeltaSpec:
     """Validate a document. Raises DeltaSpecError with all findings."""
     known = check_document(document)
-    spec = DeltaSpec.model_validate(_fields(migrate(document.data), known))
-    spec._document = document
-    return spec
+    return DeltaSpec.model_validate(_fields(migrate(document.data), known), context=document)
 
 
 def _fields(data: Mapping[str, Any], known: Mapping[str, Method]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ CURRENT = 1
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
 MIGRATIONS: Mapping[int, Migration] = {}
-"""From each older version to the next one. Version 1 is the first."""
+"""Migration from each older version to the next one; version 1 is the first."""
 
 
 def migrate(data: dict[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class DeltaEntry(Part):
     attached: bool = True
     """Whether it starts attached."""
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
-    """Of its tensors; left out, the backbone's, but float32 where that is of half precision or quantised."""
+    """dtype of its tensors; left out, the backbone's, but float32 where that is of half precision or quantised."""
 
     def params_with(self, override: Override) -> MethodParams:
         """Return the method's parameters with an override's in place of the delta's."""
@@ -123,6 +123,11 @@ class DeltaSpec(Part):
     expect: Expect | None = None
     """What the plan must come to."""
     _document: Document = PrivateAttr()
+
+    def model_post_init(self, context: Any) -> None:
+        """Keep the document that the fields were read from, which is the context of their validation."""
+        if isinstance(context, Document):
+            self._document = context
 
     @property
     def name(self) -> str:

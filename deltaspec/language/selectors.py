@@ -1,4 +1,4 @@
-"""Selectors as data: what a target, an override or an expectation says about modules. The matching is in select.py."""
+"""Selectors as data: what a target, an override or an expectation says about modules. `selection/` matches them."""
 
 from __future__ import annotations
 

@@ -26,14 +26,14 @@ _PATIENCE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What became of a budget."""
+    """The rank that was chosen for a budget."""
 
     name: str
-    """Of the parameter that is a budget."""
+    """Name of the parameter that is a budget."""
     budget: Budget
     rank: int
     problem: str | None = None
-    """Why the budget cannot be kept."""
+    """Reason why the budget cannot be kept; None: it can."""
     suggestion: str | None = None
 
     def put(self, params: Params) -> Params:
@@ -75,7 +75,7 @@ def choose_rank(
 def largest(total: Total, limit: int) -> tuple[int, int] | None:
     """Return the rank with the largest total within the limit, the smallest such rank, and that total.
 
-    Where none is within it, give the smallest accepted rank; None where no rank is accepted.
+    Returns the smallest accepted rank where none is within it; None where no rank is accepted.
     """
     best = low = _next(total, 1, MAX_RANK + 1)
     if low is None or low[1] > limit:

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 Clash = Literal["computes from", "replaces", "both replace"]
-"""What the second of two deltas does to what the first one changes, or what both do."""
+"""Way in which two deltas clash: what the second does to weights that the first one changes, or what both do."""
 _TURNS = "let them take turns: attached: false on one"
 
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """What one weight-expressible delta does with the weights of its sites, as FQNs of modules."""
+    """The weights that one weight-expressible delta changes and computes from, as FQNs of modules."""
 
     called: frozenset[str]
     """Modules whose weight it changes around their call."""
@@ -107,20 +107,20 @@ class Rivals:
 
     def __init__(self, deltas: Iterable[PlannedDelta]) -> None:
         self._weights: dict[str, _Weights] = {}
-        """What each delta does with weights, by its name."""
+        """The weights of each delta, by its name."""
         self._known: dict[int, tuple[tuple[PlannedSite, ...], _Weights]] = {}
         """The same by the identity of a tuple of sites, which alike deltas share."""
         for delta in deltas:
             self.add(delta)
 
     def __deepcopy__(self, memo: object) -> Rivals:
-        """Copy without what it knows of, which is data."""
+        """Copy without copying what it knows, which is data."""
         twin = type(self)(())
         vars(twin).update(_weights=dict(self._weights), _known=dict(self._known))
         return twin
 
     def add(self, delta: PlannedDelta) -> None:
-        """Take in a delta."""
+        """Add a delta."""
         if _changes_weights(delta):
             found = self._known.get(id(delta.sites))
             if found is None:

@@ -34,7 +34,7 @@ def why_not(derivation: Derivation, method: str, parts: Sequence[PlannedSite]) -
         return f"a source changes the {', '.join(sorted(others))}, too", "combine deltas that change the weight alone"
     if combine == "svd":
         return None
-    if not all(_plain(part.params) for part in parts):
+    if not all(has_plain_factors(part.params) for part in parts):
         reason = f"{combine} takes plain factors, without use_dora, parts and init: orthogonal or pissa"
         return reason, "use combine: svd"
     ranks = dict.fromkeys(methods()[method].rank(part.params) for part in parts)
@@ -43,7 +43,8 @@ def why_not(derivation: Derivation, method: str, parts: Sequence[PlannedSite]) -
     return None
 
 
-def _plain(params: Any) -> bool:
+def has_plain_factors(params: Any) -> bool:
+    """Return whether these parameters of lora give two factors whose product is all that it adds."""
     return not (params.use_dora or params.keeps_start or params.parts)
 
 
@@ -61,14 +62,16 @@ def _changes(method: str, planned: PlannedSite) -> Iterable[str]:
     return methods()[method].fold(planned.site, planned.params, own, weights)
 
 
-def order(spec: DeltaSpec) -> list[int]:
+def sources_first(spec: DeltaSpec) -> list[int]:
     """Return the indices of a spec's deltas, each one after its sources."""
     index = {entry.name: number for number, entry in enumerate(spec.deltas)}
     return [index[name] for name in in_order({entry.name: entry.sources for entry in spec.deltas})]
 
 
-def place(spec: DeltaSpec, index: int, planned: Mapping[str, PlannedDelta]) -> tuple[PlannedDelta, list[Diagnostic]]:
-    """Plan a derived delta from its planned sources; give the findings, too."""
+def plan_derived(
+    spec: DeltaSpec, index: int, planned: Mapping[str, PlannedDelta]
+) -> tuple[PlannedDelta, list[Diagnostic]]:
+    """Plan a derived delta from its planned sources; return the findings, too."""
     entry = spec.deltas[index]
     assert entry.combine is not None and isinstance(entry.params, DerivedParams)
     derivation = Derivation(entry.combine, tuple(entry.sources.items()), entry.params)

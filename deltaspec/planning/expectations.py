@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 Result = tuple[tuple[str, ...], list[Diagnostic]]
-"""Expectations that were met, in words, and findings for those that were not."""
+"""Expectations that were met, in words, and findings about those that were not."""
 
 
 def delta_checks(spec: DeltaSpec, index: int, delta: PlannedDelta) -> Result:
@@ -72,10 +72,12 @@ def spec_checks(spec: DeltaSpec, deltas: Sequence[PlannedDelta], table: ModuleTa
                 clashes += 1
                 where = f"{counted(len(inside), 'site')}: {shown(inside)}"
                 message = f"delta {delta.name!r} changes what should stay untouched ({where})"
-                hint = f"leave it out of the delta's target: not: …; untouched are {shown(_names(matches))}"
+                hint = f"leave it out of the delta's target: not: …; untouched are {shown(m.fqn for m in matches)}"
                 findings.append(spec.diagnostic("DS504", message, selector.location, hint))
         if not clashes and not wrong:
-            met.append(f"untouched: {shown(_names(matches))}" if matches else "untouched: nothing matches (optional)")
+            met.append(
+                f"untouched: {shown(m.fqn for m in matches)}" if matches else "untouched: nothing matches (optional)"
+            )
     return tuple(met), findings
 
 
@@ -102,10 +104,6 @@ def _touches(site: PlannedSite, match: Match) -> bool:
     if match.parameter is None:
         return any(is_inside(name, match.row.fqn) for name in (row.fqn, *row.aliases))
     return row.fqn == match.row.fqn and site.site.parameter in (None, match.parameter)
-
-
-def _names(matches: Sequence[Match]) -> list[str]:
-    return [f"{m.row.fqn}.{m.parameter}".removeprefix(".") if m.parameter else m.row.fqn for m in matches]
 
 
 def _holds(bounds: Count, actual: int) -> bool:

@@ -1,4 +1,4 @@
-"""What changed between a lock and the plan of today, one finding a change."""
+"""Changes between a lock and the plan of today, one finding a change."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Plan(PlannedDeltas):
 
     @cached_property
     def _spec_of(self) -> dict[str, tuple[DeltaSpec, slice]]:
-        """Where each delta stands: its spec, and the part of it that makes sense alone."""
+        """Spec of each delta, and the part of it that makes sense alone."""
         found = {}
         for spec in self.specs:
             linked = any(delta.sources for delta in spec.deltas)

@@ -22,10 +22,10 @@ class PlannedSite:
 
     site: Site
     params: MethodParams
-    """The delta's, with the override that applies here."""
+    """Parameters of the delta, with the override that applies here."""
     tensors: tuple[TensorSpec, ...]
     override: int | None = None
-    """Index of that override in the delta."""
+    """Index in the delta of the override that applies here."""
 
     @property
     def fqn(self) -> str:
@@ -43,18 +43,18 @@ class PlannedDelta:
     params: MethodParams
     sites: tuple[PlannedSite, ...]
     seed: int
-    """Of the initial values of its tensors."""
+    """Seed of the initial values of its tensors."""
     spec: str
     """Name of the document it comes from."""
     location: str
-    """`file:line`, or the file alone."""
+    """Place of the delta: `file:line`, or the file alone."""
     checks: tuple[str, ...] = ()
     """The delta's expectations that were met, with the numbers."""
     notes: tuple[str, ...] = ()
     budget: tuple[str, str] | None = None
     """Name of the parameter that was chosen for a budget, and the budget in words."""
     derived: Derivation | None = None
-    """What it is built from, for one that is not trained."""
+    """Derivation of a delta that is built from others, and so not trained."""
 
     @property
     def trainable(self) -> int:
@@ -70,7 +70,7 @@ class PlannedDeltas:
     """
 
     deltas: tuple[PlannedDelta, ...]
-    """In order of application."""
+    """All deltas, in order of application."""
     specs: tuple[DeltaSpec, ...]
     """The specs it was made from, with ranks in place of budgets."""
     table: ModuleTable
@@ -78,7 +78,7 @@ class PlannedDeltas:
     """The specs' expectations that were met, with the numbers."""
     notes: tuple[str, ...] = ()
     proven: bool = True
-    """A forward was run and reached every site; else the compiled model's first forward is watched."""
+    """Whether a forward was run and reached every site; else the compiled model's first forward is watched."""
 
     @property
     def model_class(self) -> str:

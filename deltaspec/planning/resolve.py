@@ -18,8 +18,8 @@ from deltaspec.language.load import load
 from deltaspec.methods.declarations import Refusal
 from deltaspec.methods.registry import methods
 from deltaspec.names.folding import shown
-from deltaspec.planning import derived
 from deltaspec.planning.conflicts import conflicts
+from deltaspec.planning.derived import plan_derived, sources_first
 from deltaspec.planning.expectations import delta_checks, spec_checks
 from deltaspec.planning.plan import Plan
 from deltaspec.planning.planned import PlannedDelta
@@ -75,9 +75,9 @@ def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observ
     resolved: list[DeltaSpec] = []
     for spec in specs:
         own_findings, placed = [*_contract(spec, table), *_unused(spec, table)], dict[str, PlannedDelta]()
-        for index in derived.order(spec):
+        for index in sources_first(spec):
             if spec.deltas[index].sources:
-                delta, found = derived.place(spec, index, placed)
+                delta, found = plan_derived(spec, index, placed)
                 if own_findings:  # sources that are wrong make wrong sums
                     found = []
             else:

@@ -30,11 +30,11 @@ class Group:
     patterns: tuple[tuple[str, int], ...]
     """Folded names, and for how many sites each stands."""
     tensors: tuple[tuple[str, tuple[int, ...], bool], ...]
-    """Name, shape, and whether it is a buffer."""
+    """Name and shape of each tensor, and whether it is a buffer."""
     params: dict[str, Any]
-    """What an override changes."""
+    """Parameters that an override changes."""
     bypassed: bool
-    """Their host reads the weight without calling them, so the delta works on the weight."""
+    """Whether their host reads the weight without calling them, so that the delta works on the weight."""
     sites: int
     trainable: int
 
@@ -140,7 +140,7 @@ def percent(share: float) -> str:
 
 
 def _made(delta: PlannedDelta) -> str:
-    """Return what a delta is: its method with the parameters, or what it is derived from."""
+    """Write what a delta is: its method with the parameters, or what it is derived from."""
     if delta.derived is not None:
         return str(delta.derived)
     return f"{delta.method} {show_params(delta.params, delta.budget)}".rstrip()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
-"""What stands around the table in a Markdown file."""
+"""Marks around the table in a Markdown file."""
 _KINDS = ("linear", "conv1d", "embedding", "conv", "norm", "other")
 _NAMES = {
     "linear": "Linear",

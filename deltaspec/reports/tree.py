@@ -43,7 +43,7 @@ class Line:
     """One line of the tree: a module, or several alike."""
 
     guide: str
-    """What draws the tree: `│  └─ `."""
+    """Lines that draw the tree: `│  └─ `."""
     name: str
     """`query`, `layer.0-11 × 12`."""
     type: str
@@ -63,13 +63,13 @@ class _Group:
 
 @dataclass
 class Tree:
-    """What draws a table; `marks` are by module name."""
+    """Draws a table; `marks` are by module name."""
 
     table: ModuleTable
     marks: Mapping[str, Sequence[Mark]]
     depth: int | None = None
     everything: bool = False
-    """Every module by itself, those without parameters too."""
+    """Whether every module is drawn by itself, those without parameters too."""
     _children: dict[str, list[Row]] = field(default_factory=dict)
     _signatures: dict[str, object] = field(default_factory=dict)
 

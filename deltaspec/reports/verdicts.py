@@ -1,4 +1,4 @@
-"""Why a delta does, or does not, change one module of a model."""
+"""Verdicts: why a delta does, or does not, change one module of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import closest, show_path
 from deltaspec.names.paths import is_inside
-from deltaspec.planning.derived import order
+from deltaspec.planning.derived import sources_first
 from deltaspec.planning.sites import Placer
 from deltaspec.planning.text import show_params
 from deltaspec.selection.explain import Reason, explain
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one delta says about one module."""
+    """The verdict of one delta on one module."""
 
     delta: str
     method: str
     taken: bool
     outcome: str
-    """In words: what is put there, or who refused it."""
+    """The tensors that are put there, in words, or who refused it."""
     location: str
-    """Of the delta: `file:line:column`."""
+    """Place of the delta: `file:line:column`."""
     reasons: tuple[tuple[Reason, str], ...]
     """Each condition of the target with its verdict, and its place in the document."""
 
@@ -54,7 +54,7 @@ def find_row(table: ModuleTable, name: str) -> Row:
 def verdicts(spec: DeltaSpec, table: ModuleTable, observations: Observations, row: Row) -> list[Verdict]:
     """Return what each delta of a spec says about a module."""
     found: dict[str, Verdict] = {}
-    for index in order(spec):
+    for index in sources_first(spec):
         entry = spec.deltas[index]
         if not entry.sources:
             found[entry.name] = _verdict(Placer(spec, index, table, observations, [], []), row)

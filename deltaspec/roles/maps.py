@@ -44,9 +44,9 @@ class RoleMap:
 
     model_type: str
     patterns: dict[str, tuple[str, ...]]
-    """Role -> globs."""
+    """Globs of each role."""
     layouts: dict[str, tuple[dict[str, Any], ...]]
-    """Fused role -> how its output is laid out."""
+    """Layouts of each fused role's output; the first that fits the config holds."""
 
     def roles_of(self, fqn: str) -> tuple[str, ...]:
         """Return the roles of a module by its name, in the vocabulary's order."""

@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What the output of one fused projection is made of: the parts, one after the other, again and again."""
+    """The output of one fused projection: its parts, one after the other, again and again."""
 
     repeats: int
     widths: tuple[tuple[str, int], ...]

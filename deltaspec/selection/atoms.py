@@ -41,13 +41,13 @@ class Atom:
 
     key: str
     value: str
-    """As a document writes it: `"**.fc2"`, `{from: 3}`."""
+    """Value as a document writes it: `"**.fc2"`, `{from: 3}`."""
     location: Path
     accepts: Callable[[Row], bool]
     shows: Callable[[Row], str]
-    """What the row has in its place: `layer 1`."""
+    """Says what a row has where the atom asks: `layer 1`."""
     word: str = ""
-    """The bare value, where it is a text."""
+    """Bare value, where it is a text."""
     numbers: tuple[int, ...] = ()
     """Layers that must be there (`from`, `to`, the listed ones, the last of `first` and `last`)."""
 
@@ -105,7 +105,7 @@ class Index:
 
     @property
     def name(self) -> str:
-        """What to call the model."""
+        """Name of the model in messages."""
         return self.table.model_type or self.table.model_class
 
 

@@ -1,4 +1,4 @@
-"""Why a selector takes or refuses one module, atom by atom."""
+"""Reasons why a selector takes or refuses one module, atom by atom."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Reason:
     text: str
     """The condition, as a document writes it."""
     location: Path
-    """Its path in the document."""
+    """Path of the condition in the document."""
     accepted: bool
     why: str
-    """What the module has in its place: `layer 1 of encoder.layer`."""
+    """The module's own state of what the condition asks: `layer 1 of encoder.layer`."""
     depth: int = 0
-    """How deep it is nested in `any`, `all`, `not` and `ref`; the conditions inside come right after it."""
+    """Depth of its nesting in `any`, `all`, `not` and `ref`; the conditions inside come right after it."""
 
     def __str__(self) -> str:
         verdict = "accepted" if self.accepted else "refused"

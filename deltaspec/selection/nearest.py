@@ -25,7 +25,7 @@ _HINT_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """What is wrong with an atom, before it has a place."""
+    """A finding about an atom, before it has a place."""
 
     code: str
     message: str

@@ -17,6 +17,7 @@ from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.wording import counted
 from deltaspec.language.model import DeltaSpec
 from deltaspec.language.selectors import Selector
+from deltaspec.names.paths import below
 from deltaspec.names.patterns import BacktrackingError
 from deltaspec.selection import nearest
 from deltaspec.selection.atoms import Index, atoms, parameter_atoms
@@ -41,7 +42,7 @@ class Match:
     @property
     def fqn(self) -> str:
         """Name of the module, or of the parameter."""
-        return self.row.fqn if self.parameter is None else f"{self.row.fqn}.{self.parameter}".lstrip(".")
+        return self.row.fqn if self.parameter is None else below(self.row.fqn, self.parameter)
 
 
 def select(
@@ -60,12 +61,12 @@ def select(
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one condition of a selector leaves."""
+    """The set that one condition of a selector leaves."""
 
     text: str
     items: Collection[Item]
     excused: bool = False
-    """It may be empty."""
+    """Whether it may be empty."""
 
 
 @dataclass
@@ -79,7 +80,7 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.members: list[tuple[Item, ...]] = []
-        """What each row comes to: itself, if it is not the root, and its parameters, if any atom asks for them."""
+        """Items of each row: itself, if it is not the root, and its parameters, if any atom asks for them."""
         for number, row in enumerate(self.index.table.rows):
             whole: tuple[Item, ...] = ((number, None),) if row.fqn else ()
             names = (p.name for p in row.parameters) if self.with_parameters else ()

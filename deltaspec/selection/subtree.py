@@ -1,4 +1,4 @@
-"""What lies below the modules of a table."""
+"""The modules of a table that lie below others."""
 
 from __future__ import annotations
 

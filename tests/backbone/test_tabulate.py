@@ -92,7 +92,7 @@ def test_bases_and_geometry():
 
 def test_transformers_is_not_imported_for_plain_torch():
     code = (
-        "import sys, torch; from deltaspec.modules import tabulate\n"
+        "import sys, torch; from deltaspec.backbone.tabulate import tabulate\n"
         "tabulate(torch.nn.Sequential(torch.nn.Linear(2, 2)))\n"
         "assert not any(m.split('.')[0] == 'transformers' for m in sys.modules), 'imported'"
     )

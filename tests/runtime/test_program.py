@@ -243,7 +243,7 @@ def test_programs_that_write_the_same_modules_share_what_undoes_them():
     compiled = build()
     programs = [program(compiled, *names) for names in (("a",), ("b",), ("a", "b"), ("c",), ("d",))]
     assert programs[0].footprint is programs[1].footprint is programs[2].footprint
-    assert len({id(each.places) for each in programs}) == 3
+    assert len({id(each.footprint) for each in programs}) == 3
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -14,22 +14,21 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from deltaspec.graphs.passes._scope import gives_new_tensor
+from deltaspec.graphs.passes.scope import result_is_new
 from deltaspec.graphs.row_ops import toward
 
 if TYPE_CHECKING:
-    from deltaspec.graphs.passes._scope import Scope
+    from deltaspec.graphs.passes.scope import Scope
 
 
 _MANY = 32
 """Rows from which the narrow product is faster as `down xᵀ` than as `x downᵀ` (measured with MKL, float32)."""
 
-_is_grad_enabled = torch.is_grad_enabled
-_is_compiling = torch.compiler.is_compiling
+
 _is_transformed = torch._C._are_functorch_transforms_active
 
 
-@gives_new_tensor
+@result_is_new
 def add_product(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: Tensor | None = None) -> Tensor:
     """Return y + strength · scale · h weightᵀ. `y` is `[…, out]`, `h` `[…, in]`, `weight` `[out, in]`."""
     if strength is not None:
@@ -42,7 +41,7 @@ def add_product(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: Te
     return torch.add(y, F.linear(h, weight), alpha=scale)
 
 
-@gives_new_tensor
+@result_is_new
 def add_product_(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: Tensor | None = None) -> Tensor:
     """Return y + strength · scale · h weightᵀ; `y` may be overwritten."""
     if torch.is_grad_enabled() or not _is_plain(y, h, weight) or not y.is_contiguous():
@@ -56,7 +55,7 @@ def add_product_(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: T
     return y
 
 
-@gives_new_tensor
+@result_is_new
 def add_low_rank(
     y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, strength: Tensor | None = None
 ) -> Tensor:
@@ -67,7 +66,7 @@ def add_low_rank(
     return add_product(y, F.linear(x, down), up, scale, strength)
 
 
-@gives_new_tensor
+@result_is_new
 def add_low_rank_(
     y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, strength: Tensor | None = None
 ) -> Tensor:
@@ -78,7 +77,7 @@ def add_low_rank_(
         type(y) is not Tensor
         or up.dtype is not dtype
         or x.dtype is not dtype
-        or _is_grad_enabled()
+        or torch.is_grad_enabled()
         or _is_transformed()
     ):
         return add_product(y, F.linear(x, down), up, scale, strength)
@@ -89,7 +88,7 @@ def add_low_rank_(
                 h = h * strength
             y.view(-1).addmv_(up, h, alpha=scale)
             return y
-    elif y.dim() > 1 and not _is_compiling():
+    elif y.dim() > 1 and not torch.compiler.is_compiling():
         values, width, rows = y.numel(), up.size(0), x.flatten(0, -2)
         h = rows.mm(down.t()) if values < _MANY * width else down.mm(rows.t()).t()
         if h.dtype is dtype and y.is_contiguous() and values:
@@ -107,7 +106,7 @@ def _is_plain(y: Tensor, x: Tensor, weight: Tensor) -> bool:
         and x.dtype is y.dtype
         and weight.dtype is y.dtype
         and y.dim() > 1
-        and not _is_compiling()
+        and not torch.compiler.is_compiling()
         and not _is_transformed()
     )
 

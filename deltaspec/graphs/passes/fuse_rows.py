@@ -17,14 +17,13 @@ from deltaspec.graphs.row_ops import RowSlot, RowSource, add_linear_rows, linear
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltaspec.graphs.passes._scope import Scope
+    from deltaspec.graphs.passes.scope import Scope
 
 
 _MANY = 4
 """Tokens a row from which the narrow product is faster as `down xᵀ` than as `x downᵀ` (measured with MKL, float32)."""
 
-_is_grad_enabled = torch.is_grad_enabled
-_is_compiling = torch.compiler.is_compiling
+
 _is_transformed = torch._C._are_functorch_transforms_active
 
 
@@ -39,7 +38,7 @@ def add_low_rank_rows_(y: Tensor, x: Tensor, down: RowSource, up: RowSource, slo
 
 
 def _add(y: Tensor, x: Tensor, down: RowSource, up: RowSource, slot: RowSlot, scale: float, overwrite: bool) -> Tensor:
-    if _is_grad_enabled() or _is_compiling() or _is_transformed():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
         return _plain(y, x, down, up, slot, scale)
     size = x.shape[0]
     if x.dim() == y.dim() == 3:

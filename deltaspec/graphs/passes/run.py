@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from deltaspec.graphs.passes import fuse_addition, fuse_rows, share_inputs, share_products
-from deltaspec.graphs.passes._scope import Scope
+from deltaspec.graphs.passes.scope import Scope
 
 if TYPE_CHECKING:
     from torch import fx, nn

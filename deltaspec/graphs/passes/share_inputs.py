@@ -15,33 +15,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaspec.backbone.forwards import gives_new_tensor as is_plain_host
-from deltaspec.graphs.passes._scope import gives_new_tensor
+from deltaspec.backbone.forwards import gives_new_tensor
 from deltaspec.graphs.passes.fuse_addition import add_low_rank, add_low_rank_, add_product, add_product_
+from deltaspec.graphs.passes.scope import result_is_new
 from deltaspec.graphs.passes.share_products import add_low_ranks, add_low_ranks_, joined
 
 if TYPE_CHECKING:
     from torch import fx, nn
 
-    from deltaspec.graphs.passes._scope import Scope
+    from deltaspec.graphs.passes.scope import Scope
     from deltaspec.graphs.passes.share_products import Matrices
 
 
 _MANY = 32
 """Rows from which one product, its matrices joined first, is faster than one a site (measured with MKL, float32)."""
 
-_is_compiling = torch.compiler.is_compiling
-
 
 def narrow_products(x: Tensor, sites: tuple[Matrices, ...]) -> tuple[Tensor, ...]:
     """Return `x downᵀ` for each site, its matrices side by side: `x` is `[…, in]`, each site some `[rank, in]`."""
-    if not _is_compiling() and x.numel() < _MANY * x.size(-1):
+    if not torch.compiler.is_compiling() and x.numel() < _MANY * x.size(-1):
         return tuple(F.linear(x, downs[0] if len(downs) == 1 else torch.cat(downs)) for downs in sites)
     widths = [sum(down.size(0) for down in downs) for downs in sites]
     return torch.split(F.linear(x, torch.cat([down for downs in sites for down in downs])), widths, dim=-1)
 
 
-@gives_new_tensor
+@result_is_new
 def add_products(
     y: Tensor, h: Tensor, ups: Matrices, scales: tuple[float, ...], strengths: tuple[Tensor | None, ...]
 ) -> Tensor:
@@ -98,7 +96,7 @@ def _keeps_inputs(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         module = modules.get(str(node.target))
         if module is None:  # a delta's dropout
             return True
-        return is_plain_host(type(module)) and not (module._forward_pre_hooks or module._forward_hooks)
+        return gives_new_tensor(type(module)) and not (module._forward_pre_hooks or module._forward_hooks)
     if node.op == "call_method":
         return node.target in _READERS
     return node.op in ("placeholder", "get_attr") or node.target in _SECOND or node.target in _GETTERS

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaspec.graphs.passes._scope import gives_new_tensor
 from deltaspec.graphs.passes.fuse_addition import add_low_rank, add_low_rank_, add_product
+from deltaspec.graphs.passes.scope import result_is_new
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from deltaspec.graphs.passes._scope import Scope
+    from deltaspec.graphs.passes.scope import Scope
 
 
 Matrices = tuple[Tensor, ...]
 
 
-@gives_new_tensor
+@result_is_new
 def add_low_ranks(
     y: Tensor,
     x: Tensor,
@@ -37,7 +37,7 @@ def add_low_ranks(
     return add_product(y, F.linear(x, torch.cat(downs)), joined(ups, scales, strengths), 1.0)
 
 
-@gives_new_tensor
+@result_is_new
 def add_low_ranks_(
     y: Tensor,
     x: Tensor,

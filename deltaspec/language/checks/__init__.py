@@ -1,1 +1,1 @@
-"""What is wrong with a document, in its author's words."""
+"""Checks of a document, which say in its author's words what is wrong. Build no spec."""

@@ -39,8 +39,8 @@ def gate(document: Document, methods: Mapping[str, Method]) -> list[Diagnostic]:
     """Return the findings of the schema about a document that may use these methods."""
     deltas = document.data.get("deltas")
     named = {d["method"] for d in deltas if _names_a_method(d, methods)} if isinstance(deltas, list) else set()
-    validator = _validator(tuple(methods), tuple((name, methods[name]) for name in sorted(named)))
-    errors = list(islice(validator.iter_errors(document.data), MAX_FINDINGS + 1))
+    holds = validator(tuple(methods), tuple((name, methods[name]) for name in sorted(named)))
+    errors = list(islice(holds.iter_errors(document.data), MAX_FINDINGS + 1))
     mistyped = {tuple(error.absolute_path) for error in errors if error.validator == "type"}
     return [
         finding
@@ -61,7 +61,8 @@ def _method_at(path: Path, document: Document, methods: Mapping[str, Method]) ->
 
 
 @lru_cache(maxsize=8)
-def _validator(known: tuple[str, ...], used: tuple[tuple[str, Method], ...]) -> Any:
+def validator(known: tuple[str, ...], used: tuple[tuple[str, Method], ...]) -> Any:
+    """Return what holds documents against the schema: they may use the `known` methods, and do use these."""
     from jsonschema import Draft7Validator
     from jsonschema.validators import extend
 

@@ -69,7 +69,7 @@ _METHODS: Mapping[str, str] = {
 _YES, _NO = ("yes", "on", "true", "y"), ("no", "off", "false", "n")
 
 
-def place(path: Path) -> str:
+def kind_at(path: Path) -> str:
     """Return what kind of mapping stands at a path of a document."""
     last = path[-1] if path else None
     if last is None or last == "model":
@@ -98,7 +98,7 @@ def unknown_key_hint(
 
     `method` is that of the delta in which the mapping stands, if it is known.
     """
-    kind = place(path)
+    kind = kind_at(path)
     plain = key.lower()
     value = siblings.get(key)
     if kind == "params":

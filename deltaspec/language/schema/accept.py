@@ -21,7 +21,7 @@ COMMITTED = f"schemas/deltaspec-v{CURRENT}.schema.json"
 
 
 CODED = "Rules in code read "
-"""In the schema, before the names of parameters that are checked by more than the schema."""
+"""Beginning of a schema's comment that names the parameters which more than the schema checks."""
 
 
 def accepts(data: Any) -> bool:

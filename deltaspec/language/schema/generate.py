@@ -129,7 +129,7 @@ def _condition(name: str, required: bool) -> dict[str, Any]:
 
 
 def _derived(keys: list[str]) -> dict[str, Any]:
-    """Tell derived deltas, which have `from`, and the others apart."""
+    """Write what derived deltas, which have `from`, must say, and what the others must."""
     return {
         "if": {"required": ["from"]},
         "then": {
@@ -171,7 +171,7 @@ def _tidy(node: Any, names: bool = False) -> Any:
 
 
 def _without_null(node: dict[str, Any]) -> dict[str, Any]:
-    """Take the null out of an optional value: a document leaves the key out."""
+    """Drop the null of an optional value: a document leaves the key out."""
     branches = [branch for branch in node["anyOf"] if branch != {"type": "null"}]
     rest = {key: value for key, value in node.items() if key != "anyOf"}
     return {**branches[0], **rest} if len(branches) == 1 else {**rest, "anyOf": branches}

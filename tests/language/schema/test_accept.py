@@ -14,7 +14,7 @@ from pydantic import field_validator, model_validator
 from repository import ROOT
 
 from deltaspec.documents.document import from_data
-from deltaspec.language.checks.gate import gate
+from deltaspec.language.checks.gate import gate, validator
 from deltaspec.language.checks.whole import check
 from deltaspec.language.load import load
 from deltaspec.language.params import read_params
@@ -90,7 +90,8 @@ def everything(data):
 @given(documents())
 def test_what_is_accepted_has_no_finding_that_jsonschema_or_pydantic_would_make(data):
     known = builtin_methods()
-    assert accepts(data) == (gate(from_data(data), known) == [])
+    expected = not list(validator(tuple(known), tuple(known.items())).iter_errors(data))
+    assert accepts(data) == expected
     assert set(map(str, validate(data))) == set(map(str, everything(data)))
     if not everything(data):
         load(data)

@@ -1,4 +1,4 @@
-"""What passes may touch in a graph, and what they may overwrite."""
+"""The parts of a graph that passes may touch, and the tensors that they may overwrite."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _NEW: set[Any] = set()
 
 
-def gives_new_tensor(function: _F) -> _F:
-    """Note a function whose result is new, or what it was allowed to overwrite."""
+def result_is_new(function: _F) -> _F:
+    """Mark a function whose result is new, or what it was allowed to overwrite."""
     _NEW.add(function)
     return function
 
@@ -26,7 +26,7 @@ class Scope:
 
     graph: fx.Graph
     owned: bool
-    """What `base` gives is a new tensor that nothing else holds."""
+    """Whether `base` gives a new tensor that nothing else holds."""
     home: str | None
     """FQN under which a whole model's graph finds its deltas; None where their tensors are the graph's inputs."""
 
