@@ -7,6 +7,8 @@ training flags are always current. Dynamo and torch.export trace through it.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -56,21 +58,21 @@ class Attend:
     scaled: bool = False
     """Its strength comes after its tensors."""
 
-    def bind(self, own: Any, strength: Tensor | None) -> Hook:
-        """Return the hook that computes attention with these tensors."""
+    def bind(self, own: Any, toward: Callable[[Tensor, Tensor], Tensor] | None) -> Hook:
+        """Return the hook that computes attention with these tensors; `toward` goes from what is without to with it."""
 
         def hook(query: Tensor, key: Tensor, value: Tensor, base: Attention) -> Any:
             return self.method.attend(self.form, self.params, own, query, key, value, base)
 
-        if strength is None:
+        if toward is None:
             return hook
 
         def by_strength(query: Tensor, key: Tensor, value: Tensor, base: Attention) -> Any:
             without, seen = base(query, key, value)
             output, weights = hook(query, key, value, base)
             if weights is not None:  # of the model's own positions
-                weights = toward(seen, weights[..., -seen.shape[-1] :], strength)
-            return toward(without, output, strength), weights
+                weights = toward(seen, weights[..., -seen.shape[-1] :])
+            return toward(without, output), weights
 
         return by_strength
 
@@ -83,14 +85,19 @@ class Lowered:
     """
 
     def __init__(
-        self, host: nn.Module, folds: tuple[Fold, ...], frozen: bool = False, attends: tuple[Attend, ...] = ()
+        self,
+        host: nn.Module,
+        folds: tuple[Fold, ...],
+        frozen: bool = False,
+        attends: tuple[Attend, ...] = (),
+        hooks: tuple[Hook, ...] = (),
     ) -> None:
-        self.host, self.folds, self.attends = host, folds, attends
+        self.host, self.folds, self.attends, self.hooks = host, folds, attends, hooks
         # Held here, since Dynamo knows no source for what it finds through a stand-in (closures of decorators).
         self.code = type(host).forward
         self.frozen = frozen
         """Run the host in evaluation mode: its statistics are the backbone's."""
-        if attends:
+        if attends or hooks:
             register()
             self.router = Router(type(host))
 
@@ -108,10 +115,11 @@ class Lowered:
         shadow = _graft(self.host, (), folded)
         if self.frozen:
             shadow.training = False
-        hooks: list[Hook] = []
+        hooks = list(self.hooks)
         for attend in self.attends:
             own, start = DeltaTensors(attend.form.tensors, tensors[start:]), start + len(attend.form.tensors)
-            hooks.append(attend.bind(own, tensors[start] if attend.scaled else None))
+            by_strength = functools.partial(toward, strength=tensors[start]) if attend.scaled else None
+            hooks.append(attend.bind(own, by_strength))
             start += attend.scaled
         if hooks:
             self.router.route(shadow, hooks)

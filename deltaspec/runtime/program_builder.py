@@ -29,7 +29,7 @@ from deltaspec.methods.registry import methods
 from deltaspec.runtime.lowering import Attend, Fold, Lowered
 from deltaspec.runtime.placements import Placements
 from deltaspec.runtime.program import Program
-from deltaspec.runtime.prompts import Following, Prompted
+from deltaspec.runtime.prompts import Following, Front, Prompted
 
 if TYPE_CHECKING:
     from torch import Tensor, fx, nn
@@ -111,17 +111,17 @@ class ProgramBuilder:
         names = tuple(name for name in names if any(_virtual_tokens(v) for vs in self.hosts[name].values() for v in vs))
         for host in dict.fromkeys(host for name in names for host in self.hosts[name]):
             entering = [(v, v.planned.site.row.entrance) for v in self._at(host, names) if _virtual_tokens(v)]
-            lengths = tuple(_virtual_tokens(placement) for placement, _ in entering)
+            front = Front([_virtual_tokens(placement) for placement, _ in entering])
             entrance = next((entrance for _, entrance in entering if entrance is not None), None)
             if entrance is None:
                 continue
             fqn, follower = entrance.fqn, entrance.follower
             around, embedding = self._so_far(program, fqn), self.modules[host]
-            prompted = Prompted(self.modules[fqn], around, embedding, lengths, shorten=follower is None)
+            prompted = Prompted(self.modules[fqn], around, embedding, front, shorten=follower is None)
             self._put_around(program, fqn, prompted)
             if follower is not None:
                 around = self._so_far(program, follower)
-                self._put_around(program, follower, Following(self.modules[follower], around, sum(lengths)))
+                self._put_around(program, follower, Following(self.modules[follower], around, front))
 
     def placements_of(self, delta: str) -> list[Placement]:
         """Return all placements of one delta."""

@@ -9,9 +9,9 @@ left, so that padding changes nothing.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,69 +23,86 @@ if TYPE_CHECKING:
 
 
 Forward = Callable[..., Any]
+ENCODED = "encoder_attention_mask"
+"""Name under which a decoder is given the mask of its encoder's tokens."""
+_GO_ON = "to go on from a cache made with this prompt, pass the new tokens only, and the mask of all tokens"
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Where `tokens` places open in each row."""
+    """Where places open in each row: as many as it needs before its first token, the others at one end."""
 
     tokens: int
+    """Number of places in all."""
+    lengths: Tensor | int
+    """How many each row needs, `[rows, 1]`; a number: so many in any row, which is all of them."""
     padding: Tensor | None
-    """Number of places before them, `[rows, 1]`; None: none in any row."""
-
-    @classmethod
-    def before_first(cls, mask: Tensor | None, tokens: int) -> Gap:
-        """Open right before the first place of each row that a `[rows, places]` mask shows."""
-        return cls(tokens, None if mask is None else padding_of(mask))
+    """Number of places before them, `[rows, 1]`; None: none in any row, and all rows need the same."""
+    behind: bool = True
+    """The others open behind the row, else in front of everything."""
 
     def fill(self, values: Tensor, rest: Tensor, other: int = 0) -> Tensor:
-        """Put `values` [rows or 1, tokens, …] into the gap in `rest` [rows, places, …]; nothing else opens here."""
-        both = torch.cat([values.expand(rest.shape[0], *values.shape[1:]), rest], dim=1)
+        """Put the first of `values` [rows or 1, tokens, …] into `rest` [rows, places, …], and `other` elsewhere."""
+        rows, places = rest.shape[:2]
+        parts = [values.expand(rows, *values.shape[1:]), rest]
         if self.padding is None:
-            return both
-        place = torch.arange(both.shape[1], device=both.device)
-        inside = (place >= self.padding) & (place < self.padding + self.tokens)
-        source = torch.where(
-            inside, place - self.padding, torch.where(place < self.padding, place + self.tokens, place)
-        )
-        return take_places(both, source, 1)
+            return torch.cat(parts, dim=1)
+        place = torch.arange(places + self.tokens, device=rest.device)
+        if not self.behind:
+            place = place - (self.tokens - self.lengths)
+        virtual, real = place - self.padding, place + self.tokens
+        source = torch.where(virtual < 0, real, torch.where(virtual < self.lengths, virtual, real - self.lengths))
+        if isinstance(self.lengths, Tensor):
+            parts.append(rest.new_full((rows, 1, *rest.shape[2:]), other))
+            source = torch.where((place < 0) | (place >= places + self.lengths), places + self.tokens, source)
+        return take_places(torch.cat(parts, dim=1), source, 1)
+
+    def lengthen(self, mask: Tensor) -> Tensor:
+        """Open the places in a `[rows, places]` mask, so that a row's own ones are seen."""
+        return self.fill(mask.new_ones(1, self.tokens), mask)
 
     def close(self, value: Tensor, dim: int) -> Tensor:
-        """Take the gap out of `value`, whose rows are its first dimension."""
+        """Take the places out of `value`, whose rows are its first dimension."""
+        left = value.shape[dim] - self.tokens
         if self.padding is None:
-            return value.narrow(dim, self.tokens, value.shape[dim] - self.tokens)
-        place = torch.arange(value.shape[dim] - self.tokens, device=value.device)
-        return take_places(value, torch.where(place < self.padding, place, place + self.tokens), dim)
+            return value.narrow(dim, self.tokens, left)
+        place = torch.arange(left, device=value.device)
+        source = torch.where(place < self.padding, place, place + self.lengths)
+        if not self.behind:
+            source = source + (self.tokens - self.lengths)
+        return take_places(value, source, dim)
 
-    def number(self, positions: Tensor, times: int) -> Tensor:
-        """Put numbers on the prompt from the first real token's on, and higher ones on what follows it.
-
-        `positions` are `[times * rows, places]`: some models have several numbers a token.
-        """
-        gap, first, moved = self, positions[:, :1], positions + self.tokens
+    def number(self, positions: Tensor) -> Tensor:
+        """Put numbers on the prompt from the first real token's on, and higher ones on what follows it."""
+        first, moved = positions[:, :1], positions + self.lengths
         if self.padding is not None:
-            padding = self.padding.repeat(times, 1)
             place = torch.arange(positions.shape[1], device=positions.device)
-            first = positions.gather(1, padding.clamp(max=positions.shape[1] - 1))
-            gap, moved = Gap(self.tokens, padding), torch.where(place < padding, positions, moved)
-        return gap.fill(first + torch.arange(self.tokens, device=positions.device, dtype=positions.dtype), moved)
+            first = positions.gather(1, self.padding.clamp(max=positions.shape[1] - 1))
+            moved = torch.where(place < self.padding, positions, moved)
+        return self.fill(first + torch.arange(self.tokens, device=positions.device, dtype=positions.dtype), moved)
 
 
-class Opened(Protocol):
-    """Places that opened in each row."""
+class Front:
+    """The virtual tokens of one embedding, the same in each row. Their ids go down from -1, as the places do."""
 
-    @property
-    def tokens(self) -> int:
-        """Number of places."""
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.total = sum(lengths)
+        """Number of tokens of all deltas."""
+        after = [sum(lengths[number:]) for number in range(1, len(lengths) + 1)]
+        self._ids = [-1 - more - place for length, more in zip(lengths, after, strict=True) for place in range(length)]
+        """In the deltas' order; the last delta is the outermost at the embedding, so its ids start at -1."""
 
-    def fill(self, values: Tensor, rest: Tensor, other: int = 0) -> Tensor:
-        """As `Gap.fill`; `other` goes into places that are for nothing."""
+    def most(self) -> int:
+        """Return the largest number of tokens that a row has."""
+        return self.total
 
-    def close(self, value: Tensor, dim: int) -> Tensor:
-        """As `Gap.close`."""
+    def ids(self, size: int, device: torch.device) -> Tensor:
+        """Return the ids of each row's tokens, `[size or 1, tokens]`."""
+        return torch.tensor([self._ids], device=device)
 
-    def number(self, positions: Tensor, times: int) -> Tensor:
-        """As `Gap.number`."""
+    def gap(self, mask: Tensor | None, most: int, behind: bool = True) -> Gap:
+        """Say where the tokens of each row stand: right before the first place that a `[rows, places]` mask shows."""
+        return Gap(most, most, None if mask is None else padding_of(mask))
 
 
 def padding_of(mask: Tensor) -> Tensor:
@@ -117,35 +134,27 @@ class Around:
 class Prompted(Around):
     """The forward of an entrance, with virtual tokens before the first token of each row."""
 
-    def __init__(
-        self, module: nn.Module, forward: Forward, embedding: nn.Module, lengths: tuple[int, ...], shorten: bool
-    ) -> None:
+    def __init__(self, module: nn.Module, forward: Forward, embedding: nn.Module, front: Front, shorten: bool) -> None:
         super().__init__(module, forward)
-        self.embedding, self.shorten, self.tokens = embedding, shorten, sum(lengths)
+        self.embedding, self.front, self.shorten = embedding, front, shorten
         self.filler = max(0, getattr(getattr(module, "config", None), "pad_token_id", None) or 0)
         """What stands for no token."""
-        self.ids: list[int] = []
-        """In the deltas' order; the last delta is the outermost at the embedding, so its ids start at -1."""
-        for number, length in enumerate(lengths):
-            start = -1 - sum(lengths[number + 1 :])
-            self.ids += range(start, start - length, -1)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the entrance."""
-        given = self.arguments(args, kwargs)
+        given, most = self.arguments(args, kwargs), self.front.most()
         entering = self._entering(given)
-        if entering is None:
+        if entering is None or not most:
             return self.forward(**given)
         seen = self._seen(given.get("past_key_values"))
-        gap = self._mask(given, seen, entering.shape[1])
-        if seen:  # the prompt is in the cache
-            self._check_positions(given, seen + entering.shape[1], self.tokens)
-            for name in ("position_ids", "cache_position"):
-                if given.get(name) is not None:
-                    given[name] = given[name] + self.tokens
-        else:
-            self._fill(given, gap, entering, torch.tensor([self.ids], device=entering.device))
-        return self._run(given, gap, fresh=not seen)
+        gap = self._open(given, entering, most, seen - most if seen else 0)
+        if not seen:
+            return self._start(given, gap, entering)
+        self._check_positions(given, seen + entering.shape[1], most)  # the prompt is in the cache
+        for name, more in (("position_ids", gap.lengths), ("cache_position", most)):
+            if given.get(name) is not None:
+                given[name] = given[name] + more
+        return self._run(given, gap, fresh=False)
 
     def _entering(self, given: dict[str, Any]) -> Tensor | None:
         """Return the ids or embeddings that enter."""
@@ -155,7 +164,12 @@ class Prompted(Around):
             raise prompt_error("a prompt needs input_ids of shape [batch, tokens]", "flatten the other dimensions")
         return entering
 
-    def _run(self, given: dict[str, Any], gap: Opened, fresh: bool) -> Any:
+    def _start(self, given: dict[str, Any], gap: Gap, entering: Tensor) -> Any:
+        """Run the model on the first tokens, the virtual ones among them."""
+        self._fill(given, gap, entering, self.front.ids(entering.shape[0], entering.device)[:, : gap.tokens])
+        return self._run(given, gap, fresh=True)
+
+    def _run(self, given: dict[str, Any], gap: Gap, fresh: bool) -> Any:
         """Run the model on what has the prompt in it, and take that out of the output."""
         if not self.shorten:
             return self.forward(**given)
@@ -174,18 +188,14 @@ class Prompted(Around):
             raise prompt_error(message, "use a dynamic cache")
         return cache.get_seq_length() if cache is not None else 0
 
-    def _mask(self, given: dict[str, Any], seen: int, length: int) -> Gap:
+    def _open(self, given: dict[str, Any], entering: Tensor, most: int, past: int) -> Gap:
         """Lengthen the mask of the padding, and say where the prompt stands."""
-        mask = checked_mask(given)
-        gap = Gap.before_first(mask, self.tokens)
-        if mask is None:
-            return gap
-        # With a cache the mask covers the past; some callers count the prompt in it.
-        whole = seen + length if seen else self.tokens + length
-        if mask.shape[1] == whole - self.tokens:
-            given["attention_mask"] = gap.fill(mask.new_ones(1, self.tokens), mask)
-        elif mask.shape[1] != whole:
-            raise mask_error(mask, whole - self.tokens)
+        mask, places = checked_mask(given), past + entering.shape[1]
+        gap = self.front.gap(mask, most)
+        if mask is not None and mask.shape[1] == places:
+            given["attention_mask"] = gap.lengthen(mask)
+        elif mask is not None and mask.shape[1] != places + most:  # some callers count the prompt in it
+            raise mask_error(mask, places)
         return gap
 
     def _check_positions(self, given: dict[str, Any], whole: int, tokens: int) -> None:
@@ -194,14 +204,12 @@ class Prompted(Around):
         if positions is None or given.get("attention_mask") is not None or torch.compiler.is_compiling():
             return
         if int(positions.max()) + 1 + tokens != whole:
-            raise prompt_error(
-                "the position_ids are not those of the tokens that follow this cache, which holds a prompt, too",
-                "to go on from a cache made with this prompt, pass the new tokens only, and the mask of all tokens",
-            )
+            message = "the position_ids are not those of the tokens that follow this cache, which holds a prompt, too"
+            raise prompt_error(message, _GO_ON)
 
-    def _fill(self, given: dict[str, Any], gap: Opened, entering: Tensor, virtual: Tensor) -> None:
+    def _fill(self, given: dict[str, Any], gap: Gap, entering: Tensor, virtual: Tensor) -> None:
         """Put the virtual tokens, ids `[rows or 1, tokens]`, into the inputs."""
-        tokens = gap.tokens
+        tokens, rows = gap.tokens, entering.shape[0]
         if entering.dim() == 2:
             given["input_ids"] = gap.fill(virtual.to(entering.dtype), entering, self.filler)
         else:
@@ -212,15 +220,14 @@ class Prompted(Around):
         positions = given.get("position_ids")
         if positions is not None:
             kinds = positions.shape[:-2]  # some models have several numbers a token
-            flat = positions.expand(*kinds, entering.shape[0], positions.shape[-1]).flatten(0, -2)
-            numbered = gap.number(flat, flat.shape[0] // entering.shape[0])
-            given["position_ids"] = numbered.reshape(*kinds, entering.shape[0], -1)
+            each = positions.expand(*kinds, rows, positions.shape[-1]).reshape(-1, rows, positions.shape[-1])
+            given["position_ids"] = torch.stack([gap.number(one) for one in each]).reshape(*kinds, rows, -1)
         places = given.get("cache_position")
         if places is not None:
             more = torch.arange(tokens, device=places.device, dtype=places.dtype)
             given["cache_position"] = torch.cat([more, places + tokens])
 
-    def _without(self, output: Any, gap: Opened, fresh: bool) -> Any:
+    def _without(self, output: Any, gap: Gap, fresh: bool) -> Any:
         """Take the prompt out of an output: its hidden states, if they are there, and its columns of attention."""
         if isinstance(output, Mapping):
             return type(output)(**{name: self._shorter(name, value, gap, fresh) for name, value in output.items()})
@@ -228,7 +235,7 @@ class Prompted(Around):
             return (self._shorter("last_hidden_state", output[0], gap, fresh), *output[1:])
         return self._shorter("last_hidden_state", output, gap, fresh)
 
-    def _shorter(self, name: str, value: Any, gap: Opened, fresh: bool) -> Any:
+    def _shorter(self, name: str, value: Any, gap: Gap, fresh: bool) -> Any:
         if isinstance(value, tuple | list) and name in ("hidden_states", "attentions", "cross_attentions"):
             return tuple(self._shorter(name, item, gap, fresh) for item in value)
         if not isinstance(value, Tensor):
@@ -244,22 +251,25 @@ class Prompted(Around):
 class Following(Around):
     """The forward of a decoder whose encoder has virtual tokens: the mask of what it attends to covers them, too."""
 
-    def __init__(self, module: nn.Module, forward: Forward, tokens: int) -> None:
+    def __init__(self, module: nn.Module, forward: Forward, front: Front) -> None:
         super().__init__(module, forward)
-        self.tokens = tokens
+        self.front = front
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder."""
-        given = self.arguments(args, kwargs)
-        states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
-        if states is not None and mask is not None and mask.shape[-1] + self.tokens == states.shape[1]:
+        given, most = self.arguments(args, kwargs), self.front.most()
+        states: Any = given.get("encoder_hidden_states")
+        mask: Tensor | None = None if states is None or not most else self._mask(given, states, most)
+        if mask is not None and mask.shape[-1] + most == states.shape[1]:
             if mask.dim() != 2:
-                raise prompt_error(
-                    "a prompt needs an attention_mask of shape [batch, tokens]", "pass the 2-D padding mask"
-                )
-            gap = Gap.before_first(mask, self.tokens)
-            given["encoder_attention_mask"] = gap.fill(mask.new_ones(1, self.tokens), mask)
+                message = "a prompt needs an attention_mask of shape [batch, tokens]"
+                raise prompt_error(message, "pass the 2-D padding mask")
+            given[ENCODED] = self.front.gap(mask, most).lengthen(mask)
         return self.forward(**given)
+
+    def _mask(self, given: dict[str, Any], states: Tensor, most: int) -> Tensor | None:
+        """Return the mask of the encoder's tokens."""
+        return given.get(ENCODED)
 
 
 def checked_mask(given: dict[str, Any], name: str = "attention_mask") -> Tensor | None:
@@ -273,10 +283,8 @@ def checked_mask(given: dict[str, Any], name: str = "attention_mask") -> Tensor 
 
 def mask_error(mask: Tensor, tokens: int) -> DeltaSpecError:
     """Make the error about a mask of another length than the input with its past."""
-    return prompt_error(
-        f"the attention_mask covers {mask.shape[1]} positions, and there are {tokens} tokens",
-        "to go on from a cache made with this prompt, pass the new tokens only, and the mask of all tokens",
-    )
+    message = f"the attention_mask covers {mask.shape[1]} positions, and there are {tokens} tokens"
+    return prompt_error(message, _GO_ON)
 
 
 def _wants_tuple(module: nn.Module, given: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,12 @@ import torch
 from deltaspec.deltas.modules import storage_key
 from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
+from deltaspec.runtime.lowering import Attend, Lowered
 from deltaspec.runtime.program import Forward
 from deltaspec.runtime.program_builder import form_of
-from deltaspec.serving.attention import AttendedRows, AttendRows
+from deltaspec.serving.attention import AttendRows
 from deltaspec.serving.numbering import numbering_of
-from deltaspec.serving.prompts import EmbeddedRows, FollowingRows, Front, PromptedRows
+from deltaspec.serving.prompts import EmbeddedRows, FollowingRows, PromptedRows, RowFront
 from deltaspec.serving.slots import Source, Table
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from deltaspec.serving.slots import Slot
 
 
-def attend_rows(attachments: Attachments, host: str, given: Sequence[tuple[Slot, Placement]]) -> AttendedRows:
+def attend_rows(attachments: Attachments, host: str, given: Sequence[tuple[Slot, Placement]]) -> Forward:
     """Build the forward of an attention module for slots of deltas that work inside it, in order of application."""
     hooks = []
     for slot, placement in given:
@@ -38,8 +40,8 @@ def attend_rows(attachments: Attachments, host: str, given: Sequence[tuple[Slot,
             method, params = methods()[kind], methods()[kind].Params(**settings)
             names = tuple(spec.name for spec in method.tensors(site, params))
         table = Table(slot, _sources(attachments, placement), compute)
-        hooks.append(AttendRows(method, params, form_of(site, names), table))
-    return AttendedRows(attachments.builder.modules[host], tuple(hooks))
+        hooks.append(AttendRows(Attend(method, params, form_of(site, names)), table))
+    return functools.partial(Lowered(attachments.builder.modules[host], (), hooks=tuple(hooks)), ())
 
 
 def put_prompts_in_front(
@@ -58,7 +60,7 @@ def put_prompts_in_front(
             continue
         entrance = prompts[0][1].planned.site.row.entrance
         assert entrance is not None
-        front = Front([(slot, virtual_tokens(placement)) for slot, placement in prompts])
+        front = RowFront([(slot, virtual_tokens(placement)) for slot, placement in prompts])
         tables = [
             Table(s, _sources(attachments, placement), _virtual_rows(attachments, placement))
             for s, placement in prompts

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from deltaspec.backbone.frozen import FrozenStatistics
-from deltaspec.backbone.stand_in import Swapped, no_gradient_of_padding, stand_in
+from deltaspec.backbone.stand_in import Swapped, no_gradient_of_padding
 from deltaspec.deltas.modules import storage_key
 from deltaspec.deltas.strengths import Strengths
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.graphs.row_ops import align, rows_in, rows_out, take
-from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
-from deltaspec.runtime.lowering import Fold, fold_into
+from deltaspec.runtime.lowering import Fold, Lowered
 from deltaspec.runtime.placements import host_of
 from deltaspec.runtime.program_builder import call_form
 from deltaspec.serving.binding import attend_rows, virtual_tokens
@@ -55,7 +54,9 @@ def bind_rows(attachments: Attachments, host: str, given: Sequence[tuple[Slot, s
                 Source(stack, storage_key(fqn, spec), attachments.deltas) for spec in placement.planned.tensors
             )
             if placement.lowered:
-                fold = Fold((), methods()[placement.method], link.params, placement.planned.site, link.form.tensors)
+                fold = Fold(
+                    (), methods()[placement.method], link.params, placement.planned.site, link.form.tensors, scaled=True
+                )
                 folds.append((fold, sources, slot))
             elif methods()[placement.method].attends:
                 attends.append((slot, placement))
@@ -210,27 +211,23 @@ class FoldedRows:
     def __init__(
         self, module: nn.Module, folds: tuple[tuple[Fold, tuple[Source, ...], Slot], ...], frozen: bool
     ) -> None:
-        self.module, self.folds, self.frozen = module, folds, frozen
-        self.code = type(module).forward
+        self.module, self.folds = module, folds
+        self.lowered = Lowered(module, tuple(fold for fold, _, _ in folds), frozen)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the module."""
         entering = rows_in(self.folds[0][2], x)
-        tensors = [tuple(take(slot, source, entering, False) for source in sources) for _, sources, slot in self.folds]
-        strengths = [slot.grown("strength", entering.shape[0]) for _, _, slot in self.folds]
+        tensors: list[Tensor] = []
+        for _, sources, slot in self.folds:
+            tensors += (take(slot, source, entering, False) for source in sources)
+            tensors.append(slot.grown("strength", entering.shape[0]))
         # Where tokens were given their rows, a row by itself is what the module expects; else it is one of a batch.
         one = functools.partial(self._one, alone=entering.dim() == x.dim())
-        leaving: Tensor = torch.vmap(one, randomness="different")(entering, tensors, strengths)
+        leaving: Tensor = torch.vmap(one, randomness="different")(entering, tuple(tensors))
         return rows_out(x, leaving) if x.is_floating_point() else leaving
 
-    def _one(self, x: Tensor, tensors: list[tuple[Tensor, ...]], strengths: list[Tensor], *, alone: bool) -> Tensor:
-        folded: dict[str, Tensor] = {}
-        for (fold, _, _), own, strength in zip(self.folds, tensors, strengths, strict=True):
-            folded |= fold_into(self.module, fold, DeltaTensors(fold.names, own), folded, strength)
-        shadow = stand_in(self.module, folded)
-        if self.frozen:
-            shadow.training = False
-        leaving = self.code(shadow, x.unsqueeze(0) if alone else x)
+    def _one(self, x: Tensor, tensors: tuple[Tensor, ...], *, alone: bool) -> Tensor:
+        leaving = self.lowered(tensors, x.unsqueeze(0) if alone else x)
         if not isinstance(leaving, Tensor):
             kind = type(self.module).__name__
             message = f"a {kind} whose weight changes row by row gives a {type(leaving).__name__}, and no hidden state"

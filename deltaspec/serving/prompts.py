@@ -8,14 +8,13 @@ keep their distances from one step to the next, and the model is told its number
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.runtime.prompts import Around, Prompted, checked_mask, mask_error, padding_of, take_places
+from deltaspec.runtime.prompts import ENCODED, Following, Front, Gap, Prompted, checked_mask, mask_error, padding_of
 from deltaspec.serving.numbering import Numbering
 
 if TYPE_CHECKING:
@@ -25,53 +24,13 @@ if TYPE_CHECKING:
     from deltaspec.serving.slots import Slot, Table
 
 
-@dataclass(frozen=True, slots=True)
-class RowGap:
-    """Where places open in each row: as many as it needs before its first token, the others at one end."""
-
-    tokens: int
-    """Number of places in all."""
-    lengths: Tensor
-    """How many each row needs, `[rows, 1]`."""
-    padding: Tensor
-    """Number of places before them, `[rows, 1]`."""
-    behind: bool
-    """The others open behind the row, else in front of everything."""
-
-    def fill(self, values: Tensor, rest: Tensor, other: int = 0) -> Tensor:
-        """Put the first of `values` [rows or 1, tokens, …] into `rest` [rows, places, …], and `other` elsewhere."""
-        rows, shape = rest.shape[0], rest.shape[2:]
-        both = torch.cat([rest.new_full((rows, 1, *shape), other), values.expand(rows, *values.shape[1:]), rest], dim=1)
-        place = torch.arange(rest.shape[1] + self.tokens, device=rest.device) - self._front()
-        virtual, real = place - self.padding, place + self.tokens
-        source = torch.where(virtual < 0, real, torch.where(virtual < self.lengths, virtual, real - self.lengths))
-        outside = (place < 0) | (place >= rest.shape[1] + self.lengths)
-        return take_places(both, torch.where(outside, 0, source + 1), 1)
-
-    def close(self, value: Tensor, dim: int) -> Tensor:
-        """Take the places out of `value`, whose rows are its first dimension."""
-        place = torch.arange(value.shape[dim] - self.tokens, device=value.device)
-        return take_places(value, self._front() + torch.where(place < self.padding, place, place + self.lengths), dim)
-
-    def number(self, positions: Tensor, times: int) -> Tensor:
-        """Put numbers on the prompt from the first real token's on, and higher ones on what follows it."""
-        gap = replace(self, lengths=self.lengths.repeat(times, 1), padding=self.padding.repeat(times, 1))
-        place = torch.arange(positions.shape[1], device=positions.device)
-        first = positions.gather(1, gap.padding.clamp(max=positions.shape[1] - 1))
-        own = first + torch.arange(self.tokens, device=positions.device, dtype=positions.dtype)
-        return gap.fill(own, torch.where(place < gap.padding, positions, positions + gap.lengths))
-
-    def _front(self) -> Tensor | int:
-        return 0 if self.behind else self.tokens - self.lengths
-
-
-class Front:
+class RowFront(Front):
     """The virtual tokens of one embedding's rows. Their ids go down from -1, slot by slot."""
 
     def __init__(self, parts: Sequence[tuple[Slot, int]]) -> None:
         self.parts = tuple(parts)
         """Slots in order of application, and the number of tokens that a delta in them has."""
-        self.total = sum(tokens for _, tokens in parts)
+        super().__init__([tokens for _, tokens in parts])
         self.entering = False
         """The forward that runs starts a sequence, so there are virtual tokens among its ids."""
         self.entered = False
@@ -90,6 +49,11 @@ class Front:
         present = [(slot.grown("index", size) > 0).long() * tokens for slot, tokens in self.parts]
         return torch.stack(present, dim=1).sum(1, keepdim=True).to(device)
 
+    def gap(self, mask: Tensor | None, most: int, behind: bool = True) -> Gap:
+        """Say where the tokens of each row stand; those that a row lacks of `most` stand at one end."""
+        assert mask is not None
+        return Gap(most, self.lengths(mask.shape[0], mask.device), padding_of(mask), behind)
+
     def ids(self, size: int, device: torch.device) -> Tensor:
         """Return the ids of each row's tokens, `[size, total]`: first those it has, in order, then the others."""
         absent = [(slot.grown("index", size) == 0).long()[:, None].expand(-1, tokens) for slot, tokens in self.parts]
@@ -99,7 +63,7 @@ class Front:
 class EmbeddedRows:
     """The forward of an embedding that looks ids below zero up in the tables of each row's own deltas."""
 
-    def __init__(self, forward: Forward, front: Front, tables: Sequence[Table]) -> None:
+    def __init__(self, forward: Forward, front: RowFront, tables: Sequence[Table]) -> None:
         self.forward, self.front, self.tables = forward, front, tuple(tables)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -117,42 +81,30 @@ class EmbeddedRows:
 class PromptedRows(Prompted):
     """The forward of an entrance, with its own virtual tokens before the first token of each row."""
 
+    front: RowFront
+
     def __init__(
-        self, module: nn.Module, forward: Forward, embedding: nn.Module, front: Front, numbering: Numbering | None
+        self, module: nn.Module, forward: Forward, embedding: nn.Module, front: RowFront, numbering: Numbering | None
     ) -> None:
-        super().__init__(module, forward, embedding, (), shorten=numbering is not None)
-        self.front, self.numbering = front, numbering
+        super().__init__(module, forward, embedding, front, shorten=numbering is not None)
+        self.numbering = numbering
         """None is the numbering of an encoder: it never has a cache."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the entrance. Raises DeltaSpecError (DS447) where rows could not have the positions they have alone."""
-        given, most = self.arguments(args, kwargs), self.front.most()
-        entering = self._entering(given)
         self.front.entered = True
-        if entering is None or not most:
-            return self.forward(**given)
+        return super().__call__(*args, **kwargs)
+
+    def _start(self, given: dict[str, Any], gap: Gap, entering: Tensor) -> Any:
         size, length = entering.shape[:2]
-        seen = self._seen(given.get("past_key_values"))
-        past = seen - most if seen else 0
-        gap = self._open(given, entering, most, past, behind=not self._keeps_cache(given))
-        if not gap.behind:
-            self._number(given, entering, past)
-        if seen:
-            self._check_positions(given, seen + length, most)
-            if given.get("position_ids") is not None:
-                given["position_ids"] = given["position_ids"] + gap.lengths
-            if given.get("cache_position") is not None:
-                given["cache_position"] = given["cache_position"] + most
-            return self._run(given, gap, fresh=False)
-        self.front.parts[0][0].batch.totals += (size * (length + most),)
+        self.front.parts[0][0].batch.totals += (size * (length + gap.tokens),)
         self.front.entering = True
         try:
-            self._fill(given, gap, entering, self.front.ids(size, entering.device)[:, :most])
-            return self._run(given, gap, fresh=True)
+            return super()._start(given, gap, entering)
         finally:
             self.front.entering = False
 
-    def _open(self, given: dict[str, Any], entering: Tensor, most: int, past: int, behind: bool) -> RowGap:
+    def _open(self, given: dict[str, Any], entering: Tensor, most: int, past: int) -> Gap:
         """Lengthen the mask of the padding, made where there is none, and say where the places opened."""
         size, length = entering.shape[:2]
         mask = checked_mask(given)
@@ -161,8 +113,10 @@ class PromptedRows(Prompted):
         if mask.shape[1] != past + length:
             raise mask_error(mask, past + length)
         mask = mask.expand(size, -1)
-        gap = RowGap(most, self.front.lengths(size, entering.device), padding_of(mask), behind)
-        given["attention_mask"] = gap.fill(mask.new_ones(1, most), mask)
+        gap = self.front.gap(mask, most, behind=not self._keeps_cache(given))
+        given["attention_mask"] = gap.lengthen(mask)
+        if not gap.behind:
+            self._number(given, entering, past)
         return gap
 
     def _keeps_cache(self, given: dict[str, Any]) -> bool:
@@ -179,29 +133,25 @@ class PromptedRows(Prompted):
             raise DeltaSpecError([_unnumbered(self.module)])
 
 
-class FollowingRows(Around):
-    """The forward of a decoder whose encoder has virtual tokens: the mask of what it attends to covers them, too."""
+class FollowingRows(Following):
+    """The forward of a decoder whose encoder has virtual tokens of each row."""
 
-    def __init__(self, module: nn.Module, forward: Forward, front: Front) -> None:
-        super().__init__(module, forward)
-        self.front = front
+    front: RowFront
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the decoder."""
-        given, most = self.arguments(args, kwargs), self.front.most()
-        entered, self.front.entered = self.front.entered, False
-        states = given.get("encoder_hidden_states")
-        if states is None or not most:
-            return self.forward(**given)
-        mask = checked_mask(given, "encoder_attention_mask")
+        """Run the decoder. Raises DeltaSpecError (DS447) where nothing says where the tokens are."""
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.front.entered = False
+
+    def _mask(self, given: dict[str, Any], states: Tensor, most: int) -> Tensor:
+        mask = checked_mask(given, ENCODED)
         if mask is None:
-            if not entered:
+            if not self.front.entered:
                 raise DeltaSpecError([_unmasked()])
             mask = torch.ones(states.shape[0], states.shape[1] - most, dtype=torch.long, device=states.device)
-        if mask.shape[1] + most == states.shape[1]:
-            gap = RowGap(most, self.front.lengths(states.shape[0], states.device), padding_of(mask), behind=True)
-            given["encoder_attention_mask"] = gap.fill(mask.new_ones(1, most), mask)
-        return self.forward(**given)
+        return mask.expand(states.shape[0], -1)
 
 
 def _unnumbered(module: nn.Module) -> Diagnostic:
