@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deltaspec.runtime.forward_gate import COUNTING
+from deltaspec.runtime.forward_gate import INSTALLED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +31,7 @@ def snapshot(model: nn.Module, *, identity: bool = False, skip: str | None = Non
         if identity:
             seen[f"{place}id"] = id(module)
         for name, value in module.__dict__.items():
-            if skip is not None and name in COUNTING:
+            if skip is not None and name in INSTALLED:
                 continue
             if name == "_parameters" or name == "_buffers":
                 for own, tensor in value.items():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deltaspec.backbone.prompt_end import unwatch, watch
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
 
 _GATE = "_deltaspec_gate"
-COUNTING = (_GATE, "_call_impl", "_apply")
-"""What `install` sets in a backbone's `__dict__`."""
+_COUNTING = (_GATE, "_call_impl", "_apply")
+INSTALLED = (*_COUNTING, "generate")
+"""What `install` sets in the `__dict__` of a backbone, and of its parts that generate."""
 _compiling = torch.compiler.is_compiling
 
 
@@ -133,12 +135,14 @@ def install(backbone: nn.Module, gate: ForwardGate) -> None:
     backbone.__dict__[_GATE] = gate
     backbone.__dict__["_call_impl"] = MethodType(_call_impl, backbone)
     backbone.__dict__["_apply"] = MethodType(_apply, backbone)
+    watch(backbone)
 
 
 def remove(backbone: nn.Module) -> None:
     """Undo `install`, on a copy of a backbone."""
-    for name in COUNTING:
+    for name in _COUNTING:
         backbone.__dict__.pop(name, None)
+    unwatch(backbone)
 
 
 def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -6,11 +6,12 @@ prompt's length is remembered for the duration of one `generate`, by its own con
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from deltaspec.backbone.prompt_end import _HOW, _error, remembering
+from deltaspec.backbone.prompt_end import HOW, asked, remembering, unclear
 from deltaspec.methods.registry import methods
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def generating(planned: Mapping[str, PlannedDelta], active: Iterable[str], backb
 
     def run(*args: Any, **kwargs: Any) -> Any:
         cached = _check(names[0], backbone, args, kwargs)
-        with nullcontext() if cached else remembering():
+        with nullcontext() if cached else remembering(backbone):
             return generate(*args, **kwargs)
 
     return run
@@ -41,16 +42,7 @@ def _ends_matter(planned: PlannedDelta) -> bool:
 
 def _check(name: str, backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Refuse what hides the prompt's end from a delta; return whether there will be a cache."""
-    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-    default = getattr(backbone, "generation_config", None)
-
-    def setting(key: str) -> Any:
-        if key in kwargs:
-            return kwargs[key]
-        found = getattr(given, key, None)
-        return getattr(default, key, None) if found is None else found
-
-    problem = None
+    setting, problem = functools.partial(asked, backbone, args, kwargs), None
     if setting("prefill_chunk_size") is not None:
         problem = "prefill_chunk_size brings the prompt in pieces"
     elif kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None:
@@ -58,7 +50,7 @@ def _check(name: str, backbone: Any, args: tuple[Any, ...], kwargs: dict[str, An
     elif setting("use_cache") is False and not _is_plain_decoder(backbone):
         problem = "without a cache only a plain decoder of text tells where it ends"
     if problem is not None:
-        raise _error(f"delta {name!r} edits the last tokens of the prompt, and {problem}", _HOW)
+        raise unclear(f"delta {name!r} edits the last tokens of the prompt, and {problem}", HOW)
     return setting("use_cache") is not False
 
 
