@@ -258,7 +258,7 @@ class Following(Around):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder."""
         given, most = self.arguments(args, kwargs), self.front.most()
-        states = given.get("encoder_hidden_states")
+        states: Any = given.get("encoder_hidden_states")
         mask: Tensor | None = None if states is None or not most else self._mask(given, states, most)
         if mask is not None and mask.shape[-1] + most == states.shape[1]:
             if mask.dim() != 2:
