@@ -340,9 +340,7 @@ def test_any_text_gives_data_or_findings(text, name):
 
 
 @given(
-    st.lists(
-        st.sampled_from(list("{}[]:,-?&*!|>'\"%@`# \n\tab01.~<") + ["- ", ": ", "? ", "---\n", "...\n"]), max_size=40
-    )
+    st.lists(st.sampled_from([*"{}[]:,-?&*!|>'\"%@`# \n\tab01.~<", "- ", ": ", "? ", "---\n", "...\n"]), max_size=40)
 )
 @settings(max_examples=400, deadline=None)
 def test_any_heap_of_yaml_signs_gives_data_or_findings(parts):

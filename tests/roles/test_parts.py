@@ -71,7 +71,7 @@ def rows_of(name: str, part: str) -> list[int]:
     if name in ("gpt_neox", "bloom", "falcon"):  # head by head
         return [24 * head + 8 * index + i for head in range(HEADS) for i in range(HEAD)]
     if name == "falcon grouped":  # two groups of two queries, one key, one value
-        inside = {"q": range(0, 16), "k": range(16, 24), "v": range(24, 32)}[part]
+        inside = {"q": range(16), "k": range(16, 24), "v": range(24, 32)}[part]
         return [32 * group + i for group in range(2) for i in inside]
     keys = {"phi3": 16, "falcon multi-query": 8}[name]  # all queries, then keys, then values
     starts = {"q": (0, 32), "k": (32, 32 + keys), "v": (32 + keys, 32 + 2 * keys)}
