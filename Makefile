@@ -13,7 +13,7 @@ MISTYPED := alhpa,caf,expct,fro,legel,linaer,paht,parms,qery,qeury,smal,te,uper,
 
 DEMO_PLAN := deltaspec.demo.model:build specs/demo-tweets.deltaspec.yaml specs/demo-topics.deltaspec.yaml
 
-.PHONY: demo example test lint format bench schema-check lock-check generate clean
+.PHONY: demo example test lint format bench schema-check lock-check generate wheel clean
 
 demo: .venv/.demo
 	$(BIN)/deltaspec demo $(ARGS)
@@ -61,6 +61,10 @@ generate: .venv/.test
 	$(BIN)/python .ci/public_api.py
 	$(BIN)/python docs/draw_architecture.py
 	$(BIN)/deltaspec lock $(DEMO_PLAN)
+
+# Wheel and sdist in dist/, their contents checked, the wheel installed alone and used.
+wheel:
+	$(PYTHON) .ci/check_wheel.py
 
 clean:
 	rm -rf .venv build dist demo-output example-output example-output-quick

@@ -42,7 +42,7 @@ SPOKEN = ("__call__", "__contains__", "__enter__", "__exit__", "__getitem__", "_
 
 def signatures(root: Path = ROOT) -> dict[str, str]:
     """Return every public name of the package below `root` with its signature."""
-    package = griffe.load("deltaspec", search_paths=[root])
+    package = griffe.load("deltaspec", search_paths=[root], try_relative_path=False)
     assert isinstance(package, griffe.Module)
     found: dict[str, str] = {}
     for face, names in FACES.items():

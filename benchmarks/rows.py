@@ -133,7 +133,7 @@ def saving() -> Iterator[Row]:
             },
             pairs=20,
         )
-    median, text = ratio(times["peer"], times["ours"])
+    _, text = ratio(times["peer"], times["ours"])
     yield Row(
         "restore one saved delta onto the backbone",
         seconds(times["ours"]),

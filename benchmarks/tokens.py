@@ -33,7 +33,7 @@ def over_tokens() -> Iterator[Item]:
         for name, found in curves.items():
             found[tokens] = [a / b for a, b in zip(times[name], times["bare"], strict=True)]
         if tokens in (1, 16, 128, 512):
-            median, first = ratio(times["deltaspec, merged"], times["bare"])
+            _, first = ratio(times["deltaspec, merged"], times["bare"])
             _, second = ratio(times["PEFT, merged"], times["bare"])
             yield Row(
                 f"merged, over bare, 1 × {tokens} tokens (8 × 512 Llama)",

@@ -130,7 +130,7 @@ def picture() -> str:
         kind = "on" if height == HIGH else "off"
         bands.append(f'<rect class="{kind}" x="8" y="{y}" width="WIDTH" height="{height}" rx="6"/>')
         bands.append(f'<text class="{kind}" x="20" y="{y + height // 2 + 5}">{names}</text>')
-        row |= {room: (y, y + height // 2, y + height) for room in rooms}
+        row |= dict.fromkeys(rooms, (y, y + height // 2, y + height))
         y += height + GAP
     place: dict[str, tuple[int, int, int]] = {}
     x, last = LEFT, None

@@ -43,7 +43,7 @@ def gives_new_tensor(kind: type[nn.Module]) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-def _linear(module: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002, named as nn.Linear names it
+def _linear(module: nn.Linear, input: Tensor) -> Tensor:  # named as nn.Linear names it
     """Run nn.Linear's forward without `nn.Module.__getattr__`, which costs as much as dispatching the product.
 
     The parameters are looked up in every call where nn.Module keeps them, so a replaced one is seen; where another

@@ -88,8 +88,8 @@ def toys() -> tuple[Task, Task]:
     colours = [["red"], ["blue"], ["green"], ["white"], ["black"], ["pink"], ["brown"], ["grey"]]
     labels = data.TOPICS
     return (
-        _toy("tweets", ("sea", "land"), [w + ["the", "a"] for w in sea_land]),
-        _toy("topics", labels, [w + ["the", "a"] for w in colours[: len(labels)]]),
+        _toy("tweets", ("sea", "land"), [[*w, "the", "a"] for w in sea_land]),
+        _toy("topics", labels, [[*w, "the", "a"] for w in colours[: len(labels)]]),
     )
 
 

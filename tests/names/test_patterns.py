@@ -1,6 +1,7 @@
 """Globs against a slow and plain matcher; regular expressions that take too long."""
 
 import time
+from contextlib import suppress
 from functools import cache
 
 import pytest
@@ -18,7 +19,7 @@ def plainly(glob: tuple[str, ...], name: tuple[str, ...]) -> bool:
         if not pattern:
             return not text
         if pattern[0] == "*":
-            return characters(pattern[1:], text) or bool(text) and characters(pattern, text[1:])
+            return characters(pattern[1:], text) or (bool(text) and characters(pattern, text[1:]))
         return bool(text) and pattern[0] == text[0] and characters(pattern[1:], text[1:])
 
     @cache
@@ -26,7 +27,7 @@ def plainly(glob: tuple[str, ...], name: tuple[str, ...]) -> bool:
         if not left:
             return not right
         if left[0] == "**":
-            return segments(left[1:], right) or bool(right) and segments(left, right[1:])
+            return segments(left[1:], right) or (bool(right) and segments(left, right[1:]))
         return bool(right) and characters(left[0], right[0]) and segments(left[1:], right[1:])
 
     return segments(glob, name)
@@ -117,10 +118,8 @@ def test_malformed_regular_expressions(text):
 def test_matching_stops_in_time():
     compiled = compile_regex("(?:k|kk)+j", probe=False)
     start = time.process_time()
-    try:
+    with suppress(BacktrackingError):
         assert not fullmatch(compiled, "k" * 200)
-    except BacktrackingError:
-        pass
     assert time.process_time() - start < 1
 
 

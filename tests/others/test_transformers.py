@@ -44,7 +44,7 @@ def test_labels_and_positional_arguments():
 def test_wrong_arguments_fail_as_they_do_on_the_original():
     compiled = build("bert")
     with pytest.raises(TypeError):
-        compiled(ids(), nonsense=1, **{"attention_mask": None, "input_ids": ids()})
+        compiled(ids(), nonsense=1, attention_mask=None, input_ids=ids())
 
 
 def test_the_root_forwards_what_the_backbone_has():

@@ -8,8 +8,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import check_wheel
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -19,6 +21,10 @@ import deltaspec
 from deltaspec.cli import main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -54,10 +60,24 @@ def test_every_verb_exists():
         assert CliRunner().invoke(main, [verb, "--help"]).exit_code == 0, verb
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
-def test_every_named_file_exists(text):
-    named = set(re.findall(r"`((?:deltaspec|specs|schemas|tests|examples|benchmarks)/[\w./-]*)`", text))
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+def test_every_named_file_exists(path):
+    text = path.read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:\.ci|deltaspec|docs|specs|schemas|tests|examples|benchmarks)/[\w./-]*)`", text))
     assert {name for name in named if not (ROOT / name).exists()} == set()
+    linked = {link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link}
+    assert {link for link in linked if not (path.parent / link).exists()} == set()
+
+
+def test_every_decision_is_in_the_index_and_says_what_was_tried():
+    decisions = sorted((ROOT / "docs/decisions").glob("[0-9]*.md"))
+    index = (ROOT / "docs/decisions/README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[(\d{4})\]\((.+)\) \|", index, re.MULTILINE) == [(p.name[:4], p.name) for p in decisions]
+    for number, path in enumerate(decisions, start=1):
+        title, *sections = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert title.startswith(f"{number}. ")
+        assert f"| {title.partition('. ')[2]} |" in index
+        assert sections == ["Context", "Decision", "What was tried", "Consequences"]
 
 
 def test_readme_specs_are_valid(tmp_path):
@@ -124,6 +144,52 @@ def test_ci_script_runs_the_required_checks():
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     text = script.read_text(encoding="utf-8")
     assert {"test", "lint", "schema-check"} <= set(re.findall(r"make ([a-z-]+)", text)) <= TARGETS
+
+
+@pytest.mark.parametrize("name", ["ci", "release"])
+def test_workflows_run_what_is_here(name):
+    workflow = yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8"))
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    scripts = re.findall(r"\.ci/\w+(?:\.py)?", " ".join(step.get("run", "") for step in steps))
+    assert scripts
+    assert all((ROOT / script).exists() for script in scripts)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "secrets." not in str(workflow)  # publishing is trusted, without a token
+
+
+def test_issue_forms_ask_for_something():
+    forms = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in ROOT.glob(".github/ISSUE_TEMPLATE/*.yml")}
+    assert forms.pop("config") == {"blank_issues_enabled": True}
+    assert set(forms) == {"bug", "method", "role_map"}
+    for form in forms.values():
+        assert form["name"] and form["description"]
+        names = [part["id"] for part in form["body"]]
+        assert len(names) == len(set(names))
+        assert any(part.get("validations", {}).get("required") for part in form["body"])
+
+
+def test_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+
+
+def test_a_wheel_with_something_missing_or_alien_is_refused():
+    info = f"deltaspec-{check_wheel.VERSION}.dist-info"
+    whole = check_wheel.sources() | {"deltaspec/schemas/deltaspec-v1.schema.json"}
+    whole |= {f"deltaspec/demo/specs/{name}" for name in check_wheel.DEMO_SPECS}
+    whole |= {f"{info}/{n}" for n in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}
+    assert check_wheel.wrong_in_wheel(whole) == []
+    changed = (whole - {"deltaspec/py.typed", "deltaspec/roles/bert.json"}) | {"tests/conftest.py"}
+    assert check_wheel.wrong_in_wheel(changed) == [
+        "the wheel lacks deltaspec/py.typed",
+        "the wheel lacks deltaspec/roles/bert.json",
+        "the wheel should not hold tests/conftest.py",
+    ]
+    (one,) = check_wheel.wrong_in_sdist(whole | {f"{f}/x" for f in check_wheel.FOLDERS} | {"docs/__pycache__/x.pyc"})
+    assert one == "the sdist should not hold docs/__pycache__/x.pyc"
+    assert "the sdist lacks docs" in check_wheel.wrong_in_sdist(whole)
+    assert check_wheel.main(["--tag", "v0.0.0"]) == 1
 
 
 def test_pins_cover_and_satisfy_every_requirement():

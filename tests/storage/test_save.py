@@ -45,7 +45,7 @@ def test_saving_again_replaces_the_set_and_leaves_strangers_alone(saved):
     build(number=3).save(saved)
     second = set(os.listdir(saved))
     assert "notes.txt" in second and len(first) == len(second)
-    assert {name for name in first & second} == {"notes.txt", "manifest.json"}
+    assert first & second == {"notes.txt", "manifest.json"}
     assert torch.equal(run(deltaspec.restore(CHOSEN.model(), saved)), run(build(number=3)))
 
 

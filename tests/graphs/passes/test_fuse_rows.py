@@ -58,7 +58,7 @@ def test_chained_links_are_accumulated_into():
 
 def test_a_host_that_may_keep_its_output_is_not_written_into():
     class Keeping(torch.nn.Linear):
-        def forward(self, input):  # noqa: A002
+        def forward(self, input):
             self.kept = super().forward(input)
             return self.kept
 

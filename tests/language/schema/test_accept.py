@@ -31,8 +31,10 @@ EXAMPLES = [
     for name, method in builtin_methods().items()
 ]
 VALUES = st.sampled_from(
-    [None, True, 0, 1, -1, 8, 8.0, 0.5, 1e9, "", "x", "lora", "8:16", ">=4", "50%", "a\n", [], ["x"], [1, 2], {}]
-    + [{"budget": "0.5%"}, {"budget": 9}, {"from": 1}, {"path": "**.q"}, {"in": ">=4"}, {"min": 1, "max": 0}]
+    [
+        *(None, True, 0, 1, -1, 8, 8.0, 0.5, 1e9, "", "x", "lora", "8:16", ">=4", "50%", "a\n", [], ["x"], [1, 2], {}),
+        *({"budget": "0.5%"}, {"budget": 9}, {"from": 1}, {"path": "**.q"}, {"in": ">=4"}, {"min": 1, "max": 0}),
+    ]
 )
 KEYS = [
     "rank",
