@@ -63,7 +63,7 @@ generate: .venv/.test
 	$(BIN)/deltaspec lock $(DEMO_PLAN)
 
 clean:
-	rm -rf .venv build dist demo-output example-output example-output-quick
+	rm -rf .venv .coverage build dist demo-output example-output example-output-quick
 
 .venv/.made:
 	@echo "-- making .venv with $$($(PYTHON) --version)"
