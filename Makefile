@@ -67,7 +67,7 @@ wheel:
 	$(PYTHON) .ci/check_wheel.py
 
 clean:
-	rm -rf .venv build dist demo-output example-output example-output-quick
+	rm -rf .venv .coverage build dist demo-output example-output example-output-quick
 
 .venv/.made:
 	@echo "-- making .venv with $$($(PYTHON) --version)"
