@@ -57,7 +57,7 @@ def test_functional_call_reaches_a_linear_host():
 
 def test_only_plain_layers_are_known_to_give_new_tensors():
     class Cached(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        def forward(self, input: Tensor) -> Tensor:
             self.last = super().forward(input)
             return self.last
 

@@ -114,7 +114,7 @@ def test_all_findings_of_the_reader_come_at_once():
 
 @given(
     st.lists(
-        st.sampled_from(list("{}[]:,-?&*!|>'\"%@`# \n\tab01.~<") + ["- ", ": ", "? ", "---\n", "...\n"]), max_size=40
+        st.sampled_from([*list("{}[]:,-?&*!|>'\"%@`# \n\tab01.~<"), "- ", ": ", "? ", "---\n", "...\n"]), max_size=40
     )
 )
 @settings(max_examples=400, deadline=None)

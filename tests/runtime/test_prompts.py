@@ -87,7 +87,7 @@ def test_pooling_by_the_last_real_token() -> None:
 def test_encoder_decoder(make: Any) -> None:
     model = build(make)
     c, ids, labels = compiled(model, 5), tokens(), tokens(2, 4)
-    assert [site.fqn for site in c.plan.sites][0].endswith("encoder.embed_tokens")
+    assert next(site.fqn for site in c.plan.sites).endswith("encoder.embed_tokens")
     mask = torch.ones_like(ids)
     mask[0, -2:] = 0
     encoder_embeds = model.get_encoder().get_input_embeddings()

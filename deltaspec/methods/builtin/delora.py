@@ -1,4 +1,4 @@
-"""Decoupled low-rank adaptation: Wx + b + λ/r · B Ξ A N drop(x), Ξ = diag(1 / ‖aᵢ‖‖bᵢ‖): directions apart from strength.
+"""Decoupled low-rank adaptation: Wx + b + λ/r · B Ξ A N drop(x), Ξ = diag(1 / ‖aᵢ‖‖bᵢ‖): strength apart.
 
 aᵢ are the rows of A, bᵢ the columns of B, r the rank, and N = diag(‖wⱼ‖) holds the norms of the columns of W.
 """

@@ -82,7 +82,7 @@ class Lora(Method):
         "lora_dropout": "dropout",
         "lora_bias": "bias",
         "dora": "use_dora",
-        **dict.fromkeys(("use_rslora", "rslora"), {True: "scaling: rslora", False: "scaling: standard"}),
+        **{key: {True: "scaling: rslora", False: "scaling: standard"} for key in ("use_rslora", "rslora")},
         "init_lora_weights": {
             "gaussian": "init: normal",
             "(pissa|orthogonal)": r"init: \1",

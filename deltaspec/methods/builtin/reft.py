@@ -74,7 +74,7 @@ class Reft(Method):
         "prefix_positions": "first",
         "suffix_positions": "last",
         "tied_weights": "tied",
-        **dict.fromkeys(("orthogonality", "subtract_projection"), {True: "form: loreft", False: "form: direft"}),
+        **{key: {True: "form: loreft", False: "form: direft"} for key in ("orthogonality", "subtract_projection")},
     }
 
     def refuse(self, site: Site, params: ReftParams) -> Refusal | None:

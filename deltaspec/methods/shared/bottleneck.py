@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -61,7 +62,7 @@ class SerialMethod(Method):
 
     default_roles = PLACEMENTS["houlsby"]
     role_choice = "placement"
-    foreign = {
+    foreign: ClassVar[Mapping[str, str | Mapping[Any, str] | None]] = {
         **dict.fromkeys(("bottleneck_dim", "bottleneck_size", "bottleneck", "adapter_dim"), "width"),
         "reduction_factor": "reduction",
         **dict.fromkeys(("non_linearity", "nonlinearity", "act", "act_fn", "activation_fn"), "activation"),
