@@ -36,7 +36,8 @@ class Adapter(SerialMethod):
     Params = AdapterParams
     promises = Promises(identity_at_start=True, weight=None, per_row=True)
     small = {"width": 4}
-    foreign = SerialMethod.foreign | {
+    foreign = {
+        **SerialMethod.foreign,
         "ln_before": "norm_before",
         "ln_after": "norm_after",
         **dict.fromkeys(("use_gating", "inv_adapter", "cross_adapter", "original_ln_before", "original_ln_after")),
@@ -44,7 +45,7 @@ class Adapter(SerialMethod):
     }
 
     def is_identity_at_start(self, params: AdapterParams) -> bool:
-        """Not without the residual."""
+        """Return whether it has its residual."""
         return params.residual
 
     def tensors(self, site: Site, params: AdapterParams) -> tuple[TensorSpec, ...]:

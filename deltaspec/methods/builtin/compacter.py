@@ -40,7 +40,8 @@ class Compacter(SerialMethod):
     Params = CompacterParams
     promises = Promises(identity_at_start=False, weight=None, per_row=True)
     small = {"width": 4, "divisions": 2}
-    foreign = SerialMethod.foreign | {
+    foreign = {
+        **SerialMethod.foreign,
         "phm_rank": "rank",
         **dict.fromkeys(("phm_dim", "hypercomplex_division"), "divisions"),
         "shared_phm_rule": "share_rule",

@@ -33,7 +33,8 @@ class LowRankAdapter(SerialMethod):
     Params = LowRankAdapterParams
     promises = Promises(identity_at_start=True, weight=None, per_row=True)
     small = {"width": 4}
-    foreign = SerialMethod.foreign | {
+    foreign = {
+        **SerialMethod.foreign,
         **dict.fromkeys(("low_rank_rank", "low_rank_w_rank"), "rank"),
         "low_rank_w_init": "delete it: the start is the usual one",
     }
