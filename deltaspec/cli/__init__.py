@@ -17,6 +17,7 @@ import click
 
 from deltaspec.cli._shared import show
 from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.diagnostics.wording import closest
 
 _EXTRAS = {"torch": "torch", "safetensors": "torch", "transformers": "transformers"}
 """Packages that an installation for `validate` alone lacks, with the extra that has each."""
@@ -39,8 +40,6 @@ class _Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        from deltaspec.diagnostics.wording import closest
-
         known = self.list_commands(ctx)
         if args and not args[0].startswith("-") and args[0] not in known and (near := closest(args[0], known)):
             ctx.fail(f"No such command {args[0]!r}. Did you mean {near!r}?")

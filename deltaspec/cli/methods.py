@@ -8,6 +8,7 @@ import click
 
 from deltaspec.cli._shared import report
 from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.methods.registry import builtin_methods, methods
 
 
 @click.command()
@@ -18,7 +19,6 @@ def command(path: Path | None, check: bool) -> None:
 
     PATH is a Markdown file with the marks that stand around the table.
     """
-    from deltaspec.methods.registry import builtin_methods, methods
     from deltaspec.reports.methods_table import methods_table, with_table
 
     if path is None:

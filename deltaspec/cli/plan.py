@@ -14,6 +14,7 @@ from deltaspec.cli._shared import report, show, wants_color
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.diagnostics.render import FORMATS
 from deltaspec.diagnostics.wording import counted, plural
+from deltaspec.language.validate import validate
 
 if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Diagnostic
@@ -65,8 +66,6 @@ def command(model: str, specs: tuple[str, ...], check: bool, output_format: str)
 
 def plan_from(model: str, specs: tuple[str, ...]) -> Plan:
     """Plan specs on a model, both as the command line names them. The specs are read first: that is quick."""
-    from deltaspec.language.validate import validate
-
     if findings := [finding for spec in specs for finding in validate(spec)]:
         raise DeltaSpecError(findings)
     from deltaspec.backbone.loading import model_from

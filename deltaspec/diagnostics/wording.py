@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from json import dumps
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
     """Return the known word that `word` is most likely a misspelling of; None where none is near."""
-    from difflib import get_close_matches
-
     candidates = {k.lower(): k for k in sorted(known, reverse=True)}
     found = get_close_matches(word[:100].lower(), list(candidates), n=1, cutoff=0.6)
     return candidates[found[0]] if found else None
@@ -34,8 +34,6 @@ def show_path(path: Sequence[str | int]) -> str:
 
 def show_value(value: object) -> str:
     """Write a document's value for a message, shortened to 60 characters."""
-    from json import dumps
-
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list):

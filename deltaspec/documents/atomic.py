@@ -49,7 +49,7 @@ def alone_in(folder: Path) -> Iterator[bool]:
     if sys.platform == "win32":
         yield False
         return
-    import fcntl
+    import fcntl  # which Windows has not
 
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from re import _parser  # type: ignore[attr-defined]  # the only parser of this grammar
 from time import process_time
 from typing import Any
 
@@ -94,7 +95,7 @@ def compile_regex(text: str, probe: bool = True) -> Pattern:
     `probe` tries it on a few names that it nearly matches, at a cost of at most a few tenths of a second.
     """
     _check_text(text)
-    import regex  # type: ignore[import-untyped,unused-ignore]
+    import regex  # type: ignore[import-untyped,unused-ignore]  # slow to import, and few specs need it
 
     counts = [int(n) for n in re.findall(r"\d+", " ".join(re.findall(r"\{[\d,\s]*\}", text))) if len(n) < 10]
     longest = re.search(r"\{[\d,\s]*\d{10}", text)
@@ -164,8 +165,6 @@ def _nested_repeat(text: str) -> str | None:
 
     The engine survives some of these on some names by shortcuts of its own; a spec should not depend on them.
     """
-    from re import _parser  # type: ignore[attr-defined]  # the standard library's only parser of this grammar
-
     try:
         with warnings.catch_warnings(action="ignore"):
             tree = _parser.parse(text)

@@ -21,6 +21,7 @@ from deltaspec.language.derivation import OTHERS, DerivedParams
 from deltaspec.language.model import DeltaSpec
 from deltaspec.language.schema.accept import CODED
 from deltaspec.language.schema.coded import coded
+from deltaspec.methods.registry import builtin_methods, methods
 
 if TYPE_CHECKING:
     from deltaspec.methods.base import Method
@@ -61,8 +62,6 @@ def schema(methods: Mapping[str, Method], known: Collection[str] | None = None) 
 
 def schema_text(with_plugins: bool = False) -> str:
     """Generate the schema as the text of a file: deltaspec's own methods, or all that are installed."""
-    from deltaspec.methods.registry import builtin_methods, methods
-
     return dumps(schema(methods() if with_plugins else builtin_methods()), indent=2, ensure_ascii=False) + "\n"
 
 

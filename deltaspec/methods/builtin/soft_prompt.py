@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
 from deltaspec.methods.shared.prompts import PromptMethod
 from deltaspec.methods.shared.text import TextError, ids_of
@@ -133,8 +134,6 @@ def _text_ids(params: SoftPromptParams) -> Sequence[int]:
 
 def _vocabulary_ids(params: SoftPromptParams, rows: int) -> Sequence[int]:
     """Return the ids of the text, all of them in a vocabulary of this size. Raises DeltaSpecError."""
-    from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-
     try:
         ids = _text_ids(params)
         if max(ids) >= rows:
