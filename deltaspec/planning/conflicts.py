@@ -42,7 +42,7 @@ class _Weights:
 
     def misses(self, before: _Weights) -> frozenset[str]:
         """Return the sites at which it would not see what a delta before it does to the weight; both fold, it does."""
-        return self.reads & (before.called | (before.folded - self.folded))
+        return self.reads and self.reads & (before.called | (before.folded - self.folded))
 
 
 def _clashes(before: _Weights, after: _Weights) -> Iterator[tuple[Clash, frozenset[str]]]:
@@ -71,9 +71,9 @@ def conflicts(specs: Sequence[DeltaSpec], deltas: Sequence[PlannedDelta]) -> lis
         if delta.attached and _changes_weights(delta):
             after = _weights(delta)
             for name, before in earlier:
-                # Where the one that comes first could not come behind either, another order is no way out.
-                stuck = before.misses(after) if before.replaced is None else before.sites
                 for clash, names in _clashes(before, after):
+                    # Where the one that comes first could not come behind either, another order is no way out.
+                    stuck = before.misses(after) if before.replaced is None else before.sites
                     for behind, sites in _by_way_out(delta, names, stuck).items():
                         findings.append(_conflict(spec, index, name, clash, sites, behind))
             earlier.append((delta.name, after))
