@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from deltaspec.backbone.forwards import own_forward
-from deltaspec.backbone.frozen import BufferGuard, Flags, tracks_statistics
 from deltaspec.backbone.reserved import home
 from deltaspec.backbone.walk import named
 from deltaspec.runtime.forward_gate import ForwardGate, install
+from deltaspec.runtime.frozen import BufferGuard, Flags, tracks_statistics
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from deltaspec.backbone.forwards import arguments_of, gives_new_tensor
-from deltaspec.backbone.frozen import FrozenStatistics
 from deltaspec.backbone.stand_in import Swapped
 from deltaspec.deltas.modules import Delta, attribute_name, storage_key
 from deltaspec.deltas.strengths import Strengths
@@ -24,6 +23,7 @@ from deltaspec.graphs.regions import Region, RegionKey, region
 from deltaspec.graphs.symbolic import SiteNames, compile_graph, copy_graph, rewrite_site
 from deltaspec.methods.declarations import Form
 from deltaspec.methods.registry import methods
+from deltaspec.runtime.frozen import FrozenStatistics
 from deltaspec.runtime.lowering import Attend, Fold, Lowered
 from deltaspec.runtime.program import Program
 from deltaspec.runtime.prompts import Following, Front, Prompted

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deltaspec.backbone.frozen import FrozenStatistics
 from deltaspec.backbone.stand_in import no_gradient_of_padding
 from deltaspec.deltas.strengths import Strengths
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.graphs.row_ops import align, rows_in, rows_out, take
 from deltaspec.methods.registry import methods
+from deltaspec.runtime.frozen import FrozenStatistics
 from deltaspec.runtime.lowering import Lowered
 from deltaspec.runtime.placements import host_of
 from deltaspec.runtime.program_builder import call_form

@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from deltaspec.backbone.frozen import FrozenStatistics
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.runtime.frozen import FrozenStatistics
 from deltaspec.runtime.proving import watched
 from deltaspec.serving.assignment import Rows, chain, parse_rows, places, to_tensors
 from deltaspec.serving.binding import put_prompts_in_front, touched

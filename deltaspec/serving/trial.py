@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deltaspec.backbone.frozen import BufferGuard
 from deltaspec.backbone.inputs import dummy_inputs
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.runtime.frozen import BufferGuard
 
 if TYPE_CHECKING:
     from torch import nn
