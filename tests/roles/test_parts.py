@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -19,7 +22,6 @@ IDS = torch.tensor([[5, 3, 9, 17, 4, 8], [1, 2, 30, 4, 22, 6]])
 SIZES: dict[str, Any] = dict(
     vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, attn_implementation="eager"
 )
-HEADS, HEAD = 4, 8
 
 
 def gpt2() -> nn.Module:
@@ -51,6 +53,13 @@ def falcon(**layout: Any) -> Any:
     return lambda: transformers.FalconForCausalLM(transformers.FalconConfig(**SIZES, **layout))
 
 
+def gpt2_cross() -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=40, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True, attn_implementation="eager"
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
 FUSED: dict[str, Any] = {
     "gpt2": gpt2,
     "gpt_neox": gpt_neox,
@@ -60,22 +69,111 @@ FUSED: dict[str, Any] = {
     "falcon": falcon(new_decoder_architecture=False, multi_query=False),
     "falcon multi-query": falcon(new_decoder_architecture=False, multi_query=True),
     "falcon grouped": falcon(new_decoder_architecture=True, num_kv_heads=2),
+    "gpt2 cross": gpt2_cross,
 }
+"""A model for every layout of every role map with `parts`: a new one needs a line here, and nothing else in this file.
+
+What its parts are is then seen in the model's own code (see `observed`)."""
+MAPS = [
+    (data["model_type"], data.get("aliases", []), data["parts"])
+    for file in sorted(files("deltaspec.roles").iterdir(), key=lambda file: file.name)
+    if file.name.endswith(".json") and "parts" in (data := json.loads(file.read_text(encoding="utf-8")))
+]
+ROLES = [
+    (name, role)
+    for name in FUSED
+    for model_type, _, parts in MAPS
+    if name.startswith(model_type)
+    for role in parts
+    if ("cross" in name) == ("cross" in role)
+]
+
+
+def observed(model: nn.Module, role: str, fqn: str) -> list[str]:
+    """Name the part that each output row of a fused projection feeds, by what a change of it does in the model.
+
+    One sequence of a batch for each row: there, the row is changed at one position. Of attention, q then moves the
+    attention weights of that position alone, k also those of later ones, and v none. Of a gated feed-forward, what
+    leaves follows up in proportion, and gate by the activation function.
+    """
+    module = model.get_submodule(fqn)
+    width = next(row.out_features for row in tabulate(model).rows if row.fqn == fqn)
+    at, found = 2, {}
+    given: dict[str, Any] = {"input_ids": IDS[:1].repeat(width, 1)}
+    if role == "cross_attn.kv":
+        given["encoder_hidden_states"] = torch.randn(1, 6, 32).repeat(width, 1, 1)
+    down = next((row.fqn for row in tabulate(model).rows if "mlp.down" in row.roles), None)
+
+    def run(size: float) -> Tensor:
+        def change(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            changed = output.clone()
+            changed[:, at] += size * torch.eye(width) + 0.5 * (role == "mlp.gate_up")  # where activations bend
+            return changed
+
+        def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found["inner"] = inputs[0]
+
+        handles = [module.register_forward_hook(change)]
+        if role == "mlp.gate_up":
+            handles.append(model.get_submodule(down).register_forward_pre_hook(see))
+            model(**given)
+        else:
+            output = model(**given, output_attentions=True)
+            found["inner"] = (output.cross_attentions if role == "cross_attn.kv" else output.attentions)[0]
+        for handle in handles:
+            handle.remove()
+        return found["inner"]
+
+    plain, once, twice = run(0.0), run(0.5), run(1.0)
+    moved = (once - plain).abs()
+    if role == "mlp.gate_up":
+        bent = (twice - plain - 2 * (once - plain)).abs().flatten(1).amax(1)
+        assert moved.flatten(1).amax(1).min() > 0.05
+        return ["gate" if one > 1e-3 else "up" for one in bent.tolist()]
+    if role == "cross_attn.kv":
+        return ["k" if one > 1e-6 else "v" for one in moved.flatten(1).amax(1).tolist()]
+    queries = moved.amax((1, 3))  # [row, position of the query]
+    later, here = queries[:, at + 1 :].amax(1).tolist(), queries[:, at].tolist()
+    return ["k" if after > 1e-6 else "q" if now > 1e-6 else "v" for after, now in zip(later, here, strict=True)]
 
 
 def rows_of(name: str, part: str) -> list[int]:
-    """Return the output rows of a part, as each model's own forward cuts them."""
-    index = "qkv".index(part)
-    if name in ("gpt2", "modernbert"):  # thirds
-        return list(range(32 * index, 32 * (index + 1)))
-    if name in ("gpt_neox", "bloom", "falcon"):  # head by head
-        return [24 * head + 8 * index + i for head in range(HEADS) for i in range(HEAD)]
-    if name == "falcon grouped":  # two groups of two queries, one key, one value
-        inside = {"q": range(0, 16), "k": range(16, 24), "v": range(24, 32)}[part]
-        return [32 * group + i for group in range(2) for i in inside]
-    keys = {"phi3": 16, "falcon multi-query": 8}[name]  # all queries, then keys, then values
-    starts = {"q": (0, 32), "k": (32, 32 + keys), "v": (32 + keys, 32 + 2 * keys)}
-    return list(range(*starts[part]))
+    """Return the output rows of a part of the first fused attention projection, as the model's own code has them."""
+    return [row for row, seen in enumerate(attention_rows(name)) if seen == part]
+
+
+@cache
+def attention_rows(name: str) -> list[str]:
+    model = made(name)
+    fqn = next(row.fqn for row in tabulate(model).rows if "attn.qkv" in row.roles)
+    return observed(model, "attn.qkv", fqn)
+
+
+def claimed(parts: Parts) -> list[str]:
+    """Name the part of each output row, as a role map says."""
+    return [name for name, width in parts.widths for _ in range(width)] * parts.repeats
+
+
+def test_every_layout_of_every_map_has_a_model_here():
+    configs = [FUSED[name]().config for name in FUSED]
+    for model_type, aliases, parts in MAPS:
+        for known in (model_type, *aliases):
+            own = [config for config in configs if config.model_type == known]
+            assert own, f"add a line for {known} to FUSED in {__file__}"
+            for role, layouts in parts.items():
+                for layout in layouts if isinstance(layouts, list) else [layouts]:
+                    wanted = layout.get("when", {}).items()
+                    fitting = [config for config in own if all(getattr(config, n) == value for n, value in wanted)]
+                    assert fitting, f"{role} of {known}: no model in FUSED has {dict(wanted)}"
+
+
+@pytest.mark.parametrize(("name", "role"), ROLES)
+def test_the_parts_of_a_map_are_what_the_models_own_code_makes_of_them(name, role):
+    model = made(name)
+    fused = [row for row in tabulate(model).rows if role in row.roles]
+    assert fused and all(row.parts is not None for row in fused)
+    assert len({row.parts for row in fused}) == 1
+    assert claimed(fused[0].parts) == observed(model, role, fused[0].fqn)
 
 
 def made(name: str) -> nn.Module:
@@ -113,7 +211,7 @@ def test_lora_on_parts_changes_their_rows_of_the_weight_by_the_formula(name):
     reference = made(name)
     for site in c.plan.sites:
         weight = reference.get_submodule(site.fqn).weight
-        rows = weight.t() if name == "gpt2" else weight
+        rows = weight.t() if name.startswith("gpt2") else weight
         for part in "qv":
             down, up = (c.deltas["d"].tensor(f"{site.fqn}.{part}_{n}") for n in ("down", "up"))
             assert down.shape == (3, 32) and up.shape == (len(rows_of(name, part)), 3)
@@ -121,20 +219,6 @@ def test_lora_on_parts_changes_their_rows_of_the_weight_by_the_formula(name):
     assert not torch.allclose(logits(c), logits(model), atol=1e-3)
     torch.testing.assert_close(logits(c), logits(reference), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(c.merge("d")), logits(reference), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", FUSED)
-def test_what_is_called_v_changes_no_attention_and_what_is_called_q_and_k_does(name):
-    """An independent look at the layouts: the attention of the first layer depends on q and k alone."""
-    model = made(name)
-
-    def attention(c: nn.Module) -> Tensor:
-        return c(IDS, output_attentions=True).attentions[0]
-
-    for part in "qkv":
-        c = compiled(model, "lora", rank=2, parts=[part])
-        assert torch.equal(attention(c), attention(model)) is (part == "v")
-        assert not torch.allclose(logits(c), logits(model), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3"])

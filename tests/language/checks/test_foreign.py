@@ -12,31 +12,33 @@ import pytest
 import yaml
 
 import deltaspec
+from deltaspec.methods.registry import builtin_methods
 
-# method -> PEFT's configuration, and values that its users write where the default says nothing
+CONFIGS = {name.lower().removesuffix("config"): name for name in dir(peft) if name.endswith("Config")}
+CALLED = {"soft_prompt": "prompttuning", "prefix": "prefixtuning", "p_tuning": "promptencoder", "norm": "lntuning"}
+"""Methods that have another name in PEFT."""
+GIVEN: dict[str, dict[str, Any]] = {
+    "lora": {"trainable_token_indices": [3, 5], "rank_pattern": {"q_proj": 4}},
+    "fourierft": {"n_frequency_pattern": {"model.layers.[01].mlp": 50}},
+    "c3a": {"init_weights": "gaussian", "block_size_pattern": {"up_proj": 8}},
+    "miss": {"mini_r": 8},
+    "ia3": {"feedforward_modules": ["down_proj"]},
+    "loha": {"alpha_pattern": {"q_proj": 16}},
+    "lokr": {"decompose_factor": 8},
+    "soft_prompt": {"num_virtual_tokens": 4, "prompt_tuning_init": "RANDOM"},
+    "prefix": {"num_virtual_tokens": 4, "encoder_hidden_size": 64},
+    "p_tuning": {
+        "num_virtual_tokens": 4, "encoder_hidden_size": 64, "encoder_reparameterization_type": "LSTM"
+    },
+    "road": {"variant": 1},
+}  # fmt: skip
+"""Values that PEFT's users write where the default says nothing."""
 PEFT: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora": ("LoraConfig", {"trainable_token_indices": [3, 5], "rank_pattern": {"q_proj": 4}}),
-    "adalora": ("AdaLoraConfig", {}),
-    "oft": ("OFTConfig", {}),
-    "boft": ("BOFTConfig", {}),
-    "hra": ("HRAConfig", {}),
-    "vera": ("VeraConfig", {}),
-    "fourierft": ("FourierFTConfig", {"n_frequency_pattern": {"model.layers.[01].mlp": 50}}),
-    "c3a": ("C3AConfig", {"init_weights": "gaussian", "block_size_pattern": {"up_proj": 8}}),
-    "miss": ("MissConfig", {"mini_r": 8}),
-    "ia3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
-    "loha": ("LoHaConfig", {"alpha_pattern": {"q_proj": 16}}),
-    "lokr": ("LoKrConfig", {"decompose_factor": 8}),
-    "soft_prompt": ("PromptTuningConfig", {"num_virtual_tokens": 4, "prompt_tuning_init": "RANDOM"}),
-    "prefix": ("PrefixTuningConfig", {"num_virtual_tokens": 4, "encoder_hidden_size": 64}),
-    "p_tuning": (
-        "PromptEncoderConfig",
-        {"num_virtual_tokens": 4, "encoder_hidden_size": 64, "encoder_reparameterization_type": "LSTM"},
-    ),
-    "road": ("RoadConfig", {"variant": 1}),
-    "norm": ("LNTuningConfig", {}),
-    "hira": ("HiraConfig", {}),
+    method: (CONFIGS[name], GIVEN.get(method, {}))
+    for method in builtin_methods()
+    if (name := CALLED.get(method, method.replace("_", ""))) in CONFIGS
 }
+"""Method -> PEFT's configuration, and values that its users write."""
 EVERYWHERE: dict[str, Any] = {
     "target_modules": ["q_proj", "v_proj"],
     "exclude_modules": ["lm_head"],
