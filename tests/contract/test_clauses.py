@@ -23,7 +23,6 @@ from deltaspec.testing import check_method
 MORE: dict[str, tuple[dict[str, Any], ...]] = {
     "lora": ({"rank": 2, "scaling": "rslora", "bias": True, "dropout": 0.1, "init": "normal"},),
     "adapter": ({"width": 3, "position": "before", "scale": 0.5, "activation": "silu", "dropout": 0.1},),
-    "delora": ({"rank": 3, "init": "random", "dropout": 0.1},),
     "full": ({"tied": "alone"},),
     "p_tuning": ({"tokens": 3, "width": 8, "encoder": "lstm", "dropout": 0.1},),
     "prefix": ({"tokens": 2, "reparametrisation": "mlp", "width": 8},),

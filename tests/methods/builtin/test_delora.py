@@ -9,6 +9,8 @@ from torch import Tensor
 from weight_methods import agree, bert, check, check_bypassed, check_training, compiled, gpt2, llama, net, refusal, stir
 
 import deltaspec
+from deltaspec.contract.trial import ContractError
+from deltaspec.testing import check_method
 
 QV = ["**.query", "**.value"]
 INITS = pytest.mark.parametrize("init", ["kept", "zeros", "random"])
@@ -89,6 +91,15 @@ def test_is_the_papers_formula(init: str) -> None:
     for fqn, weight in weights.items():
         weight += last[fqn] - first[fqn]
     torch.testing.assert_close(c(**inputs)[0], reference(**inputs)[0], atol=1e-5, rtol=1e-5)
+
+
+@INITS
+def test_the_contract_is_kept_with_every_start(init: str) -> None:
+    if init == "zeros":  # no step length of the contract's suits its first gradients
+        with pytest.raises(ContractError, match="learning"):
+            check_method("delora", params={"rank": 2, "init": init})
+    else:
+        check_method("delora", params={"rank": 3, "init": init, "dropout": 0.1})
 
 
 def test_the_bound_holds_whatever_the_tensors_are() -> None:
