@@ -92,7 +92,7 @@ class Adalora(Method):
         )
 
     def substitutes(self, site: Site, params: AdaloraParams) -> bool:
-        """Convolutions and embeddings run their own code on the update."""
+        """Return True for convolutions and embeddings, which run their own code on the update."""
         return substitutes_update(site)
 
     def apply(self, form: Form, params: AdaloraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:

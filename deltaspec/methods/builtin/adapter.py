@@ -44,7 +44,7 @@ class Adapter(SerialMethod):
     }
 
     def is_identity_at_start(self, params: AdapterParams) -> bool:
-        """Not without the residual."""
+        """Return whether it has its residual."""
         return params.residual
 
     def tensors(self, site: Site, params: AdapterParams) -> tuple[TensorSpec, ...]:

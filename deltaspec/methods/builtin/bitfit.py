@@ -28,7 +28,7 @@ class BitfitParams(MethodParams):
     """Parameters of bitfit."""
 
     add_missing: bool = True
-    """Return a bias to modules that have none; false refuses such sites."""
+    """Add a bias to modules that have none; false refuses such sites."""
     parts: PartNames | None = None
     """On a fused projection (role attn.qkv, mlp.gate_up): change the biases of these parts of it alone, such as [q]."""
 
@@ -100,8 +100,8 @@ class Bitfit(Method):
         return base(x) + along_channels(_whole(t.bias, params, form.parts), form)
 
     def lowers(self, site: Site, params: BitfitParams) -> bool:
-        """Norms with channels first do not tell from their weights how many dimensions follow; inner biases have no
-        output of their own.
+        """Return True for norms with channels first, whose weights do not tell how many dimensions follow, and for
+        inner biases, which have no output of their own.
         """
         channels_first = not set(site.row.bases).isdisjoint(CHANNELS_FIRST_NORMS)
         return bool(self._inner(site)) or (site.row.has_parameter("bias") and channels_first)

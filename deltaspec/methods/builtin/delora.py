@@ -1,6 +1,6 @@
-"""Decoupled low-rank adaptation: Wx + b + λ/r · B Ξ A N drop(x), Ξ = diag(1 / ‖aᵢ‖‖bᵢ‖): directions apart from strength.
+"""Decoupled low-rank adaptation: Wx + b + λ/r · B Ξ A N drop(x), directions and strength λ learned apart.
 
-aᵢ are the rows of A, bᵢ the columns of B, r the rank, and N = diag(‖wⱼ‖) holds the norms of the columns of W.
+Ξ = diag(1 / ‖aᵢ‖‖bᵢ‖) normalises the rows aᵢ of A and the columns bᵢ of B; N holds the norms of the columns of W.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Loha(Method):
         return tuple(specs)
 
     def substitutes(self, site: Site, params: LohaParams) -> bool:
-        """Convolutions and embeddings run their own code on the update."""
+        """Return True for convolutions and embeddings, which run their own code on the update."""
         return substitutes_update(site)
 
     def apply(self, form: Form, params: LohaParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:

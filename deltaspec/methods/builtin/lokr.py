@@ -79,7 +79,7 @@ class Lokr(Method):
         return tuple(specs)
 
     def substitutes(self, site: Site, params: LokrParams) -> bool:
-        """Convolutions and embeddings run their own code on the update."""
+        """Return True for convolutions and embeddings, which run their own code on the update."""
         return substitutes_update(site)
 
     def apply(self, form: Form, params: LokrParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:

@@ -187,11 +187,11 @@ class Lora(Method):
         return given
 
     def substitutes(self, site: Site, params: LoraParams) -> bool:
-        """Convolutions and embeddings run their own code on `down` (subclasses pad or scale in it), DoRA, too."""
+        """Return True where the host's own code runs on `down` (subclasses pad or scale in it), and for DoRA."""
         return site.kind in ("conv", "embedding") or params.use_dora
 
     def lowers(self, site: Site, params: LoraParams) -> bool:
-        """DoRA needs the weight itself, but for linear layers, whose norms follow from their output on A."""
+        """Return True for DoRA, but for linear layers: there, the norms follow from the host's output on A."""
         return params.use_dora and (site.kind in ("conv", "embedding") or params.keeps_start)
 
     def reads_weight(self, site: Site, params: LoraParams) -> bool:

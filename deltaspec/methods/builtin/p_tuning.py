@@ -95,7 +95,7 @@ class PTuning(PromptMethod):
         return x
 
     def simpler(self, params: PTuningParams) -> tuple[str, dict[str, Any]] | None:
-        """Without the encoder, it is a soft prompt."""
+        """Return a soft prompt: what is left without the encoder."""
         return "soft_prompt", {"tokens": params.tokens}
 
     def simplified(self, site: Site, params: PTuningParams, t: Any) -> dict[str, Tensor]:

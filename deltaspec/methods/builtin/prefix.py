@@ -123,7 +123,7 @@ class Prefix(Method):
         return heads.expand(of.shape[0], *heads.shape[-3:])
 
     def simpler(self, params: PrefixParams) -> tuple[str, dict[str, Any]] | None:
-        """Without the reparametrisation, it is the plain method."""
+        """Return the plain method: what is left without the reparametrisation."""
         return None if params.reparametrisation == "none" else (self.name, {"tokens": params.tokens})
 
     def simplified(self, site: Site, params: PrefixParams, t: Any) -> dict[str, Tensor]:

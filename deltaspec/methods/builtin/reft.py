@@ -43,7 +43,7 @@ class ReftParams(MethodParams):
     """How padding is told: by the attention mask that the block is called with (no mask: no padding), or that there is
     `none`, for blocks that take no mask."""
     activation: Activation = "identity"
-    """On W h + b."""
+    """Activation on W h + b."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropping an entry of the edit, in the subspace, while training."""
 

@@ -33,8 +33,8 @@ class SoftPromptParams(MethodParams):
     text: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
     """With `init: text`: the text to start from; its tokens, special ones included, are repeated or cut to `tokens`."""
     tokenizer: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
-    """Of the text: a directory (relative to the current one) or an id on the hub, for transformers' AutoTokenizer. Read
-    when the delta is made, not when it is restored."""
+    """Tokenizer of the text, for transformers' AutoTokenizer: a directory (relative to the current one) or an id on the
+    hub. Read when the delta is made, not when it is restored."""
     token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """With `init: text`, in place of text and tokenizer: the ids of the tokens to start from."""
 

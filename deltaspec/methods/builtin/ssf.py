@@ -39,7 +39,7 @@ class Ssf(Method):
     )  # fmt: skip
 
     def is_identity_at_start(self, params: SsfParams) -> bool:
-        """Not where it is drawn at random."""
+        """Return whether it is not drawn at random."""
         return params.init == "identity"
 
     def refuse(self, site: Site, params: SsfParams) -> Refusal | None:
@@ -87,7 +87,7 @@ class Ssf(Method):
         return base(x) * along_channels(t.scale, form) + along_channels(t.bias, form)
 
     def lowers(self, site: Site, params: SsfParams) -> bool:
-        """Norms with channels first do not tell from their weights how many dimensions follow."""
+        """Return True for norms with channels first: their weights do not tell how many dimensions follow."""
         return site.row.has_parameter("bias") and not set(site.row.bases).isdisjoint(CHANNELS_FIRST_NORMS)
 
     def fold(self, site: Site, params: SsfParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ class Tokens:
 
 
 def real_tokens(hidden: Tensor, ends: bool, mask: Any, *caches: Any) -> Tokens:
-    """Return tokens from padding by what a block was called with.
+    """Return which columns are tokens and which padding, by what a block was called with.
 
     `hidden` is `[batch, positions, width]`, what the block gives. `ends`: whether the prompt's end matters. `mask` is
     `[batch, columns]` or `[batch, …, queries, columns]`, boolean, 0/1 or additive; None hides nothing. Raises TypeError

@@ -54,7 +54,7 @@ def refuse_weight(
 
 
 def reader(site: Site) -> str:
-    """Name whose forward reads the weight of a site in its own way."""
+    """Return the name of the module whose forward reads the weight of a site in its own way."""
     return "its own forward" if site.host == site.row.fqn and site.stack is None else site.host or "the model"
 
 
