@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, PARAMS, base
+from tiny_models import ARCHITECTURES, PARAMS, TOKENS, base
 from torch import Tensor
 
 from deltaspec.compiler.compile import compile_plan
@@ -21,7 +21,6 @@ from deltaspec.planning.plan import Plan
 from deltaspec.planning.resolve import plan
 
 WRITERS = ("gpt2", "llama", "t5")
-TOKENS = PARAMS["trainable_tokens"]["token_ids"]
 METHODS = tuple(builtin_methods())
 STACKED = pytest.mark.parametrize("stacked", [False, True], ids=["alone", "with lora"])
 

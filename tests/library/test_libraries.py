@@ -19,15 +19,6 @@ import deltaspec
 from deltaspec.diagnostics.findings import DeltaSpecError, UnknownDeltaError
 from deltaspec.methods.registry import methods
 
-SMALL: dict[str, dict[str, Any]] = {
-    "c3a": {"block_size": 8},
-    "compacter": {"width": 8, "divisions": 2},
-    "miss": {"rank": 4},
-    "p_tuning": {"tokens": 3, "width": 8},
-    "soft_prompt": {"tokens": 3},
-}
-"""Sizes that suit models this small."""
-
 
 def test_what_was_loaded_in_inference_mode_lets_others_train(tmp_path):
     wide = {"name": "wide", "method": "adapter", "params": {"width": 3}, "target": {"role": "mlp.down"}}

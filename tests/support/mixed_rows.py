@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny_models import PARAMS
+from tiny_models import PARAMS, TOKENS
 from torch import Tensor, nn
 
 import deltaspec
@@ -20,7 +20,7 @@ ROWS = ["a", None, "b", "a", {"b": 0.5}]
 
 
 def entry(name: str, method: str, target: Any = None, **params: Any) -> dict[str, Any]:
-    found = {"name": name, "method": method, "params": PARAMS.get(method, {}) | {"dropout": 0.0} | params}
+    found = {"name": name, "method": method, "params": PARAMS[method] | {"dropout": 0.0} | params}
     if "dropout" not in methods()[method].Params.model_fields:
         del found["params"]["dropout"]
     return found | {"attached": False} | ({} if target is None else {"target": target})
@@ -34,7 +34,7 @@ def build(model: nn.Module, *deltas: dict[str, Any]) -> CompiledModel:
 
 def ids(rows: int = 5, length: int = 6) -> Tensor:
     found = torch.randint(3, 48, (rows, length), generator=torch.Generator().manual_seed(2))
-    found[:, 0] = torch.tensor([5, 9, 17])[torch.arange(rows) % 3]  # tokens that trainable_tokens has
+    found[:, 0] = torch.tensor(TOKENS)[torch.arange(rows) % len(TOKENS)]  # tokens that trainable_tokens has
     return found
 
 

@@ -56,6 +56,7 @@ PARAMS: dict[str, dict[str, Any]] = {
 }
 """Small sizes, with dropout where a method has some."""
 del PARAMS["p_tuning"]["dropout"]  # between layers of an LSTM, which its small bottleneck has not
+TOKENS = PARAMS["trainable_tokens"]["token_ids"]
 
 
 @cache
