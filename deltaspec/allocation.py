@@ -16,12 +16,11 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from deltaspec.deltas.modules import storage_key
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from deltaspec.compiler.compiled import CompiledModel
 
 

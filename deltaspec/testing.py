@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,11 +15,8 @@ from torch import nn
 from deltaspec.contract.clauses import CLAUSES
 from deltaspec.contract.snapshot import differences, snapshot
 from deltaspec.contract.trial import Case, ContractError
-from deltaspec.diagnostics.findings import DeltaSpecError
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic
-    from deltaspec.planning.plan import Plan
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.planning.plan import Plan
 
 
 def check_method(

@@ -10,16 +10,12 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-
-if TYPE_CHECKING:
-    from torch import nn
-
 
 NAME = "deltaspec"
 """The name of our function in transformers' AttentionInterface."""

@@ -5,18 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from deltaspec.backbone.reserved import find
+from deltaspec.backbone.table import ModuleTable
 from deltaspec.names.paths import below, is_inside
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from deltaspec.backbone.table import ModuleTable
-
 
 SAMPLE = 256
 """Values read of each tensor."""

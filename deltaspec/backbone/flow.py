@@ -20,12 +20,10 @@ _REGISTRIES = nn.Module().__dict__.keys() - {"_buffers"}
 _MOST = 100_000
 """Objects that are looked through for tensors."""
 
-
 METADATA = frozenset(
     "__get__ __set__ __len__ size dim numel stride element_size data_ptr is_contiguous is_floating_point".split()
 )
 """Functions that look at a tensor's form, not at its values."""
-
 
 Fate = Literal["used", "idle", "still"]
 """Fate of a module's output: something was computed from it; nothing was; the module gives it no gradients."""

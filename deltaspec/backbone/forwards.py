@@ -7,14 +7,11 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @cache

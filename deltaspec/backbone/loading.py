@@ -24,6 +24,7 @@ from torch import nn
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import closest
+from deltaspec.documents.builder import printable
 from deltaspec.names.paths import is_inside
 
 _FACTORY = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
@@ -236,7 +237,6 @@ def _article(value: object) -> str:
 
 
 def _fail(code: str, message: str, reference: str, suggestion: str | None = None) -> NoReturn:
-    from deltaspec.documents.builder import printable
 
     place = printable(reference) or "(no model)"
     raise DeltaSpecError([Diagnostic(code, message, place, suggestion=suggestion)]) from None

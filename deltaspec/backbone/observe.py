@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,8 @@ from deltaspec.backbone.attention import AttentionShape, record_shapes
 from deltaspec.backbone.clone import clone, hollow
 from deltaspec.backbone.flow import METADATA, Fate, fates
 from deltaspec.backbone.inputs import call_arguments, dummy_inputs, moved_to
+from deltaspec.backbone.table import Row
 from deltaspec.names.paths import below, is_inside
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.table import Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,10 @@ from deltaspec.backbone.attention import is_routable
 from deltaspec.backbone.entrances import entrances
 from deltaspec.backbone.faithful import is_faithful
 from deltaspec.backbone.forwards import arguments_of
-from deltaspec.backbone.table import ConvInfo, ModuleTable, ParameterInfo, Row
-from deltaspec.backbone.walk import model_type_of, own, subtree_sizes, walk
+from deltaspec.backbone.table import ConvInfo, Entrance, ModuleTable, ParameterInfo, Row
+from deltaspec.backbone.walk import Node, model_type_of, own, subtree_sizes, walk
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.names.paths import below
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.table import Entrance
-    from deltaspec.backbone.walk import Node
-
 
 _NORM_CLASSES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 _NORM_NAME = re.compile(r".*Norm(\dd)?")

@@ -14,7 +14,6 @@ from deltaspec.diagnostics.render import FORMATS, as_text
 if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Diagnostic
 
-
 format_option = click.option(
     "--format",
     "output_format",

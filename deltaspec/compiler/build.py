@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch import fx, nn
 
 from deltaspec.backbone.clone import clone
 from deltaspec.backbone.reserved import place
@@ -14,15 +15,11 @@ from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.graphs.symbolic import reads_around_calls, trace
 from deltaspec.library.libraries import Libraries
+from deltaspec.planning.plan import Plan
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.shared import Shared
 from deltaspec.serving.mixer import Mixer
-
-if TYPE_CHECKING:
-    from torch import fx, nn
-
-    from deltaspec.planning.plan import Plan
 
 
 class Built(NamedTuple):

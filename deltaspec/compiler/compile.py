@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from deltaspec.compiler.build import build
 from deltaspec.compiler.compiled import CompiledModel
-
-if TYPE_CHECKING:
-    from deltaspec.language.model import DeltaSpec
-
+from deltaspec.language.model import DeltaSpec
+from deltaspec.planning.resolve import plan
 
 Spec: TypeAlias = "str | PathLike[str] | Mapping[str, Any] | DeltaSpec"
 
@@ -32,8 +30,6 @@ def compile(
 
     Raises DeltaSpecError with all findings, before anything is made.
     """
-    from deltaspec.planning.resolve import plan
-
     refuse_unusable(model, capture)
     return compile_plan(model, plan(model, spec, *more_specs, example_inputs=example_inputs), capture)
 

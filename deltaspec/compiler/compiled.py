@@ -6,31 +6,33 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
+from torch import nn
 
 from deltaspec.backbone.clone import deep_copy
 from deltaspec.compiler.build import Built, build, with_rows
 from deltaspec.compiler.handles import DeltasView, Restore
+from deltaspec.compiler.pickling import rebuilt, reduced
+from deltaspec.deltas.modules import Delta
 from deltaspec.diagnostics.findings import require_known
+from deltaspec.graphs.regions import Region
 from deltaspec.graphs.root import Entry, root_graph
-from deltaspec.runtime.copies import beside
+from deltaspec.library.libraries import Libraries
+from deltaspec.library.view import LibraryView, open_view
+from deltaspec.planning.plan import Plan
+from deltaspec.runtime.active import Active
+from deltaspec.runtime.copies import beside, without_deltas
 from deltaspec.runtime.generation import generating
+from deltaspec.runtime.host import Host
+from deltaspec.runtime.shared import Shared
 from deltaspec.serving.assignment import Rows, checked_strength
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from deltaspec.deltas.modules import Delta
-    from deltaspec.graphs.regions import Region
-    from deltaspec.library.libraries import Libraries
-    from deltaspec.library.view import LibraryView
-    from deltaspec.planning.plan import Plan
-    from deltaspec.runtime.active import Active
-    from deltaspec.runtime.host import Host
-    from deltaspec.runtime.shared import Shared
-    from deltaspec.serving.mixer import Mixer
+from deltaspec.serving.mixer import Mixer
+from deltaspec.storage.load import load
+from deltaspec.storage.save import save
+from deltaspec.transforms.merge import merge
+from deltaspec.transforms.simplify import copy_tensors, simplify
 
 
 class CompiledModel(torch.fx.GraphModule):
@@ -215,27 +217,19 @@ class CompiledModel(torch.fx.GraphModule):
         deltas, in the order of the directory; their parameters are frozen. `.plan`, `save` and `state_dict` are those
         of the compiled deltas alone. `example_inputs` as for `compile`. Raises DeltaSpecError with all findings.
         """
-        from deltaspec.library.view import open_view
-
         return open_view(self._libraries, directory, limit, preload, by, example_inputs)
 
     def save(self, directory: str | PathLike[str]) -> None:
         """Write every delta (safetensors, resolved spec, lock) to a directory; see `deltaspec.store`."""
-        from deltaspec.storage.save import save
-
         save(self._active, self.plan, self._host.deltas, directory)
 
     def load(self, directory: str | PathLike[str]) -> Self:
         """Read the tensors of saved deltas into this model; see `deltaspec.store`. All or nothing."""
-        from deltaspec.storage.load import load
-
         load(self._active, self.plan, self._host.deltas, directory)
         return self
 
     def merge(self, *names: str) -> nn.Module:
         """Return a new plain model of the original class with these deltas, or all attached ones, folded in."""
-        from deltaspec.transforms.merge import merge
-
         return merge(self._active, self._shared, self._host, self._known(names) if names else self.attached)
 
     def simplified(self, *names: str) -> CompiledModel:
@@ -244,9 +238,6 @@ class CompiledModel(torch.fx.GraphModule):
         A prefix then has its keys and values alone, and p_tuning is a soft prompt; both compute what they did. The
         other deltas are copied, the backbone's storage is shared. Raises UnknownDeltaError.
         """
-        from deltaspec.runtime.copies import without_deltas
-        from deltaspec.transforms.simplify import copy_tensors, simplify
-
         require_known(names, [delta.name for delta in self.plan.deltas])
         self._libraries.refuse_attached(self.attached, "simplified")
         plan = simplify(self.plan, self._known(names))
@@ -292,7 +283,6 @@ class CompiledModel(torch.fx.GraphModule):
                 self.__dict__[name] = copy.deepcopy(value, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from deltaspec.compiler.pickling import reduced
 
         return _rebuild, (*reduced(self._built), self.capture, self.capture_reason, self.training)
 
@@ -300,7 +290,6 @@ class CompiledModel(torch.fx.GraphModule):
 def _rebuild(
     backbone: nn.Module, plan: Plan, strengths: Mapping[str, float], capture: str, capture_reason: str, training: bool
 ) -> CompiledModel:
-    from deltaspec.compiler.pickling import rebuilt
 
     compiled = CompiledModel(rebuilt(backbone, plan, strengths, capture), capture, capture_reason)
     compiled.training = training

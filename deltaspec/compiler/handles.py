@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from deltaspec.deltas.modules import Delta
+from deltaspec.deltas.modules import Delta, Deltas
 
 if TYPE_CHECKING:
-    from deltaspec.deltas.modules import Deltas
     from deltaspec.library.libraries import Libraries
     from deltaspec.runtime.active import Active
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from deltaspec.backbone.reserved import find
-from deltaspec.compiler.build import assemble, places
+from deltaspec.compiler.build import Built, assemble, places
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.graphs.symbolic import trace
+from deltaspec.planning.plan import Plan
 from deltaspec.runtime.copies import bare_copy
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from deltaspec.compiler.build import Built
-    from deltaspec.planning.plan import Plan
 
 
 def reduced(built: Built) -> tuple[nn.Module, Plan, dict[str, float]]:

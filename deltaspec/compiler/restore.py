@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
+
+from deltaspec.backbone.fingerprint import structure_fingerprint, weights_fingerprint
+from deltaspec.backbone.tabulate import tabulate
 from deltaspec.compiler.build import build
 from deltaspec.compiler.compile import refuse_unusable
 from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.language.load import load as load_spec
+from deltaspec.planning.resolve import plan
 from deltaspec.storage.load import fill, settled
-from deltaspec.storage.saved import ENDINGS
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from deltaspec.storage.saved import SavedSet
+from deltaspec.storage.saved import ENDINGS, SavedSet
 
 
 def restore(
@@ -31,10 +32,6 @@ def restore(
 
 
 def _restore(model: nn.Module, saved: SavedSet, capture: str, example_inputs: Any) -> CompiledModel:
-    from deltaspec.backbone.fingerprint import structure_fingerprint, weights_fingerprint
-    from deltaspec.backbone.tabulate import tabulate
-    from deltaspec.language.load import load as load_spec
-    from deltaspec.planning.resolve import plan
 
     try:
         if findings := [f for entry in saved.entries for field in ENDINGS for f in saved.read(entry["name"], field)[1]]:

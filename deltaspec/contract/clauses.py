@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,13 +15,10 @@ from deltaspec.compiler.compile import compile_plan
 from deltaspec.compiler.restore import restore
 from deltaspec.contract import sharing
 from deltaspec.contract.snapshot import differences, snapshot
-from deltaspec.contract.trial import Case, ContractError, disturb, floats, require, same, seed, storages
+from deltaspec.contract.trial import Case, ContractError, Outputs, disturb, floats, require, same, seed, storages
 from deltaspec.deltas.modules import storage_key
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.methods.registry import methods
-
-if TYPE_CHECKING:
-    from deltaspec.contract.trial import Outputs
 
 
 def _counts(case: Case) -> None:

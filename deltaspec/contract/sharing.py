@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from deltaspec.backbone.clone import clone
 from deltaspec.backbone.inputs import call_arguments
-from deltaspec.contract.trial import floats, require, same
+from deltaspec.contract.trial import Case, Outputs, floats, require, same
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.methods.registry import methods
-
-if TYPE_CHECKING:
-    from deltaspec.contract.trial import Case, Outputs
 
 
 def strength(case: Case) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaspec.names.paths import is_inside
 from deltaspec.runtime.forward_gate import INSTALLED
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def snapshot(model: nn.Module, *, identity: bool = False, skip: str | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from deltaspec.backbone.inputs import call_arguments
 from deltaspec.compiler.compile import compile_plan
+from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.methods.registry import methods
 from deltaspec.planning.plan import Plan
 from deltaspec.planning.resolve import plan
 
-if TYPE_CHECKING:
-    from deltaspec.compiler.compiled import CompiledModel
-
-
 Outputs = list[Tensor]
-
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far a merged model may be from the attached one, by the dtype that rounds most."""

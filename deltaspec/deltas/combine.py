@@ -16,27 +16,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import copysign, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deltaspec.deltas.initial import seeded
-from deltaspec.deltas.modules import storage_key
+from deltaspec.deltas.modules import Deltas, storage_key
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.language.derivation import METHOD, in_order
+from deltaspec.language.derivation import METHOD, Derivation, in_order
 from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
 from deltaspec.methods.shared.weights import canonical
 from deltaspec.planning.derived import has_plain_factors
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.deltas.modules import Deltas
-    from deltaspec.language.derivation import Derivation
-    from deltaspec.planning.plan import Plan
-    from deltaspec.planning.planned import PlannedSite
+from deltaspec.planning.plan import Plan
+from deltaspec.planning.planned import PlannedSite
 
 
 @dataclass(frozen=True, slots=True)

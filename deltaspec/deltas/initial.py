@@ -6,19 +6,16 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from deltaspec.deltas.modules import Delta, attribute_name, storage_key
 from deltaspec.methods.base import Method
+from deltaspec.methods.declarations import Init, MethodParams, Site, TensorSpec
 from deltaspec.methods.matrices import initial_values
 from deltaspec.methods.registry import methods
-
-if TYPE_CHECKING:
-    from deltaspec.methods.declarations import Init, MethodParams, Site, TensorSpec
-    from deltaspec.planning.planned import PlannedDelta
+from deltaspec.planning.planned import PlannedDelta
 
 
 def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module, *, drawn: bool = True) -> Delta:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from deltaspec.backbone.reserved import Reserved
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from deltaspec.methods.declarations import TensorSpec
 
 

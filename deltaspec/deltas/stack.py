@@ -9,14 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 Place = tuple[torch.dtype, torch.device]
 _STEP = 16

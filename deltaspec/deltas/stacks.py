@@ -10,20 +10,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from deltaspec.deltas.modules import Delta, attribute_name
+from deltaspec.deltas.modules import Delta, Deltas, attribute_name
 from deltaspec.deltas.stack import Layout, Stack
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.deltas.modules import Deltas
-    from deltaspec.planning.planned import PlannedDelta, PlannedSite
+from deltaspec.planning.planned import PlannedDelta, PlannedSite
 
 
 class Kind:

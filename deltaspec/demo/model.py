@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaspec.demo import data
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 HEADS: Mapping[str, int] = {"tweets": 2, "topics": len(data.TOPICS)}
 MAX_TOKENS = 64

@@ -7,22 +7,17 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import deltaspec
 from deltaspec.demo import model, training
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.demo.data import Task
-
+from deltaspec.demo.data import Task
 
 LOGITS = "logits.safetensors"
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from deltaspec.demo.data import Split, Task
 from deltaspec.demo.model import encode
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.demo.data import Split, Task
-
 
 EPOCHS, BATCH_SIZE, EVAL_BATCH_SIZE = 3, 32, 64
 BODY_RATE, HEAD_RATE = 2e-3, 5e-3

@@ -20,7 +20,6 @@ from deltaspec.documents.builder import MAX_DEPTH, MAX_NODES, MAX_NUMBER, Builde
 if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Path
 
-
 MAX_BYTES = 1 << 20
 
 

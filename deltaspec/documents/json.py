@@ -12,7 +12,6 @@ from deltaspec.documents.builder import number
 if TYPE_CHECKING:
     from deltaspec.documents.builder import Builder
 
-
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _WORD = re.compile(r"[-+\w.]+")

@@ -12,7 +12,6 @@ from deltaspec.documents.builder import number
 if TYPE_CHECKING:
     from deltaspec.documents.builder import Builder
 
-
 _INT = re.compile(r"[-+]?[0-9]+")
 _OTHER_BASE = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from deltaspec.methods.declarations import Form, MethodParams
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 Call = Callable[..., fx.Node]
 """Emitter of one call of the host: (input node, replaced parameters by own name) -> node of what leaves."""

@@ -10,23 +10,18 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
 from torch.nn import functional as F
 
-from deltaspec.backbone.stand_in import no_gradient_of_padding
+from deltaspec.backbone.stand_in import Swapped, no_gradient_of_padding
 from deltaspec.graphs.formula import formula
 from deltaspec.graphs.lifted import to_function
-from deltaspec.graphs.links import widened
+from deltaspec.graphs.links import Inputs, Link, widened
 from deltaspec.graphs.row_ops import add_linear_rows, align, linear_rows, rows_in, rows_out, take, toward_rows
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.stand_in import Swapped
-    from deltaspec.graphs.links import Inputs, Link
-
 
 _ELEMENTWISE = frozenset({F.gelu, F.relu, F.silu, F.leaky_relu, torch.tanh, torch.sigmoid, operator.neg})
 _BINARY = frozenset({operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul})

@@ -7,19 +7,16 @@ where the node is the module's own forward, and one region for a whole traced mo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from deltaspec.graphs.links import widened
+from deltaspec.graphs.links import Call, Inputs, Link, widened
 from deltaspec.graphs.per_row import RowEmitter
 from deltaspec.graphs.row_ops import toward
 from deltaspec.methods.registry import methods
-
-if TYPE_CHECKING:
-    from deltaspec.graphs.links import Call, Inputs, Link
 
 
 class _Tensors:

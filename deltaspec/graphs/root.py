@@ -12,7 +12,6 @@ from deltaspec.backbone.forwards import arguments_of
 
 _PLAIN = (int, float, bool, str, type(None))
 
-
 DELTAS = "deltas"
 """Name of the argument of the root that takes a delta a row."""
 

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from deltaspec.backbone.clone import clone
 from deltaspec.backbone.forwards import arguments_of
-from deltaspec.graphs.links import Inputs
+from deltaspec.graphs.links import Inputs, Link
 from deltaspec.graphs.regions import hidden_out, with_hidden_out
 from deltaspec.graphs.rewrite import emit_chain
 from deltaspec.names.paths import below, is_inside
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from deltaspec.graphs.links import Link
 
 
 class _Tracer(fx.Tracer):

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from deltaspec.documents.document import Document
     from deltaspec.methods.base import Method
 
-
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 METHOD = "lora"
 """The method that a derived delta has."""

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Diagnostic
     from deltaspec.documents.document import Document
 
-
 CURRENT = 1
 """Version that this package writes."""
 

@@ -17,7 +17,6 @@ from deltaspec.methods.declarations import MethodParams
 if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Diagnostic, Path
 
-
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 

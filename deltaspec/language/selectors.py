@@ -13,7 +13,6 @@ from deltaspec.roles.vocabulary import ROLES
 if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Path
 
-
 NAME = "^[A-Za-z][A-Za-z0-9_-]{0,63}$"
 """Names of deltas and of selectors."""
 

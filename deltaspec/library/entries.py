@@ -7,24 +7,25 @@ from dataclasses import dataclass, replace
 from mmap import mmap
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deltaspec.backbone.observe import Observations
 from deltaspec.deltas.initial import build_delta
 from deltaspec.deltas.stack import Layout
-from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.language.load import load
+from deltaspec.planning.plan import Plan
+from deltaspec.planning.planned import PlannedDelta
+from deltaspec.planning.resolve import resolve
+from deltaspec.runtime.copies import without_deltas
+from deltaspec.runtime.host import Host
+from deltaspec.runtime.ports import View
+from deltaspec.runtime.shared import Shared
 from deltaspec.storage.load import match
 from deltaspec.storage.saved import MANIFEST, SavedSet
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic
-    from deltaspec.planning.plan import Plan
-    from deltaspec.planning.planned import PlannedDelta
-    from deltaspec.runtime.host import Host
-    from deltaspec.runtime.ports import View
-    from deltaspec.runtime.shared import Shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +205,6 @@ class Reader:
         return found
 
     def _planned(self, data: dict[str, Any], name: str) -> Template:
-        from deltaspec.language.load import load
-        from deltaspec.planning.resolve import resolve
 
         shared = self._shared
         spec = load(data)
@@ -224,8 +223,6 @@ class Reader:
         return self._shared.any_view().host
 
     def _observed(self) -> Any:
-        from deltaspec.backbone.observe import Observations
-        from deltaspec.runtime.copies import without_deltas
 
         if self._observations is None:
             self._observations = Observations(without_deltas(self._host()), self.inputs)

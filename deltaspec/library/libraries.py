@@ -13,19 +13,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from deltaspec.deltas.modules import Delta
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.library.entries import Reader, entries_in
+from deltaspec.library.entries import Reader, Template, entries_in
 from deltaspec.library.opened import Opened, Staged, limits
-
-if TYPE_CHECKING:
-    from deltaspec.deltas.modules import Delta
-    from deltaspec.library.entries import Template
-    from deltaspec.runtime.ports import View
-    from deltaspec.runtime.shared import Shared
+from deltaspec.runtime.ports import View
+from deltaspec.runtime.shared import Shared
 
 
 class Libraries:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from deltaspec.backbone.table import Row
     from deltaspec.roles.parts import Parts
 
-
 InitKind = Literal["zeros", "ones", "normal", "kaiming_uniform", "xavier_uniform", "constant", "copy"]
 
 

@@ -16,7 +16,6 @@ from deltaspec.methods import builtin
 if TYPE_CHECKING:
     from deltaspec.methods.base import Method
 
-
 GROUP = "deltaspec.methods"
 
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from deltaspec.diagnostics.wording import counted
-from deltaspec.methods.declarations import MethodParams
+from deltaspec.methods.base import Method
+from deltaspec.methods.declarations import MethodParams, Site
 from deltaspec.methods.matrices import site_tensors
 from deltaspec.methods.shared.rank import MAX_RANK, Budget
 from deltaspec.planning.planned import PlannedSite, count_trainable
-
-if TYPE_CHECKING:
-    from deltaspec.methods.base import Method
-    from deltaspec.methods.declarations import Site
-
 
 Params = TypeVar("Params", bound=MethodParams)
 Total = Callable[[int], int | None]

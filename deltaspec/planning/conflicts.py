@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from deltaspec.language.model import DeltaSpec
     from deltaspec.planning.planned import PlannedDelta, PlannedSite
 
-
 Clash = Literal["computes from", "replaces", "both replace"]
 """Way in which two deltas clash: what the second does to weights that the first one changes, or what both do."""
 _TURNS = "let them take turns: attached: false on one"

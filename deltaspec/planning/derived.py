@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.language.derivation import METHOD, Derivation, DerivedParams, in_order
-from deltaspec.methods.declarations import DeltaTensors, Init
+from deltaspec.language.model import DeltaSpec
+from deltaspec.methods.declarations import DeltaTensors, Init, MethodParams, Site, TensorSpec
 from deltaspec.methods.registry import methods
 from deltaspec.methods.shared.weights import weight_shape
 from deltaspec.planning.planned import PlannedDelta, PlannedSite
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic
-    from deltaspec.language.model import DeltaSpec
-    from deltaspec.methods.declarations import MethodParams, Site, TensorSpec
 
 
 def why_not(derivation: Derivation, method: str, parts: Sequence[PlannedSite]) -> tuple[str, str] | None:

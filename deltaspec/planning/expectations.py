@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import floor
-from typing import TYPE_CHECKING
 
+from deltaspec.backbone.table import ModuleTable, Row
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.wording import counted
+from deltaspec.language.model import Count, DeltaSpec
 from deltaspec.names.folding import shown
 from deltaspec.names.paths import is_inside
-from deltaspec.planning.planned import fraction
-from deltaspec.selection.select import select
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.table import ModuleTable, Row
-    from deltaspec.language.model import Count, DeltaSpec
-    from deltaspec.planning.planned import PlannedDelta, PlannedSite
-    from deltaspec.selection.select import Match
-
+from deltaspec.planning.planned import PlannedDelta, PlannedSite, fraction
+from deltaspec.selection.select import Match, select
 
 Result = tuple[tuple[str, ...], list[Diagnostic]]
 """Expectations that were met, in words, and findings about those that were not."""

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.documents.atomic import write_atomically
 from deltaspec.planning.lock_changes import lock_changes
+from deltaspec.planning.planned import PlannedDelta
 from deltaspec.planning.text import groups
 
 if TYPE_CHECKING:
     from deltaspec.planning.plan import Plan
-    from deltaspec.planning.planned import PlannedDelta
-
 
 VERSION = 1
 _MAX_BYTES = 16 << 20

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Diagnostic
     from deltaspec.planning.plan import Plan
 
-
 _MOST_SITES = 1_000_000
 _HINT = "if the change is intended, run `deltaspec lock` and commit the file"
 _WORDS = {"tensors": "tensors are", "params": "overridden are", "bypassed": "read without a call is"}

@@ -6,13 +6,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.language.load import load
+from deltaspec.language.model import DeltaSpec
 from deltaspec.planning.planned import PlannedDelta, PlannedDeltas
 from deltaspec.planning.text import coloured, plain, plan_data
 
 if TYPE_CHECKING:
     from rich.text import Text
-
-    from deltaspec.language.model import DeltaSpec
 
 
 class Plan(PlannedDeltas):

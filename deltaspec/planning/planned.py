@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from deltaspec.backbone.fingerprint import digest, structure_fingerprint
+from deltaspec.backbone.table import ModuleTable
 
 if TYPE_CHECKING:
-    from deltaspec.backbone.table import ModuleTable
     from deltaspec.language.derivation import Derivation
     from deltaspec.language.model import DeltaSpec
     from deltaspec.methods.declarations import MethodParams, Site, TensorSpec

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from deltaspec.backbone.observe import Observations
 from deltaspec.backbone.reserved import refuse_backbone
+from deltaspec.backbone.table import ModuleTable
 from deltaspec.backbone.tabulate import tabulate
-from deltaspec.diagnostics.findings import DeltaSpecError, in_order
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, in_order
 from deltaspec.diagnostics.wording import counted
 from deltaspec.language.load import load
+from deltaspec.language.model import DeltaSpec
 from deltaspec.methods.declarations import Refusal
 from deltaspec.methods.registry import methods
 from deltaspec.names.folding import shown
@@ -25,11 +27,6 @@ from deltaspec.planning.plan import Plan
 from deltaspec.planning.planned import PlannedDelta
 from deltaspec.planning.sites import Placer
 from deltaspec.selection.select import select
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.table import ModuleTable
-    from deltaspec.diagnostics.findings import Diagnostic
-    from deltaspec.language.model import DeltaSpec
 
 
 def plan(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from deltaspec.backbone.observe import Observations
 from deltaspec.backbone.table import ModuleTable, Row
-from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.diagnostics.findings import Diagnostic, Path
 from deltaspec.diagnostics.wording import counted
-from deltaspec.language.model import DeltaSpec
-from deltaspec.methods.declarations import MethodParams, Site
+from deltaspec.language.model import DeltaEntry, DeltaSpec
+from deltaspec.language.selectors import Selector
+from deltaspec.methods.base import Method
+from deltaspec.methods.declarations import MethodParams, Site, TensorSpec
 from deltaspec.methods.matrices import as_matrices, site_tensors
 from deltaspec.methods.registry import methods
 from deltaspec.methods.shared.shapes import static_widths
@@ -21,14 +22,6 @@ from deltaspec.planning.budget import choose_rank
 from deltaspec.planning.planned import PlannedDelta, PlannedSite
 from deltaspec.selection.select import select
 from deltaspec.selection.subtree import Subtrees
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Path
-    from deltaspec.language.model import DeltaEntry
-    from deltaspec.language.selectors import Selector
-    from deltaspec.methods.base import Method
-    from deltaspec.methods.declarations import TensorSpec
-
 
 Place = tuple[Row, str | None]
 """A module, or one parameter of it."""

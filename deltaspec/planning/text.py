@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.wording import counted, plural
 from deltaspec.names.folding import fold, unfold
-from deltaspec.planning.planned import count_trainable, fraction
+from deltaspec.planning.planned import PlannedDelta, PlannedDeltas, PlannedSite, count_trainable, fraction
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from deltaspec.methods.declarations import MethodParams
-    from deltaspec.planning.planned import PlannedDelta, PlannedDeltas, PlannedSite
-
 
 WIDTH = 100
 _GLUE = "\u00a0"

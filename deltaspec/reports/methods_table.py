@@ -12,7 +12,6 @@ from deltaspec.methods.declarations import Site
 if TYPE_CHECKING:
     from deltaspec.methods.base import Method
 
-
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 """Marks around the table in a Markdown file."""
 _KINDS = ("linear", "conv1d", "embedding", "conv", "norm", "other")

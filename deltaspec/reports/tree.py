@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Diagnostic
     from deltaspec.language.model import DeltaSpec
 
-
 _COLOURS = ("green", "magenta", "cyan", "yellow", "blue", "red")
 _NARROWEST_TYPE = 12
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from deltaspec.backbone.observe import Observations
+from deltaspec.backbone.table import ModuleTable, Row
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import closest, show_path
+from deltaspec.language.model import DeltaSpec
 from deltaspec.names.paths import is_inside
 from deltaspec.planning.derived import sources_first
+from deltaspec.planning.planned import PlannedSite
 from deltaspec.planning.sites import Placer
 from deltaspec.planning.text import show_params
 from deltaspec.selection.explain import Reason, explain
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.observe import Observations
-    from deltaspec.backbone.table import ModuleTable, Row
-    from deltaspec.language.model import DeltaSpec
-    from deltaspec.planning.planned import PlannedSite
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from deltaspec.names.patterns import Pattern
     from deltaspec.roles.parts import Parts
 
-
 _FUSED = {
     "qkv": ("q", "k", "v", "kv"),
     "kv": ("k", "v"),

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+from torch import fx
 
 from deltaspec.backbone.fingerprint import weights_fingerprint
+from deltaspec.backbone.observe import Observation
 from deltaspec.deltas.combine import behind, refresh
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.runtime.checkpointing import Recomputation
+from deltaspec.runtime.host import Host
 from deltaspec.runtime.owner import ViewOwner
+from deltaspec.runtime.ports import Residency, RowSwitch
+from deltaspec.runtime.program import Footprint, Forward, Program
 from deltaspec.runtime.program_builder import ProgramBuilder
 from deltaspec.runtime.proving import FirstForward
-
-if TYPE_CHECKING:
-    from torch import fx
-
-    from deltaspec.backbone.observe import Observation
-    from deltaspec.runtime.host import Host
-    from deltaspec.runtime.ports import Residency, RowSwitch
-    from deltaspec.runtime.program import Footprint, Forward, Program
-    from deltaspec.runtime.shared import Shared
-
+from deltaspec.runtime.shared import Shared
 
 _PROGRAMS = 1024
 """Programs that are kept at least."""

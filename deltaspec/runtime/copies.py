@@ -8,7 +8,9 @@ go before the others.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor, nn
 
 from deltaspec.backbone.clone import clone
 from deltaspec.backbone.reserved import remove
@@ -17,9 +19,6 @@ from deltaspec.deltas.modules import beside as delta_beside
 from deltaspec.runtime import forward_gate
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.host import Host
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 
 def bare_copy(host: Host, deltas: Deltas | None = None) -> nn.Module:

@@ -13,16 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from deltaspec.backbone.prompt_end import unwatch, watch
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-
-if TYPE_CHECKING:
-    from torch import nn
-
 
 _GATE = "_deltaspec_gate"
 _COUNTING = (_GATE, "_call_impl", "_apply")

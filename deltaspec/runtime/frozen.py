@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deltaspec.backbone.stand_in import stand_in
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def tracks_statistics(module: nn.Module) -> bool:

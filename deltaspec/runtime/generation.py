@@ -9,15 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from deltaspec.backbone.prompt_end import HOW, asked, remembering, unclear
 from deltaspec.methods.registry import methods
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from deltaspec.planning.planned import PlannedDelta
+from deltaspec.planning.planned import PlannedDelta
 
 
 def generating(planned: Mapping[str, PlannedDelta], active: Iterable[str], backbone: nn.Module) -> Callable[..., Any]:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
+from torch import Tensor, nn
 
 from deltaspec.backbone.forwards import own_forward
 from deltaspec.backbone.reserved import home
 from deltaspec.backbone.walk import named
+from deltaspec.deltas.modules import Deltas
 from deltaspec.runtime.forward_gate import ForwardGate, install
 from deltaspec.runtime.frozen import BufferGuard, Flags, tracks_statistics
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from deltaspec.deltas.modules import Deltas
-    from deltaspec.runtime.program import Forward
+from deltaspec.runtime.program import Forward
 
 
 class Host:

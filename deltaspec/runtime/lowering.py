@@ -10,21 +10,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from deltaspec.backbone.attention import Router, register
+from deltaspec.backbone.attention import Attention, Hook, Router, register
 from deltaspec.backbone.stand_in import stand_in
 from deltaspec.graphs.row_ops import toward
 from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import DeltaTensors, Form, MethodParams, Site
 from deltaspec.methods.matrices import site_tensors
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from deltaspec.backbone.attention import Attention, Hook
 
 
 @dataclass(frozen=True, slots=True)

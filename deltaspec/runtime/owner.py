@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deltaspec.deltas.modules import Delta, beside
-
-if TYPE_CHECKING:
-    from deltaspec.runtime.host import Host
-    from deltaspec.runtime.ports import Residency, View
-    from deltaspec.runtime.shared import Shared
+from deltaspec.runtime.host import Host
+from deltaspec.runtime.ports import Residency, View
+from deltaspec.runtime.shared import Shared
 
 
 class ViewOwner:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltaspec.graphs.regions import Region
 
-
 Forward = Callable[..., Any]
 
 

@@ -9,9 +9,10 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import MethodType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor, fx, nn
 
 from deltaspec.backbone.forwards import arguments_of, gives_new_tensor
 from deltaspec.backbone.stand_in import Swapped
@@ -21,21 +22,14 @@ from deltaspec.graphs.links import Link
 from deltaspec.graphs.passes.run import run_passes
 from deltaspec.graphs.regions import Region, RegionKey, region
 from deltaspec.graphs.symbolic import SiteNames, compile_graph, copy_graph, rewrite_site
-from deltaspec.methods.declarations import Form
+from deltaspec.methods.declarations import Form, Site
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.frozen import FrozenStatistics
+from deltaspec.runtime.host import Host
 from deltaspec.runtime.lowering import Attend, Fold, Lowered
-from deltaspec.runtime.program import Program
+from deltaspec.runtime.placements import Placement, Placements
+from deltaspec.runtime.program import Forward, Program
 from deltaspec.runtime.prompts import Following, Front, Prompted
-
-if TYPE_CHECKING:
-    from torch import Tensor, fx, nn
-
-    from deltaspec.methods.declarations import Site
-    from deltaspec.runtime.host import Host
-    from deltaspec.runtime.placements import Placement, Placements
-    from deltaspec.runtime.program import Forward
-
 
 Given: TypeAlias = "Callable[[Placement, list[Tensor]], tuple[list[Any], list[Any]]]"
 """From a placement and its tensors to what its formula gets for them, and its strength, if it acts by one."""

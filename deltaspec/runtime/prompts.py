@@ -11,16 +11,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-
-if TYPE_CHECKING:
-    from torch import nn
-
 
 Forward = Callable[..., Any]
 ENCODED = "encoder_attention_mask"

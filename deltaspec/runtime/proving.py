@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
-from deltaspec.backbone.observe import Recorder
+from deltaspec.backbone.observe import Observation, Recorder
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.registry import methods
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from deltaspec.backbone.observe import Observation
-    from deltaspec.runtime.placements import Placements
-    from deltaspec.runtime.program import Forward
-
+from deltaspec.runtime.placements import Placements
+from deltaspec.runtime.program import Forward
 
 _ONE = threading.RLock()
 """Recording sets a state of the whole process (torch.compiler's stance)."""

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from deltaspec.backbone.observe import Observation
+from deltaspec.deltas.modules import Deltas
 from deltaspec.deltas.stacks import Stacks
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.methods.registry import methods
 from deltaspec.planning.conflicts import Rivals
+from deltaspec.planning.planned import PlannedDelta
 from deltaspec.runtime.placements import Placements
+from deltaspec.runtime.ports import View
 from deltaspec.runtime.proving import refuse_bypassed
 
 if TYPE_CHECKING:
-    from deltaspec.backbone.observe import Observation
-    from deltaspec.deltas.modules import Deltas
     from deltaspec.planning.plan import Plan
-    from deltaspec.planning.planned import PlannedDelta
-    from deltaspec.runtime.ports import View
 
 
 class Shared:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from deltaspec.backbone.table import ParameterInfo
     from deltaspec.language.selectors import Layers, Selector, Shape
 
-
 REGEX_SECONDS = 0.5
 """Processor time that one regular expression may take on a whole table."""
 

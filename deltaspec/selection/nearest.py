@@ -18,7 +18,6 @@ from deltaspec.roles.maps import architectures, fused_parts, fused_role, roles_c
 if TYPE_CHECKING:
     from deltaspec.selection.atoms import Atom, Index, ParameterAtom
 
-
 _MOST = 8
 _HINT_SECONDS = 0.2
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Path
     from deltaspec.selection.atoms import Atom, ParameterAtom
 
-
 Item = tuple[int, str | None]
 """Number of a row and the own name of one of its parameters, or None for the module."""
 

@@ -11,14 +11,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from deltaspec.deltas.stacks import Kind
-
+from deltaspec.deltas.stacks import Kind
 
 _LARGEST = torch.finfo(torch.float32).max
 """Strengths are float32 where they are data."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
+
+from deltaspec.backbone.attention import Attention
 from deltaspec.graphs.row_ops import rows_in, toward_rows
 from deltaspec.methods.declarations import DeltaTensors
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.backbone.attention import Attention
-    from deltaspec.runtime.lowering import Attend
-    from deltaspec.serving.slots import Table
+from deltaspec.runtime.lowering import Attend
+from deltaspec.serving.slots import Table
 
 
 class AttendRows:

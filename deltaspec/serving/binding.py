@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from deltaspec.deltas.modules import storage_key
+from deltaspec.deltas.modules import Deltas, storage_key
+from deltaspec.deltas.stack import Stack
+from deltaspec.deltas.stacks import Stacks
 from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.lowering import Attend, Lowered
+from deltaspec.runtime.placements import Placement
 from deltaspec.runtime.program import Forward
-from deltaspec.runtime.program_builder import form_of
+from deltaspec.runtime.program_builder import ProgramBuilder, form_of
 from deltaspec.serving.attention import AttendRows
 from deltaspec.serving.numbering import numbering_of
 from deltaspec.serving.prompts import EmbeddedRows, FollowingRows, PromptedRows, RowFront
-from deltaspec.serving.slots import Source, Table
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.deltas.modules import Deltas
-    from deltaspec.deltas.stack import Stack
-    from deltaspec.deltas.stacks import Stacks
-    from deltaspec.runtime.placements import Placement
-    from deltaspec.runtime.program_builder import ProgramBuilder
-    from deltaspec.serving.slots import Slot
+from deltaspec.serving.slots import Slot, Source, Table
 
 
 def attend_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequence[tuple[Slot, Placement]]) -> Forward:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-
-if TYPE_CHECKING:
-    from deltaspec.runtime.program import Forward
-
+from deltaspec.runtime.program import Forward
 
 _MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "inputs", "decoder_input_ids")
 """Names of arguments that surely have the rows as first dimension."""

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaspec.backbone.stand_in import no_gradient_of_padding
+from deltaspec.deltas.stacks import Stacks
 from deltaspec.deltas.strengths import Strengths
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.graphs.row_ops import align, rows_in, rows_out, take
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.frozen import FrozenStatistics
-from deltaspec.runtime.lowering import Lowered
-from deltaspec.runtime.placements import host_of
-from deltaspec.runtime.program_builder import call_form
+from deltaspec.runtime.lowering import Fold, Lowered
+from deltaspec.runtime.placements import Placement, host_of
+from deltaspec.runtime.program import Forward
+from deltaspec.runtime.program_builder import Given, ProgramBuilder, call_form
 from deltaspec.serving.binding import attend_rows, sources_of, virtual_tokens
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from deltaspec.deltas.stacks import Stacks
-    from deltaspec.runtime.lowering import Fold
-    from deltaspec.runtime.placements import Placement
-    from deltaspec.runtime.program import Forward
-    from deltaspec.runtime.program_builder import Given, ProgramBuilder
-    from deltaspec.serving.slots import Slot
+from deltaspec.serving.slots import Slot
 
 
 def bind_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequence[tuple[Slot, str]]) -> Forward:

@@ -10,29 +10,25 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import count
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 
+from deltaspec.deltas.stacks import Kind
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.runtime.active import Active
 from deltaspec.runtime.frozen import FrozenStatistics
+from deltaspec.runtime.host import Host
+from deltaspec.runtime.program import Forward
 from deltaspec.runtime.proving import watched
+from deltaspec.runtime.shared import Shared
 from deltaspec.serving.assignment import Rows, chain, parse_rows, places, to_tensors
 from deltaspec.serving.binding import put_prompts_in_front, touched
-from deltaspec.serving.dispatch import Batch, Dispatch, Entering
+from deltaspec.serving.dispatch import Batch, Dispatch, Entering, Kinds
 from deltaspec.serving.hosts import bind_rows, refusals
 from deltaspec.serving.slots import Slot
 from deltaspec.serving.trial import rows_lead
-
-if TYPE_CHECKING:
-    from deltaspec.deltas.stacks import Kind
-    from deltaspec.runtime.active import Active
-    from deltaspec.runtime.host import Host
-    from deltaspec.runtime.program import Forward
-    from deltaspec.runtime.shared import Shared
-    from deltaspec.serving.dispatch import Kinds
-
 
 _NUMBERS: WeakKeyDictionary[Kind, int] = WeakKeyDictionary()
 _NEXT = count(1)

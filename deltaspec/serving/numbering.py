@@ -11,15 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from torch import Tensor, nn
 
 _TOKENS, _PADDING = 4, 2
 

@@ -8,20 +8,25 @@ keep their distances from one step to the next, and the model is told its number
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.runtime.prompts import ENCODED, Following, Front, Gap, Prompted, checked_mask, mask_error, padding_of
+from deltaspec.runtime.prompts import (
+    ENCODED,
+    Following,
+    Forward,
+    Front,
+    Gap,
+    Prompted,
+    checked_mask,
+    mask_error,
+    padding_of,
+)
 from deltaspec.serving.numbering import Numbering
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from deltaspec.runtime.prompts import Forward
-    from deltaspec.serving.slots import Slot, Table
+from deltaspec.serving.slots import Slot, Table
 
 
 class RowFront(Front):

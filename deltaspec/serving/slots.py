@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from deltaspec.deltas.modules import Deltas
+from deltaspec.deltas.stack import Stack
 from deltaspec.graphs.row_ops import align
-
-if TYPE_CHECKING:
-    from deltaspec.deltas.modules import Deltas
-    from deltaspec.deltas.stack import Stack
-    from deltaspec.serving.assignment import RowDeltas, Rows
-    from deltaspec.serving.dispatch import Batch
-
+from deltaspec.serving.assignment import RowDeltas, Rows
+from deltaspec.serving.dispatch import Batch
 
 _NONE = torch.empty(0)
 

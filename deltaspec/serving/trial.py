@@ -10,18 +10,14 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaspec.backbone.inputs import dummy_inputs
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.runtime.frozen import BufferGuard
-
-if TYPE_CHECKING:
-    from torch import nn
-
 
 _ROWS = 3
 _CLOSE = 1e-3

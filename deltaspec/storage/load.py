@@ -5,23 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.deltas.modules import Deltas
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.base import Method
 from deltaspec.methods.registry import methods
+from deltaspec.planning.plan import Plan
+from deltaspec.runtime.active import Active
 from deltaspec.storage.saved import SavedSet, is_finite, not_finite, without_values
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.deltas.modules import Deltas
-    from deltaspec.diagnostics.findings import Diagnostic
-    from deltaspec.planning.plan import Plan
-    from deltaspec.runtime.active import Active
-
 
 _Read = TypeVar("_Read")
 

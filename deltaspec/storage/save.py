@@ -18,8 +18,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.documents.atomic import alone_in, sync, write_atomically
+from deltaspec.planning.lock import lock
 from deltaspec.storage.saved import (
     ENDINGS,
     FORMAT,
@@ -33,7 +35,6 @@ from deltaspec.storage.saved import (
 )
 
 if TYPE_CHECKING:
-    from deltaspec.deltas.modules import Deltas
     from deltaspec.planning.plan import Plan
     from deltaspec.runtime.active import Active
 
@@ -45,8 +46,6 @@ def save(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[s
     derived one is attached and its sources have changed since (DS528), OSError where the directory cannot be written.
     """
     from safetensors.torch import save as to_bytes
-
-    from deltaspec.planning.lock import lock
 
     folder = Path(directory)
     active.derive_detached()

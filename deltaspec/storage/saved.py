@@ -11,14 +11,12 @@ from mmap import ACCESS_COPY, mmap
 from os import PathLike
 from pathlib import Path
 from sys import float_info
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def is_finite(value: Tensor) -> bool:

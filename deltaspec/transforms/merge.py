@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deltaspec.backbone.clone import deep_copy, norm_limited
 from deltaspec.deltas.modules import storage_key
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
+from deltaspec.planning.planned import PlannedSite
+from deltaspec.runtime.active import Active
 from deltaspec.runtime.copies import without_deltas
+from deltaspec.runtime.host import Host
 from deltaspec.runtime.lowering import Fold, fold_widely, rounded
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.planning.planned import PlannedSite
-    from deltaspec.runtime.active import Active
-    from deltaspec.runtime.host import Host
-    from deltaspec.runtime.shared import Shared
-
+from deltaspec.runtime.shared import Shared
 
 _TIED = "tie_word_embeddings"
 

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from deltaspec.deltas.modules import storage_key
+from deltaspec.deltas.modules import Delta, storage_key
 from deltaspec.language.load import load
+from deltaspec.language.model import DeltaEntry, DeltaSpec
 from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
-from deltaspec.planning.planned import PlannedSite
-
-if TYPE_CHECKING:
-    from deltaspec.deltas.modules import Delta
-    from deltaspec.language.model import DeltaEntry, DeltaSpec
-    from deltaspec.planning.plan import Plan
-    from deltaspec.planning.planned import PlannedDelta
+from deltaspec.planning.plan import Plan
+from deltaspec.planning.planned import PlannedDelta, PlannedSite
 
 
 def simplify(plan: Plan, names: Collection[str]) -> Plan:

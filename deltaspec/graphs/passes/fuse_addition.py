@@ -8,22 +8,17 @@ which cost half the dispatch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from deltaspec.graphs.passes.scope import result_is_new
+from deltaspec.graphs.passes.scope import Scope, result_is_new
 from deltaspec.graphs.row_ops import toward
-
-if TYPE_CHECKING:
-    from deltaspec.graphs.passes.scope import Scope
-
 
 _MANY = 32
 """Rows from which the narrow product is faster as `down xᵀ` than as `x downᵀ` (measured with MKL, float32)."""
-
 
 _is_transformed = torch._C._are_functorch_transforms_active
 

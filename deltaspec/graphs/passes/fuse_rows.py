@@ -7,22 +7,16 @@ What is gathered goes into buffers that the sites of a forward share, which so s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from deltaspec.graphs.passes.scope import Scope
 from deltaspec.graphs.row_ops import RowSlot, RowSource, add_linear_rows, linear_rows, rows_in, rows_out, take
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.graphs.passes.scope import Scope
-
 
 _MANY = 4
 """Tokens a row from which the narrow product is faster as `down xᵀ` than as `x downᵀ` (measured with MKL, float32)."""
-
 
 _is_transformed = torch._C._are_functorch_transforms_active
 

@@ -7,13 +7,11 @@ row of `benchmarks/forward.py` that pays for it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+
+from torch import fx, nn
 
 from deltaspec.graphs.passes import fuse_addition, fuse_rows, share_inputs, share_products
 from deltaspec.graphs.passes.scope import Scope
-
-if TYPE_CHECKING:
-    from torch import fx, nn
 
 
 def run_passes(

@@ -9,23 +9,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from deltaspec.backbone.forwards import gives_new_tensor
 from deltaspec.graphs.passes.fuse_addition import add_low_rank, add_low_rank_, add_product, add_product_
-from deltaspec.graphs.passes.scope import result_is_new
-from deltaspec.graphs.passes.share_products import add_low_ranks, add_low_ranks_, joined
-
-if TYPE_CHECKING:
-    from torch import fx, nn
-
-    from deltaspec.graphs.passes.scope import Scope
-    from deltaspec.graphs.passes.share_products import Matrices
-
+from deltaspec.graphs.passes.scope import Scope, result_is_new
+from deltaspec.graphs.passes.share_products import Matrices, add_low_ranks, add_low_ranks_, joined
 
 _MANY = 32
 """Rows from which one product, its matrices joined first, is faster than one a site (measured with MKL, float32)."""

@@ -6,20 +6,12 @@ single row gains nothing from it and keeps the updates apart.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from deltaspec.graphs.passes.fuse_addition import add_low_rank, add_low_rank_, add_product
-from deltaspec.graphs.passes.scope import result_is_new
-
-if TYPE_CHECKING:
-    from torch import fx
-
-    from deltaspec.graphs.passes.scope import Scope
-
+from deltaspec.graphs.passes.scope import Scope, result_is_new
 
 Matrices = tuple[Tensor, ...]
 

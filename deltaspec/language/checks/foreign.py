@@ -16,7 +16,6 @@ from deltaspec.methods.registry import builtin_methods
 if TYPE_CHECKING:
     from deltaspec.methods.base import Method
 
-
 _MISSING = "delete it: there is no such option here"
 _NEEDLESS = "delete it: deltaspec needs no such key"
 _MODEL = "delete it: the model says so itself"

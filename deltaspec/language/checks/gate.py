@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from deltaspec.documents.document import Document
     from deltaspec.methods.base import Method
 
-
 _TYPES = {
     "string": "text",
     "integer": "an integer",

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from deltaspec.diagnostics.findings import Path
     from deltaspec.methods.base import Method
 
-
 _KEYS: Mapping[str, Mapping[str, str]] = {
     "spec": {
         "version": "deltaspec",

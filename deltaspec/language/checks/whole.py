@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from deltaspec.documents.document import Document
     from deltaspec.methods.base import Method
 
-
 MAX_EXPANSION = 10_000
 """Selectors that one named selector may come to once every `ref` is written out."""
 MAX_CHAIN = 16

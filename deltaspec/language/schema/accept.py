@@ -19,7 +19,6 @@ from deltaspec.language.migrate import CURRENT
 COMMITTED = f"schemas/deltaspec-v{CURRENT}.schema.json"
 """Path of the schema file: in the repository, or in the installed package."""
 
-
 CODED = "Rules in code read "
 """Beginning of a schema's comment that names the parameters which more than the schema checks."""
 

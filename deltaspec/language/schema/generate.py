@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from deltaspec.methods.base import Method
     from deltaspec.methods.declarations import MethodParams
 
-
 _REF = "#/definitions/{model}"
 _ANNOTATIONS = ("title",)
 

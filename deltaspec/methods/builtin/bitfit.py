@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from deltaspec.methods.declarations import Form, Site
     from deltaspec.roles.parts import Parts
 
-
 _BIAS = re.compile(r"bias(_\w+)?|\w+_bias")
 """Names of biases in modules that hold more than one, such as nn.MultiheadAttention and nn.LSTM."""
 

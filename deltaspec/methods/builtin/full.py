@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from deltaspec.methods.declarations import Form, Site
 
-
 STATISTICS = ("_BatchNorm", "_InstanceNorm")
 
 

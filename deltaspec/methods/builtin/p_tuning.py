@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from deltaspec.methods.declarations import Site
 
-
 _SIDES = ("", "_reverse")
 
 

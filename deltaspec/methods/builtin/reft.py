@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from deltaspec.methods.declarations import Form, Site
 
-
 Count = Annotated[int, Field(ge=1, le=65536)]
 
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from deltaspec.methods.declarations import Site
 
-
 TOKENS = 100
 """Number of learned embeddings where none is given."""
 

@@ -14,7 +14,6 @@ from deltaspec.methods.shared.shapes import channels_first, hidden_width
 if TYPE_CHECKING:
     from deltaspec.methods.declarations import Site
 
-
 Width = Annotated[int, Field(ge=1, le=65536)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Scale = Annotated[float, Field(gt=0, le=1e6)]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 MASK = "attention_mask"
 CACHES = ("past_key_values", "layer_past")
 """Names under which blocks are given the cache."""

@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from deltaspec.backbone.table import Row
     from deltaspec.methods.declarations import Form, Site
 
-
 CHANNELS_FIRST_NORMS = ("_BatchNorm", "GroupNorm", "_InstanceNorm")
 
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from deltaspec.methods.declarations import Form, Site
 
-
 _NAMES = {"linear": "Linear", "conv1d": "Conv1D", "embedding": "Embedding", "conv": "Conv"}
 
 
