@@ -14,7 +14,7 @@ from torch import nn
 from deltaspec.backbone.clone import deep_copy
 from deltaspec.compiler.build import Built, build, with_rows
 from deltaspec.compiler.handles import DeltasView, Restore
-from deltaspec.compiler.pickling import rebuilt, reduced
+from deltaspec.compiler.pickling import rebuild, reduced
 from deltaspec.deltas.modules import Delta
 from deltaspec.diagnostics.findings import require_known
 from deltaspec.graphs.regions import Region
@@ -283,14 +283,5 @@ class CompiledModel(torch.fx.GraphModule):
                 self.__dict__[name] = copy.deepcopy(value, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-
-        return _rebuild, (*reduced(self._built), self.capture, self.capture_reason, self.training)
-
-
-def _rebuild(
-    backbone: nn.Module, plan: Plan, strengths: Mapping[str, float], capture: str, capture_reason: str, training: bool
-) -> CompiledModel:
-
-    compiled = CompiledModel(rebuilt(backbone, plan, strengths, capture), capture, capture_reason)
-    compiled.training = training
-    return compiled
+        # fx makes a class for each GraphModule, so the class is named here.
+        return rebuild, (CompiledModel, *reduced(self._built), self.capture, self.capture_reason, self.training)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from torch import nn
 
@@ -12,6 +13,8 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.graphs.symbolic import trace
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.copies import bare_copy
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def reduced(built: Built) -> tuple[nn.Module, Plan, dict[str, float]]:
@@ -32,11 +35,21 @@ def reduced(built: Built) -> tuple[nn.Module, Plan, dict[str, float]]:
     return twin, shared.plan, {name: active.strengths[name] for name in active.active}
 
 
-def rebuilt(backbone: nn.Module, plan: Plan, strengths: Mapping[str, float], capture: str) -> Built:
-    """Build the parts of a compiled model anew from what a pickle held."""
+def rebuild(
+    kind: Callable[[Built, str, str], _Model],
+    backbone: nn.Module,
+    plan: Plan,
+    strengths: Mapping[str, float],
+    capture: str,
+    reason: str,
+    training: bool,
+) -> _Model:
+    """Build a compiled model of this class anew from what a pickle held."""
     found = find(backbone)
     assert found is not None
     graph = trace(backbone, *places(plan))[0] if capture == "symbolic" else None
     built = assemble(backbone, found[1], plan, graph)
     built.active.activate(strengths, strengths=strengths)
-    return built
+    compiled = kind(built, capture, reason)
+    compiled.training = training
+    return compiled
