@@ -22,6 +22,10 @@ FACES = {
         "CompiledModel", "DeltaSpec", "DeltaSpecError", "Diagnostic", "Plan",
         "compile", "load", "plan", "restore", "validate",
     ),
+    "deltaspec.methods": (
+        "Form", "Init", "Method", "MethodParams", "Promises", "Rank", "Refusal", "Site", "TensorSpec",
+        "builtin_methods", "methods",
+    ),
     "deltaspec.testing": ("check_method",),
     "deltaspec.allocation": ("RankAllocator",),
     "deltaspec.demo.model": ("build",),

@@ -31,7 +31,7 @@ def test_every_room_says_what_may_not_stand_in_it():
         for room in rooms
         if not any(text.split()[0] in draw_architecture.LIMITS for text in draw_architecture.docstring(room)[1:])
     ]
-    assert without in ([], ["methods"])  # its docstring is the guide for authors of methods
+    assert without == []
 
 
 def test_a_step_that_is_no_import_is_refused(monkeypatch):
