@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from pydantic import Field
 from repository import ROOT
 
-import deltaspec.methods
 from deltaspec.cli import main
 from deltaspec.language.load import load
 from deltaspec.language.migrate import CURRENT, migrate
@@ -52,7 +51,7 @@ class Plugin(Method):
 @pytest.fixture
 def plugin(monkeypatch):
     found = {**builtin_methods(), "zz_plugin": Plugin()}
-    monkeypatch.setattr(deltaspec.methods, "methods", lambda: found)
+    monkeypatch.setattr("deltaspec.methods.registry.methods", lambda: found)
     monkeypatch.setattr("deltaspec.language.validate.methods", lambda: found)
     return found
 
