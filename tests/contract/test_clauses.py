@@ -21,7 +21,10 @@ from deltaspec.testing import check_method
 
 # Parameters that a method is checked with besides its small ones.
 MORE: dict[str, tuple[dict[str, Any], ...]] = {
-    "lora": ({"rank": 2, "scaling": "rslora", "bias": True, "dropout": 0.1, "init": "normal"},),
+    "lora": (
+        {"rank": 2, "scaling": "rslora", "bias": True, "dropout": 0.1, "init": "normal"},
+        {"rank": 2, "init": "orthogonal"},
+    ),
     "adapter": ({"width": 3, "position": "before", "scale": 0.5, "activation": "silu", "dropout": 0.1},),
     "full": ({"tied": "alone"},),
     "p_tuning": ({"tokens": 3, "width": 8, "encoder": "lstm", "dropout": 0.1},),
@@ -69,7 +72,7 @@ def test_every_method_keeps_the_contract_wherever_it_has_a_place(method, params,
 
 @pytest.mark.parametrize("method", methods())
 def test_every_method_has_a_place_by_its_default_roles_on_some_transformer(method):
-    from deltaspec.planning import resolve as plan
+    from deltaspec.planning.resolve import plan
 
     params = methods()[method].small
     places = {}
@@ -86,7 +89,7 @@ def test_every_method_has_a_place_by_its_default_roles_on_some_transformer(metho
     ("method", "architecture"), [(m, a) for m in ("lora", "adapter", "bitfit", "full") for a in ARCHITECTURES]
 )
 def test_the_first_four_methods_have_a_place_everywhere(method, architecture):
-    from deltaspec.planning import resolve as plan
+    from deltaspec.planning.resolve import plan
 
     chosen = ARCHITECTURES[architecture]
     params = methods()[method].small
