@@ -79,7 +79,7 @@ def test_the_encoder_folds_away(params: dict[str, Any], dtype: torch.dtype, tmp_
     assert torch.equal(simple(input_ids=ids).logits, c(input_ids=ids).logits)
     assert torch.equal(simple.generate(ids, max_new_tokens=4), c.generate(ids, max_new_tokens=4))
     simple.save(tmp_path)
-    again = deltaspec.store.restore(model, tmp_path)
+    again = deltaspec.restore(model, tmp_path)
     assert torch.equal(again(input_ids=ids).logits, c(input_ids=ids).logits)
     simple.detach()
     c.detach()
