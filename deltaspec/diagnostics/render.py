@@ -88,11 +88,7 @@ def as_sarif(diagnostics: Sequence[Diagnostic], files: int | None = None) -> str
         "columnKind": "unicodeCodePoints",
         "results": results,
     }
-    log = {
-        "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
-        "version": "2.1.0",
-        "runs": [run],
-    }
+    log = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}
     return dumps(log, indent=2, ensure_ascii=False)
 
 

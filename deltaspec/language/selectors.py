@@ -48,12 +48,7 @@ class Part(BaseModel):
     """Base of every part of a spec: closed, strict, immutable, finite."""
 
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        populate_by_name=True,
-        defer_build=True,
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True, defer_build=True
     )
 
 

@@ -29,11 +29,7 @@ if TYPE_CHECKING:
     from deltaspec.names.patterns import Pattern
     from deltaspec.roles.parts import Parts
 
-_FUSED = {
-    "qkv": ("q", "k", "v", "kv"),
-    "kv": ("k", "v"),
-    "gate_up": ("gate", "up"),
-}
+_FUSED = {"qkv": ("q", "k", "v", "kv"), "kv": ("k", "v"), "gate_up": ("gate", "up")}
 """Which parts one fused projection may hold."""
 
 

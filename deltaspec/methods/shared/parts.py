@@ -57,10 +57,7 @@ def refuse_parts(site: Site, parts: tuple[str, ...]) -> Refusal | None:
             f"choose from parts: [{', '.join(row.parts.names)}], in overrides for this site",
         )
     if site.host is not None:
-        return Refusal(
-            f"{reader(site)} reads this weight by itself",
-            "leave `parts` out for this site",
-        )
+        return Refusal(f"{reader(site)} reads this weight by itself", "leave `parts` out for this site")
     return None
 
 
