@@ -11,14 +11,11 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, Path
 from deltaspec.diagnostics.wording import show_path
 from deltaspec.documents.builder import MAX_DEPTH, MAX_NODES, MAX_NUMBER, Builder, Mark, bad_character, printable
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Path
 
 MAX_BYTES = 1 << 20
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from deltaspec.diagnostics.findings import Diagnostic, Path
 from deltaspec.diagnostics.wording import closest, show_value
+from deltaspec.documents.document import Document
+from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import MethodParams
 from deltaspec.methods.shared.rank import MAX_RANK
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic, Path
-    from deltaspec.documents.document import Document
-    from deltaspec.methods.base import Method
 
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 METHOD = "lora"

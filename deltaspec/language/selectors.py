@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
+from deltaspec.diagnostics.findings import Path
 from deltaspec.roles.vocabulary import ROLES
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Path
 
 NAME = "^[A-Za-z][A-Za-z0-9_-]{0,63}$"
 """Names of deltas and of selectors."""

@@ -10,13 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from deltaspec.methods.declarations import MethodParams, Promises
+from deltaspec.backbone.table import Row
+from deltaspec.methods.declarations import Form, MethodParams, Promises, Refusal, Site, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
-
-    from deltaspec.backbone.table import Row
-    from deltaspec.methods.declarations import Form, Refusal, Site, TensorSpec
 
 
 class Method(ABC):

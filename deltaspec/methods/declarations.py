@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from deltaspec.backbone.table import Row
+from deltaspec.roles.parts import Parts
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from deltaspec.backbone.attention import AttentionShape
-    from deltaspec.backbone.table import Row
-    from deltaspec.roles.parts import Parts
 
 InitKind = Literal["zeros", "ones", "normal", "kaiming_uniform", "xavier_uniform", "constant", "copy"]
 

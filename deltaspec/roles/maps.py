@@ -19,15 +19,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deltaspec.names.patterns import compile_glob, fullmatch
-from deltaspec.roles.parts import resolve
+from deltaspec.names.patterns import Pattern, compile_glob, fullmatch
+from deltaspec.roles.parts import Parts, resolve
 from deltaspec.roles.vocabulary import ROLES
-
-if TYPE_CHECKING:
-    from deltaspec.names.patterns import Pattern
-    from deltaspec.roles.parts import Parts
 
 _FUSED = {"qkv": ("q", "k", "v", "kv"), "kv": ("k", "v"), "gate_up": ("gate", "up")}
 """Which parts one fused projection may hold."""

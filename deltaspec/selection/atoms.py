@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from json import dumps
 from time import process_time
-from typing import TYPE_CHECKING
 
-from deltaspec.backbone.table import ModuleTable, Row
+from deltaspec.backbone.table import ModuleTable, ParameterInfo, Row
 from deltaspec.diagnostics.findings import Path
+from deltaspec.language.selectors import Layers, Selector, Shape
 from deltaspec.names.patterns import BacktrackingError, Pattern, compile_glob, compile_regex, fullmatch
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.table import ParameterInfo
-    from deltaspec.language.selectors import Layers, Selector, Shape
 
 REGEX_SECONDS = 0.5
 """Processor time that one regular expression may take on a whole table."""

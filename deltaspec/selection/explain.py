@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from deltaspec.backbone.table import ModuleTable, Row
 from deltaspec.diagnostics.findings import Path
+from deltaspec.language.selectors import Selector
 from deltaspec.names.patterns import BacktrackingError
 from deltaspec.selection.atoms import Index, atoms, parameter_atoms
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.table import ModuleTable, Row
-    from deltaspec.language.selectors import Selector
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from json import dumps
 from time import process_time
-from typing import TYPE_CHECKING
 
 from deltaspec.diagnostics.wording import closest, counted
 from deltaspec.methods.registry import builtin_methods
 from deltaspec.names.folding import fold
 from deltaspec.names.patterns import PatternError, compile_glob, compile_regex, fullmatch
 from deltaspec.roles.maps import architectures, fused_parts, fused_role, roles_called
-
-if TYPE_CHECKING:
-    from deltaspec.selection.atoms import Atom, Index, ParameterAtom
+from deltaspec.selection.atoms import Atom, Index, ParameterAtom
 
 _MOST = 8
 _HINT_SECONDS = 0.2

@@ -10,22 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from deltaspec.backbone.table import Row
-from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.backbone.table import ModuleTable, Row
+from deltaspec.diagnostics.findings import Diagnostic, Path
 from deltaspec.diagnostics.wording import counted
 from deltaspec.language.model import DeltaSpec
 from deltaspec.language.selectors import Selector
 from deltaspec.names.paths import below
 from deltaspec.names.patterns import BacktrackingError
 from deltaspec.selection import nearest
-from deltaspec.selection.atoms import Index, atoms, parameter_atoms
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.table import ModuleTable
-    from deltaspec.diagnostics.findings import Path
-    from deltaspec.selection.atoms import Atom, ParameterAtom
+from deltaspec.selection.atoms import Atom, Index, ParameterAtom, atoms, parameter_atoms
 
 Item = tuple[int, str | None]
 """Number of a row and the own name of one of its parameters, or None for the module."""

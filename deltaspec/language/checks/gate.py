@@ -6,20 +6,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deltaspec.diagnostics.findings import Path
+from deltaspec.diagnostics.findings import Diagnostic, Path
 from deltaspec.diagnostics.wording import show_path, show_value
 from deltaspec.documents.builder import MAX_FINDINGS
+from deltaspec.documents.document import Document
 from deltaspec.language.checks.mistakes import choice_hint, method_hint, unknown_key_hint, value_hint
 from deltaspec.language.derivation import OTHERS
 from deltaspec.language.schema.generate import schema
 from deltaspec.language.selectors import NAME
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic
-    from deltaspec.documents.document import Document
-    from deltaspec.methods.base import Method
+from deltaspec.methods.base import Method
 
 _TYPES = {
     "string": "text",

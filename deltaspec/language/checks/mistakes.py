@@ -7,12 +7,12 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 from unicodedata import name
 
+from deltaspec.diagnostics.findings import Path
 from deltaspec.diagnostics.wording import closest, show_value
 from deltaspec.documents.builder import MAX_NUMBER
 from deltaspec.language.checks.foreign import VALUES, parameter_hint, place_hint, renamed
 
 if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Path
     from deltaspec.methods.base import Method
 
 _KEYS: Mapping[str, Mapping[str, str]] = {

@@ -8,14 +8,14 @@ from itertools import islice
 from time import process_time
 from typing import TYPE_CHECKING, Any
 
+from deltaspec.diagnostics.findings import Diagnostic, Path
 from deltaspec.diagnostics.wording import closest, show_value
 from deltaspec.documents.builder import MAX_FINDINGS
+from deltaspec.documents.document import Document
 from deltaspec.language.params import read_params
 from deltaspec.names.patterns import BacktrackingError, PatternError, compile_glob, compile_regex
 
 if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic, Path
-    from deltaspec.documents.document import Document
     from deltaspec.methods.base import Method
 
 MAX_EXPANSION = 10_000

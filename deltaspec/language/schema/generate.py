@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from itertools import pairwise
 from json import dumps
 from textwrap import dedent
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
@@ -21,11 +21,9 @@ from deltaspec.language.derivation import OTHERS, DerivedParams
 from deltaspec.language.model import DeltaSpec
 from deltaspec.language.schema.accept import CODED
 from deltaspec.language.schema.coded import coded
+from deltaspec.methods.base import Method
+from deltaspec.methods.declarations import MethodParams
 from deltaspec.methods.registry import builtin_methods, methods
-
-if TYPE_CHECKING:
-    from deltaspec.methods.base import Method
-    from deltaspec.methods.declarations import MethodParams
 
 _REF = "#/definitions/{model}"
 _ANNOTATIONS = ("title",)

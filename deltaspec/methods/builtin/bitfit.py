@@ -7,17 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.parts import PartNames, fused_roles_of, refuse_parts, split_vector, spread
 from deltaspec.methods.shared.scales import shift_outputs
 from deltaspec.methods.shared.shapes import CHANNELS_FIRST_NORMS, along_channels, output_width
 from deltaspec.methods.shared.weights import reader
+from deltaspec.roles.parts import Parts
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Site
-    from deltaspec.roles.parts import Parts
 
 _BIAS = re.compile(r"bias(_\w+)?|\w+_bias")
 """Names of biases in modules that hold more than one, such as nn.MultiheadAttention and nn.LSTM."""

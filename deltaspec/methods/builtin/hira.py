@@ -7,14 +7,12 @@ from math import sqrt
 from typing import TYPE_CHECKING, Any, Literal
 
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, TensorSpec
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.weights import canonical, refuse_weight, weight_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Refusal, Site
 
 
 class HiraParams(MethodParams):

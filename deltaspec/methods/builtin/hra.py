@@ -7,15 +7,13 @@ from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.declarations import Form, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.rotations import filter_width
 from deltaspec.methods.shared.weights import canonical, own_layout, refuse_weight
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
-
-    from deltaspec.methods.declarations import Form, Site
 
 
 class HraParams(MethodParams):

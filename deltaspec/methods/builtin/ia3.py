@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import model_validator
 
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.parts import PartNames, fused_roles_of, refuse_parts, split_vector, spread
 from deltaspec.methods.shared.scales import scale_inputs, scale_outputs
 from deltaspec.methods.shared.shapes import along_channels
 from deltaspec.methods.shared.weights import reader
+from deltaspec.roles.parts import Parts
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Site
-    from deltaspec.roles.parts import Parts
 
 
 class Ia3Params(MethodParams):

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from deltaspec.methods.declarations import Init, MethodParams, Promises, TensorSpec
+from deltaspec.methods.declarations import Init, MethodParams, Promises, Site, TensorSpec
 from deltaspec.methods.shared.prompts import PromptMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from deltaspec.methods.declarations import Site
 
 _SIDES = ("", "_reverse")
 

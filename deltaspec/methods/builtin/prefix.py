@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from deltaspec.backbone.table import Row
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from deltaspec.backbone.table import Row
-    from deltaspec.methods.declarations import Form, Site
 
 
 class PrefixParams(MethodParams):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.activations import Activation, activate
 from deltaspec.methods.shared.bottleneck import refuse_serial
 from deltaspec.methods.shared.positions import CACHES, MASK, edges, real_tokens
@@ -18,8 +18,6 @@ from deltaspec.methods.shared.shapes import hidden_width
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
-
-    from deltaspec.methods.declarations import Form, Site
 
 Count = Annotated[int, Field(ge=1, le=65536)]
 

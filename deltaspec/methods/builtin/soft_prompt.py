@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.prompts import PromptMethod
 from deltaspec.methods.shared.text import TextError, ids_of
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
-
-    from deltaspec.methods.declarations import Site
 
 TOKENS = 100
 """Number of learned embeddings where none is given."""

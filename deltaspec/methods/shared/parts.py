@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from deltaspec.methods.declarations import Refusal
+from deltaspec.methods.declarations import Refusal, Site
 from deltaspec.methods.shared.weights import reader
-
-if TYPE_CHECKING:
-    from deltaspec.methods.declarations import Site
-    from deltaspec.roles.parts import Parts
+from deltaspec.roles.parts import Parts
 
 
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from deltaspec.backbone.table import Row
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Refusal
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.table import Row
-    from deltaspec.methods.declarations import Form, Site
+from deltaspec.methods.declarations import Form, Refusal, Site
 
 
 class PromptMethod(Method):

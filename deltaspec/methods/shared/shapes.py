@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from deltaspec.backbone.table import Row
+
 if TYPE_CHECKING:
-    from deltaspec.backbone.table import Row
     from deltaspec.methods.declarations import Form, Site
 
 CHANNELS_FIRST_NORMS = ("_BatchNorm", "GroupNorm", "_InstanceNorm")

@@ -10,12 +10,10 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from deltaspec.methods.declarations import Refusal
+from deltaspec.methods.declarations import Form, Refusal, Site
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Site
 
 _NAMES = {"linear": "Linear", "conv1d": "Conv1D", "embedding": "Embedding", "conv": "Conv"}
 
