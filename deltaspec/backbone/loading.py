@@ -181,12 +181,10 @@ def _from_factory(reference: str, module_name: str, attribute: str) -> nn.Module
 def _imported(reference: str, name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and is_inside(name, error.name):
+    except (Exception, SystemExit) as error:  # the caller's own code
+        if isinstance(error, ModuleNotFoundError) and error.name is not None and is_inside(name, error.name):
             hint = "it is looked for in the current directory and in the environment that deltaspec runs in"
             _fail("DS323", f"there is no module {error.name}", reference, hint)
-        _fail("DS323", f"importing {name} failed: {_brief(error)}{_where(error)}", reference)
-    except (Exception, SystemExit) as error:  # the caller's own code
         _fail("DS323", f"importing {name} failed: {_brief(error)}{_where(error)}", reference)
 
 
@@ -237,6 +235,5 @@ def _article(value: object) -> str:
 
 
 def _fail(code: str, message: str, reference: str, suggestion: str | None = None) -> NoReturn:
-
     place = printable(reference) or "(no model)"
     raise DeltaSpecError([Diagnostic(code, message, place, suggestion=suggestion)]) from None

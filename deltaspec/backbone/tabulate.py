@@ -77,6 +77,7 @@ def _row(
     if kind == "norm?":
         one = any(p.name == "weight" and len(p.shape) == 1 for p in (*parameters, *buffers))
         kind = "norm" if one else "other"
+    attributes = vars(module).items() if module._forward_pre_hooks else ()
     wide: Any = module
     conv, into, out = None, None, None
     if kind == "linear":
@@ -106,7 +107,7 @@ def _row(
         aliases=tuple(node.aliases),
         attends="config" in module.__dict__ and is_routable(module),
         entrance=entrance,
-        computed=_computed(module) if module._forward_pre_hooks else (),
+        computed=tuple(name for name, value in attributes if isinstance(value, Tensor)),
         arguments=_arguments(kind_of.forward),
         transposed=(module.__dict__.get("is_transposed") or getattr(kind_of, "is_transposed", None)) is True,
         parts=None if node.map is None or out is None else node.map.parts_of(node.roles, node.config, out),
@@ -115,15 +116,10 @@ def _row(
     )
 
 
-def _computed(module: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, value in module.__dict__.items() if isinstance(value, Tensor))
-
-
 @cache
 def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = arguments_of(forward)
-    return tuple(p.name for p in parameters if p.kind not in stars)
+    return tuple(p.name for p in arguments_of(forward) if p.kind not in stars)
 
 
 def _vocabulary(model: nn.Module) -> nn.Module | None:

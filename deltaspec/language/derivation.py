@@ -91,9 +91,8 @@ def check(document: Document, methods: Mapping[str, Method]) -> Iterator[Diagnos
             if name not in by_name:
                 near = closest(name, by_name)
                 hint = f'did you mean "{near}"?' if near else "a source is another delta of this spec"
-                yield document.diagnostic(
-                    "DS223", f"no delta is named {show_value(name)}", (*path, "from", name), hint, key=True
-                )
+                message = f"no delta is named {show_value(name)}"
+                yield document.diagnostic("DS223", message, (*path, "from", name), hint, key=True)
         if all(name in by_name for name in sources):
             yield from _check_methods(document, path, delta, [by_name[name] for name in sources], methods)
         weights = [weight for weight in sources.values() if isinstance(weight, int | float)]

@@ -138,7 +138,7 @@ class Selector(Part):
                 data[key] = alternatives[0] if len(alternatives) == 1 else list(alternatives)
         for key in ("layers", "shape"):
             if (part := getattr(self, key)) is not None:
-                data[key] = {k: list(v) if isinstance(v, tuple) else v for k, v in _given(part).items()}
+                data[key] = {k: list(v) if isinstance(v, tuple) else v for k, v in given(part).items()}
         if self.ref is not None:
             data["ref"] = self.ref
         for key, nested in (("any", self.any_of), ("all", self.all_of)):
@@ -151,7 +151,8 @@ class Selector(Part):
         return data
 
 
-def _given(part: Part) -> dict[str, Any]:
+def given(part: Part) -> dict[str, Any]:
+    """Return what a part says, by the keys of a document."""
     return {k: v for k, v in part.model_dump(by_alias=True).items() if v not in (None, ())}
 
 

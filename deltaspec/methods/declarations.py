@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict
 
 from deltaspec.backbone.table import Row
+from deltaspec.names.paths import below
 from deltaspec.roles.parts import Parts
 
 if TYPE_CHECKING:
@@ -110,9 +111,7 @@ class Site:
     @property
     def fqn(self) -> str:
         """Name of the site: the module's FQN, or the parameter's."""
-        if self.parameter is None:
-            return self.row.fqn
-        return f"{self.row.fqn}.{self.parameter}" if self.row.fqn else self.parameter
+        return self.row.fqn if self.parameter is None else below(self.row.fqn, self.parameter)
 
     def is_read(self, parameter: str) -> bool:
         """Return whether a change of an own parameter, by its own name, reaches the output."""

@@ -121,13 +121,12 @@ class _Search:
             try:
                 hits = [number for number, row in enumerate(self.index.table.rows) if row.fqn and atom.accepts(row)]
             except BacktrackingError as error:
-                self._find("DS307", f"{atom.text}: {error}", atom.location, error.suggestion)
+                self._find("DS307", f"{atom.text}: {error}", error.suggestion, atom.location)
                 continue
             for number in hits:
                 found.update(self.members[number])
-            missing = nearest.missing(atom, self.index, bool(hits))
-            if missing is not None and not optional:
-                self._find(missing.code, missing.message, atom.location, missing.suggestion)
+            if not optional and (missing := nearest.missing(atom, self.index, bool(hits))):
+                self._find(*missing, atom.location)
         return _Part(" or ".join(atom.text for atom in group), found, optional)
 
     def _parameters(self, group: tuple[ParameterAtom, ...], optional: bool) -> _Part:
@@ -142,7 +141,7 @@ class _Search:
             found |= hits
             if not hits and not optional:
                 message = f"no parameter matches {atom.text}"
-                self._find("DS308", message, atom.location, nearest.parameter_hint(atom, self.index))
+                self._find("DS308", message, nearest.parameter_hint(atom, self.index), atom.location)
         return _Part(" or ".join(atom.text for atom in group), found, optional)
 
     def _complement(self, items: Collection[Item]) -> set[Item]:
@@ -165,12 +164,12 @@ class _Search:
                 hint = f"without {part.text} it would match {self._modules(left)}"
                 break
         message = f"nothing matches all of: {counts}" if len(parts) > 1 else f"nothing matches {counts}"
-        self._find("DS305", message, location, hint)
+        self._find("DS305", message, hint, location)
 
     def _modules(self, items: Collection[Item]) -> str:
         return counted(len({number for number, _ in items}), "module")
 
-    def _find(self, code: str, message: str, location: Path, suggestion: str | None) -> None:
+    def _find(self, code: str, message: str, suggestion: str | None, location: Path) -> None:
         self.findings.append(self.spec.diagnostic(code, message, location, suggestion))
 
 

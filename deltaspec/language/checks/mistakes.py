@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 _KEYS: Mapping[str, Mapping[str, str]] = {
     "spec": {
         "version": "deltaspec",
-        "delta": "deltas",
-        "adapters": "deltas",
-        "backbone": "model",
-        "base_model": "model",
+        **dict.fromkeys(("delta", "adapters"), "deltas"),
+        **dict.fromkeys(("backbone", "base_model"), "model"),
     },
     "delta": {
         **dict.fromkeys(("type", "kind", "peft_type", "delta_type"), "method"),

@@ -118,14 +118,12 @@ def _atoms(document: Document, selectors: list[tuple[Path, Any]], named: Mapping
             continue
         if ("not" in selector or "optional" in selector) and not any(key in selector for key in _POSITIVE):
             hint = 'say what to choose from, such as path: "**"'
-            yield document.diagnostic(
-                "DS214", "a selector needs an atom that chooses, not only one that excludes", path, hint
-            )
+            message = "a selector needs an atom that chooses, not only one that excludes"
+            yield document.diagnostic("DS214", message, path, hint)
         for key in _PATTERN_ATOMS:
             texts = selector.get(key)
-            many = isinstance(texts, list)
             for index, text in enumerate(texts if isinstance(texts, list) else [texts]):
-                place = (*path, key, index) if many else (*path, key)
+                place = (*path, key, index) if isinstance(texts, list) else (*path, key)
                 if not isinstance(text, str):
                     continue
                 if key == "path":

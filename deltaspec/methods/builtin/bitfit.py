@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
-from deltaspec.methods.shared.parts import PartNames, fused_roles_of, refuse_parts, split_vector, spread
-from deltaspec.methods.shared.scales import shift_outputs
+from deltaspec.methods.shared.parts import PartNames, fused_roles_of, refuse_parts, whole
 from deltaspec.methods.shared.shapes import CHANNELS_FIRST_NORMS, along_channels, output_width
-from deltaspec.methods.shared.weights import reader
-from deltaspec.roles.parts import Parts
+from deltaspec.methods.shared.weights import reader, shift_outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,7 +92,7 @@ class Bitfit(Method):
 
     def apply(self, form: Form, params: BitfitParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute base(x) + bias."""
-        return base(x) + along_channels(_whole(t.bias, params, form.parts), form)
+        return base(x) + along_channels(whole(t.bias, form.parts, params.parts, 0.0), form)
 
     def lowers(self, site: Site, params: BitfitParams) -> bool:
         """Return True for norms with channels first, whose weights do not tell how many dimensions follow, and for
@@ -107,10 +105,4 @@ class Bitfit(Method):
         """Add to the bias, or become it."""
         if inner := self._inner(site):
             return {name: weights[name] + getattr(t, name) for name in inner}
-        return {"bias": shift_outputs(weights, _whole(t.bias, params, site.row.parts), site)}
-
-
-def _whole(bias: Any, params: BitfitParams, parts: Parts | None) -> Any:
-    if params.parts is None or parts is None:
-        return bias
-    return spread(parts, split_vector(bias, parts, params.parts), 0.0)
+        return {"bias": shift_outputs(weights, whole(t.bias, site.row.parts, params.parts, 0.0), site)}

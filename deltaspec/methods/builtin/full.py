@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, Site, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,10 +72,6 @@ class Full(Method):
     def lowers(self, site: Site, params: FullParams) -> bool:
         """Return True: the host's own code runs on the copies."""
         return True
-
-    def apply(self, form: Form, params: FullParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
-        """Return the host's output with the copies in place."""
-        return base(x, **{name: getattr(t, name) for name in form.tensors})
 
     def fold(self, site: Site, params: FullParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put the copies in place."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import sqrt
 from typing import TYPE_CHECKING, Any, Literal
 
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.weights import canonical, refuse_weight, weight_shape
 
@@ -58,10 +58,6 @@ class Hira(Method):
     def reads_weight(self, site: Site, params: HiraParams) -> bool:
         """Return True: it scales the entries of the weight."""
         return True
-
-    def apply(self, form: Form, params: HiraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
-        """Never run: `lowers` is true everywhere."""
-        raise AssertionError("hira works through the weight")
 
     def fold(self, site: Site, params: HiraParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scale the weight's entries."""

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
-from deltaspec.methods.shared.scales import scale_outputs, shift_outputs
 from deltaspec.methods.shared.shapes import CHANNELS_FIRST_NORMS, along_channels, output_width
-from deltaspec.methods.shared.weights import reader
+from deltaspec.methods.shared.weights import reader, scale_outputs, shift_outputs
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from deltaspec.backbone.table import Row
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, Site, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,10 +85,6 @@ class TrainableTokens(Method):
     def lowers(self, site: Site, params: TrainableTokensParams) -> bool:
         """Run the host's own code on the changed table: it may scale, and treat a padding id apart."""
         return True
-
-    def apply(self, form: Form, params: TrainableTokensParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
-        """Return the host's output with the rows in place; every site is lowered, so `fold` does it."""
-        raise AssertionError("trainable_tokens works on the weight")
 
     def fold(
         self, site: Site, params: TrainableTokensParams, t: Any, weights: Mapping[str, Tensor]

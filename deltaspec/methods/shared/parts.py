@@ -92,10 +92,12 @@ def spread(parts: Parts, pieces: Mapping[str, Any], fill: float, trailing: tuple
     return torch.cat(rows, 1).flatten(0, 1)
 
 
-def split_vector(vector: Any, parts: Parts, names: tuple[str, ...]) -> dict[str, Any]:
-    """Cut `[rows of all named parts]` into the parts' own pieces, in the order of `names`."""
+def whole(vector: Any, parts: Parts | None, names: tuple[str, ...] | None, fill: float) -> Any:
+    """Lay out `[rows of all named parts]`, one part after the other, as `[out]`; as it is where no parts are named."""
+    if names is None or parts is None:
+        return vector
     pieces, start = {}, 0
     for name in names:
         pieces[name] = vector[start : start + parts.rows(name)]
         start += parts.rows(name)
-    return pieces
+    return spread(parts, pieces, fill)

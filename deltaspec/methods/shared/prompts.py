@@ -37,10 +37,8 @@ class PromptMethod(Method):
             return Refusal(f"{self.name} works in the embedding of the token ids, not in {site.row.type}", hint)
         entrance = site.row.entrance
         if entrance is None:
-            reason = (
-                "no model of transformers that takes input_ids and attention_mask looks its ids up in this embedding"
-            )
-            return Refusal(reason, hint)
+            taking = "no model of transformers that takes input_ids and attention_mask"
+            return Refusal(f"{taking} looks its ids up in this embedding", hint)
         if entrance.problem is not None:
             other = "use a method that works in the layers, such as prefix or lora"
             return Refusal(f"{entrance.fqn or 'the model'} takes no {self.name}: {entrance.problem}", other)

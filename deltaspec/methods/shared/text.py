@@ -21,9 +21,8 @@ def ids_of(text: str, tokenizer: str) -> list[int]:
     try:
         import transformers
     except ModuleNotFoundError:
-        raise TextError(
-            "transformers, which reads tokenizers, is not installed", "pip install 'deltaspec[transformers]'"
-        ) from None
+        reason = "transformers, which reads tokenizers, is not installed"
+        raise TextError(reason, "pip install 'deltaspec[transformers]'") from None
     path = os.path.expanduser(tokenizer)
     local = os.path.isdir(path)
     try:
