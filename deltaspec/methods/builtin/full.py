@@ -63,10 +63,8 @@ class Full(Method):
             shared = min((p.fqn, *p.tied)) if p.tied and params.tied == "together" else None
             specs.append(TensorSpec(p.name, p.shape, Init("copy", source=p.fqn), key=shared))
         if site.parameter is None and not set(site.row.bases).isdisjoint(STATISTICS):
-            specs += [
-                TensorSpec(b.name, b.shape, Init("copy", source=b.fqn), buffer=True, dtype=b.dtype)
-                for b in site.row.buffers
-            ]
+            starts = ((b, Init("copy", source=b.fqn)) for b in site.row.buffers)
+            specs += [TensorSpec(b.name, b.shape, start, buffer=True, dtype=b.dtype) for b, start in starts]
         return tuple(specs)
 
     def lowers(self, site: Site, params: FullParams) -> bool:

@@ -118,9 +118,8 @@ class Lora(Method):
         if not params.keeps_start:
             return None
         if site.kind not in ("linear", "conv1d"):
-            return Refusal(
-                f"init: {params.init} is for linear layers, not {row.type}", "use init: kaiming_uniform here"
-            )
+            reason = f"init: {params.init} is for linear layers, not {row.type}"
+            return Refusal(reason, "use init: kaiming_uniform here")
         if params.init == "orthogonal" and rank % 2:
             return Refusal(f"init: orthogonal needs an even rank, not {rank}", f"use rank: {rank + 1}")
         if params.init == "pissa" and rank > min(weight_shape(site)):
@@ -146,12 +145,8 @@ class Lora(Method):
             down, up = (rank, in_width), (out_width, rank)
         start = Init("normal", 1 / rank) if params.init == "normal" else Init("kaiming_uniform", sqrt(5))
         if params.parts is not None and row.parts is not None:
-            shapes = [(part, row.parts.rows(part)) for part in params.parts]
-            return tuple(
-                spec
-                for part, rows in shapes
-                for spec in (TensorSpec(f"{part}_down", down, start), TensorSpec(f"{part}_up", (rows, rank)))
-            )
+            pairs = ((f"{part}_down", f"{part}_up", row.parts.rows(part)) for part in params.parts)
+            return tuple(s for a, b, rows in pairs for s in (TensorSpec(a, down, start), TensorSpec(b, (rows, rank))))
         if site.kind == "embedding":
             # As in the reference implementation: the looked-up factor starts at zero, the shared one does not.
             specs = [TensorSpec("down", down, Init("zeros")), TensorSpec("up", up, Init("normal", 1.0))]
@@ -239,11 +234,8 @@ class Lora(Method):
         if site.kind == "conv":
             groups = site.row.conv_groups
             rank, in_per_group, *kernel = down.shape
-            out_channels = up.shape[0]
-            per_group = up.reshape(groups, out_channels // groups, rank // groups) @ down.reshape(
-                groups, rank // groups, -1
-            )
-            update = per_group.reshape(out_channels, in_per_group, *kernel)
+            per_group = up.reshape(groups, -1, rank // groups) @ down.reshape(groups, rank // groups, -1)
+            update = per_group.reshape(-1, in_per_group, *kernel)
         else:
             update = up @ down
             if params.keeps_start:

@@ -74,10 +74,8 @@ class Prefix(Method):
     def tensors(self, site: Site, params: PrefixParams) -> tuple[TensorSpec, ...]:
         """Declare K and V `[tokens, heads * width]`, or the shared prefix, its projection, and one layer to K and V."""
         assert site.attention is not None
-        sizes = {
-            "key": site.attention.heads * site.attention.key_width,
-            "value": site.attention.heads * site.attention.value_width,
-        }
+        widths = {"key": site.attention.key_width, "value": site.attention.value_width}
+        sizes = {name: site.attention.heads * width for name, width in widths.items()}
         if params.reparametrisation == "none":
             return tuple(TensorSpec(name, (params.tokens, size), Init("normal", 1.0)) for name, size in sizes.items())
         hidden, inner = site.in_width, params.width
@@ -91,8 +89,7 @@ class Prefix(Method):
             TensorSpec("down_bias", (inner,), Init("zeros"), key=f"{shared}.down_bias"),
         ]
         for name, size in sizes.items():
-            specs.append(TensorSpec(f"{name}_up", (size, inner), start))
-            specs.append(TensorSpec(f"{name}_bias", (size,), Init("zeros")))
+            specs += [TensorSpec(f"{name}_up", (size, inner), start), TensorSpec(f"{name}_bias", (size,))]
         return tuple(specs)
 
     def attend(self, form: Form, params: PrefixParams, t: Any, q: Any, k: Any, v: Any, base: Callable[..., Any]) -> Any:

@@ -76,8 +76,7 @@ class Reft(Method):
 
     def refuse(self, site: Site, params: ReftParams) -> Refusal | None:
         """Take hidden states in the last dimension, and for chosen positions a module that is told of padding."""
-        refusal = refuse_serial(self.name, site, "after")
-        if refusal is not None:
+        if refusal := refuse_serial(self.name, site, "after"):
             return refusal
         width = hidden_width(site, "after")
         assert width is not None
@@ -134,9 +133,8 @@ class Reft(Method):
             return {}
         width = hidden_width(site, "after")
         assert width is not None
-        return {
-            f"{end}rotation": _orthonormal(torch.randn(params.rank, width, generator=generator)) for end in params.ends
-        }
+        drawn = {f"{end}rotation": torch.randn(params.rank, width, generator=generator) for end in params.ends}
+        return {name: _orthonormal(rows) for name, rows in drawn.items()}
 
     def apply(self, form: Form, params: ReftParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute h + edit(h) at the chosen positions of h = base(x)."""

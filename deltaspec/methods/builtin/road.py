@@ -43,9 +43,8 @@ class Road(Method):
         if site.parameter is not None:
             return Refusal(f"road takes modules, not the parameter {site.parameter!r}", "select the module")
         if site.kind not in ("linear", "conv1d"):
-            return Refusal(
-                f"road needs a Linear or Conv1D module, not {site.row.type}", "select the linear layers inside it"
-            )
+            reason = f"road needs a Linear or Conv1D module, not {site.row.type}"
+            return Refusal(reason, "select the linear layers inside it")
         width = site.row.out_features
         assert width is not None
         if width % params.group_size:

@@ -73,11 +73,9 @@ class Ssf(Method):
 
         if params.init == "identity":
             return {}
+        means = {"scale": 1.0, "bias": 0.0}
         width = output_width(site.row)
-        return {
-            "scale": torch.empty(width).normal_(1.0, 0.02, generator=generator),
-            "bias": torch.empty(width).normal_(0.0, 0.02, generator=generator),
-        }
+        return {name: torch.empty(width).normal_(mean, 0.02, generator=generator) for name, mean in means.items()}
 
     def apply(self, form: Form, params: SsfParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute scale * base(x) + bias."""
