@@ -1,7 +1,7 @@
 '''Methods: what each declares, and the names that an author needs. A method is one class, in one file of any package.
 
-Knows the facts of a module (`backbone/table.py`), but no model, no spec and no plan; one method knows no other. No torch
-at import.
+Knows the facts of a module (`backbone/table.py`), but no model, spec or plan; one method knows no other. No torch at
+import.
 
 This one learns a factor for every output of a linear layer:
 

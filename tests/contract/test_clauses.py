@@ -16,7 +16,10 @@ from deltaspec.planning.resolve import plan
 from deltaspec.testing import check_method
 
 MORE: dict[str, tuple[dict[str, Any], ...]] = {
-    "lora": ({"rank": 2, "scaling": "rslora", "bias": True, "dropout": 0.1, "init": "normal"},),
+    "lora": (
+        {"rank": 2, "scaling": "rslora", "bias": True, "dropout": 0.1, "init": "normal"},
+        {"rank": 2, "init": "orthogonal"},
+    ),
     "adapter": ({"width": 3, "position": "before", "scale": 0.5, "activation": "silu", "dropout": 0.1},),
     "full": ({"tied": "alone"},),
     "p_tuning": ({"tokens": 3, "width": 8, "encoder": "lstm", "dropout": 0.1},),

@@ -99,7 +99,8 @@ class Delora(Method):
         from torch.nn import functional as F
 
         y = base(x)
-        given = t.dropout(x) * t.norm
+        # torch multiplies a strided hidden state in another order, by whether the matrix is trained.
+        given = (t.dropout(x) * t.norm).contiguous()
         update = F.linear(F.linear(given, t.down) * _scales(t.down, t.up, t.boundary, params), t.up)
         if params.init == "kept":
             scales = _scales(t.down_start, t.up_start, t.boundary_start, params)

@@ -210,10 +210,12 @@ class Lora(Method):
         elif form.kind == "conv":
             convolve = (F.conv1d, F.conv2d, F.conv3d)[form.weight_dims - 3]
             update = convolve(base(dropped, weight=t.down, bias=None), t.up, groups=form.groups)
+        elif params.keeps_start:
+            # torch multiplies a strided hidden state in another order, by whether the matrix is trained.
+            given = dropped.contiguous()
+            update = F.linear(F.linear(given, t.down), t.up) - F.linear(F.linear(given, t.down_start), t.up_start)
         else:
             update = F.linear(F.linear(dropped, t.down), t.up)
-        if params.keeps_start:
-            update = update - F.linear(F.linear(dropped, t.down_start), t.up_start)
         if params.use_dora:
             y = decomposed_output(form, t, x, dropped, y, update, params.scale, base)
         else:

@@ -92,6 +92,8 @@ def check(method: str, key: str, value: Any) -> str:
     params = {key: value}
     if method == "soft_prompt" and key.startswith(("prompt_tuning_init_text", "tokenizer_name")):
         params |= {"init": "text", "text": "a"} if key.startswith("token") else {"init": "text", "tokenizer": "t"}
+    if method == "trainable_tokens" and key != "token_indices":
+        params["token_ids"] = [3, 5]
     spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": method, "params": params}]}
     findings = deltaspec.validate(deepcopy(spec))
     if not findings:
