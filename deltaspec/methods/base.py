@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 
+Weights = Mapping[str, "Tensor"]
+"""A host's own parameters, by own name."""
+Tensors = dict[str, "Tensor"]
+"""Tensors by own name: new parameters of a host, or values of a delta."""
+
+
 class Method(ABC):
     """A delta-tuning method. One file, one subclass, found by itself."""
 

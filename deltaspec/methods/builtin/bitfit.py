@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-from deltaspec.methods.base import Method
+from deltaspec.methods.base import Method, Tensors, Weights
 from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.parts import PartNames, fused_roles_of, refuse_parts, whole
 from deltaspec.methods.shared.shapes import CHANNELS_FIRST_NORMS, along_channels, output_width
 from deltaspec.methods.shared.weights import reader, shift_outputs
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _BIAS = re.compile(r"bias(_\w+)?|\w+_bias")
 """Names of biases in modules that hold more than one, such as nn.MultiheadAttention and nn.LSTM."""
@@ -101,7 +98,7 @@ class Bitfit(Method):
         channels_first = not set(site.row.bases).isdisjoint(CHANNELS_FIRST_NORMS)
         return bool(self._inner(site)) or (site.row.has_parameter("bias") and channels_first)
 
-    def fold(self, site: Site, params: BitfitParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: BitfitParams, t: Any, weights: Weights) -> Tensors:
         """Add to the bias, or become it."""
         if inner := self._inner(site):
             return {name: weights[name] + getattr(t, name) for name in inner}

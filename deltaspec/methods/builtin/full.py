@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from deltaspec.methods.base import Method
+from deltaspec.methods.base import Method, Tensors, Weights
 from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, Site, TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 STATISTICS = ("_BatchNorm", "_InstanceNorm")
 
@@ -71,6 +67,6 @@ class Full(Method):
         """Return True: the host's own code runs on the copies."""
         return True
 
-    def fold(self, site: Site, params: FullParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: FullParams, t: Any, weights: Weights) -> Tensors:
         """Put the copies in place."""
         return {spec.name: getattr(t, spec.name) for spec in self.tensors(site, params)}

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import sqrt
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from deltaspec.methods.base import Method
+from deltaspec.methods.base import Method, Tensors, Weights
 from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.weights import canonical, refuse_weight, weight_shape
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class HiraParams(MethodParams):
@@ -59,7 +55,7 @@ class Hira(Method):
         """Return True: it scales the entries of the weight."""
         return True
 
-    def fold(self, site: Site, params: HiraParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: HiraParams, t: Any, weights: Weights) -> Tensors:
         """Scale the weight's entries."""
         import torch
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from pydantic import model_validator
 
-from deltaspec.methods.base import Method
+from deltaspec.methods.base import Method, Tensors, Weights
 from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.parts import PartNames, fused_roles_of, refuse_parts, whole
 from deltaspec.methods.shared.shapes import along_channels
 from deltaspec.methods.shared.weights import reader, scale_inputs, scale_outputs
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Ia3Params(MethodParams):
@@ -95,7 +92,7 @@ class Ia3(Method):
             return base(x * along_channels(t.scale_in, form))
         return base(x) * along_channels(whole(t.scale_out, form.parts, params.parts, 1.0), form)
 
-    def fold(self, site: Site, params: Ia3Params, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: Ia3Params, t: Any, weights: Weights) -> Tensors:
         """Scale the weight's columns, or its rows and the bias."""
         if self._before(site, params):
             return {"weight": scale_inputs(weights["weight"], t.scale_in, site)}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import sqrt
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from deltaspec.methods.base import Method
+from deltaspec.methods.base import Method, Tensors, Weights
 from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.dora import decompose, decomposed_output, squared_norms
 from deltaspec.methods.shared.parts import PartNames, add_to_parts, fused_roles_of, refuse_parts, spread
@@ -162,9 +162,7 @@ class Lora(Method):
             specs.append(TensorSpec("bias", (up[0],), Init("zeros")))
         return tuple(specs)
 
-    def initialise(
-        self, site: Site, params: LoraParams, weights: Mapping[str, Tensor], generator: Generator
-    ) -> dict[str, Tensor]:
+    def initialise(self, site: Site, params: LoraParams, weights: Weights, generator: Generator) -> Tensors:
         """Start the magnitude at the weight's norm, and `pissa` and `orthogonal` factors with their copies."""
         given = {}
         if params.use_dora:
@@ -224,7 +222,7 @@ class Lora(Method):
             y = torch.add(y, along_channels(t.bias, form), alpha=params.scale)
         return y
 
-    def fold(self, site: Site, params: LoraParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: LoraParams, t: Any, weights: Weights) -> Tensors:
         """Add scale · B A to the weight, in the host's own layout (and the bias, if learned)."""
         if params.parts is not None and site.row.parts is not None:
             updates: dict[str, Tensor] = {

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from deltaspec.methods.base import Method
+from deltaspec.methods.base import Method, Tensors, Weights
 from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, Site, TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class NormParams(MethodParams):
@@ -60,6 +56,6 @@ class Norm(Method):
         """Run the norm's own code on the copies, whatever it makes of its weight (Gemma adds one)."""
         return True
 
-    def fold(self, site: Site, params: NormParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: NormParams, t: Any, weights: Weights) -> Tensors:
         """Put the copies in place."""
         return {p.name: getattr(t, p.name) for p in self._chosen(site, params)}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from deltaspec.methods.base import Tensors
 from deltaspec.methods.declarations import Init, MethodParams, Promises, Site, TensorSpec
 from deltaspec.methods.shared.prompts import PromptMethod
 
@@ -95,7 +96,7 @@ class PTuning(PromptMethod):
         """Return a soft prompt: what is left without the encoder."""
         return "soft_prompt", {"tokens": params.tokens}
 
-    def simplified(self, site: Site, params: PTuningParams, t: Any) -> dict[str, Tensor]:
+    def simplified(self, site: Site, params: PTuningParams, t: Any) -> Tensors:
         """Keep what the encoder gives."""
         return {"prompt": self.rows(params.model_copy(update={"dropout": 0.0}), t)}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from deltaspec.backbone.table import Row
-from deltaspec.methods.base import Method
+from deltaspec.methods.base import Method, Tensors
 from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Prefix(Method):
         """Return the plain method: what is left without the reparametrisation."""
         return None if params.reparametrisation == "none" else (self.name, {"tokens": params.tokens})
 
-    def simplified(self, site: Site, params: PrefixParams, t: Any) -> dict[str, Tensor]:
+    def simplified(self, site: Site, params: PrefixParams, t: Any) -> Tensors:
         """Keep the keys and values that the reparametrisation gives."""
         key, value = self._rows(params, t)
         return {"key": key, "value": value}

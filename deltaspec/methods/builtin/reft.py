@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import sqrt
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from deltaspec.methods.base import Method
+from deltaspec.methods.base import Method, Tensors, Weights
 from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.activations import Activation, activate
 from deltaspec.methods.shared.bottleneck import refuse_serial
@@ -17,7 +17,7 @@ from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.shapes import hidden_width
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Generator
 
 Count = Annotated[int, Field(ge=1, le=65536)]
 
@@ -123,9 +123,7 @@ class Reft(Method):
             )
         )
 
-    def initialise(
-        self, site: Site, params: ReftParams, weights: Mapping[str, Tensor], generator: Generator
-    ) -> Mapping[str, Tensor]:
+    def initialise(self, site: Site, params: ReftParams, weights: Weights, generator: Generator) -> Tensors:
         """Start R of `loreft` with random orthonormal rows."""
         import torch
 

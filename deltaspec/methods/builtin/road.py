@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from deltaspec.methods.base import Method
+from deltaspec.methods.base import Method, Tensors, Weights
 from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.weights import reader
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class RoadParams(MethodParams):
@@ -69,7 +66,7 @@ class Road(Method):
         """Turn base(x)."""
         return _turned(base(x), t, params)
 
-    def fold(self, site: Site, params: RoadParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: RoadParams, t: Any, weights: Weights) -> Tensors:
         """Turn the weight's output features and the bias."""
         weight = weights["weight"]
         turned = _turned(weight, t, params) if site.kind == "conv1d" else _turned(weight.t(), t, params).t()

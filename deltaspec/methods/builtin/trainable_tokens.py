@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from deltaspec.backbone.table import Row
-from deltaspec.methods.base import Method
+from deltaspec.methods.base import Method, Tensors, Weights
 from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, Site, TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class TrainableTokensParams(MethodParams):
@@ -86,9 +82,7 @@ class TrainableTokens(Method):
         """Run the host's own code on the changed table: it may scale, and treat a padding id apart."""
         return True
 
-    def fold(
-        self, site: Site, params: TrainableTokensParams, t: Any, weights: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: TrainableTokensParams, t: Any, weights: Weights) -> Tensors:
         """Put the rows in place."""
         import torch
 
