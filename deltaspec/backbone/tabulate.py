@@ -25,6 +25,11 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.names.paths import below
 
 _NORM_CLASSES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+_WIDTHS = {
+    "linear": ("in_features", "out_features"), "conv1d": ("nx", "nf"), "embedding": ("num_embeddings", "embedding_dim"),
+    "conv": ("in_channels", "out_channels"),
+}  # fmt: skip
+"""Names under which modules of a kind hold their widths."""
 _NORM_NAME = re.compile(r".*Norm(\dd)?")
 
 
@@ -79,16 +84,7 @@ def _row(
         kind = "norm" if one else "other"
     attributes = vars(module).items() if module._forward_pre_hooks else ()
     wide: Any = module
-    conv, into, out = None, None, None
-    if kind == "linear":
-        into, out = wide.in_features, wide.out_features
-    elif kind == "conv1d":
-        into, out = wide.nx, wide.nf
-    elif kind == "embedding":
-        into, out = wide.num_embeddings, wide.embedding_dim
-    elif kind == "conv":
-        into, out = wide.in_channels, wide.out_channels
-        conv = ConvInfo(wide.groups, isinstance(module, _ConvTransposeNd))
+    into, out = (getattr(module, name) for name in _WIDTHS[kind]) if kind in _WIDTHS else (None, None)
     return Row(
         fqn=node.fqn,
         type=kind_of.__name__,
@@ -103,7 +99,7 @@ def _row(
         children=len(module._modules),
         in_features=into,
         out_features=out,
-        conv=conv,
+        conv=ConvInfo(wide.groups, isinstance(module, _ConvTransposeNd)) if kind == "conv" else None,
         aliases=tuple(node.aliases),
         attends="config" in module.__dict__ and is_routable(module),
         entrance=entrance,

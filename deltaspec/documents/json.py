@@ -32,6 +32,7 @@ class _Reader:
         self._at = 0
         self._lines = [0, *(found.end() for found in re.finditer(r"\r\n|\n|\r", text))]
         self._open: list[str] = []
+        self._fresh = False
 
     def run(self) -> None:
         if not self._peek():
@@ -128,5 +129,3 @@ class _Reader:
 
     def _fail(self, message: str, suggestion: str | None = None) -> NoReturn:
         self._builder.stop("DS106", f"malformed JSON: {message}", *self._place(self._at), suggestion)
-
-    _fresh = False

@@ -82,13 +82,8 @@ def fused_parts(role: str) -> str:
 
 def roles_called(name: str) -> frozenset[str]:
     """Return the roles that modules of this name have in some architecture (`q_proj` -> `attn.q`, `cross_attn.q`)."""
-    maps = _role_maps().values()
-    return frozenset(
-        role
-        for found in maps
-        for role, globs in found.patterns.items()
-        if name != "*" and any(glob.rpartition(".")[2] == name for glob in globs)
-    )
+    pairs = (pair for found in _role_maps().values() for pair in found.patterns.items() if name != "*")
+    return frozenset(role for role, globs in pairs if any(glob.rpartition(".")[2] == name for glob in globs))
 
 
 @cache

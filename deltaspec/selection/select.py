@@ -45,11 +45,10 @@ def select(
     search = _Search(Index(table), selectors, spec, _names_parameters(selector, selectors))
     found = search.resolve(selector, False).items
     whole = {number for number, parameter in found if parameter is None}
-    matches = []
-    for number, parameter in sorted(found, key=lambda item: (item[0], item[1] or "")):
-        if parameter is None or number not in whole:
-            matches.append(Match(table.rows[number], parameter))
-    return tuple(matches), list(dict.fromkeys(search.findings))
+    apart = (item for item in found if item[1] is None or item[0] not in whole)
+    order = sorted(apart, key=lambda item: (item[0], item[1] or ""))
+    matches = tuple(Match(table.rows[number], parameter) for number, parameter in order)
+    return matches, list(dict.fromkeys(search.findings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +131,8 @@ class _Search:
     def _parameters(self, group: tuple[ParameterAtom, ...], optional: bool) -> _Part:
         found: set[Item] = set()
         for atom in group:
-            hits = {
-                (number, parameter.name)
-                for number, row in enumerate(self.index.table.rows)
-                for parameter in row.parameters
-                if atom.accepts(row, parameter)
-            }
+            rows = enumerate(self.index.table.rows)
+            hits = {(number, p.name) for number, row in rows for p in row.parameters if atom.accepts(row, p)}
             found |= hits
             if not hits and not optional:
                 message = f"no parameter matches {atom.text}"
@@ -147,12 +142,8 @@ class _Search:
     def _complement(self, items: Collection[Item]) -> set[Item]:
         # A module of which single parameters are excluded is not there as a whole any more, its other parameters are.
         touched = {number for number, _ in items}
-        return {
-            item
-            for number, members in enumerate(self.members)
-            for item in members
-            if item not in items and not (item[1] is None and number in touched)
-        }
+        left = (item for members in self.members for item in members if item not in items)
+        return {item for item in left if item[1] is not None or item[0] not in touched}
 
     def _empty(self, parts: list[_Part], location: Path) -> None:
         counts = ", ".join(f"{part.text} ({self._modules(part.items)})" for part in parts)

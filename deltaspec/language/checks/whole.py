@@ -199,9 +199,8 @@ def _references(document: Document, named: Mapping[str, Any]) -> Iterator[Diagno
 
 def _ranges(document: Document, selectors: list[tuple[Path, Any]]) -> Iterator[Diagnostic]:
     """Ranges whose end lies before their beginning."""
-    places: list[tuple[Path, Any, str, str]] = [
-        ((*path, "layers"), _mapping(selector).get("layers"), "from", "to") for path, selector in selectors
-    ]
+    places: list[tuple[Path, Any, str, str]]
+    places = [((*path, "layers"), _mapping(s).get("layers"), "from", "to") for path, s in selectors]
     expects: list[tuple[Path, Any]] = [(("expect",), document.data.get("expect"))]
     expects += [(("deltas", i, "expect"), d.get("expect")) for i, d in _items(document.data.get("deltas"))]
     for path, expect in expects:

@@ -85,13 +85,13 @@ _ANNOTATIONS = frozenset(("$schema", "title", "description", "$comment", "defaul
 
 
 def _is(value: Any, kind: str) -> bool:
-    if kind in ("integer", "number"):
-        wanted = int if kind == "integer" else (int, float)
-        return isinstance(value, wanted) and not isinstance(value, bool)
-    return isinstance(value, _TYPES[kind])
+    return isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
 
 
-_TYPES: dict[str, type] = {"string": str, "boolean": bool, "array": list, "object": dict, "null": type(None)}
+_TYPES: Mapping[str, Any] = {
+    "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
+    "null": type(None),
+}  # fmt: skip
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -113,15 +113,8 @@ class Reft(Method):
         width = hidden_width(site, "after")
         assert width is not None
         shape, start = (params.rank, width), Init("kaiming_uniform", sqrt(5))
-        return tuple(
-            spec
-            for end in params.ends
-            for spec in (
-                TensorSpec(f"{end}rotation", shape, start),
-                TensorSpec(f"{end}source", shape, start),
-                TensorSpec(f"{end}bias", (params.rank,), Init("zeros")),
-            )
-        )
+        parts = {"rotation": (shape, start), "source": (shape, start), "bias": ((params.rank,), Init("zeros"))}
+        return tuple(TensorSpec(end + name, *declared) for end in params.ends for name, declared in parts.items())
 
     def initialise(self, site: Site, params: ReftParams, weights: Weights, generator: Generator) -> Tensors:
         """Start R of `loreft` with random orthonormal rows."""
