@@ -51,9 +51,7 @@ def check_method(
     try:
         case = Case.of(method, model, example_inputs, target, dict(params or {}), capture, tolerance)
     except DeltaSpecError as error:
-        raise DeltaSpecError(
-            [_at_home(finding) for finding in error.diagnostics] if own else error.diagnostics
-        ) from None
+        raise DeltaSpecError(map(_at_home, error.diagnostics) if own else error.diagnostics) from None
     before = snapshot(model, identity=True)
     for name, clause in CLAUSES.items():
         try:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deltaspec.backbone.forwards import names_in
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
 NAME = "deltaspec"
@@ -45,7 +45,7 @@ class Router:
 
     def __init__(self, kind: type[nn.Module]) -> None:
         forward = inspect.unwrap(kind.forward)
-        plain = next((name for name in _names_of(kind.forward) if name.endswith("eager_attention_forward")), "")
+        plain = next((name for name in names_in(kind.forward) if name.endswith("eager_attention_forward")), "")
         self._interface = forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
         self._plain = forward.__globals__.get(plain)
 
@@ -74,13 +74,7 @@ class Router:
 def is_routable(module: nn.Module) -> bool:
     """Return whether a module looks its attention function up in transformers' AttentionInterface, by its config."""
     chooses = hasattr(module.__dict__.get("config"), "_attn_implementation")
-    return chooses and "ALL_ATTENTION_FUNCTIONS" in _names_of(type(module).forward)
-
-
-@cache
-def _names_of(forward: Callable[..., Any]) -> tuple[str, ...]:
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    return code.co_names if code is not None else ()
+    return chooses and "ALL_ATTENTION_FUNCTIONS" in names_in(type(module).forward)
 
 
 def register() -> None:

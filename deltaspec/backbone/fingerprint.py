@@ -41,8 +41,7 @@ def _tensors(backbone: nn.Module, kept: Mapping[tuple[str, str], Tensor]) -> Ite
         for name, buffer in module._buffers.items():
             if buffer is None or name in module._non_persistent_buffers_set or not buffer.is_floating_point():
                 continue
-            place = below(fqn, name)
-            if not _is_delta(place, home):
+            if not _is_delta(place := below(fqn, name), home):
                 yield place, kept.get((fqn, name), buffer)
 
 
@@ -60,11 +59,8 @@ def _sample(tensor: Tensor) -> bytes:
 
 def structure_fingerprint(table: ModuleTable) -> str:
     """Hash module names and classes, parameter names, shapes and ties: `sha256:…`."""
-    rows = [
-        [row.fqn, row.type, sorted(row.aliases), [[p.name, p.shape, sorted(p.tied)] for p in row.parameters]]
-        for row in table.rows
-    ]
-    return digest([table.model_type, rows])
+    ties = ((row, [[p.name, p.shape, sorted(p.tied)] for p in row.parameters]) for row in table.rows)
+    return digest([table.model_type, [[row.fqn, row.type, sorted(row.aliases), tied] for row, tied in ties]])
 
 
 def digest(data: object) -> str:

@@ -20,6 +20,13 @@ def arguments_of(forward: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
     return tuple(inspect.signature(forward).parameters.values())[1:]
 
 
+@cache
+def names_in(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names that a forward's code looks up, as far as there is code to look at."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code.co_names if code is not None else ()
+
+
 _LINEAR = nn.Linear.forward
 
 

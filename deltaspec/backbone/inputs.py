@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 
 def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -48,8 +48,8 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:
 
 def moved_to(inputs: Any, device: str) -> Any:
     """Return the same inputs on a device; those without values become zeros."""
-    return tree_map(lambda v: _moved(v, device) if isinstance(v, Tensor) else v, inputs)
 
+    def moved(value: Tensor) -> Tensor:
+        return torch.zeros_like(value, device=device) if value.is_meta else value.to(device)
 
-def _moved(value: Tensor, device: str) -> Tensor:
-    return torch.zeros_like(value, device=device) if value.is_meta else value.to(device)
+    return tree_map_only(Tensor, moved, inputs)

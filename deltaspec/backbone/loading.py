@@ -166,36 +166,32 @@ def _from_factory(reference: str, module_name: str, attribute: str) -> nn.Module
         if isinstance(made, nn.Module):
             return made
         if not callable(made):
-            _fail("DS324", f"{attribute} is {_article(made)}, neither a module nor a factory", reference)
+            kind = f"an object of class {type(made).__name__}"
+            _fail("DS324", f"{attribute} is {kind}, neither a module nor a factory", reference)
         try:
             with torch.device("meta"):
                 model = made()
         except (Exception, SystemExit):
             # Some constructors compute with values; their failure on real weights is the one that counts.
-            model = _made_for_real(reference, attribute, made)
+            try:
+                model = made()
+            except (Exception, SystemExit) as error:  # the caller's own code
+                message = f"{attribute}() failed: {_brief(error)}{_where(error)}"
+                _fail("DS324", message, reference, "a factory is called without arguments and gives a torch.nn.Module")
     if not isinstance(model, nn.Module):
-        _fail("DS324", f"{attribute}() gave {_article(model)}, not a torch.nn.Module", reference)
+        kind = f"an object of class {type(model).__name__}"
+        _fail("DS324", f"{attribute}() gave {kind}, not a torch.nn.Module", reference)
     return model
 
 
 def _imported(reference: str, name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and is_inside(name, error.name):
+    except (Exception, SystemExit) as error:  # the caller's own code
+        if isinstance(error, ModuleNotFoundError) and error.name is not None and is_inside(name, error.name):
             hint = "it is looked for in the current directory and in the environment that deltaspec runs in"
             _fail("DS323", f"there is no module {error.name}", reference, hint)
         _fail("DS323", f"importing {name} failed: {_brief(error)}{_where(error)}", reference)
-    except (Exception, SystemExit) as error:  # the caller's own code
-        _fail("DS323", f"importing {name} failed: {_brief(error)}{_where(error)}", reference)
-
-
-def _made_for_real(reference: str, attribute: str, factory: Any) -> Any:
-    try:
-        return factory()
-    except (Exception, SystemExit) as error:  # the caller's own code
-        message = f"{attribute}() failed: {_brief(error)}{_where(error)}"
-        _fail("DS324", message, reference, "a factory is called without arguments and gives a torch.nn.Module")
 
 
 @contextmanager
@@ -232,11 +228,6 @@ def _brief(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:299]}…"
 
 
-def _article(value: object) -> str:
-    return f"an object of class {type(value).__name__}"
-
-
 def _fail(code: str, message: str, reference: str, suggestion: str | None = None) -> NoReturn:
-
     place = printable(reference) or "(no model)"
     raise DeltaSpecError([Diagnostic(code, message, place, suggestion=suggestion)]) from None

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -178,13 +179,8 @@ class Recorder:
 
 def _common(names: list[str]) -> str:
     """Return the innermost module that holds all of these."""
-    split = [name.split(".") if name else [] for name in names]
-    shared = []
-    for segments in zip(*split, strict=False):
-        if len(set(segments)) > 1:
-            break
-        shared.append(segments[0])
-    return ".".join(shared)
+    split = zip(*(name.split(".") if name else [] for name in names), strict=False)
+    return ".".join(segments[0] for segments in takewhile(lambda segments: len(set(segments)) == 1, split))
 
 
 def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Observation], str | None]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
 
+from deltaspec.backbone.forwards import names_in
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
 
@@ -39,7 +39,8 @@ def refuse_backbone(model: nn.Module) -> None:
 
 
 def _home(backbone: nn.Module) -> nn.Module:
-    if isinstance(backbone, _CONTAINERS) or not _ITERATES.isdisjoint(_names_in_forward(type(backbone))):
+    # Nothing else tells, before it runs, that a forward walks its children.
+    if isinstance(backbone, _CONTAINERS) or not _ITERATES.isdisjoint(names_in(type(backbone).forward)):
         leaves = [m for m in backbone.modules() if not m._modules and not isinstance(m, _CONTAINERS)]
         return leaves[-1] if leaves else backbone
     return backbone
@@ -67,9 +68,3 @@ def remove(backbone: nn.Module) -> None:
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ITERATES = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
-
-
-def _names_in_forward(kind: type[nn.Module]) -> frozenset[str]:
-    """Return the names that a forward's code looks up; nothing else tells, before it runs, that it walks children."""
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-    return frozenset(code.co_names if code else ())

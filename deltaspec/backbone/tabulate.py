@@ -25,6 +25,11 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.names.paths import below
 
 _NORM_CLASSES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+_WIDTHS = {
+    "linear": ("in_features", "out_features"), "conv1d": ("nx", "nf"), "embedding": ("num_embeddings", "embedding_dim"),
+    "conv": ("in_channels", "out_channels"),
+}  # fmt: skip
+"""Names under which modules of a kind hold their widths."""
 _NORM_NAME = re.compile(r".*Norm(\dd)?")
 
 
@@ -77,17 +82,9 @@ def _row(
     if kind == "norm?":
         one = any(p.name == "weight" and len(p.shape) == 1 for p in (*parameters, *buffers))
         kind = "norm" if one else "other"
+    attributes = vars(module).items() if module._forward_pre_hooks else ()
     wide: Any = module
-    conv, into, out = None, None, None
-    if kind == "linear":
-        into, out = wide.in_features, wide.out_features
-    elif kind == "conv1d":
-        into, out = wide.nx, wide.nf
-    elif kind == "embedding":
-        into, out = wide.num_embeddings, wide.embedding_dim
-    elif kind == "conv":
-        into, out = wide.in_channels, wide.out_channels
-        conv = ConvInfo(wide.groups, isinstance(module, _ConvTransposeNd))
+    into, out = (getattr(module, name) for name in _WIDTHS[kind]) if kind in _WIDTHS else (None, None)
     return Row(
         fqn=node.fqn,
         type=kind_of.__name__,
@@ -102,11 +99,11 @@ def _row(
         children=len(module._modules),
         in_features=into,
         out_features=out,
-        conv=conv,
+        conv=ConvInfo(wide.groups, isinstance(module, _ConvTransposeNd)) if kind == "conv" else None,
         aliases=tuple(node.aliases),
         attends="config" in module.__dict__ and is_routable(module),
         entrance=entrance,
-        computed=_computed(module) if module._forward_pre_hooks else (),
+        computed=tuple(name for name, value in attributes if isinstance(value, Tensor)),
         arguments=_arguments(kind_of.forward),
         transposed=(module.__dict__.get("is_transposed") or getattr(kind_of, "is_transposed", None)) is True,
         parts=None if node.map is None or out is None else node.map.parts_of(node.roles, node.config, out),
@@ -115,15 +112,10 @@ def _row(
     )
 
 
-def _computed(module: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, value in module.__dict__.items() if isinstance(value, Tensor))
-
-
 @cache
 def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = arguments_of(forward)
-    return tuple(p.name for p in parameters if p.kind not in stars)
+    return tuple(p.name for p in arguments_of(forward) if p.kind not in stars)
 
 
 def _vocabulary(model: nn.Module) -> nn.Module | None:

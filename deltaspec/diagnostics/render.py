@@ -83,25 +83,15 @@ def as_sarif(diagnostics: Sequence[Diagnostic], files: int | None = None) -> str
         }
         for d in diagnostics
     ]
-    run = {
-        "tool": {"driver": {"name": "deltaspec", "rules": rules}},
-        "columnKind": "unicodeCodePoints",
-        "results": results,
-    }
-    log = {
-        "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
-        "version": "2.1.0",
-        "runs": [run],
-    }
+    tool = {"driver": {"name": "deltaspec", "rules": rules}}
+    run = {"tool": tool, "columnKind": "unicodeCodePoints", "results": results}
+    log = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}
     return dumps(log, indent=2, ensure_ascii=False)
 
 
 FORMATS: Mapping[str, Callable[[Sequence[Diagnostic], int | None], str]] = {
-    "text": as_text,
-    "json": as_json,
-    "github": as_github,
-    "sarif": as_sarif,
-}
+    "text": as_text, "json": as_json, "github": as_github, "sarif": as_sarif,
+}  # fmt: skip
 
 
 def _data(text: str) -> str:
@@ -123,12 +113,8 @@ def _relative(file: str) -> str:
 
 def _location(d: Diagnostic) -> dict[str, Any]:
     relative = _relative(d.file)
-    artifact: dict[str, Any]
-    if Path(relative).is_absolute():
-        artifact = {"uri": Path(relative).as_uri()}
-    else:
-        artifact = {"uri": quote(relative), "uriBaseId": "%SRCROOT%"}
-    location: dict[str, Any] = {"artifactLocation": artifact}
+    absolute, inside = Path(relative).is_absolute(), {"uri": quote(relative), "uriBaseId": "%SRCROOT%"}
+    location: dict[str, Any] = {"artifactLocation": {"uri": Path(relative).as_uri()} if absolute else inside}
     if d.line:
         location["region"] = {"startLine": d.line, "startColumn": d.column}
     return location

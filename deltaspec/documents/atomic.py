@@ -53,12 +53,11 @@ def alone_in(folder: Path) -> Iterator[bool]:
 
     handle = os.open(folder, os.O_RDONLY)
     try:
+        alone = True
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:
             alone = False
-        else:
-            alone = True
         yield alone
     finally:
         os.close(handle)

@@ -30,10 +30,6 @@ class Mark:
     """Place of the key that it stands under."""
     children: dict[str | int, Mark] = field(default_factory=dict)
 
-    def child(self, part: str | int) -> Mark | None:
-        """Return the mark under a key or index; None where there is none."""
-        return self.children.get(part)
-
 
 @dataclass(slots=True)
 class _Frame:
@@ -102,34 +98,25 @@ class Builder:
         if not isinstance(value, str):
             shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
             self.refuse("DS112", f"the key {shown} is not a string", line, column, f'quote it: "{shown}"')
-        elif (first := frame.mark.child(value)) is not None:
+        elif (first := frame.mark.children.get(value)) is not None:
             assert first.key is not None
-            self.refuse(
-                "DS107",
-                f"duplicate key {value[:60]!r}: the first one stands at line {first.key[0]}, column {first.key[1]}",
-                line,
-                column,
-                "delete or rename one of the two",
-            )
+            there = f"the first one stands at line {first.key[0]}, column {first.key[1]}"
+            hint = "delete or rename one of the two"
+            self.refuse("DS107", f"duplicate key {value[:60]!r}: {there}", line, column, hint)
         else:
             frame.key = value
 
     def finish(self) -> tuple[dict[str, Any], Mark]:
         """Return data and marks, or raise all findings."""
-        if self._root_mark is None:
-            self.refuse("DS113", "the document is empty", 1, 1, "a spec starts with: deltaspec: 1")
+        mark, start = self._root_mark or Mark(1, 1), "a spec starts with: deltaspec: 1"
+        if self._root is None:
+            self.refuse("DS113", "the document is empty", 1, 1, start)
         elif not isinstance(self._root, dict):
-            if self._root is None:
-                self.refuse("DS113", "the document is empty", 1, 1, "a spec starts with: deltaspec: 1")
-            else:
-                kind = "a list" if isinstance(self._root, list) else "a single value"
-                mark = self._root_mark
-                message = f"a spec is a mapping, not {kind}"
-                self.refuse("DS114", message, mark.line, mark.column, "a spec starts with: deltaspec: 1")
+            kind = "a list" if isinstance(self._root, list) else "a single value"
+            self.refuse("DS114", f"a spec is a mapping, not {kind}", mark.line, mark.column, start)
         if self._findings:
             raise DeltaSpecError(in_order(self._findings))
-        assert self._root_mark is not None
-        return self._root, self._root_mark
+        return self._root, mark
 
     def _place(self, value: Any, mark: Mark) -> None:
         self._nodes += 1
@@ -170,8 +157,7 @@ def printable(text: str) -> str:
 def number(text: str, builder: Builder, line: int, column: int) -> int | float:
     """Read a decimal number literal; refuse absurd ones, and return 0 then."""
     if len(text) > MAX_LITERAL:
-        message = f"a number of {len(text)} characters"
-        builder.refuse("DS111", message, line, column, "quote it, if it is text")
+        builder.refuse("DS111", f"a number of {len(text)} characters", line, column, "quote it, if it is text")
         return 0
     if text.lstrip("+-").isdigit():
         whole = int(text)

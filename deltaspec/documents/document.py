@@ -11,14 +11,11 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, Path
 from deltaspec.diagnostics.wording import show_path
 from deltaspec.documents.builder import MAX_DEPTH, MAX_NODES, MAX_NUMBER, Builder, Mark, bad_character, printable
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Path
 
 MAX_BYTES = 1 << 20
 
@@ -39,10 +36,10 @@ class Document:
             return 0, 0
         place = mark.line, mark.column
         for part in path:
-            child = mark.child(part)
-            if child is None:
+            if part not in mark.children:
                 return place
-            mark, place = child, (child.line, child.column)
+            mark = mark.children[part]
+            place = mark.line, mark.column
         return mark.key if key and path and mark.key is not None else place
 
     def diagnostic(
@@ -68,9 +65,8 @@ def read(path: str | os.PathLike[str]) -> Document:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         long_text = "\n" in name or len(name) > 1000
         hint = "this looks like the text of a spec: pass a file name or a dict" if long_text else None
-        raise DeltaSpecError(
-            [Diagnostic("DS101", f"cannot read: {reason}", printable(name), suggestion=hint)]
-        ) from None
+        finding = Diagnostic("DS101", f"cannot read: {reason}", printable(name), suggestion=hint)
+        raise DeltaSpecError([finding]) from None
     if len(content) > MAX_BYTES:
         raise DeltaSpecError([_too_large(printable(name))])
     return from_text(_decode(content, printable(name)), printable(name))

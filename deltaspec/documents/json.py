@@ -5,12 +5,9 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from json.decoder import JSONDecodeError, scanstring  # type: ignore[attr-defined]
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from deltaspec.documents.builder import number
-
-if TYPE_CHECKING:
-    from deltaspec.documents.builder import Builder
+from deltaspec.documents.builder import Builder, number
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
@@ -35,6 +32,7 @@ class _Reader:
         self._at = 0
         self._lines = [0, *(found.end() for found in re.finditer(r"\r\n|\n|\r", text))]
         self._open: list[str] = []
+        self._fresh = False
 
     def run(self) -> None:
         if not self._peek():
@@ -131,5 +129,3 @@ class _Reader:
 
     def _fail(self, message: str, suggestion: str | None = None) -> NoReturn:
         self._builder.stop("DS106", f"malformed JSON: {message}", *self._place(self._at), suggestion)
-
-    _fresh = False

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from deltaspec.documents.builder import number
-
-if TYPE_CHECKING:
-    from deltaspec.documents.builder import Builder
+from deltaspec.documents.builder import Builder, number
 
 _INT = re.compile(r"[-+]?[0-9]+")
 _OTHER_BASE = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -24,11 +24,14 @@ def to_function(graph: fx.Graph, title: str) -> tuple[Callable[..., Any], str]:
             graph.erase_node(node)
     graph.lint()
     generated = graph.python_code("self")
-    source = without_self(generated.src)
-    namespace = dict(generated.globals)
+    return executed(without_self(generated.src), generated.globals, title)
+
+
+def executed(source: str, names: Mapping[str, Any], title: str) -> tuple[Callable[..., Any], str]:
+    """Return the function that generated source defines, and the source; `names` are those it finds."""
+    namespace = dict(names)
     exec(compile(source, f"<deltaspec {title}>", "exec"), namespace)
-    function: Callable[..., Any] = namespace["forward"]
-    return function, source.strip() + "\n"
+    return namespace["forward"], source.strip() + "\n"
 
 
 def without_self(source: str) -> str:

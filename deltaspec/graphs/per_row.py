@@ -110,9 +110,8 @@ class RowEmitter:
             if y is self.host and linear and set(result.kwargs) <= {"alpha"}:
                 assert isinstance(update, fx.Node)
                 inner, weight = (self._value(arg, {}) for arg in update.args)
-                return self._call(
-                    add_linear_rows, self.plain, inner, weight, self.slot, result.kwargs.get("alpha", 1.0)
-                )
+                alpha = result.kwargs.get("alpha", 1.0)
+                return self._call(add_linear_rows, self.plain, inner, weight, self.slot, alpha)
         return self._call(toward_rows, self.plain, self._own(result), self.slot)
 
     def _own(self, target: fx.Node) -> fx.Node:
@@ -205,17 +204,13 @@ class RowEmitter:
         function, _ = to_function(sub, f"{self.link.method} of one row")
         given: list[Any] = []
         if "dropout" in modules:
-            given.append(self._dropout_input())
+            given.append(next(n for n in self.graph.find_nodes(op="placeholder") if n.target == self.inputs.dropout))
         if "swapped" in modules:
             assert self.inputs.swapped is not None
             given.append(self.inputs.swapped())
         values = [self._tensor(n, False) if self._is_vector(n) else self.env[n] for n in used]
         mapped = _over_rows(function, len(modules), f"{self.link.method}_per_row")
         return self._call(mapped, *given, *values)
-
-    def _dropout_input(self) -> fx.Node:
-        dropout: fx.Node = next(n for n in self.graph.find_nodes(op="placeholder") if n.target == self.inputs.dropout)
-        return dropout
 
 
 def _over_rows(function: Callable[..., Any], modules: int, name: str) -> Callable[..., Any]:

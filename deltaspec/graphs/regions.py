@@ -140,7 +140,7 @@ def region(key: RegionKey) -> Region:
         result = _open_call(graph, key, args, kwargs, leading, tuple(inputs), swapped)
     graph.output(result)
     run_passes(graph, key.owned)
-    function, code = to_function(graph, f"region {_title(key)}")
+    function, code = to_function(graph, f"region {' + '.join(link.method for link in key.links) or 'lowered'}")
     return Region(key, graph, code, function, tuple(bound))
 
 
@@ -183,7 +183,3 @@ def _open_call(
 
 def _getitem(pair: tuple[Any, Any], index: int) -> Any:
     return pair[index]
-
-
-def _title(key: RegionKey) -> str:
-    return " + ".join(link.method for link in key.links) or "lowered"

@@ -35,9 +35,7 @@ class _Tensors:
         return fx.Proxy(self._tracer.graph.call_module(self._inputs.dropout, (value.node,)), self._tracer)
 
     def argument(self, name: str) -> fx.Proxy | None:
-        if self._inputs.argument is None:
-            return None
-        return fx.Proxy(self._inputs.argument(name), self._tracer)
+        return None if self._inputs.argument is None else fx.Proxy(self._inputs.argument(name), self._tracer)
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Proxy:
         return self._tracer.create_proxy("call_function", function, args, {})

@@ -86,6 +86,4 @@ def root_graph(backbone: nn.Module) -> fx.Graph:
 
 def _writable(value: Any) -> bool:
     """Return whether generated code can spell the value."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return type(value) in _PLAIN
+    return math.isfinite(value) if isinstance(value, float) else type(value) in _PLAIN

@@ -66,7 +66,12 @@ def rows_in(slot: RowSlot, x: Tensor) -> Tensor:
         return x
     elif size == 1:
         return x.expand(batch.size, *x.shape[1:])
-    raise DeltaSpecError([_untold(x, batch)])
+    message = (
+        f"a hidden state {list(x.shape)} does not tell the {batch.rows} rows of the batch apart, "
+        "so they cannot be under different deltas here"
+    )
+    hint = "run these rows one delta at a time: with c.only(name)"
+    raise DeltaSpecError([Diagnostic("DS442", message, suggestion=hint)])
 
 
 def rows_out(like: Tensor, x: Tensor) -> Tensor:
@@ -105,12 +110,3 @@ def add_linear_rows(y: Tensor, x: Tensor, weight: Tensor, slot: RowSlot, scale: 
     if y.dim() == 3 and x.dim() == 3:
         return torch.baddbmm(y, scaled, weight.mT, alpha=scale)
     return torch.add(y, linear_rows(scaled, weight), alpha=scale)
-
-
-def _untold(x: Tensor, batch: RowBatch) -> Diagnostic:
-    message = (
-        f"a hidden state {list(x.shape)} does not tell the {batch.rows} rows of the batch apart, "
-        "so they cannot be under different deltas here"
-    )
-    hint = "run these rows one delta at a time: with c.only(name)"
-    return Diagnostic("DS442", message, suggestion=hint)

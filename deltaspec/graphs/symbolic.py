@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from deltaspec.backbone.clone import clone
 from deltaspec.backbone.forwards import arguments_of
+from deltaspec.graphs.lifted import executed
 from deltaspec.graphs.links import Inputs, Link
 from deltaspec.graphs.regions import hidden_out, with_hidden_out
 from deltaspec.graphs.rewrite import emit_chain
@@ -36,9 +38,8 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
     constants it meets on the module it traces.
     """
     parameters = arguments_of(type(backbone).forward)
-    if optional := [
-        p.name for p in parameters if p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]:
+    stars = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    if optional := [p.name for p in parameters if p.default is not p.empty or p.kind in stars]:
         return None, f"its forward has optional arguments ({', '.join(optional)}), which a trace would fix"
     twin = clone(backbone)
     before = _state(twin)
@@ -57,13 +58,8 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
     if training != evaluation:
         return None, "its traces in training and in evaluation mode differ"
     graph = graphs[1]
-    own = {
-        name
-        for name, _ in (
-            *backbone.named_parameters(remove_duplicate=False),
-            *backbone.named_buffers(remove_duplicate=False),
-        )
-    }
+    held = backbone.named_parameters(remove_duplicate=False), backbone.named_buffers(remove_duplicate=False)
+    own = {name for named in held for name, _ in named}
     if constants := [str(node.target) for node in graph.nodes if node.op == "get_attr" and node.target not in own]:
         return None, f"its trace holds tensors that are no parameters or buffers ({', '.join(constants)})"
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
@@ -112,11 +108,8 @@ def reads_around_calls(graph: fx.Graph, backbone: nn.Module, sites: Collection[s
 def compile_graph(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
     """Turn a graph over the backbone into a function of (backbone, inputs) and its source."""
     graph.lint()
-    source = graph.python_code("self")
-    namespace = dict(source.globals)
-    exec(compile(source.src, "<deltaspec region of the whole model>", "exec"), namespace)
-    function: Callable[..., Any] = namespace["forward"]
-    return function, source.src.strip() + "\n"
+    generated = graph.python_code("self")
+    return executed(generated.src, generated.globals, "region of the whole model")
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from deltaspec.diagnostics.findings import Diagnostic, Path
 from deltaspec.diagnostics.wording import closest, show_value
+from deltaspec.documents.document import Document
+from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import MethodParams
 from deltaspec.methods.shared.rank import MAX_RANK
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic, Path
-    from deltaspec.documents.document import Document
-    from deltaspec.methods.base import Method
 
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 METHOD = "lora"
@@ -93,9 +91,8 @@ def check(document: Document, methods: Mapping[str, Method]) -> Iterator[Diagnos
             if name not in by_name:
                 near = closest(name, by_name)
                 hint = f'did you mean "{near}"?' if near else "a source is another delta of this spec"
-                yield document.diagnostic(
-                    "DS223", f"no delta is named {show_value(name)}", (*path, "from", name), hint, key=True
-                )
+                message = f"no delta is named {show_value(name)}"
+                yield document.diagnostic("DS223", message, (*path, "from", name), hint, key=True)
         if all(name in by_name for name in sources):
             yield from _check_methods(document, path, delta, [by_name[name] for name in sources], methods)
         weights = [weight for weight in sources.values() if isinstance(weight, int | float)]

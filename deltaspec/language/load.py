@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from deltaspec.diagnostics.findings import Path
+from deltaspec.documents.document import Document
 from deltaspec.language.derivation import METHOD, DerivedParams
 from deltaspec.language.migrate import migrate
 from deltaspec.language.model import DeltaSpec
 from deltaspec.language.params import read_params
 from deltaspec.language.selectors import canonical
 from deltaspec.language.validate import check_document, open_document
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Path
-    from deltaspec.documents.document import Document
-    from deltaspec.methods.base import Method
-    from deltaspec.methods.declarations import MethodParams
+from deltaspec.methods.base import Method
+from deltaspec.methods.declarations import MethodParams
 
 
 def load(spec: str | os.PathLike[str] | Mapping[str, Any] | DeltaSpec) -> DeltaSpec:

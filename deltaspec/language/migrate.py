@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.wording import show_value
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic
-    from deltaspec.documents.document import Document
+from deltaspec.documents.document import Document
 
 CURRENT = 1
 """Version that this package writes."""

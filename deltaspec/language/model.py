@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from hashlib import sha256
 from json import dumps
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PrivateAttr, SerializeAsAny, WithJsonSchema
 
+from deltaspec.diagnostics.findings import Diagnostic, Path
 from deltaspec.documents.document import Document
 from deltaspec.language.derivation import Combine, Weight, written
 from deltaspec.language.params import read_params
 from deltaspec.language.selectors import NAME, Part, Selector
 from deltaspec.methods.declarations import MethodParams
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic, Path
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 

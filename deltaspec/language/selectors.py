@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
+from deltaspec.diagnostics.findings import Path
 from deltaspec.roles.vocabulary import ROLES
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Path
 
 NAME = "^[A-Za-z][A-Za-z0-9_-]{0,63}$"
 """Names of deltas and of selectors."""
@@ -48,12 +46,7 @@ class Part(BaseModel):
     """Base of every part of a spec: closed, strict, immutable, finite."""
 
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        populate_by_name=True,
-        defer_build=True,
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True, defer_build=True
     )
 
 
@@ -145,7 +138,7 @@ class Selector(Part):
                 data[key] = alternatives[0] if len(alternatives) == 1 else list(alternatives)
         for key in ("layers", "shape"):
             if (part := getattr(self, key)) is not None:
-                data[key] = {k: list(v) if isinstance(v, tuple) else v for k, v in _given(part).items()}
+                data[key] = {k: list(v) if isinstance(v, tuple) else v for k, v in given(part).items()}
         if self.ref is not None:
             data["ref"] = self.ref
         for key, nested in (("any", self.any_of), ("all", self.all_of)):
@@ -158,7 +151,8 @@ class Selector(Part):
         return data
 
 
-def _given(part: Part) -> dict[str, Any]:
+def given(part: Part) -> dict[str, Any]:
+    """Return what a part says, by the keys of a document."""
     return {k: v for k, v in part.model_dump(by_alias=True).items() if v not in (None, ())}
 
 

@@ -7,17 +7,15 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from deltaspec.diagnostics.findings import DeltaSpecError, in_order
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, in_order
 from deltaspec.documents.builder import MAX_FINDINGS
-from deltaspec.documents.document import from_data, read
+from deltaspec.documents.document import Document, from_data, read
 from deltaspec.language.checks.whole import check
 from deltaspec.language.migrate import check_version
 from deltaspec.language.schema.accept import accepts, is_coded
 from deltaspec.methods.registry import builtin_methods, methods
 
 if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic
-    from deltaspec.documents.document import Document
     from deltaspec.methods.base import Method
 
 

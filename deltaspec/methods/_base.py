@@ -2,19 +2,11 @@
 
 import warnings
 
-from deltaspec.methods.base import Method as Method
-from deltaspec.methods.declarations import Form as Form
-from deltaspec.methods.declarations import Init as Init
-from deltaspec.methods.declarations import InitKind as InitKind
-from deltaspec.methods.declarations import MethodParams as MethodParams
-from deltaspec.methods.declarations import Promises as Promises
-from deltaspec.methods.declarations import Refusal as Refusal
-from deltaspec.methods.declarations import Site as Site
-from deltaspec.methods.declarations import TensorSpec as TensorSpec
-from deltaspec.methods.shared.rank import Rank as Rank
+from deltaspec.methods.base import Method
+from deltaspec.methods.declarations import Form, Init, InitKind, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods.shared.rank import Rank
 
-warnings.warn(
-    "deltaspec.methods._base goes with the next release; import from deltaspec.methods",
-    DeprecationWarning,
-    stacklevel=2,
-)
+__all__ = ["Form", "Init", "InitKind", "Method", "MethodParams", "Promises", "Rank", "Refusal", "Site", "TensorSpec"]
+
+_MOVED = "deltaspec.methods._base goes with the next release; import from deltaspec.methods"
+warnings.warn(_MOVED, DeprecationWarning, stacklevel=2)

@@ -10,13 +10,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from deltaspec.methods.declarations import MethodParams, Promises
+from deltaspec.backbone.table import Row
+from deltaspec.methods.declarations import Form, MethodParams, Promises, Refusal, Site, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from deltaspec.backbone.table import Row
-    from deltaspec.methods.declarations import Form, Refusal, Site, TensorSpec
+
+Weights = Mapping[str, "Tensor"]
+"""A host's own parameters, by own name."""
+Tensors = dict[str, "Tensor"]
+"""Tensors by own name: new parameters of a host, or values of a delta."""
 
 
 class Method(ABC):

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from deltaspec.backbone.table import Row
+from deltaspec.names.paths import below
+from deltaspec.roles.parts import Parts
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from deltaspec.backbone.attention import AttentionShape
-    from deltaspec.backbone.table import Row
-    from deltaspec.roles.parts import Parts
 
 InitKind = Literal["zeros", "ones", "normal", "kaiming_uniform", "xavier_uniform", "constant", "copy"]
 
@@ -109,9 +111,7 @@ class Site:
     @property
     def fqn(self) -> str:
         """Name of the site: the module's FQN, or the parameter's."""
-        if self.parameter is None:
-            return self.row.fqn
-        return f"{self.row.fqn}.{self.parameter}" if self.row.fqn else self.parameter
+        return self.row.fqn if self.parameter is None else below(self.row.fqn, self.parameter)
 
     def is_read(self, parameter: str) -> bool:
         """Return whether a change of an own parameter, by its own name, reaches the output."""

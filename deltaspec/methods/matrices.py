@@ -46,12 +46,9 @@ def site_tensors(method: Method, site: Site, params: MethodParams) -> tuple[Tens
     specs = method.tensors(site, params)
     if site.stack is None:
         return specs
-    return tuple(
-        spec
-        if spec.key is not None
-        else replace(spec, shape=(*site.stack, *spec.shape), key=f"{site.fqn}.{spec.name}", stack=sum(site.stack))
-        for spec in specs
-    )
+    stack, length = site.stack, sum(site.stack)
+    each = {s.name: replace(s, shape=(*stack, *s.shape), key=f"{site.fqn}.{s.name}", stack=length) for s in specs}
+    return tuple(each[spec.name] if spec.key is None else spec for spec in specs)
 
 
 def initial_values(

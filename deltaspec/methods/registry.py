@@ -33,13 +33,10 @@ class _Own(Mapping[str, "Method"]):
             from deltaspec.methods.base import Method  # with pydantic, which names alone do not need
 
             module = importlib.import_module(f"{builtin.__name__}.{name}")
-            kinds = [
-                kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__
-            ]
-            [kind] = [kind for kind in kinds if issubclass(kind, Method)]
-            assert kind.name == name, (
-                f"methods/builtin/{name}.py defines the method {kind.name!r}; name the file after it"
-            )
+            kinds = [kind for kind in vars(module).values() if inspect.isclass(kind) and issubclass(kind, Method)]
+            [kind] = [kind for kind in kinds if kind.__module__ == module.__name__]
+            wrong = f"methods/builtin/{name}.py defines the method {kind.name!r}; name the file after it"
+            assert kind.name == name, wrong
             self._found[name] = kind()
         return self._found[name]
 

@@ -70,12 +70,8 @@ def _fold_numbers(names: Iterable[str]) -> list[tuple[str, ...]]:
         segments = [None if _NUMBER.fullmatch(s) else _encoded(s) for s in name.split(".")]
         numbers = tuple(int(s) for s in name.split(".") if _NUMBER.fullmatch(s))
         groups.setdefault(tuple(segments), []).append(numbers)
-    folded = []
-    for template, indices in groups.items():
-        for box in _boxes(indices):
-            filled = iter(box)
-            folded.append(tuple(next(filled) if s is None else s for s in template))
-    return folded
+    filled = ((template, iter(box)) for template, indices in groups.items() for box in _boxes(indices))
+    return [tuple(next(numbers) if s is None else s for s in template) for template, numbers in filled]
 
 
 def _boxes(indices: list[tuple[int, ...]]) -> list[tuple[str, ...]]:

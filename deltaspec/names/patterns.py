@@ -69,9 +69,8 @@ def compile_glob(text: str) -> Pattern:
         if "**" in segment and segment != "**":
             near = re.sub(r"\*\*+", "*", segment)
             wide = segment.lstrip("*") if segment.startswith("**") else near
-            raise PatternError(
-                f"** must be a whole segment, not a part of {segment}", f"write {near}, or **.{wide or near}"
-            )
+            hint = f"write {near}, or **.{wide or near}"
+            raise PatternError(f"** must be a whole segment, not a part of {segment}", hint)
     # After a `**` the earliest place where the next segments fit is as good as any later one, so what comes before the
     # next `**` is an atomic group, tried once. The last run is anchored at the end. The same holds within a segment.
     runs: list[list[str]] = [[]]
@@ -80,11 +79,11 @@ def compile_glob(text: str) -> Pattern:
             runs[-1].append(_segment(segment))
         elif runs[-1] or len(runs) == 1:
             runs.append([])
-    first, *rest = ("".join(run) for run in runs)
-    pattern = first
-    for position, run in enumerate(rest):
-        last = position == len(rest) - 1
-        pattern += f"(?:[^.]+\\.)*{run}" if last else f"(?>(?:[^.]+\\.)*?{run})"
+    pattern, *rest = ("".join(run) for run in runs)
+    for run in rest[:-1]:
+        pattern += f"(?>(?:[^.]+\\.)*?{run})"
+    if rest:
+        pattern += f"(?:[^.]+\\.)*{rest[-1]}"
     return Pattern(text, "path", re.compile(pattern))
 
 
@@ -128,9 +127,8 @@ def _check_text(text: str) -> None:
     if not text:
         raise PatternError("it is empty")
     if len(text) > MAX_PATTERN:
-        raise PatternError(
-            f"it has {len(text)} characters; at most {MAX_PATTERN} are allowed", "use a list of patterns"
-        )
+        message = f"it has {len(text)} characters; at most {MAX_PATTERN} are allowed"
+        raise PatternError(message, "use a list of patterns")
 
 
 def _match(compiled: Any, name: str, seconds: float) -> bool:

@@ -40,10 +40,7 @@ class Choice:
 
 
 def choose_rank(
-    method: Method,
-    params: MethodParams,
-    sites: Sequence[tuple[Site, MethodParams, int | None]],
-    parameters: int,
+    method: Method, params: MethodParams, sites: Sequence[tuple[Site, MethodParams, int | None]], parameters: int
 ) -> Choice | None:
     """Choose the rank for a delta whose params hold a budget; None where they hold none.
 

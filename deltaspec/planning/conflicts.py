@@ -154,10 +154,8 @@ def _weights(delta: PlannedDelta) -> _Weights:
     folded = frozenset(s.site.row.fqn for s in delta.sites if method.folds(s.site, s.params))
     reads = frozenset(s.site.row.fqn for s in delta.sites if method.reads_weight(s.site, s.params))
     called = frozenset(s.site.row.fqn for s in delta.sites) - folded
-    replaces = method.promises.weight == "replace"
-    return _Weights(
-        called, folded, reads, frozenset(p for s in delta.sites for p in _parameters(s)) if replaces else None
-    )
+    named = frozenset(p for s in delta.sites for p in _parameters(s)) if method.promises.weight == "replace" else None
+    return _Weights(called, folded, reads, named)
 
 
 def _parameters(planned: PlannedSite) -> list[str]:

@@ -47,16 +47,11 @@ def has_plain_factors(params: Any) -> bool:
 
 def _changes(method: str, planned: PlannedSite) -> Iterable[str]:
     """Return the own names of the parameters that a delta changes at a site."""
-    row = planned.site.row
-    own = DeltaTensors(
-        tuple(spec.name for spec in planned.tensors),
-        [
-            torch.empty(spec.shape, device="meta", dtype=getattr(torch, spec.dtype or "float32"))
-            for spec in planned.tensors
-        ],
-    )
-    weights = {p.name: torch.empty(p.shape, device="meta") for p in row.parameters}
-    return methods()[method].fold(planned.site, planned.params, own, weights)
+    dtypes = [getattr(torch, spec.dtype or "float32") for spec in planned.tensors]
+    own = [torch.empty(t.shape, device="meta", dtype=d) for t, d in zip(planned.tensors, dtypes, strict=True)]
+    tensors = DeltaTensors(tuple(spec.name for spec in planned.tensors), own)
+    weights = {p.name: torch.empty(p.shape, device="meta") for p in planned.site.row.parameters}
+    return methods()[method].fold(planned.site, planned.params, tensors, weights)
 
 
 def sources_first(spec: DeltaSpec) -> list[int]:

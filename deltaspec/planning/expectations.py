@@ -54,8 +54,7 @@ def spec_checks(spec: DeltaSpec, deltas: Sequence[PlannedDelta], table: ModuleTa
                 met.append(words)
             else:
                 shares = ", ".join(f"{delta.name} {delta.trainable:,}" for delta in deltas)
-                hint = f"by delta: {shares}"
-                findings.append(spec.diagnostic("DS503", words, ("expect", "trainable"), hint))
+                findings.append(spec.diagnostic("DS503", words, ("expect", "trainable"), f"by delta: {shares}"))
     for selector in spec.expect.untouched:
         matches, wrong = select(selector, table, spec.selectors, spec)
         findings += wrong
@@ -69,9 +68,7 @@ def spec_checks(spec: DeltaSpec, deltas: Sequence[PlannedDelta], table: ModuleTa
                 hint = f"leave it out of the delta's target: not: …; untouched are {shown(m.fqn for m in matches)}"
                 findings.append(spec.diagnostic("DS504", message, selector.location, hint))
         if not clashes and not wrong:
-            met.append(
-                f"untouched: {shown(m.fqn for m in matches)}" if matches else "untouched: nothing matches (optional)"
-            )
+            met.append(f"untouched: {shown(m.fqn for m in matches) or 'nothing matches (optional)'}")
     return tuple(met), findings
 
 

@@ -12,7 +12,7 @@ from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.documents.atomic import write_atomically
 from deltaspec.planning.lock_changes import lock_changes
 from deltaspec.planning.planned import PlannedDelta
-from deltaspec.planning.text import groups
+from deltaspec.planning.text import groups, model_data
 
 if TYPE_CHECKING:
     from deltaspec.planning.plan import Plan
@@ -41,12 +41,7 @@ def lock_data(plan: Plan) -> dict[str, Any]:
     return {
         "lock": VERSION,
         "specs": [f"sha256:{spec.digest}" for spec in plan.specs],
-        "model": {
-            "class": plan.model_class,
-            "type": plan.model_type,
-            "parameters": plan.base_parameters,
-            "structure": plan.structure,
-        },
+        "model": model_data(plan),
         "deltas": {delta.name: _delta_data(delta, dtypes[delta.name]) for delta in plan.deltas},
         "sites": len(plan.sites),
         "trainable": plan.trainable,

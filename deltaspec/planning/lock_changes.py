@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.wording import counted
 from deltaspec.names.folding import shown, unfold
 
 if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic
     from deltaspec.planning.plan import Plan
 
 _MOST_SITES = 1_000_000

@@ -156,10 +156,8 @@ def _identity(delta: PlannedDelta) -> list[object]:
         site = planned.site
         if id(planned.params) not in params:
             params[id(planned.params)] = planned.params.model_dump(mode="json")
-        tensors = [
-            [t.name, t.shape, [t.init.kind, t.init.value, t.init.source], t.buffer, t.dtype, t.key]
-            for t in planned.tensors
-        ]
+        starts = ((t, [t.init.kind, t.init.value, t.init.source]) for t in planned.tensors)
+        tensors = [[t.name, t.shape, start, t.buffer, t.dtype, t.key] for t, start in starts]
         sites.append([site.row.fqn, site.parameter, site.host, params[id(planned.params)], tensors])
     identity: list[object] = [delta.name, delta.method, delta.attached, delta.seed, sites]
     return identity if delta.derived is None else [*identity, delta.derived.to_data()]

@@ -98,9 +98,10 @@ def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observ
     findings += conflicts(specs, deltas)
     if findings:
         raise DeltaSpecError(in_order(findings))
-    return Plan(
-        tuple(deltas), tuple(resolved), table, tuple(checks), _unproven(observations), observations.failure is None
-    )
+    failed = observations.failure
+    unproven = f"not proven that a forward pass reaches every site ({failed}): pass example_inputs"
+    notes = () if failed is None else (unproven,)
+    return Plan(tuple(deltas), tuple(resolved), table, tuple(checks), notes, failed is None)
 
 
 def _settled(spec: DeltaSpec, index: int) -> tuple[DeltaSpec, list[Diagnostic]]:
@@ -161,9 +162,3 @@ def _repeated_names(specs: Sequence[DeltaSpec]) -> list[Diagnostic]:
                 findings.append(spec.diagnostic("DS407", message, path, "rename one of the two deltas"))
             seen.setdefault(entry.name, spec.name)
     return findings
-
-
-def _unproven(observations: Observations) -> tuple[str, ...]:
-    if observations.failure is None:
-        return ()
-    return (f"not proven that a forward pass reaches every site ({observations.failure}): pass example_inputs",)

@@ -141,17 +141,15 @@ class Placer:
         for number, override in enumerate(self.entry.overrides):
             before = len(self.findings)
             matched = {(row.fqn, parameter) for row, parameter in self._select(override.match)}
-            mine = [
-                (row.fqn, parameter)
-                for row, parameter in places
-                if (row.fqn, None) in matched or (row.fqn, parameter) in matched
-            ]
+            keys = [(row.fqn, parameter) for row, parameter in places]
+            mine = [key for key in keys if key in matched or (key[0], None) in matched]
             fresh = [key for key in mine if key not in chosen]
             chosen |= dict.fromkeys(fresh, number)
             if fresh or len(self.findings) > before or not places or override.match.optional:
                 continue
-            has = counted(len(places), "site")
-            message = f"override {number + 1} applies to no site of this delta, which has {has}"
+            message = (
+                f"override {number + 1} applies to no site of this delta, which has {counted(len(places), 'site')}"
+            )
             hint = "an earlier override takes every site it matches; the first match wins, so put it first"
             if not mine:
                 there = shown(name(row, p) for row, p in places)
@@ -242,9 +240,8 @@ class Placer:
             return "DS403", *useless
         if site.host is not None and self.method.promises.weight is None:
             host = site.host or self.table.model_class
-            reason = (
-                f"{host} reads this {site.row.type}'s weights without calling it, so {self.method.name} is bypassed"
-            )
+            reads = f"{host} reads this {site.row.type}'s weights without calling it"
+            reason = f"{reads}, so {self.method.name} is bypassed"
             weighty = [m.name for m in methods().values() if m.promises.weight is not None]
             return "DS404", reason, f"use a method that changes the weight ({', '.join(weighty)}), or put it on {host}"
         return "", "", ""

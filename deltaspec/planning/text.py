@@ -175,15 +175,16 @@ def _changed(params: MethodParams, base: MethodParams) -> dict[str, Any]:
     return {name: value for name, value in own.items() if value != usual[name]}
 
 
+def model_data(plan: PlannedDeltas) -> dict[str, Any]:
+    """Return what a plan's model is, as JSON data."""
+    size, structure = plan.base_parameters, plan.structure
+    return {"class": plan.model_class, "type": plan.model_type, "parameters": size, "structure": structure}
+
+
 def plan_data(plan: PlannedDeltas) -> dict[str, Any]:
     """Return the plan as JSON data."""
     return {
-        "model": {
-            "class": plan.model_class,
-            "type": plan.model_type,
-            "parameters": plan.base_parameters,
-            "structure": plan.structure,
-        },
+        "model": model_data(plan),
         "specs": [{"name": spec.name, "digest": spec.digest} for spec in plan.specs],
         "deltas": [_delta_data(delta) for delta in plan.deltas],
         "sites": len(plan.sites),

@@ -19,21 +19,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deltaspec.names.patterns import compile_glob, fullmatch
-from deltaspec.roles.parts import resolve
+from deltaspec.names.patterns import Pattern, compile_glob, fullmatch
+from deltaspec.roles.parts import Parts, resolve
 from deltaspec.roles.vocabulary import ROLES
 
-if TYPE_CHECKING:
-    from deltaspec.names.patterns import Pattern
-    from deltaspec.roles.parts import Parts
-
-_FUSED = {
-    "qkv": ("q", "k", "v", "kv"),
-    "kv": ("k", "v"),
-    "gate_up": ("gate", "up"),
-}
+_FUSED = {"qkv": ("q", "k", "v", "kv"), "kv": ("k", "v"), "gate_up": ("gate", "up")}
 """Which parts one fused projection may hold."""
 
 
@@ -90,13 +82,8 @@ def fused_parts(role: str) -> str:
 
 def roles_called(name: str) -> frozenset[str]:
     """Return the roles that modules of this name have in some architecture (`q_proj` -> `attn.q`, `cross_attn.q`)."""
-    maps = _role_maps().values()
-    return frozenset(
-        role
-        for found in maps
-        for role, globs in found.patterns.items()
-        if name != "*" and any(glob.rpartition(".")[2] == name for glob in globs)
-    )
+    pairs = (pair for found in _role_maps().values() for pair in found.patterns.items() if name != "*")
+    return frozenset(role for role, globs in pairs if any(glob.rpartition(".")[2] == name for glob in globs))
 
 
 @cache

@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from json import dumps
 from time import process_time
-from typing import TYPE_CHECKING
 
-from deltaspec.backbone.table import ModuleTable, Row
+from deltaspec.backbone.table import ModuleTable, ParameterInfo, Row
 from deltaspec.diagnostics.findings import Path
+from deltaspec.language.selectors import Layers, Selector, Shape, given
 from deltaspec.names.patterns import BacktrackingError, Pattern, compile_glob, compile_regex, fullmatch
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.table import ParameterInfo
-    from deltaspec.language.selectors import Layers, Selector, Shape
 
 REGEX_SECONDS = 0.5
 """Processor time that one regular expression may take on a whole table."""
@@ -111,12 +107,8 @@ class Index:
 def atoms(selector: Selector, index: Index) -> Iterator[tuple[Atom, ...]]:
     """Return a selector's own leaf atoms on modules: the groups AND, the atoms in one group OR."""
     for key, make in (("path", _path), ("regex", _regex), ("type", _type), ("role", _role)):
-        words: tuple[str, ...] = getattr(selector, key)
-        if words:
-            yield tuple(
-                make(word, (*selector.location, key, *((place,) if len(words) > 1 else ())))
-                for place, word in enumerate(words)
-            )
+        if words := getattr(selector, key):
+            yield tuple(make(word, location) for word, location in _placed(selector, key, words))
     if selector.layers is not None:
         yield (_layers(selector.layers, (*selector.location, "layers"), index),)
     if selector.shape is not None:
@@ -125,12 +117,13 @@ def atoms(selector: Selector, index: Index) -> Iterator[tuple[Atom, ...]]:
 
 def parameter_atoms(selector: Selector) -> tuple[ParameterAtom, ...]:
     """Return a selector's own leaf atoms on parameters, which OR."""
-    words = selector.parameter
-    at = (*selector.location, "parameter")
-    return tuple(
-        ParameterAtom(word, (*at, place) if len(words) > 1 else at, compile_glob(word))
-        for place, word in enumerate(words)
-    )
+    placed = _placed(selector, "parameter", selector.parameter)
+    return tuple(ParameterAtom(word, location, compile_glob(word)) for word, location in placed)
+
+
+def _placed(selector: Selector, key: str, words: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+    for place, word in enumerate(words):
+        yield word, (*selector.location, key, *((place,) if len(words) > 1 else ()))
 
 
 def _path(word: str, location: Path) -> Atom:
@@ -163,10 +156,7 @@ def _named(key: str, word: str, location: Path, pattern: Pattern) -> Atom:
 
 
 def _type(word: str, location: Path) -> Atom:
-    def shows(row: Row) -> str:
-        return f"it is a {' < '.join(row.bases)}"
-
-    return Atom("type", word, location, lambda row: word in row.bases, shows, word)
+    return Atom("type", word, location, lambda row: word in row.bases, lambda r: f"it is a {' < '.join(r.bases)}", word)
 
 
 def _role(word: str, location: Path) -> Atom:
@@ -223,8 +213,8 @@ def _comparison(wanted: int | str | None) -> Callable[[int | None], bool]:
 
 
 def _written(part: Layers | Shape, only: tuple[int, ...] = ()) -> str:
-    given = {k: v for k, v in part.model_dump(by_alias=True).items() if v not in (None, ())}
-    if only and len(given) == 1:
+    values = given(part)
+    if only and len(values) == 1:
         return str(list(only))
-    items = (f"{k}: {list(v) if isinstance(v, tuple) else dumps(v)}" for k, v in given.items())
+    items = (f"{k}: {list(v) if isinstance(v, tuple) else dumps(v)}" for k, v in values.items())
     return f"{{{', '.join(items)}}}"

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from deltaspec.backbone.table import ModuleTable, Row
 from deltaspec.diagnostics.findings import Path
+from deltaspec.language.selectors import Selector
 from deltaspec.names.patterns import BacktrackingError
 from deltaspec.selection.atoms import Index, atoms, parameter_atoms
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.table import ModuleTable, Row
-    from deltaspec.language.selectors import Selector
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +64,12 @@ def _explain(selector: Selector, index: Index, row: Row, selectors: Mapping[str,
     if selector.ref is not None:
         inner = _explain(selectors[selector.ref], index, row, selectors)
         reasons += _nested(f"ref {selector.ref}", (*selector.location, "ref"), _all(inner), "", inner)
-    if selector.any_of:
-        options = [_explain(nested, index, row, selectors) for nested in selector.any_of]
-        held = sum(map(_all, options))
-        why = f"{held} of {len(options)} hold"
-        reasons += _nested("any", (*selector.location, "any"), held > 0, why, [r for o in options for r in o])
-    if selector.all_of:
-        options = [_explain(nested, index, row, selectors) for nested in selector.all_of]
-        held = sum(map(_all, options))
-        why = f"{held} of {len(options)} hold"
-        whole = held == len(options)
-        reasons += _nested("all", (*selector.location, "all"), whole, why, [r for o in options for r in o])
+    for key, several, least in (("any", selector.any_of, 1), ("all", selector.all_of, len(selector.all_of))):
+        if several:
+            options = [_explain(nested, index, row, selectors) for nested in several]
+            held = sum(map(_all, options))
+            why, inner = f"{held} of {len(options)} hold", [r for o in options for r in o]
+            reasons += _nested(key, (*selector.location, key), held >= least, why, inner)
     if selector.none_of is not None:
         inner = _explain(selector.none_of, index, row, selectors)
         why = "all of it holds" if _all(inner) else "it does not hold"

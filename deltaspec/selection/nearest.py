@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from json import dumps
 from time import process_time
-from typing import TYPE_CHECKING
 
 from deltaspec.diagnostics.wording import closest, counted
 from deltaspec.methods.registry import builtin_methods
 from deltaspec.names.folding import fold
 from deltaspec.names.patterns import PatternError, compile_glob, compile_regex, fullmatch
 from deltaspec.roles.maps import architectures, fused_parts, fused_role, roles_called
-
-if TYPE_CHECKING:
-    from deltaspec.selection.atoms import Atom, Index, ParameterAtom
+from deltaspec.selection.atoms import Atom, Index, ParameterAtom
 
 _MOST = 8
 _HINT_SECONDS = 0.2
 
 
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """A finding about an atom, before it has a place."""
-
-    code: str
-    message: str
-    suggestion: str | None
+Missing = tuple[str, str, str | None]
+"""A finding about an atom, before it has a place: code, message, suggestion."""
 
 
 def missing(atom: Atom, index: Index, hit: bool) -> Missing | None:
@@ -40,7 +31,7 @@ def missing(atom: Atom, index: Index, hit: bool) -> Missing | None:
     if atom.key == "role":
         return _role(atom.word, index)
     suggestions = {"path": _path_hint, "regex": _regex_hint, "type": _type_hint, "shape": _shape_hint}
-    return Missing("DS302", f"no module matches {atom.text}", suggestions[atom.key](atom.word, index))
+    return "DS302", f"no module matches {atom.text}", suggestions[atom.key](atom.word, index)
 
 
 def parameter_hint(atom: ParameterAtom, index: Index) -> str | None:
@@ -51,8 +42,7 @@ def parameter_hint(atom: ParameterAtom, index: Index) -> str | None:
             return f"did you mean {dumps(glob)} ({counted(found, 'parameter')})?"
     own = dict.fromkeys(name.rpartition(".")[2] for name in names)
     near = closest(atom.word.rpartition(".")[2], own)
-    listed = _listed(own)
-    return f"did you mean {near}? own names here: {listed}" if near else f"own names here: {listed}"
+    return f"{f'did you mean {near}? ' if near else ''}own names here: {_listed(own)}"
 
 
 def _path_hint(text: str, index: Index) -> str | None:
@@ -185,14 +175,14 @@ def _shape_hint(text: str, index: Index) -> str | None:
 def _role(role: str, index: Index) -> Missing:
     if not index.table.role_maps:
         message = f"the roles of {index.name} are not known, so no module matches role {role}"
-        return Missing("DS303", message, f"use path: or type: instead; known are {', '.join(architectures())}")
+        return "DS303", message, f"use path: or type: instead; known are {', '.join(architectures())}"
     if whole := fused_role(role, index.roles):
         message = f"no module has role {role}: {index.name} fuses {fused_parts(whole)} in {whole}"
-        return Missing("DS303", message, f"select {whole}{_part_hint(role, whole, index)}")
+        return "DS303", message, f"select {whole}{_part_hint(role, whole, index)}"
     known = ", ".join(sorted(index.roles))
     parts = [r for r in index.roles if r.startswith(f"{role}.")]
     hint = f"did you mean {', '.join(sorted(parts))}?" if parts else f"roles here: {known}"
-    return Missing("DS303", f"no module of this {index.name} has role {role}", hint)
+    return "DS303", f"no module of this {index.name} has role {role}", hint
 
 
 def _part_hint(role: str, whole: str, index: Index) -> str:
@@ -207,14 +197,13 @@ def _part_hint(role: str, whole: str, index: Index) -> str:
 def _layers(atom: Atom, index: Index, hit: bool) -> Missing | None:
     """Refuse layers that no stack has, also where others of the same atom are there."""
     if not index.stacks:
-        return Missing("DS304", f"no module lies in a stack of layers, so none matches {atom.text}", "leave layers out")
+        return "DS304", f"no module lies in a stack of layers, so none matches {atom.text}", "leave layers out"
     longest = max(index.stacks.values())
     beyond = [number for number in atom.numbers if number >= longest]
     if hit and not beyond:
         return None
-    shown = fold_stacks(index.stacks)
     wrong = f"no layer {', '.join(str(number) for number in beyond)}" if beyond else f"no module matches {atom.text}"
-    return Missing("DS304", f"{wrong} in this model" if beyond else wrong, shown)
+    return "DS304", f"{wrong} in this model" if beyond else wrong, fold_stacks(index.stacks)
 
 
 def fold_stacks(stacks: dict[str, int]) -> str:
@@ -225,8 +214,7 @@ def fold_stacks(stacks: dict[str, int]) -> str:
     largest = sorted(by_size.items(), reverse=True)
     told = []
     for size, names in largest[:3]:
-        folded = fold(names)
-        told.append(f"{_listed(folded, 3)} {'has' if len(names) == 1 else 'have'} layers 0..{size - 1}")
+        told.append(f"{_listed(fold(names), 3)} {'has' if len(names) == 1 else 'have'} layers 0..{size - 1}")
     return "; ".join(told) + (" (and shorter ones)" if len(largest) > 3 else "")
 
 

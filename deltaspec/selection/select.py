@@ -10,22 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from deltaspec.backbone.table import Row
-from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.backbone.table import ModuleTable, Row
+from deltaspec.diagnostics.findings import Diagnostic, Path
 from deltaspec.diagnostics.wording import counted
 from deltaspec.language.model import DeltaSpec
 from deltaspec.language.selectors import Selector
 from deltaspec.names.paths import below
 from deltaspec.names.patterns import BacktrackingError
 from deltaspec.selection import nearest
-from deltaspec.selection.atoms import Index, atoms, parameter_atoms
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.table import ModuleTable
-    from deltaspec.diagnostics.findings import Path
-    from deltaspec.selection.atoms import Atom, ParameterAtom
+from deltaspec.selection.atoms import Atom, Index, ParameterAtom, atoms, parameter_atoms
 
 Item = tuple[int, str | None]
 """Number of a row and the own name of one of its parameters, or None for the module."""
@@ -51,11 +45,10 @@ def select(
     search = _Search(Index(table), selectors, spec, _names_parameters(selector, selectors))
     found = search.resolve(selector, False).items
     whole = {number for number, parameter in found if parameter is None}
-    matches = []
-    for number, parameter in sorted(found, key=lambda item: (item[0], item[1] or "")):
-        if parameter is None or number not in whole:
-            matches.append(Match(table.rows[number], parameter))
-    return tuple(matches), list(dict.fromkeys(search.findings))
+    apart = (item for item in found if item[1] is None or item[0] not in whole)
+    order = sorted(apart, key=lambda item: (item[0], item[1] or ""))
+    matches = tuple(Match(table.rows[number], parameter) for number, parameter in order)
+    return matches, list(dict.fromkeys(search.findings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,39 +120,30 @@ class _Search:
             try:
                 hits = [number for number, row in enumerate(self.index.table.rows) if row.fqn and atom.accepts(row)]
             except BacktrackingError as error:
-                self._find("DS307", f"{atom.text}: {error}", atom.location, error.suggestion)
+                self._find("DS307", f"{atom.text}: {error}", error.suggestion, atom.location)
                 continue
             for number in hits:
                 found.update(self.members[number])
-            missing = nearest.missing(atom, self.index, bool(hits))
-            if missing is not None and not optional:
-                self._find(missing.code, missing.message, atom.location, missing.suggestion)
+            if not optional and (missing := nearest.missing(atom, self.index, bool(hits))):
+                self._find(*missing, atom.location)
         return _Part(" or ".join(atom.text for atom in group), found, optional)
 
     def _parameters(self, group: tuple[ParameterAtom, ...], optional: bool) -> _Part:
         found: set[Item] = set()
         for atom in group:
-            hits = {
-                (number, parameter.name)
-                for number, row in enumerate(self.index.table.rows)
-                for parameter in row.parameters
-                if atom.accepts(row, parameter)
-            }
+            rows = enumerate(self.index.table.rows)
+            hits = {(number, p.name) for number, row in rows for p in row.parameters if atom.accepts(row, p)}
             found |= hits
             if not hits and not optional:
                 message = f"no parameter matches {atom.text}"
-                self._find("DS308", message, atom.location, nearest.parameter_hint(atom, self.index))
+                self._find("DS308", message, nearest.parameter_hint(atom, self.index), atom.location)
         return _Part(" or ".join(atom.text for atom in group), found, optional)
 
     def _complement(self, items: Collection[Item]) -> set[Item]:
         # A module of which single parameters are excluded is not there as a whole any more, its other parameters are.
         touched = {number for number, _ in items}
-        return {
-            item
-            for number, members in enumerate(self.members)
-            for item in members
-            if item not in items and not (item[1] is None and number in touched)
-        }
+        left = (item for members in self.members for item in members if item not in items)
+        return {item for item in left if item[1] is not None or item[0] not in touched}
 
     def _empty(self, parts: list[_Part], location: Path) -> None:
         counts = ", ".join(f"{part.text} ({self._modules(part.items)})" for part in parts)
@@ -171,12 +155,12 @@ class _Search:
                 hint = f"without {part.text} it would match {self._modules(left)}"
                 break
         message = f"nothing matches all of: {counts}" if len(parts) > 1 else f"nothing matches {counts}"
-        self._find("DS305", message, location, hint)
+        self._find("DS305", message, hint, location)
 
     def _modules(self, items: Collection[Item]) -> str:
         return counted(len({number for number, _ in items}), "module")
 
-    def _find(self, code: str, message: str, location: Path, suggestion: str | None) -> None:
+    def _find(self, code: str, message: str, suggestion: str | None, location: Path) -> None:
         self.findings.append(self.spec.diagnostic(code, message, location, suggestion))
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING
 
+from deltaspec.backbone.table import ModuleTable, Row
 from deltaspec.names.paths import is_inside
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.table import ModuleTable, Row
 
 
 class Subtrees:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from deltaspec.backbone.forwards import gives_new_tensor
 from deltaspec.graphs.passes.fuse_addition import add_low_rank, add_low_rank_, add_product, add_product_
 from deltaspec.graphs.passes.scope import Scope, result_is_new
-from deltaspec.graphs.passes.share_products import Matrices, add_low_ranks, add_low_ranks_, joined
+from deltaspec.graphs.passes.share_products import Matrices, Scales, Strengths, add_low_ranks, add_low_ranks_, joined
 
 _MANY = 32
 """Rows from which one product, its matrices joined first, is faster than one a site (measured with MKL, float32)."""
@@ -33,9 +33,7 @@ def narrow_products(x: Tensor, sites: tuple[Matrices, ...]) -> tuple[Tensor, ...
 
 
 @result_is_new
-def add_products(
-    y: Tensor, h: Tensor, ups: Matrices, scales: tuple[float, ...], strengths: tuple[Tensor | None, ...]
-) -> Tensor:
+def add_products(y: Tensor, h: Tensor, ups: Matrices, scales: Scales, strengths: Strengths) -> Tensor:
     """Return y + Σ strength · scale · h upᵀ, where `h` has the narrow values of all updates side by side."""
     return add_product(y, h, joined(ups, scales, strengths), 1.0)
 

@@ -14,29 +14,19 @@ from deltaspec.graphs.passes.fuse_addition import add_low_rank, add_low_rank_, a
 from deltaspec.graphs.passes.scope import Scope, result_is_new
 
 Matrices = tuple[Tensor, ...]
+Scales = tuple[float, ...]
+Strengths = tuple[Tensor | None, ...]
 
 
 @result_is_new
-def add_low_ranks(
-    y: Tensor,
-    x: Tensor,
-    downs: Matrices,
-    ups: Matrices,
-    scales: tuple[float, ...],
-    strengths: tuple[Tensor | None, ...],
-) -> Tensor:
+def add_low_ranks(y: Tensor, x: Tensor, downs: Matrices, ups: Matrices, scales: Scales, strengths: Strengths) -> Tensor:
     """Return y + Σ strength · scale · (x downᵀ) upᵀ; see `add_low_rank`."""
     return add_product(y, F.linear(x, torch.cat(downs)), joined(ups, scales, strengths), 1.0)
 
 
 @result_is_new
 def add_low_ranks_(
-    y: Tensor,
-    x: Tensor,
-    downs: Matrices,
-    ups: Matrices,
-    scales: tuple[float, ...],
-    strengths: tuple[Tensor | None, ...],
+    y: Tensor, x: Tensor, downs: Matrices, ups: Matrices, scales: Scales, strengths: Strengths
 ) -> Tensor:
     """Return y + Σ strength · scale · (x downᵀ) upᵀ; `y` may be overwritten."""
     if y.numel() == ups[0].size(0):
@@ -46,7 +36,7 @@ def add_low_ranks_(
     return add_low_rank_(y, x, torch.cat(downs), joined(ups, scales, strengths), 1.0)
 
 
-def joined(ups: Matrices, scales: tuple[float, ...], strengths: tuple[Tensor | None, ...]) -> Tensor:
+def joined(ups: Matrices, scales: Scales, strengths: Strengths) -> Tensor:
     """Return the wide matrices side by side, scaled: `[out, Σ rank]`."""
     parts = (up * scale for up, scale in zip(ups, scales, strict=True))
     return torch.cat([p if s is None else p * s for p, s in zip(parts, strengths, strict=True)], 1)

@@ -62,7 +62,7 @@ def parameter_hint(key: str, value: object, known: Collection[str], method: Meth
     if method is not None and plain in method.foreign:
         return _answer(method.foreign[plain], value)
     if plain == "bias":
-        return _MISSING if value in ("none", False) else f"write a delta of its own: {_own('biases', 'bitfit')}"
+        return _MISSING if value in ("none", False) else "write a delta of its own: {name: biases, method: bitfit}"
     if ours := renamed(plain, known, method):
         return _answer(ours, value)
     elsewhere = plain not in _GONE and any(not _is_gone(ours) for ours in _meanings(plain, method))
@@ -113,18 +113,14 @@ def _answer(meaning: str | Mapping[Any, str] | None, value: object) -> str:
     return _MISSING if isinstance(value, str) else _START  # a start that is named, and not here, is an unusual one
 
 
-def _target(value: object) -> str:
-    paths = [_path(name) for name in _names(value)] or ['"**.q_proj"']
-    return f"say where with target, beside params: target: {_one_or_list(paths)}"
+def _at(answer: str, usual: str) -> Callable[[object], str]:
+    """Return what words an answer about modules or parameters, with the usual one where none is named."""
 
+    def word(value: object) -> str:
+        paths = [_path(name) for name in _names(value)] or [f'"{usual}"']
+        return answer.replace("@", paths[0] if len(paths) == 1 else f"[{', '.join(paths)}]")
 
-def _own_delta(value: object) -> str:
-    paths = [_path(name) for name in _names(value)] or ['"**.classifier"']
-    return f"write a delta of its own: {_own('head', 'full', _one_or_list(paths))}"
-
-
-def _own(name: str, method: str, target: str = "") -> str:
-    return f"{{name: {name}, method: {method}{', target: ' + target if target else ''}}}"
+    return word
 
 
 def _tokens(value: object) -> str:
@@ -144,27 +140,9 @@ def _match(name: str) -> str:
     return _path(name) if re.fullmatch(r"[\w.*]+", name) else f"{{regex: {dumps(f'(.*[.])?({name})')}}}"
 
 
-def _layers(value: object) -> str:
-    return f"write inside target: layers: {_layer_list(value)}"
-
-
-def _left_out(value: object) -> str:
-    return f"write inside target: not: {{layers: {_layer_list(value)}}}"
-
-
 def _layer_list(value: object) -> str:
     numbers = value if isinstance(value, list) else [value]
     return _flow(numbers) if numbers and all(type(n) is int and n >= 0 for n in numbers) else "[0, 1]"
-
-
-def _excluded(value: object) -> str:
-    paths = [_path(name) for name in _names(value)] or ['"**.lm_head"']
-    return f"write inside target: not: {_one_or_list(paths)}"
-
-
-def _stacked(value: object) -> str:
-    paths = [_path(name) for name in _names(value)] or ['"**.experts.gate_up_proj"']
-    return f"write beside params: target: {{parameter: {_one_or_list(paths)}}}"
 
 
 def _attention(value: object) -> str:
@@ -178,13 +156,21 @@ def _role(name: str) -> Callable[[object], str]:
 
 _LORA_PLACES = {"selfattn_lora": "[attn.q, attn.v]", "intermediate_lora": "mlp.up", "output_lora": "mlp.down"}
 _PLACES: Mapping[str, Callable[[object], str]] = {
-    **dict.fromkeys(("target_modules", "modified_modules", "modules", "targets"), _target),
-    **dict.fromkeys(("exclude_modules", "exclude"), _excluded),
-    "target_parameters": _stacked,
+    **dict.fromkeys(
+        ("target_modules", "modified_modules", "modules", "targets"),
+        _at("say where with target, beside params: target: @", "**.q_proj"),
+    ),
+    **dict.fromkeys(("exclude_modules", "exclude"), _at("write inside target: not: @", "**.lm_head")),
+    "target_parameters": _at("write beside params: target: {parameter: @}", "**.experts.gate_up_proj"),
     "attn_matrices": _attention,
-    **dict.fromkeys(("layers_to_transform", "layers_pattern"), _layers),
-    "leave_out": _left_out,
-    **dict.fromkeys(("modules_to_save", "unfrozen_modules", "trainable_modules"), _own_delta),
+    **dict.fromkeys(
+        ("layers_to_transform", "layers_pattern"), lambda value: f"write inside target: layers: {_layer_list(value)}"
+    ),
+    "leave_out": lambda value: f"write inside target: not: {{layers: {_layer_list(value)}}}",
+    **dict.fromkeys(
+        ("modules_to_save", "unfrozen_modules", "trainable_modules"),
+        _at("write a delta of its own: {name: head, method: full, target: @}", "**.classifier"),
+    ),
     "trainable_token_indices": _tokens,
     "is_parallel": lambda value: f"change the method: {'parallel_adapter' if value else 'adapter'}",
     "phm_layer": lambda value: f"change the method: {'compacter' if value else 'adapter'}",
@@ -198,10 +184,6 @@ def _names(value: object) -> list[str]:
 
 def _path(name: str) -> str:
     return dumps(name if name.startswith("**") else f"**.{name}", ensure_ascii=False)
-
-
-def _one_or_list(items: list[str]) -> str:
-    return items[0] if len(items) == 1 else f"[{', '.join(items)}]"
 
 
 def _flow(value: Any) -> str:

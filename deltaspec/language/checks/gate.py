@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deltaspec.diagnostics.findings import Path
+from deltaspec.diagnostics.findings import Diagnostic, Path
 from deltaspec.diagnostics.wording import show_path, show_value
 from deltaspec.documents.builder import MAX_FINDINGS
+from deltaspec.documents.document import Document
 from deltaspec.language.checks.mistakes import choice_hint, method_hint, unknown_key_hint, value_hint
 from deltaspec.language.derivation import OTHERS
+from deltaspec.language.schema.accept import matches
 from deltaspec.language.schema.generate import schema
 from deltaspec.language.selectors import NAME
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic
-    from deltaspec.documents.document import Document
-    from deltaspec.methods.base import Method
+from deltaspec.methods.base import Method
 
 _TYPES = {
-    "string": "text",
-    "integer": "an integer",
-    "number": "a number",
-    "boolean": "true or false",
-    "array": "a list",
-    "object": "a mapping",
-    "null": "nothing",
-}
+    "string": "text", "integer": "an integer", "number": "a number", "boolean": "true or false", "array": "a list",
+    "object": "a mapping", "null": "nothing",
+}  # fmt: skip
 _Finding = tuple[str, str, str | None]
 """Code, message, suggestion."""
 
@@ -74,11 +66,9 @@ def validator(known: tuple[str, ...], used: tuple[tuple[str, Method], ...]) -> A
 
 
 def _whole_pattern(_: Any, pattern: str, instance: Any, __: Any) -> Iterator[Any]:
-    """Read `pattern` as ECMAScript does: there, `$` does not match before a last line feed."""
     from jsonschema import ValidationError
 
-    ending = pattern.removesuffix("$") + r"\Z" if pattern.endswith("$") else pattern
-    if isinstance(instance, str) and not re.search(ending, instance):
+    if isinstance(instance, str) and not matches(pattern, instance):
         yield ValidationError("")
 
 
@@ -108,7 +98,9 @@ def _diagnose(error: Any, document: Document, methods: Mapping[str, Method]) -> 
             yield document.diagnostic("DS201", message, (*path, error.instance), hint, key=True)
         return
     if "propertyNames" in error.absolute_schema_path:
-        yield document.diagnostic("DS208", _not_a_name(error.instance), (*path, error.instance), _NAME_HINT, key=True)
+        yield document.diagnostic(
+            "DS208", f"{show_value(error.instance)} is not a name", (*path, error.instance), _NAME_HINT, key=True
+        )
         return
     code, text, way_out = _TRANSLATIONS.get(error.validator, _other)(error, path)
     yield document.diagnostic(code, text, path, way_out)
@@ -127,12 +119,8 @@ def _type(error: Any, path: Path) -> _Finding:
         hint = f"known values: {', '.join(str(v) for v in error.schema['enum'])}"
     if error.instance is None:
         return "DS203", f"{_label(path)} must be {expected}, but has no value", hint
-    got = show_value(error.instance)
-    return (
-        "DS203",
-        f"{_label(path)} must be {expected}, not {'the text ' if isinstance(error.instance, str) else ''}{got}",
-        hint,
-    )
+    got = f"{'the text ' if isinstance(error.instance, str) else ''}{show_value(error.instance)}"
+    return "DS203", f"{_label(path)} must be {expected}, not {got}", hint
 
 
 def _enum(error: Any, path: Path) -> _Finding:
@@ -147,16 +135,10 @@ def _enum(error: Any, path: Path) -> _Finding:
 
 
 def _bound(error: Any, path: Path) -> _Finding:
-    word = {
-        "minimum": "at least",
-        "maximum": "at most",
-        "exclusiveMinimum": "greater than",
-        "exclusiveMaximum": "less than",
-        "multipleOf": "a multiple of",
-    }[error.validator]
     limit = error.validator_value
     shown = int(limit) if isinstance(limit, float) and limit.is_integer() else limit
-    return "DS204", f"{_label(path)} must be {word} {shown}, not {show_value(error.instance)}", None
+    must = f"{_label(path)} must be {_BOUNDS[error.validator]} {shown}"
+    return "DS204", f"{must}, not {show_value(error.instance)}", None
 
 
 def _length(error: Any, path: Path) -> _Finding:
@@ -171,27 +153,21 @@ def _empty(error: Any, path: Path) -> _Finding:
         noun = "items" if isinstance(error.instance, list) else "keys"
         return "DS204", f"{_label(path)} must have at least {error.validator_value} {noun}", None
     kind = "list" if isinstance(error.instance, list) else "mapping"
-    return (
-        "DS209",
-        f"{_label(path)} is an empty {kind}",
-        _EMPTY.get(str(path[-1]), "delete it, or put something into it"),
-    )
+    hint = _EMPTY.get(str(path[-1]), "delete it, or put something into it")
+    return "DS209", f"{_label(path)} is an empty {kind}", hint
 
 
 def _pattern(error: Any, path: Path) -> _Finding:
     if error.validator_value == NAME:
-        return "DS208", _not_a_name(error.instance), _NAME_HINT
+        return "DS208", f"{show_value(error.instance)} is not a name", _NAME_HINT
     if path[-1] == "budget":
         hint = 'write a number of parameters (300000), or a share of the backbone\'s ("0.5%")'
         return "DS208", f"{show_value(error.instance)} is not a budget", hint
     if "shape" in path:
         hint = 'write a width (4096), or one of >= <= > < == != and a width (">=4096")'
         return "DS208", f"{show_value(error.instance)} is not a comparison", hint
-    return (
-        "DS208",
-        f"{_label(path)} is malformed: {show_value(error.instance)}",
-        f"it must match {error.validator_value}",
-    )
+    hint = f"it must match {error.validator_value}"
+    return "DS208", f"{_label(path)} is malformed: {show_value(error.instance)}", hint
 
 
 def _any_of(error: Any, path: Path) -> _Finding:
@@ -226,10 +202,6 @@ def _label(path: Path) -> str:
     return "the spec"
 
 
-def _not_a_name(text: str) -> str:
-    return f"{show_value(text)} is not a name"
-
-
 _NAME_HINT = "names are letters, digits, - and _, at most 64, and begin with a letter"
 _MISSING = {
     "deltaspec": "begin with: deltaspec: 1",
@@ -242,10 +214,13 @@ _MISSING = {
     "params": "say what differs, such as params: {rank: 4}",
 }
 _EMPTY = {
-    "deltas": "list at least one delta: deltas: [{name: …, method: lora}]",
-    "from": "name the sources: from: {french: 0.7, legal: 0.3}",
+    **{key: _MISSING[key] for key in ("deltas", "from")},
     "target": "leave target out for the method's default roles, or say where",
 }
+_BOUNDS = {
+    "minimum": "at least", "maximum": "at most", "exclusiveMinimum": "greater than", "exclusiveMaximum": "less than",
+    "multipleOf": "a multiple of",
+}  # fmt: skip
 _TRANSLATIONS: dict[str, Callable[[Any, Path], _Finding]] = {
     "type": _type,
     "enum": _enum,
@@ -254,7 +229,7 @@ _TRANSLATIONS: dict[str, Callable[[Any, Path], _Finding]] = {
         f"{_label(path)} must be {show_value(error.validator_value)}, not {show_value(error.instance)}",
         None,
     ),
-    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), _bound),
+    **dict.fromkeys(_BOUNDS, _bound),
     **dict.fromkeys(("minLength", "maxLength"), _length),
     **dict.fromkeys(("minItems", "minProperties"), _empty),
     "pattern": _pattern,

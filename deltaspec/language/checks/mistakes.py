@@ -7,21 +7,19 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 from unicodedata import name
 
+from deltaspec.diagnostics.findings import Path
 from deltaspec.diagnostics.wording import closest, show_value
 from deltaspec.documents.builder import MAX_NUMBER
 from deltaspec.language.checks.foreign import VALUES, parameter_hint, place_hint, renamed
 
 if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Path
     from deltaspec.methods.base import Method
 
 _KEYS: Mapping[str, Mapping[str, str]] = {
     "spec": {
         "version": "deltaspec",
-        "delta": "deltas",
-        "adapters": "deltas",
-        "backbone": "model",
-        "base_model": "model",
+        **dict.fromkeys(("delta", "adapters"), "deltas"),
+        **dict.fromkeys(("backbone", "base_model"), "model"),
     },
     "delta": {
         **dict.fromkeys(("type", "kind", "peft_type", "delta_type"), "method"),

@@ -8,14 +8,14 @@ from itertools import islice
 from time import process_time
 from typing import TYPE_CHECKING, Any
 
+from deltaspec.diagnostics.findings import Diagnostic, Path
 from deltaspec.diagnostics.wording import closest, show_value
 from deltaspec.documents.builder import MAX_FINDINGS
+from deltaspec.documents.document import Document
 from deltaspec.language.params import read_params
 from deltaspec.names.patterns import BacktrackingError, PatternError, compile_glob, compile_regex
 
 if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic, Path
-    from deltaspec.documents.document import Document
     from deltaspec.methods.base import Method
 
 MAX_EXPANSION = 10_000
@@ -118,14 +118,12 @@ def _atoms(document: Document, selectors: list[tuple[Path, Any]], named: Mapping
             continue
         if ("not" in selector or "optional" in selector) and not any(key in selector for key in _POSITIVE):
             hint = 'say what to choose from, such as path: "**"'
-            yield document.diagnostic(
-                "DS214", "a selector needs an atom that chooses, not only one that excludes", path, hint
-            )
+            message = "a selector needs an atom that chooses, not only one that excludes"
+            yield document.diagnostic("DS214", message, path, hint)
         for key in _PATTERN_ATOMS:
             texts = selector.get(key)
-            many = isinstance(texts, list)
             for index, text in enumerate(texts if isinstance(texts, list) else [texts]):
-                place = (*path, key, index) if many else (*path, key)
+                place = (*path, key, index) if isinstance(texts, list) else (*path, key)
                 if not isinstance(text, str):
                     continue
                 if key == "path":
@@ -201,9 +199,8 @@ def _references(document: Document, named: Mapping[str, Any]) -> Iterator[Diagno
 
 def _ranges(document: Document, selectors: list[tuple[Path, Any]]) -> Iterator[Diagnostic]:
     """Ranges whose end lies before their beginning."""
-    places: list[tuple[Path, Any, str, str]] = [
-        ((*path, "layers"), _mapping(selector).get("layers"), "from", "to") for path, selector in selectors
-    ]
+    places: list[tuple[Path, Any, str, str]]
+    places = [((*path, "layers"), _mapping(s).get("layers"), "from", "to") for path, s in selectors]
     expects: list[tuple[Path, Any]] = [(("expect",), document.data.get("expect"))]
     expects += [(("deltas", i, "expect"), d.get("expect")) for i, d in _items(document.data.get("deltas"))]
     for path, expect in expects:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from functools import cache
 from json import loads
 from typing import Any
@@ -85,13 +85,13 @@ _ANNOTATIONS = frozenset(("$schema", "title", "description", "$comment", "defaul
 
 
 def _is(value: Any, kind: str) -> bool:
-    if kind in ("integer", "number"):
-        wanted = int if kind == "integer" else (int, float)
-        return isinstance(value, wanted) and not isinstance(value, bool)
-    return isinstance(value, _TYPES[kind])
+    return isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
 
 
-_TYPES: dict[str, type] = {"string": str, "boolean": bool, "array": list, "object": dict, "null": type(None)}
+_TYPES: Mapping[str, Any] = {
+    "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
+    "null": type(None),
+}  # fmt: skip
 
 
 def _same(value: Any, other: Any) -> bool:
@@ -109,16 +109,13 @@ def _ref(value: Any, wanted: str, _: Any, definitions: Definitions) -> bool:
 
 
 def _properties(value: Any, wanted: Any, _: Any, definitions: Definitions) -> bool:
-    if not isinstance(value, dict):
-        return True
-    return all(is_valid(value[key], schema, definitions) for key, schema in wanted.items() if key in value)
+    given = value if isinstance(value, dict) else {}
+    return all(is_valid(given[key], schema, definitions) for key, schema in wanted.items() if key in given)
 
 
 def _additional(value: Any, wanted: Any, schema: Any, definitions: Definitions) -> bool:
-    if not isinstance(value, dict):
-        return True
-    known: Collection[str] = schema.get("properties", ())
-    return all(is_valid(item, wanted, definitions) for key, item in value.items() if key not in known)
+    known, given = schema.get("properties", ()), value if isinstance(value, dict) else {}
+    return all(is_valid(item, wanted, definitions) for key, item in given.items() if key not in known)
 
 
 def _names(value: Any, wanted: Any, _: Any, definitions: Definitions) -> bool:
@@ -136,10 +133,9 @@ def _if(value: Any, wanted: Any, schema: Any, definitions: Definitions) -> bool:
     return is_valid(value, branch, definitions)
 
 
-def _pattern(value: Any, wanted: str, _: Any, __: Definitions) -> bool:
-    # As ECMAScript reads it: there, `$` does not match before a last line feed.
-    ending = wanted.removesuffix("$") + r"\Z" if wanted.endswith("$") else wanted
-    return not isinstance(value, str) or re.search(ending, value) is not None
+def matches(pattern: str, text: str) -> bool:
+    """Search for a pattern as ECMAScript reads it: there, `$` does not match before a last line feed."""
+    return re.search(pattern.removesuffix("$") + r"\Z" if pattern.endswith("$") else pattern, text) is not None
 
 
 def _multiple(value: Any, wanted: Any, _: Any, __: Definitions) -> bool:
@@ -169,7 +165,7 @@ _RULES: Mapping[str, Callable[[Any, Any, Any, Definitions], bool]] = {
     "propertyNames": _names,
     "required": lambda value, wanted, _, __: not isinstance(value, dict) or all(key in value for key in wanted),
     "items": _items,
-    "pattern": _pattern,
+    "pattern": lambda value, wanted, _, __: not isinstance(value, str) or matches(wanted, value),
     "multipleOf": _multiple,
     "minimum": _limit(operator.ge),
     "maximum": _limit(operator.le),

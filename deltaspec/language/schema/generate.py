@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from itertools import pairwise
 from json import dumps
 from textwrap import dedent
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
@@ -21,14 +21,11 @@ from deltaspec.language.derivation import OTHERS, DerivedParams
 from deltaspec.language.model import DeltaSpec
 from deltaspec.language.schema.accept import CODED
 from deltaspec.language.schema.coded import coded
+from deltaspec.methods.base import Method
+from deltaspec.methods.declarations import MethodParams
 from deltaspec.methods.registry import builtin_methods, methods
 
-if TYPE_CHECKING:
-    from deltaspec.methods.base import Method
-    from deltaspec.methods.declarations import MethodParams
-
 _REF = "#/definitions/{model}"
-_ANNOTATIONS = ("title",)
 
 
 def schema(methods: Mapping[str, Method], known: Collection[str] | None = None) -> dict[str, Any]:
@@ -153,11 +150,8 @@ def _tidy(node: Any, names: bool = False) -> Any:
         return node
     if names:
         return {key: _tidy(value) for key, value in node.items()}
-    node = {
-        key: _tidy(value, names=key in ("properties", "$defs", "patternProperties"))
-        for key, value in node.items()
-        if key not in _ANNOTATIONS and not (key == "default" and value in (None, [], {}))
-    }
+    kept = {k: v for k, v in node.items() if k != "title" and not (k == "default" and v in (None, [], {}))}
+    node = {k: _tidy(v, names=k in ("properties", "$defs", "patternProperties")) for k, v in kept.items()}
     if isinstance(node.get("description"), str):
         node["description"] = " ".join(node["description"].split())  # a docstring is wrapped for the source file
     if "anyOf" in node:

@@ -5,13 +5,13 @@ Training it takes a `deltaspec.allocation.RankAllocator`: it drops the least imp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.weights import (
     add_update,
@@ -21,11 +21,6 @@ from deltaspec.methods.shared.weights import (
     wasted_rank,
     weight_shape,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Site
 
 
 class AdaloraParams(MethodParams):
@@ -105,7 +100,7 @@ class Adalora(Method):
             return add_update(form, y, t.dropout(x) if form.kind == "conv" else x, _update(params, t), base)
         return torch.add(y, F.linear(t.singular * F.linear(t.dropout(x), t.down), t.up), alpha=params.scale)
 
-    def fold(self, site: Site, params: AdaloraParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: AdaloraParams, t: Any, weights: Weights) -> Tensors:
         """Add the update to the weight."""
         return fold_update(site, weights, _update(params, t))
 

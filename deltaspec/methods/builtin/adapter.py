@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deltaspec.methods.declarations import Init, Promises, TensorSpec
+from deltaspec.methods.declarations import Form, Init, Promises, Site, TensorSpec
 from deltaspec.methods.shared.activations import Activation, activate
 from deltaspec.methods.shared.bottleneck import SerialMethod, SerialParams, bottleneck_width, in_series
 from deltaspec.methods.shared.shapes import hidden_width
-
-if TYPE_CHECKING:
-    from deltaspec.methods.declarations import Form, Site
 
 
 class AdapterParams(SerialParams):
@@ -62,15 +59,11 @@ class Adapter(SerialMethod):
             TensorSpec("up_bias", (hidden,), Init("zeros")),
         ]
         if params.norm_before:
-            specs += [
-                TensorSpec("norm_before_weight", (hidden,), Init("ones")),
-                TensorSpec("norm_before_bias", (hidden,), Init("zeros")),
-            ]
+            start = Init("ones")
+            specs += [TensorSpec("norm_before_weight", (hidden,), start), TensorSpec("norm_before_bias", (hidden,))]
         if params.norm_after:
-            specs += [
-                TensorSpec("norm_after_weight", (hidden,), Init("zeros" if params.residual else "ones")),
-                TensorSpec("norm_after_bias", (hidden,), Init("zeros")),
-            ]
+            start = Init("zeros" if params.residual else "ones")
+            specs += [TensorSpec("norm_after_weight", (hidden,), start), TensorSpec("norm_after_bias", (hidden,))]
         return tuple(specs)
 
     def apply(self, form: Form, params: AdapterParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:

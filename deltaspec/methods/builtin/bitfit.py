@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
-from deltaspec.methods.shared.parts import PartNames, fused_roles_of, refuse_parts, split_vector, spread
-from deltaspec.methods.shared.scales import shift_outputs
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods.shared.parts import PartNames, fused_roles_of, refuse_parts, whole
 from deltaspec.methods.shared.shapes import CHANNELS_FIRST_NORMS, along_channels, output_width
-from deltaspec.methods.shared.weights import reader
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Site
-    from deltaspec.roles.parts import Parts
+from deltaspec.methods.shared.weights import reader, shift_outputs
 
 _BIAS = re.compile(r"bias(_\w+)?|\w+_bias")
 """Names of biases in modules that hold more than one, such as nn.MultiheadAttention and nn.LSTM."""
@@ -96,7 +89,7 @@ class Bitfit(Method):
 
     def apply(self, form: Form, params: BitfitParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute base(x) + bias."""
-        return base(x) + along_channels(_whole(t.bias, params, form.parts), form)
+        return base(x) + along_channels(whole(t.bias, form.parts, params.parts, 0.0), form)
 
     def lowers(self, site: Site, params: BitfitParams) -> bool:
         """Return True for norms with channels first, whose weights do not tell how many dimensions follow, and for
@@ -105,14 +98,8 @@ class Bitfit(Method):
         channels_first = not set(site.row.bases).isdisjoint(CHANNELS_FIRST_NORMS)
         return bool(self._inner(site)) or (site.row.has_parameter("bias") and channels_first)
 
-    def fold(self, site: Site, params: BitfitParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: BitfitParams, t: Any, weights: Weights) -> Tensors:
         """Add to the bias, or become it."""
         if inner := self._inner(site):
             return {name: weights[name] + getattr(t, name) for name in inner}
-        return {"bias": shift_outputs(weights, _whole(t.bias, params, site.row.parts), site)}
-
-
-def _whole(bias: Any, params: BitfitParams, parts: Parts | None) -> Any:
-    if params.parts is None or parts is None:
-        return bias
-    return spread(parts, split_vector(bias, parts, params.parts), 0.0)
+        return {"bias": shift_outputs(weights, whole(t.bias, site.row.parts, params.parts, 0.0), site)}

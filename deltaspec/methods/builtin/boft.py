@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.rotations import cayley, filter_width, refuse_blocks, rotate
 from deltaspec.methods.shared.weights import canonical, host_bias, own_layout, refuse_weight, weight_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Site
 
 
 class BoftParams(MethodParams):
@@ -86,7 +84,7 @@ class Boft(Method):
         y = base(t.call(turn, x, t.rotation))
         return y + (t.output_scale - 1) * (y - host_bias(form, base, t.output_scale))
 
-    def fold(self, site: Site, params: BoftParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: BoftParams, t: Any, weights: Weights) -> Tensors:
         """Turn the weight and scale its rows."""
         rows = canonical(site.kind, weights["weight"].to(t.rotation.dtype))
         turned = turn(rows.flatten(1), t.rotation, inverse=True) * t.output_scale[:, None]

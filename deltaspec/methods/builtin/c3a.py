@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import gcd, sqrt
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.weights import fold_update, refuse_weight, weight_shape
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
-
-    from deltaspec.methods.declarations import Form, Site
 
 
 class C3aParams(MethodParams):
@@ -61,9 +59,7 @@ class C3a(Method):
         out_width, in_width = weight_shape(site)
         return (TensorSpec("kernels", (out_width // size, in_width // size, size), Init("normal", 1.0)),)
 
-    def initialise(
-        self, site: Site, params: C3aParams, weights: Mapping[str, Tensor], generator: Generator
-    ) -> dict[str, Tensor]:
+    def initialise(self, site: Site, params: C3aParams, weights: Weights, generator: Generator) -> Tensors:
         """Draw kernels as `init` says, by the widths of the whole weight."""
         import torch
 
@@ -80,7 +76,7 @@ class C3a(Method):
         """Compute base(x) + convolutions(x) / in."""
         return base(x) + t.call(_convolve, x, t.kernels)
 
-    def fold(self, site: Site, params: C3aParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: C3aParams, t: Any, weights: Weights) -> Tensors:
         """Add the circulant blocks to the weight."""
         import torch
 

@@ -5,21 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import sqrt
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, TensorSpec
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.weights import canonical, fold_update, refuse_weight, wasted_rank, weight_shape
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
-
-    from deltaspec.methods.declarations import Form, Refusal, Site
+    from torch import Generator
 
 
 class DeloraParams(MethodParams):
@@ -82,9 +80,7 @@ class Delora(Method):
         kept = TensorSpec("down_start", down, buffer=True), TensorSpec("up_start", up, buffer=True)
         return (*specs, *kept, TensorSpec("boundary_start", (1,), boundary, buffer=True))
 
-    def initialise(
-        self, site: Site, params: DeloraParams, weights: Mapping[str, Tensor], generator: Generator
-    ) -> dict[str, Tensor]:
+    def initialise(self, site: Site, params: DeloraParams, weights: Weights, generator: Generator) -> Tensors:
         """Take N from the weight, and draw the factors whose product is kept."""
         import torch
 
@@ -109,7 +105,7 @@ class Delora(Method):
             update = update - F.linear(F.linear(given, t.down_start) * scales, t.up_start)
         return y + update
 
-    def fold(self, site: Site, params: DeloraParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: DeloraParams, t: Any, weights: Weights) -> Tensors:
         """Add the update to the weight."""
         update = (t.up * _scales(t.down, t.up, t.boundary, params)) @ t.down
         if params.init == "kept":

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.weights import fold_update, refuse_weight, weight_shape
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
-
-    from deltaspec.methods.declarations import Form, Site
 
 
 class FourierftParams(MethodParams):
@@ -71,9 +69,7 @@ class Fourierft(Method):
             TensorSpec("frequencies", (count,), buffer=True, dtype="int64", key=key),
         )
 
-    def initialise(
-        self, site: Site, params: FourierftParams, weights: Mapping[str, Tensor], generator: Generator
-    ) -> dict[str, Tensor]:
+    def initialise(self, site: Site, params: FourierftParams, weights: Weights, generator: Generator) -> Tensors:
         """Choose the frequencies: a function of their seed and the weight's shape alone."""
         import torch
 
@@ -88,7 +84,7 @@ class Fourierft(Method):
         y = base(x)
         return y + F.linear(x, t.call(_update, t.coefficients, t.frequencies, y.shape[-1], x.shape[-1], params.scale))
 
-    def fold(self, site: Site, params: FourierftParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: FourierftParams, t: Any, weights: Weights) -> Tensors:
         """Add ΔW to the weight."""
         out_width, in_width = weight_shape(site)
         return fold_update(site, weights, _update(t.coefficients, t.frequencies, out_width, in_width, params.scale))

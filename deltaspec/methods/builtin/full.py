@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Site
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, Site, TensorSpec
 
 STATISTICS = ("_BatchNorm", "_InstanceNorm")
 
@@ -65,20 +59,14 @@ class Full(Method):
             shared = min((p.fqn, *p.tied)) if p.tied and params.tied == "together" else None
             specs.append(TensorSpec(p.name, p.shape, Init("copy", source=p.fqn), key=shared))
         if site.parameter is None and not set(site.row.bases).isdisjoint(STATISTICS):
-            specs += [
-                TensorSpec(b.name, b.shape, Init("copy", source=b.fqn), buffer=True, dtype=b.dtype)
-                for b in site.row.buffers
-            ]
+            starts = ((b, Init("copy", source=b.fqn)) for b in site.row.buffers)
+            specs += [TensorSpec(b.name, b.shape, start, buffer=True, dtype=b.dtype) for b, start in starts]
         return tuple(specs)
 
     def lowers(self, site: Site, params: FullParams) -> bool:
         """Return True: the host's own code runs on the copies."""
         return True
 
-    def apply(self, form: Form, params: FullParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
-        """Return the host's output with the copies in place."""
-        return base(x, **{name: getattr(t, name) for name in form.tensors})
-
-    def fold(self, site: Site, params: FullParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: FullParams, t: Any, weights: Weights) -> Tensors:
         """Put the copies in place."""
         return {spec.name: getattr(t, spec.name) for spec in self.tensors(site, params)}

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from math import sqrt
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, TensorSpec
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.weights import canonical, refuse_weight, weight_shape
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Refusal, Site
 
 
 class HiraParams(MethodParams):
@@ -61,11 +55,7 @@ class Hira(Method):
         """Return True: it scales the entries of the weight."""
         return True
 
-    def apply(self, form: Form, params: HiraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
-        """Never run: `lowers` is true everywhere."""
-        raise AssertionError("hira works through the weight")
-
-    def fold(self, site: Site, params: HiraParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: HiraParams, t: Any, weights: Weights) -> Tensors:
         """Scale the weight's entries."""
         import torch
 

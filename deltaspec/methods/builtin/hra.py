@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.rotations import filter_width
 from deltaspec.methods.shared.weights import canonical, own_layout, refuse_weight
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
-
-    from deltaspec.methods.declarations import Form, Site
 
 
 class HraParams(MethodParams):
@@ -58,9 +56,7 @@ class Hra(Method):
         """Declare the directions, `[in, rank]`."""
         return (TensorSpec("directions", (filter_width(site), params.rank)),)
 
-    def initialise(
-        self, site: Site, params: HraParams, weights: Mapping[str, Tensor], generator: Generator
-    ) -> dict[str, Tensor]:
+    def initialise(self, site: Site, params: HraParams, weights: Weights, generator: Generator) -> Tensors:
         """Draw directions as equal pairs, or one by one where their number is odd or they are made orthogonal."""
         import torch
 
@@ -82,7 +78,7 @@ class Hra(Method):
         """Compute base(reflected x)."""
         return base(t.call(_reflect, x, t.directions, params.orthogonal, True))
 
-    def fold(self, site: Site, params: HraParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: HraParams, t: Any, weights: Weights) -> Tensors:
         """Reflect the weight."""
         rows = canonical(site.kind, weights["weight"].to(t.directions.dtype))
         reflected = _reflect(rows.flatten(1), t.directions, params.orthogonal, False)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from pydantic import model_validator
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
-from deltaspec.methods.shared.parts import PartNames, fused_roles_of, refuse_parts, split_vector, spread
-from deltaspec.methods.shared.scales import scale_inputs, scale_outputs
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods.shared.parts import PartNames, fused_roles_of, refuse_parts, whole
 from deltaspec.methods.shared.shapes import along_channels
-from deltaspec.methods.shared.weights import reader
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Site
-    from deltaspec.roles.parts import Parts
+from deltaspec.methods.shared.weights import reader, scale_inputs, scale_outputs
 
 
 class Ia3Params(MethodParams):
@@ -97,20 +90,14 @@ class Ia3(Method):
         """Compute base(scale * x) or scale * base(x)."""
         if form.tensors == ("scale_in",):
             return base(x * along_channels(t.scale_in, form))
-        return base(x) * along_channels(_whole(t.scale_out, params, form.parts), form)
+        return base(x) * along_channels(whole(t.scale_out, form.parts, params.parts, 1.0), form)
 
-    def fold(self, site: Site, params: Ia3Params, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: Ia3Params, t: Any, weights: Weights) -> Tensors:
         """Scale the weight's columns, or its rows and the bias."""
         if self._before(site, params):
             return {"weight": scale_inputs(weights["weight"], t.scale_in, site)}
-        scale = _whole(t.scale_out, params, site.row.parts)
+        scale = whole(t.scale_out, site.row.parts, params.parts, 1.0)
         folded = {"weight": scale_outputs(weights["weight"], scale, site)}
         if "bias" in weights:
             folded["bias"] = weights["bias"] * scale
         return folded
-
-
-def _whole(scale: Any, params: Ia3Params, parts: Parts | None) -> Any:
-    if params.parts is None or parts is None:
-        return scale
-    return spread(parts, split_vector(scale, parts, params.parts), 1.0)

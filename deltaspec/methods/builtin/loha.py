@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import sqrt
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, TensorSpec
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.weights import add_update, fold_update, refuse_weight, substitutes_update, weight_shape
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Refusal, Site
 
 
 class LohaParams(MethodParams):
@@ -78,7 +73,7 @@ class Loha(Method):
         y = base(x)
         return add_update(form, y, x, _update(params, t, "core_1" in form.tensors), base)
 
-    def fold(self, site: Site, params: LohaParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: LohaParams, t: Any, weights: Weights) -> Tensors:
         """Add the update to the weight."""
         return fold_update(site, weights, _update(params, t, hasattr(t, "core_1")))
 

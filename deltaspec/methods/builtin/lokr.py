@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import isqrt, sqrt
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, TensorSpec
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.weights import add_update, fold_update, refuse_weight, substitutes_update, weight_shape
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Refusal, Site
 
 
 class LokrParams(MethodParams):
@@ -87,7 +82,7 @@ class Lokr(Method):
         y = base(x)
         return add_update(form, y, x, _update(params, t, form.tensors, form.channel_dims), base)
 
-    def fold(self, site: Site, params: LokrParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: LokrParams, t: Any, weights: Weights) -> Tensors:
         """Add the update to the weight."""
         names = tuple(spec.name for spec in self.tensors(site, params))
         return fold_update(site, weights, _update(params, t, names, len(weight_shape(site)) - 2))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import sqrt
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.dora import decompose, decomposed_output, squared_norms
 from deltaspec.methods.shared.parts import PartNames, add_to_parts, fused_roles_of, refuse_parts, spread
 from deltaspec.methods.shared.rank import Rank
@@ -19,8 +19,6 @@ from deltaspec.methods.shared.weights import canonical, reader, refuse_weight, w
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
-
-    from deltaspec.methods.declarations import Form, Site
 
 
 class LoraParams(MethodParams):
@@ -120,9 +118,8 @@ class Lora(Method):
         if not params.keeps_start:
             return None
         if site.kind not in ("linear", "conv1d"):
-            return Refusal(
-                f"init: {params.init} is for linear layers, not {row.type}", "use init: kaiming_uniform here"
-            )
+            reason = f"init: {params.init} is for linear layers, not {row.type}"
+            return Refusal(reason, "use init: kaiming_uniform here")
         if params.init == "orthogonal" and rank % 2:
             return Refusal(f"init: orthogonal needs an even rank, not {rank}", f"use rank: {rank + 1}")
         if params.init == "pissa" and rank > min(weight_shape(site)):
@@ -148,12 +145,8 @@ class Lora(Method):
             down, up = (rank, in_width), (out_width, rank)
         start = Init("normal", 1 / rank) if params.init == "normal" else Init("kaiming_uniform", sqrt(5))
         if params.parts is not None and row.parts is not None:
-            shapes = [(part, row.parts.rows(part)) for part in params.parts]
-            return tuple(
-                spec
-                for part, rows in shapes
-                for spec in (TensorSpec(f"{part}_down", down, start), TensorSpec(f"{part}_up", (rows, rank)))
-            )
+            pairs = ((f"{part}_down", f"{part}_up", row.parts.rows(part)) for part in params.parts)
+            return tuple(s for a, b, rows in pairs for s in (TensorSpec(a, down, start), TensorSpec(b, (rows, rank))))
         if site.kind == "embedding":
             # As in the reference implementation: the looked-up factor starts at zero, the shared one does not.
             specs = [TensorSpec("down", down, Init("zeros")), TensorSpec("up", up, Init("normal", 1.0))]
@@ -169,9 +162,7 @@ class Lora(Method):
             specs.append(TensorSpec("bias", (up[0],), Init("zeros")))
         return tuple(specs)
 
-    def initialise(
-        self, site: Site, params: LoraParams, weights: Mapping[str, Tensor], generator: Generator
-    ) -> dict[str, Tensor]:
+    def initialise(self, site: Site, params: LoraParams, weights: Weights, generator: Generator) -> Tensors:
         """Start the magnitude at the weight's norm, and `pissa` and `orthogonal` factors with their copies."""
         given = {}
         if params.use_dora:
@@ -231,7 +222,7 @@ class Lora(Method):
             y = torch.add(y, along_channels(t.bias, form), alpha=params.scale)
         return y
 
-    def fold(self, site: Site, params: LoraParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: LoraParams, t: Any, weights: Weights) -> Tensors:
         """Add scale · B A to the weight, in the host's own layout (and the bias, if learned)."""
         if params.parts is not None and site.row.parts is not None:
             updates: dict[str, Tensor] = {
@@ -243,11 +234,8 @@ class Lora(Method):
         if site.kind == "conv":
             groups = site.row.conv_groups
             rank, in_per_group, *kernel = down.shape
-            out_channels = up.shape[0]
-            per_group = up.reshape(groups, out_channels // groups, rank // groups) @ down.reshape(
-                groups, rank // groups, -1
-            )
-            update = per_group.reshape(out_channels, in_per_group, *kernel)
+            per_group = up.reshape(groups, -1, rank // groups) @ down.reshape(groups, rank // groups, -1)
+            update = per_group.reshape(-1, in_per_group, *kernel)
         else:
             update = up @ down
             if params.keeps_start:

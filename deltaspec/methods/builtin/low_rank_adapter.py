@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deltaspec.methods.declarations import Init, Promises, TensorSpec
+from deltaspec.methods.declarations import Form, Init, Promises, Site, TensorSpec
 from deltaspec.methods.shared.activations import Activation, activate
 from deltaspec.methods.shared.bottleneck import SerialMethod, SerialParams, bottleneck_width, in_series
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.shapes import hidden_width
-
-if TYPE_CHECKING:
-    from deltaspec.methods.declarations import Form, Site
 
 
 class LowRankAdapterParams(SerialParams):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.weights import canonical, fold_update, refuse_weight, weight_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Site
 
 
 class MissParams(MethodParams):
@@ -87,7 +85,7 @@ class Miss(Method):
         update = t.call(_shard_sum, t.dropout(x), params.rank) @ t.shard
         return y + (t.call(_repeated, update, y.shape[-1]) if params.variant == "mini" else update)
 
-    def fold(self, site: Site, params: MissParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: MissParams, t: Any, weights: Weights) -> Tensors:
         """Add the shards to the weight."""
         (out_width, in_width), rank = weight_shape(site), params.rank
         if params.variant == "bat":

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Site
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, Site, TensorSpec
 
 
 class NormParams(MethodParams):
@@ -62,10 +56,6 @@ class Norm(Method):
         """Run the norm's own code on the copies, whatever it makes of its weight (Gemma adds one)."""
         return True
 
-    def apply(self, form: Form, params: NormParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
-        """Return the norm's output with the copies in place."""
-        return base(x, **{name: getattr(t, name) for name in form.tensors})
-
-    def fold(self, site: Site, params: NormParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: NormParams, t: Any, weights: Weights) -> Tensors:
         """Put the copies in place."""
         return {p.name: getattr(t, p.name) for p in self._chosen(site, params)}

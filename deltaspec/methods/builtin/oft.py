@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, TensorSpec
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.rotations import cayley, cayley_neumann, filter_width, refuse_blocks, rotate, skew
 from deltaspec.methods.shared.weights import canonical, own_layout, refuse_weight
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Refusal, Site
 
 
 class OftParams(MethodParams):
@@ -76,7 +74,7 @@ class Oft(Method):
             return t.call(_turn, base(x), t.rotation, params.block_size, params.transform, params.terms)
         return base(t.call(_turn, x, t.rotation, params.block_size, params.transform, params.terms))
 
-    def fold(self, site: Site, params: OftParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: OftParams, t: Any, weights: Weights) -> Tensors:
         """Turn the weight."""
         weight = weights["weight"].to(t.rotation.dtype)
         blocks = _blocks(t.rotation, params.block_size, params.transform, params.terms)

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from deltaspec.methods.declarations import Init, MethodParams, Promises, TensorSpec
+from deltaspec.methods.base import Tensors
+from deltaspec.methods.declarations import Init, MethodParams, Promises, Site, TensorSpec
 from deltaspec.methods.shared.prompts import PromptMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from deltaspec.methods.declarations import Site
 
 _SIDES = ("", "_reverse")
 
@@ -97,7 +96,7 @@ class PTuning(PromptMethod):
         """Return a soft prompt: what is left without the encoder."""
         return "soft_prompt", {"tokens": params.tokens}
 
-    def simplified(self, site: Site, params: PTuningParams, t: Any) -> dict[str, Tensor]:
+    def simplified(self, site: Site, params: PTuningParams, t: Any) -> Tensors:
         """Keep what the encoder gives."""
         return {"prompt": self.rows(params.model_copy(update={"dropout": 0.0}), t)}
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import sqrt
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, Promises, Refusal, TensorSpec
+from deltaspec.methods.declarations import Form, Init, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.activations import Activation, activate
 from deltaspec.methods.shared.bottleneck import Dropout, Scale, WidthParams, bottleneck_width, refuse_serial
 from deltaspec.methods.shared.shapes import hidden_width
-
-if TYPE_CHECKING:
-    from deltaspec.methods.declarations import Form, Site
 
 
 class ParallelAdapterParams(WidthParams):

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.backbone.table import Row
+from deltaspec.methods.base import Method, Tensors
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from deltaspec.backbone.table import Row
-    from deltaspec.methods.declarations import Form, Site
 
 
 class PrefixParams(MethodParams):
@@ -76,10 +74,8 @@ class Prefix(Method):
     def tensors(self, site: Site, params: PrefixParams) -> tuple[TensorSpec, ...]:
         """Declare K and V `[tokens, heads * width]`, or the shared prefix, its projection, and one layer to K and V."""
         assert site.attention is not None
-        sizes = {
-            "key": site.attention.heads * site.attention.key_width,
-            "value": site.attention.heads * site.attention.value_width,
-        }
+        widths = {"key": site.attention.key_width, "value": site.attention.value_width}
+        sizes = {name: site.attention.heads * width for name, width in widths.items()}
         if params.reparametrisation == "none":
             return tuple(TensorSpec(name, (params.tokens, size), Init("normal", 1.0)) for name, size in sizes.items())
         hidden, inner = site.in_width, params.width
@@ -93,8 +89,7 @@ class Prefix(Method):
             TensorSpec("down_bias", (inner,), Init("zeros"), key=f"{shared}.down_bias"),
         ]
         for name, size in sizes.items():
-            specs.append(TensorSpec(f"{name}_up", (size, inner), start))
-            specs.append(TensorSpec(f"{name}_bias", (size,), Init("zeros")))
+            specs += [TensorSpec(f"{name}_up", (size, inner), start), TensorSpec(f"{name}_bias", (size,))]
         return tuple(specs)
 
     def attend(self, form: Form, params: PrefixParams, t: Any, q: Any, k: Any, v: Any, base: Callable[..., Any]) -> Any:
@@ -126,7 +121,7 @@ class Prefix(Method):
         """Return the plain method: what is left without the reparametrisation."""
         return None if params.reparametrisation == "none" else (self.name, {"tokens": params.tokens})
 
-    def simplified(self, site: Site, params: PrefixParams, t: Any) -> dict[str, Tensor]:
+    def simplified(self, site: Site, params: PrefixParams, t: Any) -> Tensors:
         """Keep the keys and values that the reparametrisation gives."""
         key, value = self._rows(params, t)
         return {"key": key, "value": value}

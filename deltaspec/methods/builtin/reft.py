@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import sqrt
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.activations import Activation, activate
 from deltaspec.methods.shared.bottleneck import refuse_serial
 from deltaspec.methods.shared.positions import CACHES, MASK, edges, real_tokens
@@ -17,9 +17,7 @@ from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.shapes import hidden_width
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
-
-    from deltaspec.methods.declarations import Form, Site
+    from torch import Generator
 
 Count = Annotated[int, Field(ge=1, le=65536)]
 
@@ -78,8 +76,7 @@ class Reft(Method):
 
     def refuse(self, site: Site, params: ReftParams) -> Refusal | None:
         """Take hidden states in the last dimension, and for chosen positions a module that is told of padding."""
-        refusal = refuse_serial(self.name, site, "after")
-        if refusal is not None:
+        if refusal := refuse_serial(self.name, site, "after"):
             return refusal
         width = hidden_width(site, "after")
         assert width is not None
@@ -116,19 +113,10 @@ class Reft(Method):
         width = hidden_width(site, "after")
         assert width is not None
         shape, start = (params.rank, width), Init("kaiming_uniform", sqrt(5))
-        return tuple(
-            spec
-            for end in params.ends
-            for spec in (
-                TensorSpec(f"{end}rotation", shape, start),
-                TensorSpec(f"{end}source", shape, start),
-                TensorSpec(f"{end}bias", (params.rank,), Init("zeros")),
-            )
-        )
+        parts = {"rotation": (shape, start), "source": (shape, start), "bias": ((params.rank,), Init("zeros"))}
+        return tuple(TensorSpec(end + name, *declared) for end in params.ends for name, declared in parts.items())
 
-    def initialise(
-        self, site: Site, params: ReftParams, weights: Mapping[str, Tensor], generator: Generator
-    ) -> Mapping[str, Tensor]:
+    def initialise(self, site: Site, params: ReftParams, weights: Weights, generator: Generator) -> Tensors:
         """Start R of `loreft` with random orthonormal rows."""
         import torch
 
@@ -136,9 +124,8 @@ class Reft(Method):
             return {}
         width = hidden_width(site, "after")
         assert width is not None
-        return {
-            f"{end}rotation": _orthonormal(torch.randn(params.rank, width, generator=generator)) for end in params.ends
-        }
+        drawn = {f"{end}rotation": torch.randn(params.rank, width, generator=generator) for end in params.ends}
+        return {name: _orthonormal(rows) for name, rows in drawn.items()}
 
     def apply(self, form: Form, params: ReftParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute h + edit(h) at the chosen positions of h = base(x)."""

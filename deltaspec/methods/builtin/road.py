@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.weights import reader
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Site
 
 
 class RoadParams(MethodParams):
@@ -45,9 +40,8 @@ class Road(Method):
         if site.parameter is not None:
             return Refusal(f"road takes modules, not the parameter {site.parameter!r}", "select the module")
         if site.kind not in ("linear", "conv1d"):
-            return Refusal(
-                f"road needs a Linear or Conv1D module, not {site.row.type}", "select the linear layers inside it"
-            )
+            reason = f"road needs a Linear or Conv1D module, not {site.row.type}"
+            return Refusal(reason, "select the linear layers inside it")
         width = site.row.out_features
         assert width is not None
         if width % params.group_size:
@@ -72,7 +66,7 @@ class Road(Method):
         """Turn base(x)."""
         return _turned(base(x), t, params)
 
-    def fold(self, site: Site, params: RoadParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: RoadParams, t: Any, weights: Weights) -> Tensors:
         """Turn the weight's output features and the bias."""
         weight = weights["weight"]
         turned = _turned(weight, t, params) if site.kind == "conv1d" else _turned(weight.t(), t, params).t()

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
+from deltaspec.methods.base import Tensors, Weights
+from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.prompts import PromptMethod
 from deltaspec.methods.shared.text import TextError, ids_of
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
-
-    from deltaspec.methods.declarations import Site
+    from torch import Generator
 
 TOKENS = 100
 """Number of learned embeddings where none is given."""
@@ -100,9 +99,7 @@ class SoftPrompt(PromptMethod):
         assert site.row.out_features is not None
         return (TensorSpec("prompt", (self.virtual_tokens(params), site.row.out_features), Init("normal", 1.0)),)
 
-    def initialise(
-        self, site: Site, params: SoftPromptParams, weights: Mapping[str, Tensor], generator: Generator
-    ) -> Mapping[str, Tensor]:
+    def initialise(self, site: Site, params: SoftPromptParams, weights: Weights, generator: Generator) -> Tensors:
         """Start from rows of the vocabulary, as the embedding gives them (some scale their rows), or uniform.
 
         Raises DeltaSpecError (DS410) where the tokenizer cannot be used, or is another model's.

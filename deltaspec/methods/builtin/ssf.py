@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
-from deltaspec.methods.shared.scales import scale_outputs, shift_outputs
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.shapes import CHANNELS_FIRST_NORMS, along_channels, output_width
-from deltaspec.methods.shared.weights import reader
+from deltaspec.methods.shared.weights import reader, scale_outputs, shift_outputs
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
-
-    from deltaspec.methods.declarations import Form, Site
+    from torch import Generator
 
 
 class SsfParams(MethodParams):
@@ -68,19 +65,15 @@ class Ssf(Method):
         width = (output_width(site.row),)
         return (TensorSpec("scale", width, Init("ones")), TensorSpec("bias", width, Init("zeros")))
 
-    def initialise(
-        self, site: Site, params: SsfParams, weights: Mapping[str, Tensor], generator: Generator
-    ) -> Mapping[str, Tensor]:
+    def initialise(self, site: Site, params: SsfParams, weights: Weights, generator: Generator) -> Tensors:
         """Draw around the identity, where asked for."""
         import torch
 
         if params.init == "identity":
             return {}
+        means = {"scale": 1.0, "bias": 0.0}
         width = output_width(site.row)
-        return {
-            "scale": torch.empty(width).normal_(1.0, 0.02, generator=generator),
-            "bias": torch.empty(width).normal_(0.0, 0.02, generator=generator),
-        }
+        return {name: torch.empty(width).normal_(mean, 0.02, generator=generator) for name, mean in means.items()}
 
     def apply(self, form: Form, params: SsfParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute scale * base(x) + bias."""
@@ -90,7 +83,7 @@ class Ssf(Method):
         """Return True for norms with channels first: their weights do not tell how many dimensions follow."""
         return site.row.has_parameter("bias") and not set(site.row.bases).isdisjoint(CHANNELS_FIRST_NORMS)
 
-    def fold(self, site: Site, params: SsfParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: SsfParams, t: Any, weights: Weights) -> Tensors:
         """Scale the weight and the bias, and shift the bias, or let the shift become it."""
         return {
             "weight": scale_outputs(weights["weight"], t.scale, site),

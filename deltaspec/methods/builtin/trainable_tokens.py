@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.backbone.table import Row
-    from deltaspec.methods.declarations import Form, Site
+from deltaspec.backbone.table import Row
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, Site, TensorSpec
 
 
 class TrainableTokensParams(MethodParams):
@@ -88,13 +82,7 @@ class TrainableTokens(Method):
         """Run the host's own code on the changed table: it may scale, and treat a padding id apart."""
         return True
 
-    def apply(self, form: Form, params: TrainableTokensParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
-        """Return the host's output with the rows in place; every site is lowered, so `fold` does it."""
-        raise AssertionError("trainable_tokens works on the weight")
-
-    def fold(
-        self, site: Site, params: TrainableTokensParams, t: Any, weights: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: TrainableTokensParams, t: Any, weights: Weights) -> Tensors:
         """Put the rows in place."""
         import torch
 

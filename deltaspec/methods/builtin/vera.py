@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Promises, TensorSpec
+from deltaspec.methods.base import Method, Tensors, Weights
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.weights import fold_update, refuse_weight, weight_shape
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from deltaspec.methods.declarations import Form, Refusal, Site
 
 
 class VeraParams(MethodParams):
@@ -70,6 +65,6 @@ class Vera(Method):
 
         return base(x) + t.outer_scale * F.linear(t.inner_scale * F.linear(t.dropout(x), t.down), t.up)
 
-    def fold(self, site: Site, params: VeraParams, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold(self, site: Site, params: VeraParams, t: Any, weights: Weights) -> Tensors:
         """Add Λ_b B Λ_d A to the weight."""
         return fold_update(site, weights, (t.outer_scale[:, None] * t.up) @ (t.inner_scale[:, None] * t.down))

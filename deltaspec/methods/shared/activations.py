@@ -12,20 +12,8 @@ def activate(name: Activation, value: Any) -> Any:
     import torch
     from torch.nn import functional as F
 
-    match name:
-        case "gelu":
-            return F.gelu(value)
-        case "gelu_tanh":
-            return F.gelu(value, approximate="tanh")
-        case "relu":
-            return F.relu(value)
-        case "silu":
-            return F.silu(value)
-        case "tanh":
-            return torch.tanh(value)
-        case "sigmoid":
-            return torch.sigmoid(value)
-        case "leaky_relu":
-            return F.leaky_relu(value)
-        case "identity":
-            return value
+    if name == "identity":
+        return value
+    if name == "gelu_tanh":
+        return F.gelu(value, approximate="tanh")
+    return getattr(torch if name in ("tanh", "sigmoid") else F, name)(value)

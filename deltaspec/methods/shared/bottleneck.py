@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import MethodParams, Refusal
+from deltaspec.methods.declarations import MethodParams, Refusal, Site
 from deltaspec.methods.shared.shapes import channels_first, hidden_width
-
-if TYPE_CHECKING:
-    from deltaspec.methods.declarations import Site
 
 Width = Annotated[int, Field(ge=1, le=65536)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]

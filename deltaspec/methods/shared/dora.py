@@ -6,12 +6,10 @@ The norm counts as a constant for gradients, as in the paper's section 4.3.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from deltaspec.methods.declarations import Form
 from deltaspec.methods.shared.weights import canonical, host_bias, without_bias
-
-if TYPE_CHECKING:
-    from deltaspec.methods.declarations import Form
 
 
 def squared_norms(kind: str, weight: Any) -> Any:

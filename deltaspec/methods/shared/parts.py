@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from deltaspec.methods.declarations import Refusal
+from deltaspec.methods.declarations import Refusal, Site
 from deltaspec.methods.shared.weights import reader
-
-if TYPE_CHECKING:
-    from deltaspec.methods.declarations import Site
-    from deltaspec.roles.parts import Parts
+from deltaspec.roles.parts import Parts
 
 
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -57,10 +54,7 @@ def refuse_parts(site: Site, parts: tuple[str, ...]) -> Refusal | None:
             f"choose from parts: [{', '.join(row.parts.names)}], in overrides for this site",
         )
     if site.host is not None:
-        return Refusal(
-            f"{reader(site)} reads this weight by itself",
-            "leave `parts` out for this site",
-        )
+        return Refusal(f"{reader(site)} reads this weight by itself", "leave `parts` out for this site")
     return None
 
 
@@ -98,10 +92,12 @@ def spread(parts: Parts, pieces: Mapping[str, Any], fill: float, trailing: tuple
     return torch.cat(rows, 1).flatten(0, 1)
 
 
-def split_vector(vector: Any, parts: Parts, names: tuple[str, ...]) -> dict[str, Any]:
-    """Cut `[rows of all named parts]` into the parts' own pieces, in the order of `names`."""
+def whole(vector: Any, parts: Parts | None, names: tuple[str, ...] | None, fill: float) -> Any:
+    """Lay out `[rows of all named parts]`, one part after the other, as `[out]`; as it is where no parts are named."""
+    if names is None or parts is None:
+        return vector
     pieces, start = {}, 0
     for name in names:
         pieces[name] = vector[start : start + parts.rows(name)]
         start += parts.rows(name)
-    return pieces
+    return spread(parts, pieces, fill)

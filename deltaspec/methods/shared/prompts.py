@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from deltaspec.backbone.table import Row
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Refusal
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.table import Row
-    from deltaspec.methods.declarations import Form, Site
+from deltaspec.methods.declarations import Form, Refusal, Site
 
 
 class PromptMethod(Method):
@@ -40,10 +37,8 @@ class PromptMethod(Method):
             return Refusal(f"{self.name} works in the embedding of the token ids, not in {site.row.type}", hint)
         entrance = site.row.entrance
         if entrance is None:
-            reason = (
-                "no model of transformers that takes input_ids and attention_mask looks its ids up in this embedding"
-            )
-            return Refusal(reason, hint)
+            taking = "no model of transformers that takes input_ids and attention_mask"
+            return Refusal(f"{taking} looks its ids up in this embedding", hint)
         if entrance.problem is not None:
             other = "use a method that works in the layers, such as prefix or lora"
             return Refusal(f"{entrance.fqn or 'the model'} takes no {self.name}: {entrance.problem}", other)

@@ -5,21 +5,19 @@ The functions work on tensors, not on proxies: formulas run them with `t.call`.
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
+
+from deltaspec.methods.declarations import Refusal, Site
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from deltaspec.methods.declarations import Refusal, Site
 
 
 def filter_width(site: Site) -> int:
     """Return the width of the vectors that a site's weight multiplies: a convolution's are whole filter patches."""
     if site.kind == "conv":
-        _, width, *kernel = site.row.shape_of("weight")
-        for size in kernel:
-            width *= size
-        return width
+        return prod(site.row.shape_of("weight")[1:])
     found = site.row.out_features if site.kind == "embedding" else site.row.in_features
     assert found is not None
     return found
@@ -27,8 +25,6 @@ def filter_width(site: Site) -> int:
 
 def refuse_blocks(site: Site, width: int, size: int, what: str = "block_size") -> Refusal | None:
     """Say that blocks of this size do not fill this width, and which sizes near it do."""
-    from deltaspec.methods.declarations import Refusal
-
     if width % size == 0:
         return None
     reason = f"{what}: {size} does not divide the width {width} of this {site.row.type}"

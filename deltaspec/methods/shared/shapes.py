@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from deltaspec.backbone.table import Row
-    from deltaspec.methods.declarations import Form, Site
+from deltaspec.backbone.table import Row
+from deltaspec.methods.declarations import Form, Site
 
 CHANNELS_FIRST_NORMS = ("_BatchNorm", "GroupNorm", "_InstanceNorm")
 
 
 def output_width(row: Row) -> int:
     """Return the number of output features or channels of a linear, convolution, embedding or norm module."""
-    if row.out_features is not None:
-        return row.out_features
-    return row.parameters[0].shape[-1]
+    return row.parameters[0].shape[-1] if row.out_features is None else row.out_features
 
 
 def hidden_width(site: Site, position: str) -> int | None:
@@ -50,6 +47,4 @@ def channels_first(site: Site) -> bool:
 
 def along_channels(vector: Any, form: Form) -> Any:
     """Shape a `[channels]` vector so that it broadcasts over the output of a module of this form."""
-    if form.channel_dims:
-        return vector.reshape(-1, *(1,) * form.channel_dims)
-    return vector
+    return vector.reshape(-1, *(1,) * form.channel_dims) if form.channel_dims else vector

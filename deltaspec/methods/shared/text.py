@@ -21,9 +21,10 @@ def ids_of(text: str, tokenizer: str) -> list[int]:
     try:
         import transformers
     except ModuleNotFoundError:
-        raise TextError(
-            "transformers, which reads tokenizers, is not installed", "pip install 'deltaspec[transformers]'"
-        ) from None
+        reason = "transformers, which reads tokenizers, is not installed"
+        raise TextError(reason, "pip install 'deltaspec[transformers]'") from None
+    from deltaspec.backbone.loading import reachable
+
     path = os.path.expanduser(tokenizer)
     local = os.path.isdir(path)
     try:
@@ -31,7 +32,8 @@ def ids_of(text: str, tokenizer: str) -> list[int]:
         try:
             made = load(path, trust_remote_code=False, local_files_only=True)
         except (OSError, ValueError):
-            if local or not _may_ask_a_hub(tokenizer):
+            is_path = local or "\\" in tokenizer or tokenizer.startswith((".", "/", "~"))
+            if is_path or not reachable():
                 raise
             made = load(tokenizer, trust_remote_code=False)
         ids = made(text)["input_ids"]
@@ -42,9 +44,3 @@ def ids_of(text: str, tokenizer: str) -> list[int]:
     if not ids:
         raise TextError(f"the tokenizer {tokenizer!r} makes no token of the text", "give a longer text")
     return [int(i) for i in ids]
-
-
-def _may_ask_a_hub(tokenizer: str) -> bool:
-    from deltaspec.backbone.loading import reachable
-
-    return "\\" not in tokenizer and not tokenizer.startswith((".", "/", "~")) and reachable()
