@@ -167,10 +167,7 @@ def _require_plain(model: nn.Module, merged: nn.Module) -> None:
     require(list(before) == list(after), f"the merged model has other modules: {sorted(before.keys() ^ after.keys())}")
     for fqn, module in after.items():
         new = module.__dict__.keys() - before[fqn].__dict__.keys()
-        require(
-            not new and type(module) is type(before[fqn]),
-            f"new in the merged {fqn or 'model'}: {sorted(new)}",
-        )
+        require(not new and type(module) is type(before[fqn]), f"new in the merged {fqn or 'model'}: {sorted(new)}")
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     changed = [name for name, p in merged.named_parameters() if flags.get(name, p.requires_grad) is not p.requires_grad]
     require(not changed, f"requires_grad of {changed[:5]} differs in the merged model")

@@ -156,13 +156,7 @@ class ProgramBuilder:
         leading += [value for _, _, values in attends for value in values]
         return self.bind_region(host, placements, sorted_out, base, leading)
 
-    def sort_out(
-        self,
-        host: str,
-        placements: Iterable[tuple[Placement, Given]],
-        *,
-        per_row: bool = False,
-    ) -> SortedOut:
+    def sort_out(self, host: str, placements: Iterable[tuple[Placement, Given]], *, per_row: bool = False) -> SortedOut:
         """Sort the deltas at one host by how they work there; `per_row`: what they are given is each row's."""
         found, module = SortedOut(), self.modules[host]
         for placement, given in placements:
