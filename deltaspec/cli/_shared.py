@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import click
 
+from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.render import FORMATS, as_text
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic
 
 format_option = click.option(
     "--format",

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from deltaspec.cli._shared import report, show, wants_color
-from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.render import FORMATS
 from deltaspec.diagnostics.wording import counted, plural
 from deltaspec.language.validate import validate
 
 if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic
     from deltaspec.planning.plan import Plan
 
 

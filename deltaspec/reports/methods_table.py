@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from deltaspec.backbone.table import ConvInfo, ParameterInfo, Row
+from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import Site
-
-if TYPE_CHECKING:
-    from deltaspec.methods.base import Method
 
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 """Marks around the table in a Markdown file."""

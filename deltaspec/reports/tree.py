@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from deltaspec.backbone.table import ModuleTable, Row
+from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.wording import plural
+from deltaspec.language.model import DeltaSpec
 from deltaspec.methods.registry import methods
 from deltaspec.names.folding import ranges
 from deltaspec.selection.select import Match, select
 
 if TYPE_CHECKING:
     from rich.text import Text
-
-    from deltaspec.diagnostics.findings import Diagnostic
-    from deltaspec.language.model import DeltaSpec
 
 _COLOURS = ("green", "magenta", "cyan", "yellow", "blue", "red")
 _NARROWEST_TYPE = 12

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from deltaspec.graphs.regions import Region
+from deltaspec.graphs.regions import Region
 
 Forward = Callable[..., Any]
 
@@ -60,8 +59,13 @@ class Program:
             attributes["forward"] = forward
         if before.footprint is not self.footprint:
             assert before.footprint is not None and self.footprint is not None
-            for attributes, original in before.footprint.left_by(self.footprint):
-                if original is None:
-                    del attributes["forward"]
-                else:
-                    attributes["forward"] = original
+            put_back(before.footprint.left_by(self.footprint))
+
+
+def put_back(undo: list[tuple[dict[str, Any], Forward | None]]) -> None:
+    """Let modules, given by their `__dict__`, have the instance-level forwards that they had; None: there was none."""
+    for attributes, original in undo:
+        if original is None:
+            del attributes["forward"]
+        else:
+            attributes["forward"] = original

@@ -7,7 +7,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 
@@ -17,13 +17,11 @@ from deltaspec.deltas.stacks import Stacks
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.methods.registry import methods
 from deltaspec.planning.conflicts import Rivals
+from deltaspec.planning.plan import Plan
 from deltaspec.planning.planned import PlannedDelta
 from deltaspec.runtime.placements import Placements
 from deltaspec.runtime.ports import View
 from deltaspec.runtime.proving import refuse_bypassed
-
-if TYPE_CHECKING:
-    from deltaspec.planning.plan import Plan
 
 
 class Shared:

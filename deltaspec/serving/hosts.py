@@ -20,13 +20,13 @@ from deltaspec.runtime.lowering import Fold, Lowered
 from deltaspec.runtime.placements import Placement, host_of
 from deltaspec.runtime.program import Forward
 from deltaspec.runtime.program_builder import Given, ProgramBuilder, call_form
-from deltaspec.serving.binding import attend_rows, sources_of, virtual_tokens
+from deltaspec.serving.binding import attend_rows, sources_of
 from deltaspec.serving.slots import Slot
 
 
 def bind_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequence[tuple[Slot, str]]) -> Forward:
     """Build a host's forward for slots, each of the kind of the named delta, in order of application."""
-    pairs = [(p, slot) for slot, name in given for p in builder.placements[name].get(host, ()) if not virtual_tokens(p)]
+    pairs = [(p, slot) for slot, name in given for p in builder.placements[name].get(host, ()) if not p.virtual_tokens]
     if not pairs:
         return builder.host.own_forward(host)
 

@@ -7,10 +7,10 @@ call, and then the region of the rows' kinds. So one installation serves every a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,10 +19,8 @@ from deltaspec.deltas.stacks import Kind
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.frozen import FrozenStatistics
-from deltaspec.runtime.host import Host
-from deltaspec.runtime.program import Forward
+from deltaspec.runtime.program import Forward, put_back
 from deltaspec.runtime.proving import watched
-from deltaspec.runtime.shared import Shared
 from deltaspec.serving.assignment import Rows, chain, parse_rows, places, to_tensors
 from deltaspec.serving.binding import put_prompts_in_front, touched
 from deltaspec.serving.dispatch import Batch, Dispatch, Entering, Kinds
@@ -34,19 +32,12 @@ _NUMBERS: WeakKeyDictionary[Kind, int] = WeakKeyDictionary()
 _NEXT = count(1)
 
 
-class Pins(Protocol):
-    """Keeps deltas in memory."""
-
-    def pin(self, holder: object, names: Iterable[str]) -> None:
-        """Keep these for as long as an object lives that knows where they lie."""
-
-
 class Mixer:
     """Runs one backbone clone on rows under different deltas."""
 
-    def __init__(self, active: Active, shared: Shared, host: Host, pins: Pins) -> None:
-        self._active, self._shared, self._host, self._pins = active, shared, host, pins
-        self._gate, self._stacks, self._builder = host.gate, shared.stacks, active.builder
+    def __init__(self, active: Active) -> None:
+        self._active, self._shared, self._host = active, active.shared, active.host
+        self._gate, self._stacks, self._builder = active.gate, active.shared.stacks, active.builder
         self.batch = Batch()
         self.running: Kinds | None = None
         """Kinds of the rows of the forward that runs now; None where it has no rows."""
@@ -70,7 +61,7 @@ class Mixer:
         active = copy.deepcopy(self._active, memo)
         twin: Mixer | None = memo.get(id(self))  # copied with the active set, just now
         if twin is None:
-            twin = memo[id(self)] = Mixer(active, active.shared, active.host, copy.deepcopy(self._pins, memo))
+            twin = memo[id(self)] = Mixer(active)
         return twin
 
     @property
@@ -118,7 +109,7 @@ class Mixer:
                 table[slot][number] = (name, stacks.of(name).names[name], row[name])
         tensors = to_tensors(table, len(rows), self._host.device)
         made = Rows(keys, *tensors, deltas=tuple(rows), places={n: stacks.of(n).names[n] for n in names})
-        self._pins.pin(made, names)
+        self._active.residency.pin(made, names)
         return made
 
     def _place(self, kind: Kind) -> int:
@@ -174,11 +165,7 @@ class Mixer:
     def remove(self) -> bool:
         """Take the dispatchers out; return whether there were some."""
         installed = self.installed
-        for attributes, before in self._installed:
-            if before is None:
-                del attributes["forward"]
-            else:
-                attributes["forward"] = before
+        put_back(self._installed)
         self._installed.clear()
         return installed
 
