@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
@@ -57,8 +56,12 @@ def command(model: str, specs: tuple[str, ...], check: bool, output_format: str)
         from rich.console import Console
 
         Console(soft_wrap=True, highlight=False, no_color=not wants_color() or None).print(planned)
-    elif output_format in _WRITERS:
-        click.echo(_WRITERS[output_format](planned))
+    elif output_format == "json":
+        click.echo(json.dumps(planned.to_dict(), indent=2, ensure_ascii=False))
+    elif output_format == "markdown":
+        from deltaspec.planning.text import markdown
+
+        click.echo(markdown(planned))
     else:
         show([], output_format)
 
@@ -86,16 +89,3 @@ def _report(diagnostics: tuple[Diagnostic, ...] | list[Diagnostic], output_forma
     click.echo("\n".join(map(str, diagnostics)))
     click.echo("```")
     click.get_current_context().exit(1)
-
-
-def _json(planned: Plan) -> str:
-    return json.dumps(planned.to_dict(), indent=2, ensure_ascii=False)
-
-
-def _markdown(planned: Plan) -> str:
-    from deltaspec.planning.text import markdown
-
-    return markdown(planned)
-
-
-_WRITERS: dict[str, Callable[[Plan], str]] = {"json": _json, "markdown": _markdown}

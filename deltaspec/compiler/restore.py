@@ -32,7 +32,6 @@ def restore(
 
 
 def _restore(model: nn.Module, saved: SavedSet, capture: str, example_inputs: Any) -> CompiledModel:
-
     try:
         if findings := [f for entry in saved.entries for field in ENDINGS for f in saved.read(entry["name"], field)[1]]:
             raise DeltaSpecError(findings)

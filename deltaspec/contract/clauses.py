@@ -39,8 +39,7 @@ def _initial_values(case: Case) -> None:
     state = torch.random.get_rng_state()
     first = dict(compile_plan(case.model, case.single, case.capture).deltas["one"].tensors())
     require(torch.equal(state, torch.random.get_rng_state()), "compiling advanced torch's random state")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(99)
+    with seed(99):
         again = dict(case.compile(trained=False).deltas["one"].tensors())
     other = [key for key in first if not torch.equal(first[key], again[key])]
     require(not other, f"with another delta before it, and another random state, {other} start otherwise")
@@ -193,11 +192,8 @@ def _copies(case: Case) -> None:
 
 def _learning(case: Case) -> None:
     """Check that a few steps of SGD, and of Adam, lower a loss, with one of three step lengths."""
-    optimizers: dict[str, tuple[type[torch.optim.Optimizer], float]] = {
-        "SGD": (torch.optim.SGD, 0.02),
-        "Adam": (torch.optim.Adam, 0.002),
-    }
-    for name, (make, longest) in optimizers.items():
+    optimizers = (("SGD", torch.optim.SGD, 0.02), ("Adam", torch.optim.Adam, 0.002))
+    for name, make, longest in optimizers:
         losses = []
         for factor in (1.0, 0.1, 0.01):
             start, end = _losses(case, make, longest * factor)

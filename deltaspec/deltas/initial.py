@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deltaspec.deltas.modules import Delta, attribute_name, storage_key
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Site, TensorSpec
+from deltaspec.methods.declarations import Init, TensorSpec
 from deltaspec.methods.matrices import initial_values
 from deltaspec.methods.registry import methods
 from deltaspec.planning.planned import PlannedDelta
@@ -33,8 +33,10 @@ def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module, *, drawn:
         site, params = planned_site.site, planned_site.params
         own = {p.name: _tensor(backbone, p.fqn) for p in site.row.parameters}
         home = next(iter(own.values()), fallback)
-        identity = f"{seed}\0{planned.name}\0{site.fqn}"
-        given = _from_weights(method, site, params, own, generator, identity) if drawn else {}
+        given: Mapping[str, Tensor] = {}
+        if drawn and type(method).initialise is not Method.initialise and not any(w.is_meta for w in own.values()):
+            _reseeded(generator, f"{seed}\0{planned.name}\0{site.fqn}")
+            given = initial_values(method, site, params, _Weights(own), generator)
         for spec in planned_site.tensors:
             key = storage_key(site.row.fqn, spec)
             name = attribute_name(key)
@@ -82,20 +84,6 @@ class _Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._own)
-
-
-def _from_weights(
-    method: Method,
-    site: Site,
-    params: MethodParams,
-    own: Mapping[str, Tensor],
-    generator: torch.Generator,
-    identity: str,
-) -> Mapping[str, Tensor]:
-    """Ask a method for the initial values that depend on the host's weights."""
-    if type(method).initialise is Method.initialise or any(w.is_meta for w in own.values()):
-        return {}
-    return initial_values(method, site, params, _Weights(own), _reseeded(generator, identity))
 
 
 def seeded(identity: str) -> torch.Generator:

@@ -32,7 +32,7 @@ class Host:
         self.statistics = [fqn for fqn, module in self.modules.items() if tracks_statistics(module)]
         """FQNs of the modules that write running statistics."""
         self.gate = ForwardGate()
-        self._flags, self._buffers = Flags(self.modules.values()), BufferGuard(self.modules.values())
+        self.flags, self.buffers = Flags(self.modules.values()), BufferGuard(self.modules.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy together with the backbone."""
@@ -58,32 +58,20 @@ class Host:
 
     def freeze(self) -> None:
         """Take the backbone's parameters out of training, and remember the values of its buffers."""
-        self._buffers.watch()
-        self._flags.freeze()
-
-    def restore_buffers(self) -> None:
-        """Undo what forwards wrote into buffers since `freeze`."""
-        self._buffers.restore()
-
-    def thaw(self) -> None:
-        """Put those parameters back into training that were in it before `freeze`."""
-        self._flags.thaw()
+        self.buffers.watch()
+        self.flags.freeze()
 
     def follow_moves(self) -> None:
         """Look for parameters and buffers anew, which may have been moved, cast or replaced."""
-        self._flags.moved = self._buffers.moved = True
-
-    def keep_loaded(self) -> None:
-        """Keep what `load_state_dict` put into the backbone's buffers."""
-        self._buffers.loaded()
+        self.flags.moved = self.buffers.moved = True
 
     def kept_buffers(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
         """Yield what buffers will be when nothing is attached: (module's FQN, name, the buffer, its value)."""
         homes = {id(module._buffers): fqn for fqn, module in self.modules.items()}
-        for place, name, buffer, value in self._buffers.kept():
+        for place, name, buffer, value in self.buffers.kept():
             yield homes[id(place)], name, buffer, value
 
     def trained_in_backbone(self) -> set[str]:
         """Return the names of the backbone parameters that are in training whenever nothing is attached."""
-        thawed = {id(p) for p in self._flags.thawed()}
+        thawed = {id(p) for p in self.flags.thawed()}
         return {name for name, p in self.backbone.named_parameters() if id(p) in thawed}

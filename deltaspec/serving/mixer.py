@@ -93,7 +93,7 @@ class Mixer:
             dict.fromkeys(n for row in rows for n, strength in row.items() if strength != 1.0)
         )
         for stack in {tuple(row) for row in rows if len(row) > 1}:
-            self._shared.refuse_rivals(stack)
+            self._shared.rivals.refuse(stack)
         self._active.derive(name for name in names if name not in self._active.active)
         stacks.ensure(names)
         stacked = [tuple(kinds[name] for name in row) for row in (*rows, *([name] for name in among))]
@@ -239,7 +239,9 @@ class Mixer:
 
     def _start(self, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool = False) -> None:
         if self.running is not None:
-            raise DeltaSpecError([_nested()])
+            message = "a forward with rows runs already in this model"
+            hint = "give each thread a view of its own: view = c.view()"
+            raise DeltaSpecError([Diagnostic("DS445", message, suggestion=hint)])
         self.batch.begin(len(rows), args, kwargs)
         for slot in self._slots[: len(rows.kinds)]:
             slot.fill(rows, keep)
@@ -267,9 +269,3 @@ def _number(kind: Kind) -> int:
     """Return a kind's number, in the order in which kinds were first used."""
     found = _NUMBERS.get(kind)
     return _NUMBERS.setdefault(kind, next(_NEXT)) if found is None else found  # one number, whatever thread is first
-
-
-def _nested() -> Diagnostic:
-    message = "a forward with rows runs already in this model"
-    hint = "give each thread a view of its own: view = c.view()"
-    return Diagnostic("DS445", message, suggestion=hint)

@@ -54,7 +54,7 @@ def rows_lead(
         try:
             seen = _in_orders(backbone, hosts, forward, used)
         except Exception as error:
-            with _evaluating(backbone):
+            with evaluating(backbone):
                 forward(*own[0], **own[1])  # what this raises is about the call, and not about the trial
             raised = f"{type(error).__name__}: {error}"
             message = (
@@ -104,7 +104,7 @@ def _in_orders(
     orders = _orders(rows)
     for order in (torch.arange(rows), *orders):
         args, kwargs = _each(given, functools.partial(_ordered, order))
-        with _evaluating(backbone), _noting(hosts) as entered:
+        with evaluating(backbone), _noting(hosts) as entered:
             forward(*args, **kwargs)
         runs.append(entered)
     first, *others = runs
@@ -179,7 +179,7 @@ def _distinct(x: Tensor) -> bool:
 
 
 @contextmanager
-def _evaluating(backbone: nn.Module) -> Iterator[None]:
+def evaluating(backbone: nn.Module) -> Iterator[None]:
     """Run without dropout and gradients, and put all as it was."""
     modules = [(module, module.training) for module in backbone.modules()]
     buffers = BufferGuard(module for module, _ in modules)
@@ -230,7 +230,7 @@ def _spreads(backbone: nn.Module, host: nn.Module, forward: Callable[..., Any], 
 
     handle = host.register_forward_hook(spread)
     try:
-        with _evaluating(backbone):
+        with evaluating(backbone):
             forward(*given[0], **given[1])
     except (RuntimeError, ValueError, IndexError):  # what torch says of shapes that do not go together
         return False

@@ -51,9 +51,8 @@ def fill(active: Active, plan: Plan, deltas: Deltas, saved: SavedSet) -> None:
         findings += saved.read(name, "lock")[1]
         if name not in own:
             known = ", ".join(own)
-            findings.append(
-                saved.finding("DS524", f"the model has no delta {name!r}", f"it has: {known}; compile its spec too")
-            )
+            hint = f"it has: {known}; compile its spec too"
+            findings.append(saved.finding("DS524", f"the model has no delta {name!r}", hint))
             continue
         findings += _other_meaning(saved, name, plan)
         tensors = dict(deltas[name].tensors())
@@ -88,11 +87,8 @@ def match(
     for key in sorted(values.keys() & targets.keys()):
         value, target = values[key], targets[key]
         if value.shape != target.shape:
-            found(
-                "DS526",
-                f"{name}: tensor {key} is {list(value.shape)}, the model's is {list(target.shape)}",
-                "compare the params",
-            )
+            message = f"{name}: tensor {key} is {list(value.shape)}, the model's is {list(target.shape)}"
+            found("DS526", message, "compare the params")
         elif not _fits(value.dtype, target.dtype):
             found("DS526", f"{name}: tensor {key} is {value.dtype}, the model's is {target.dtype}", "convert the model")
         elif not is_finite(value):

@@ -35,7 +35,7 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
     names = tuple(sorted(set(names), key=shared.order.__getitem__))
     active.require(names)
     _refuse(shared, host, names)
-    shared.refuse_rivals(names)
+    shared.rivals.refuse(names)
     strengths = active.strengths.as_dict(names)
     active.derive(name for name in names if name not in active.active)
     training = host.trained_in_backbone()
