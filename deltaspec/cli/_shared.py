@@ -1,4 +1,4 @@
-"""The parts that several verbs share: options, and the reporting of findings."""
+"""What several verbs share: the reporting of findings."""
 
 from __future__ import annotations
 
@@ -10,15 +10,6 @@ import click
 
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.render import FORMATS, as_text
-
-format_option = click.option(
-    "--format",
-    "output_format",
-    type=click.Choice(list(FORMATS)),
-    default="text",
-    show_default=True,
-    help="How findings are written.",
-)
 
 
 def show(diagnostics: Sequence[Diagnostic], output_format: str = "text", files: int | None = None) -> None:

@@ -49,9 +49,8 @@ def command(model: str, specs: tuple[str, ...], check: bool, output_format: str)
         _report([finding for part, path in parts for finding in check_lock(part, path)], output_format)
         if output_format == "text":
             for part, path in parts:
-                click.echo(
-                    f"{path}: up to date, {counted(len(part.sites), 'site')}, {part.trainable:,} trainable parameters"
-                )
+                sites = counted(len(part.sites), "site")
+                click.echo(f"{path}: up to date, {sites}, {part.trainable:,} trainable parameters")
     elif output_format == "text":
         from rich.console import Console
 

@@ -29,9 +29,8 @@ def _counts(case: Case) -> None:
     seen = {key: (tuple(tensor.shape), not isinstance(tensor, nn.Parameter)) for key, tensor in made.items()}
     require(seen == declared, f"tensors {seen} were made, and {declared} planned")
     real = sum(p.numel() for p in compiled.parameters() if p.requires_grad)
-    require(
-        real == case.single.trainable > 0, f"{real} trainable values were made, and {case.single.trainable} planned"
-    )
+    planned = case.single.trainable
+    require(real == planned > 0, f"{real} trainable values were made, and {planned} planned")
 
 
 def _initial_values(case: Case) -> None:
@@ -75,9 +74,8 @@ def _gradients(case: Case) -> None:
                 continue
             if tensor.grad is None:
                 raise ContractError(f"{planned.fqn}: {spec.name} got no gradient")
-            require(
-                bool(torch.isfinite(tensor.grad).all()), f"{planned.fqn}: the gradient of {spec.name} is not finite"
-            )
+            finite = bool(torch.isfinite(tensor.grad).all())
+            require(finite, f"{planned.fqn}: the gradient of {spec.name} is not finite")
             kinds[spec.name] = kinds.get(spec.name, False) or bool(tensor.grad.count_nonzero())
     dead = [name for name, alive in kinds.items() if not alive]
     require(not dead, f"the gradients of {dead} are zero at every site")
@@ -114,9 +112,8 @@ def _reversibility(case: Case) -> None:
     compiled.detach()
     left = differences(fresh, snapshot(compiled.backbone, skip=home(compiled.backbone)))
     require(not left, "after a training step, something is left: " + "; ".join(left[:5]))
-    require(
-        same(case.run(compiled), case.reference), "after a training step, the detached output is not the original's"
-    )
+    detached = case.run(compiled)
+    require(same(detached, case.reference), "after a training step, the detached output is not the original's")
 
 
 def _files(case: Case) -> None:

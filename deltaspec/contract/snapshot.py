@@ -65,13 +65,9 @@ def _describe(value: Any, identity: bool) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         items = [_describe(item, identity) for item in value]
         return sorted(items, key=repr) if isinstance(value, set | frozenset) else items
-    if value is None or isinstance(
-        value, bool | int | float | complex | str | bytes | torch.dtype | torch.device | type
-    ):
+    if isinstance(value, int | float | complex | str | bytes | torch.dtype | torch.device | type | None):
         return value
-    if identity:
-        return id(value)
-    return getattr(value, "__qualname__", type(value))
+    return id(value) if identity else getattr(value, "__qualname__", type(value))
 
 
 def _digest(tensor: Tensor) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,17 +57,11 @@ def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module, *, drawn:
 def _tensor(backbone: nn.Module, fqn: str) -> Tensor:
     """Return a parameter or buffer by its name. Raises KeyError."""
     *path, name = fqn.split(".")
-    module = backbone
+    module: Any = backbone
     for part in path:
-        child = module._modules[part]
-        assert child is not None
-        module = child
-    found = module._parameters.get(name)
-    if found is not None:
-        return found
-    buffer = module._buffers[name]
-    assert buffer is not None
-    return buffer
+        module = module._modules[part]
+    found: Tensor | None = module._parameters.get(name)
+    return module._buffers[name] if found is None else found
 
 
 class _Weights(Mapping[str, Tensor]):
@@ -135,8 +130,7 @@ def draw(init: Init, shape: tuple[int, ...], generator: torch.Generator) -> Tens
 
 def _dtype(spec: TensorSpec, home: Tensor | None) -> torch.dtype:
     if spec.dtype is not None:
-        found = getattr(torch, spec.dtype)
-        assert isinstance(found, torch.dtype)
+        found: torch.dtype = getattr(torch, spec.dtype)
         return found
     if home is not None and home.is_floating_point() and home.dtype in (torch.float32, torch.float64):
         return home.dtype

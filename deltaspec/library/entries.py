@@ -176,7 +176,7 @@ class Reader:
         findings += problems
         if content is None:
             return None
-        file = entry.saved.entry(entry.own)["spec"]
+        file = entry.saved.entry[entry.own]["spec"]
         try:
             data = json.loads(content)
             deltas = [delta["name"] for delta in data["deltas"]]
@@ -194,7 +194,7 @@ class Reader:
             try:
                 found = self._templates[identity] = self._planned(data, wanted)
             except DeltaSpecError as error:
-                path = str(entry.saved.path(file))
+                path = str(entry.saved.folder / file)
                 findings += [replace(d, file=path, line=0, column=0) for d in error.diagnostics]
         return found
 

@@ -218,11 +218,8 @@ class Libraries:
 
     def _trained(self, opened: Opened) -> list[str]:
         """Return the names of loaded deltas that a user has put into training."""
-        return [
-            name
-            for name in self._exposed
-            if name in opened.loaded and any(p.requires_grad for p in self.delta(name).parameters())
-        ]
+        exposed = [name for name in self._exposed if name in opened.loaded]
+        return [name for name in exposed if any(p.requires_grad for p in self.delta(name).parameters())]
 
     def pin(self, holder: object, names: Iterable[str]) -> None:
         """Keep deltas in memory for as long as an object lives that knows where they lie."""

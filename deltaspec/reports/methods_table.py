@@ -11,7 +11,6 @@ from deltaspec.methods.declarations import Site
 
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 """Marks around the table in a Markdown file."""
-_KINDS = ("linear", "conv1d", "embedding", "conv", "norm", "other")
 _NAMES = {
     "linear": "Linear",
     "conv1d": "Conv1D",
@@ -57,7 +56,7 @@ def accepted(method: Method) -> list[str]:
     params = method.Params.model_validate_json(json.dumps(method.example))
     if method.virtual_tokens(params):
         return ["token embedding"]
-    sites = {kind: Site(_sample(kind), in_width=_WIDTH, width=_WIDTH) for kind in _KINDS}
+    sites = {kind: Site(_sample(kind), in_width=_WIDTH, width=_WIDTH) for kind in _NAMES}
     return [_NAMES[kind] for kind, site in sites.items() if method.refuse(site, params) is None]
 
 

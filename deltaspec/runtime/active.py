@@ -13,6 +13,7 @@ from deltaspec.backbone.observe import Observation
 from deltaspec.deltas.combine import behind, refresh
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.runtime.checkpointing import Recomputation
+from deltaspec.runtime.forward_gate import install
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.owner import ViewOwner
 from deltaspec.runtime.ports import Residency, RowSwitch
@@ -53,7 +54,9 @@ class Active:
         """Program of the active set, once it is known."""
         host = self.host
         self.owner = host.deltas.owner = ViewOwner(self, self.shared, host, self.residency)
-        host.open_gate(Recomputation(host.modules.values(), self.state).after, self.owner.before_move)
+        self.gate.after = Recomputation(host.modules.values(), self.state).after
+        self.gate.moving = self.owner.before_move
+        install(host.backbone, self.gate)
         self.shared.add_view(self, self.host.deltas)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -101,14 +101,10 @@ def _saved(node: Any) -> Iterator[Any]:
 def _is_packed(saved: Any) -> bool:
     """Return whether a saved tensor has hooks; torch says so only when one sets some."""
     try:
-        saved.register_hooks(_same, _same)
+        saved.register_hooks(lambda tensor: tensor, lambda tensor: tensor)
     except RuntimeError as error:
         return "already been set" in str(error)
     return False
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _other_deltas(before: tuple[str, ...], now: tuple[str, ...], rows: bool) -> Diagnostic:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.forwards import own_forward
 from deltaspec.backbone.reserved import home
 from deltaspec.backbone.walk import named
 from deltaspec.deltas.modules import Deltas
-from deltaspec.runtime.forward_gate import ForwardGate, install
+from deltaspec.runtime.forward_gate import ForwardGate
 from deltaspec.runtime.frozen import BufferGuard, Flags, tracks_statistics
 from deltaspec.runtime.program import Forward
 
@@ -41,16 +40,6 @@ class Host:
             twin.__dict__[name] = copy.deepcopy(value, memo)
         twin.follow_moves()
         return twin
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the deltas."""
-        return next((tensor.device for tensor in self.deltas.parameters()), torch.device("cpu"))
-
-    def open_gate(self, after: Callable[[Any], None], moving: Callable[[Any], None]) -> None:
-        """Let forwards and moves of the backbone pass the gate; the arguments are what it calls."""
-        self.gate.after, self.gate.moving = after, moving
-        install(self.backbone, self.gate)
 
     def own_forward(self, fqn: str) -> Forward:
         """Return the forward that a module has without any delta."""

@@ -39,9 +39,8 @@ class Placements(dict[str, dict[str, list[Placement]]]):
         self._planned = planned
 
     def __missing__(self, name: str) -> dict[str, list[Placement]]:
-        planned = self._planned[name]
+        planned, found = self._planned[name], dict[str, list[Placement]]()
         method = methods()[planned.method]
-        found: dict[str, list[Placement]] = {}
         for site in planned.sites:
             placement = Placement(name, planned.method, site, method.folds(site.site, site.params))
             found.setdefault(host_of(site.site), []).append(placement)

@@ -26,11 +26,9 @@ class Footprint:
 
     def left_by(self, following: Footprint) -> list[tuple[dict[str, Any], Forward | None]]:
         """Return what is to be undone once a program with another footprint is written."""
-        found = self.surplus.get(following)
-        if found is None:
-            found = [entry for place, entry in self.undo.items() if place not in following.undo]
-            self.surplus[following] = found
-        return found
+        if following not in self.surplus:
+            self.surplus[following] = [entry for place, entry in self.undo.items() if place not in following.undo]
+        return self.surplus[following]
 
 
 @dataclass(slots=True, eq=False)

@@ -123,14 +123,6 @@ def _simplified(placement: Placement) -> Callable[[Mapping[str, Tensor], str | N
     return compute
 
 
-class _OwnTokens(DeltaTensors):
-    """A delta's tensors, as the formula at an embedding sees them."""
-
-    def __init__(self, own: Mapping[str, Tensor], dropout: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(tuple(own), tuple(own.values()))
-        self.dropout = dropout
-
-
 def _virtual_rows(
     builder: ProgramBuilder, placement: Placement
 ) -> Callable[[Mapping[str, Tensor], str | None], tuple[Tensor, ...]]:
@@ -143,12 +135,10 @@ def _virtual_rows(
 
     def compute(own: Mapping[str, Tensor], name: str | None) -> tuple[Tensor, ...]:
         like = next(iter(own.values()))
-        given = _OwnTokens(own, _dropout(builder, placement.delta if name is None else name, probability))
+        given: Any = DeltaTensors(tuple(own), tuple(own.values()))
+        deltas, name = builder.deltas, name or placement.delta
+        given.dropout = deltas[name].dropout(probability) if probability else lambda value: value
         ids = -1 - torch.arange(tokens, device=like.device)[None]
         return (method.apply(form, params, given, ids, lambda x: like.new_zeros(*x.shape, width))[0],)
 
     return compute
-
-
-def _dropout(builder: ProgramBuilder, name: str, probability: float) -> Any:
-    return builder.deltas[name].dropout(probability) if probability else lambda value: value

@@ -80,9 +80,8 @@ class HostRows:
             places = [row == chosen for row in rows for _ in range(size // len(rows))]
             output = found if output is None else _put_rows(output, found, torch.tensor(places))
         if output is None or not any(tensor.shape[:1] == (size,) for tensor in tensors_in(output)):
-            message = (
-                f"nothing that {self._host or 'the model'} gives has the {size} rows of the batch as first dimension"
-            )
+            message = f"nothing that {self._host or 'the model'} gives has the {size} rows of the batch as first "
+            message += "dimension"
             hint = "run these rows one delta at a time: with c.only(name)"
             raise DeltaSpecError([Diagnostic("DS442", message, suggestion=hint)])
         return output

@@ -77,40 +77,37 @@ class Mixer:
         Raises DeltaSpecError with all findings: unknown names (DS434), deltas that cannot be mixed (DS441).
         """
         with self._gate.lock, self._shared.lock:
-            return self._rows(deltas, among)
-
-    def _rows(self, deltas: Sequence[Any], among: Sequence[str]) -> Rows:
-        rows = parse_rows(deltas, self._shared.order)
-        names = tuple(dict.fromkeys([*(name for row in rows for name in row), *among]))
-        self._active.require(names)
-        stacks = self._stacks
-        kinds = {name: stacks.kind(name) for name in names}
-        if not self._mixable.issuperset(kinds.values()):
-            if findings := [finding for name in names for finding in refusals(self._builder, name)]:
-                raise DeltaSpecError(list(dict.fromkeys(findings)))
-            self._mixable.update(kinds.values())
-        self._shared.refuse_strengths(
-            dict.fromkeys(n for row in rows for n, strength in row.items() if strength != 1.0)
-        )
-        for stack in {tuple(row) for row in rows if len(row) > 1}:
-            self._shared.rivals.refuse(stack)
-        self._active.derive(name for name in names if name not in self._active.active)
-        stacks.ensure(names)
-        stacked = [tuple(kinds[name] for name in row) for row in (*rows, *([name] for name in among))]
-        slots = chain(stacked, self._place)
-        keys = tuple(f"{kind.method} {_number(kind)}" for kind in slots)
-        if keys not in self._made:
-            # All of their kinds at once: a stack that grows later is another shape to a compiled graph.
-            stacks.ensure([name for name in self._shared.planned if stacks.kind(name) in slots])
-            self._make(keys, [next(name for name in names if kinds[name] is kind) for kind in slots])
-        table: list[list[tuple[str, int, float] | None]] = [[None] * len(rows) for _ in slots]
-        for number, row in enumerate(rows):
-            for name, slot in zip(row, places([kinds[name] for name in row], slots), strict=True):
-                table[slot][number] = (name, stacks.of(name).names[name], row[name])
-        tensors = to_tensors(table, len(rows), self._host.device)
-        made = Rows(keys, *tensors, deltas=tuple(rows), places={n: stacks.of(n).names[n] for n in names})
-        self._active.residency.pin(made, names)
-        return made
+            rows = parse_rows(deltas, self._shared.order)
+            names = tuple(dict.fromkeys([*(name for row in rows for name in row), *among]))
+            self._active.require(names)
+            stacks = self._stacks
+            kinds = {name: stacks.kind(name) for name in names}
+            if not self._mixable.issuperset(kinds.values()):
+                if findings := [finding for name in names for finding in refusals(self._builder, name)]:
+                    raise DeltaSpecError(list(dict.fromkeys(findings)))
+                self._mixable.update(kinds.values())
+            part = [name for row in rows for name, strength in row.items() if strength != 1.0]
+            self._shared.refuse_strengths(dict.fromkeys(part))
+            for stack in {tuple(row) for row in rows if len(row) > 1}:
+                self._shared.rivals.refuse(stack)
+            self._active.derive(name for name in names if name not in self._active.active)
+            stacks.ensure(names)
+            stacked = [tuple(kinds[name] for name in row) for row in (*rows, *([name] for name in among))]
+            slots = chain(stacked, self._place)
+            keys = tuple(f"{kind.method} {_number(kind)}" for kind in slots)
+            if keys not in self._made:
+                # All of their kinds at once: a stack that grows later is another shape to a compiled graph.
+                stacks.ensure([name for name in self._shared.planned if stacks.kind(name) in slots])
+                self._make(keys, [next(name for name in names if kinds[name] is kind) for kind in slots])
+            table: list[list[tuple[str, int, float] | None]] = [[None] * len(rows) for _ in slots]
+            for number, row in enumerate(rows):
+                for name, slot in zip(row, places([kinds[name] for name in row], slots), strict=True):
+                    table[slot][number] = (name, stacks.of(name).names[name], row[name])
+            device = next((tensor.device for tensor in self._host.deltas.parameters()), torch.device("cpu"))
+            tensors = to_tensors(table, len(rows), device)
+            made = Rows(keys, *tensors, deltas=tuple(rows), places={n: stacks.of(n).names[n] for n in names})
+            self._active.residency.pin(made, names)
+            return made
 
     def _place(self, kind: Kind) -> int:
         """Return a kind's place in the order of application: that of its first delta."""

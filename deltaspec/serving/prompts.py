@@ -157,9 +157,8 @@ class FollowingRows(Following):
         mask = checked_mask(given, ENCODED)
         if mask is None:
             if not self.front.entered:
-                message = (
-                    "encoder_outputs without an attention_mask do not say where the virtual tokens of their rows are"
-                )
+                message = "encoder_outputs without an attention_mask do not say where the virtual tokens of their rows"
+                message += " are"
                 hint = "pass the 2-D attention_mask of the encoder's tokens, too"
                 raise DeltaSpecError([Diagnostic("DS447", message, suggestion=hint)])
             mask = torch.ones(states.shape[0], states.shape[1] - most, dtype=torch.long, device=states.device)

@@ -57,10 +57,8 @@ def rows_lead(
             with evaluating(backbone):
                 forward(*own[0], **own[1])  # what this raises is about the call, and not about the trial
             raised = f"{type(error).__name__}: {error}"
-            message = (
-                "nothing shows where the rows of the batch are inside the model: in another order, or of other values, "
-                f"they raise {raised}"
-            )
+            message = "nothing shows where the rows of the batch are inside the model: in another order, or of other "
+            message += f"values, they raise {raised}"
             hint = "run these rows one delta at a time, with c.only(name)"
             raise DeltaSpecError([Diagnostic("DS442", message, suggestion=hint)]) from error
     findings = []

@@ -74,7 +74,7 @@ def match(
     values = saved.tensors(name, findings)
     if values is None:
         return []
-    file = saved.entry(name)["file"]
+    file = saved.entry[name]["file"]
 
     def found(code: str, message: str, suggestion: str) -> None:
         findings.append(saved.finding(code, message, suggestion, file))
@@ -92,7 +92,7 @@ def match(
         elif not _fits(value.dtype, target.dtype):
             found("DS526", f"{name}: tensor {key} is {value.dtype}, the model's is {target.dtype}", "convert the model")
         elif not is_finite(value):
-            findings.append(not_finite(name, key, str(saved.path(file))))
+            findings.append(not_finite(name, key, str(saved.folder / file)))
         else:
             staged.append((target, value))
     return staged
@@ -106,13 +106,13 @@ def _other_meaning(saved: SavedSet, name: str, plan: Plan) -> list[Diagnostic]:
     try:
         before = _meaning(json.loads(content), name)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
-        return [saved.finding("DS522", f"is no resolved spec: {error}", "save again", saved.entry(name)["spec"])]
+        return [saved.finding("DS522", f"is no resolved spec: {error}", "save again", saved.entry[name]["spec"])]
     now = _meaning(plan.document(name), name)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             message = f"{name}: {key} was {before.get(key)} when it was saved, the model's is {now.get(key)}"
             hint = "compile the saved spec, or deltaspec.restore(model, dir)"
-            findings.append(saved.finding("DS529", message, hint, saved.entry(name)["spec"]))
+            findings.append(saved.finding("DS529", message, hint, saved.entry[name]["spec"]))
     return findings
 
 

@@ -115,8 +115,8 @@ def _refuse(shared: Shared, host: Host, names: Collection[str]) -> None:
             reason = f"{delta.method} is not expressible in weights"
         else:
             for planned in delta.sites:
-                module = host.backbone.get_submodule(planned.site.row.fqn)
                 row = planned.site.row
+                module = host.backbone.get_submodule(row.fqn)
                 if row.kind in ("linear", "conv1d", "embedding", "conv") and not row.has_parameter("weight"):
                     reason = f"the weight of {planned.fqn} ({row.type}) is computed, not a parameter"
                     break
