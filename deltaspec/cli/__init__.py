@@ -37,9 +37,7 @@ class _Verbs(click.Group):
         command.name = cmd_name
         return command
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         known = self.list_commands(ctx)
         if args and not args[0].startswith("-") and args[0] not in known and (near := closest(args[0], known)):
             ctx.fail(f"No such command {args[0]!r}. Did you mean {near!r}?")

@@ -1,27 +1,15 @@
-"""The parts that several verbs share: options, and the reporting of findings."""
+"""What several verbs share: the reporting of findings."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import click
 
+from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.render import FORMATS, as_text
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic
-
-format_option = click.option(
-    "--format",
-    "output_format",
-    type=click.Choice(list(FORMATS)),
-    default="text",
-    show_default=True,
-    help="How findings are written.",
-)
 
 
 def show(diagnostics: Sequence[Diagnostic], output_format: str = "text", files: int | None = None) -> None:

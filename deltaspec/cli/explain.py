@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
+from deltaspec.backbone.table import Row
 from deltaspec.cli._shared import wants_color
-
-if TYPE_CHECKING:
-    from deltaspec.backbone.table import Row
 
 
 @click.command()
@@ -23,7 +19,7 @@ def command(model: str, spec: str, name: str) -> None:
     """
     from deltaspec.language.load import load
 
-    loaded = load(spec)
+    loaded = load(spec)  # before torch is: that is quick
     from deltaspec.backbone.loading import model_from
     from deltaspec.backbone.observe import Observations
     from deltaspec.backbone.tabulate import tabulate

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 import click
 
 from deltaspec.cli._shared import report, show, wants_color
-from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.render import FORMATS
 from deltaspec.diagnostics.wording import counted, plural
 from deltaspec.language.validate import validate
 
 if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic
     from deltaspec.planning.plan import Plan
 
 
@@ -51,15 +49,18 @@ def command(model: str, specs: tuple[str, ...], check: bool, output_format: str)
         _report([finding for part, path in parts for finding in check_lock(part, path)], output_format)
         if output_format == "text":
             for part, path in parts:
-                click.echo(
-                    f"{path}: up to date, {counted(len(part.sites), 'site')}, {part.trainable:,} trainable parameters"
-                )
+                sites = counted(len(part.sites), "site")
+                click.echo(f"{path}: up to date, {sites}, {part.trainable:,} trainable parameters")
     elif output_format == "text":
         from rich.console import Console
 
         Console(soft_wrap=True, highlight=False, no_color=not wants_color() or None).print(planned)
-    elif output_format in _WRITERS:
-        click.echo(_WRITERS[output_format](planned))
+    elif output_format == "json":
+        click.echo(json.dumps(planned.to_dict(), indent=2, ensure_ascii=False))
+    elif output_format == "markdown":
+        from deltaspec.planning.text import markdown
+
+        click.echo(markdown(planned))
     else:
         show([], output_format)
 
@@ -87,16 +88,3 @@ def _report(diagnostics: tuple[Diagnostic, ...] | list[Diagnostic], output_forma
     click.echo("\n".join(map(str, diagnostics)))
     click.echo("```")
     click.get_current_context().exit(1)
-
-
-def _json(planned: Plan) -> str:
-    return json.dumps(planned.to_dict(), indent=2, ensure_ascii=False)
-
-
-def _markdown(planned: Plan) -> str:
-    from deltaspec.planning.text import markdown
-
-    return markdown(planned)
-
-
-_WRITERS: dict[str, Callable[[Plan], str]] = {"json": _json, "markdown": _markdown}

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 import click
 
 from deltaspec.cli._shared import report, wants_color
-
-if TYPE_CHECKING:
-    from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.diagnostics.findings import Diagnostic
 
 
 @click.command()

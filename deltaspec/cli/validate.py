@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import click
 
-from deltaspec.cli._shared import format_option, report
+from deltaspec.cli._shared import report
+from deltaspec.diagnostics.render import FORMATS
 from deltaspec.language.validate import validate
 
 ENDINGS = (".deltaspec.yaml", ".deltaspec.yml", ".deltaspec.json")
@@ -16,7 +17,8 @@ ENDINGS = (".deltaspec.yaml", ".deltaspec.yml", ".deltaspec.json")
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True)
-@format_option
+@click.option("--format", "output_format", type=click.Choice(list(FORMATS)), default="text", show_default=True,
+              help="How findings are written.")  # fmt: skip
 def command(paths: tuple[str, ...], output_format: str) -> None:
     """Check specs: files, globs, or directories searched for *.deltaspec.yaml, .yml and .json.
 

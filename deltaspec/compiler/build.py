@@ -41,8 +41,7 @@ def assemble(backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | 
 
 def with_rows(active: Active, libraries: Libraries) -> Built:
     """Put what runs rows into a view, and return its parts."""
-    rows = Mixer(active, active.shared, active.host, libraries)
-    active.rows = rows
+    active.rows = rows = Mixer(active)
     return Built(active, active.shared, active.host, libraries, rows)
 
 

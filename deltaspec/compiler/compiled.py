@@ -151,7 +151,7 @@ class CompiledModel(torch.fx.GraphModule):
     def _known(self, names: tuple[str, ...]) -> tuple[str, ...]:
         if wrong := [name for name in names if not isinstance(name, str)]:
             raise TypeError(f"names of deltas are given one by one, as in attach('a', 'b'), not {wrong[0]!r}")
-        self._shared.require_known(names)
+        require_known(names, self._shared.order)
         return names or tuple(delta.name for delta in self.plan.deltas)
 
     # A delta for each row of a batch

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from deltaspec.deltas.modules import Delta, Deltas
-
-if TYPE_CHECKING:
-    from deltaspec.library.libraries import Libraries
-    from deltaspec.runtime.active import Active
+from deltaspec.library.libraries import Libraries
+from deltaspec.runtime.active import Active
 
 
 class Restore:

@@ -32,16 +32,15 @@ def restore(
 
 
 def _restore(model: nn.Module, saved: SavedSet, capture: str, example_inputs: Any) -> CompiledModel:
-
     try:
         if findings := [f for entry in saved.entries for field in ENDINGS for f in saved.read(entry["name"], field)[1]]:
             raise DeltaSpecError(findings)
-        specs = dict.fromkeys(load_spec(saved.path(entry["spec"])) for entry in saved.entries)  # derived ones share one
+        paths = [saved.folder / entry["spec"] for entry in saved.entries]
+        specs = dict.fromkeys(map(load_spec, paths))  # derived ones share one
         planned = plan(model, *specs, example_inputs=example_inputs)
     except DeltaSpecError as error:  # of which another backbone may be the cause
-        found = saved.check_backbone(
-            structure_fingerprint(tabulate(model)), lambda: weights_fingerprint(model), type(model).__name__
-        )
+        structure = structure_fingerprint(tabulate(model))
+        found = saved.check_backbone(structure, lambda: weights_fingerprint(model), type(model).__name__)
         raise DeltaSpecError([*found, *error.diagnostics]) from error
     # Every value comes from the files: no decomposition of a weight, no tokenizer of a text is needed.
     built, capture, reason = build(model, planned, capture, drawn=False)

@@ -29,9 +29,8 @@ def _counts(case: Case) -> None:
     seen = {key: (tuple(tensor.shape), not isinstance(tensor, nn.Parameter)) for key, tensor in made.items()}
     require(seen == declared, f"tensors {seen} were made, and {declared} planned")
     real = sum(p.numel() for p in compiled.parameters() if p.requires_grad)
-    require(
-        real == case.single.trainable > 0, f"{real} trainable values were made, and {case.single.trainable} planned"
-    )
+    planned = case.single.trainable
+    require(real == planned > 0, f"{real} trainable values were made, and {planned} planned")
 
 
 def _initial_values(case: Case) -> None:
@@ -39,8 +38,7 @@ def _initial_values(case: Case) -> None:
     state = torch.random.get_rng_state()
     first = dict(compile_plan(case.model, case.single, case.capture).deltas["one"].tensors())
     require(torch.equal(state, torch.random.get_rng_state()), "compiling advanced torch's random state")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(99)
+    with seed(99):
         again = dict(case.compile(trained=False).deltas["one"].tensors())
     other = [key for key in first if not torch.equal(first[key], again[key])]
     require(not other, f"with another delta before it, and another random state, {other} start otherwise")
@@ -76,9 +74,8 @@ def _gradients(case: Case) -> None:
                 continue
             if tensor.grad is None:
                 raise ContractError(f"{planned.fqn}: {spec.name} got no gradient")
-            require(
-                bool(torch.isfinite(tensor.grad).all()), f"{planned.fqn}: the gradient of {spec.name} is not finite"
-            )
+            finite = bool(torch.isfinite(tensor.grad).all())
+            require(finite, f"{planned.fqn}: the gradient of {spec.name} is not finite")
             kinds[spec.name] = kinds.get(spec.name, False) or bool(tensor.grad.count_nonzero())
     dead = [name for name, alive in kinds.items() if not alive]
     require(not dead, f"the gradients of {dead} are zero at every site")
@@ -115,9 +112,8 @@ def _reversibility(case: Case) -> None:
     compiled.detach()
     left = differences(fresh, snapshot(compiled.backbone, skip=home(compiled.backbone)))
     require(not left, "after a training step, something is left: " + "; ".join(left[:5]))
-    require(
-        same(case.run(compiled), case.reference), "after a training step, the detached output is not the original's"
-    )
+    detached = case.run(compiled)
+    require(same(detached, case.reference), "after a training step, the detached output is not the original's")
 
 
 def _files(case: Case) -> None:
@@ -167,10 +163,7 @@ def _require_plain(model: nn.Module, merged: nn.Module) -> None:
     require(list(before) == list(after), f"the merged model has other modules: {sorted(before.keys() ^ after.keys())}")
     for fqn, module in after.items():
         new = module.__dict__.keys() - before[fqn].__dict__.keys()
-        require(
-            not new and type(module) is type(before[fqn]),
-            f"new in the merged {fqn or 'model'}: {sorted(new)}",
-        )
+        require(not new and type(module) is type(before[fqn]), f"new in the merged {fqn or 'model'}: {sorted(new)}")
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     changed = [name for name, p in merged.named_parameters() if flags.get(name, p.requires_grad) is not p.requires_grad]
     require(not changed, f"requires_grad of {changed[:5]} differs in the merged model")
@@ -196,11 +189,8 @@ def _copies(case: Case) -> None:
 
 def _learning(case: Case) -> None:
     """Check that a few steps of SGD, and of Adam, lower a loss, with one of three step lengths."""
-    optimizers: dict[str, tuple[type[torch.optim.Optimizer], float]] = {
-        "SGD": (torch.optim.SGD, 0.02),
-        "Adam": (torch.optim.Adam, 0.002),
-    }
-    for name, (make, longest) in optimizers.items():
+    optimizers = (("SGD", torch.optim.SGD, 0.02), ("Adam", torch.optim.Adam, 0.002))
+    for name, make, longest in optimizers:
         losses = []
         for factor in (1.0, 0.1, 0.01):
             start, end = _losses(case, make, longest * factor)

@@ -57,30 +57,17 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
 def _describe(value: Any, identity: bool) -> Any:
     """Reduce a value to something that `==` compares: tensors to their bits, strangers to their kind."""
     if isinstance(value, Tensor):
-        described = (
-            type(value),
-            tuple(value.shape),
-            str(value.dtype),
-            str(value.device),
-            value.requires_grad,
-            _digest(value),
-        )
+        form = (type(value), tuple(value.shape), str(value.dtype), str(value.device))
+        described = (*form, value.requires_grad, _digest(value))
         return (*described, id(value), value._version, id(value.grad)) if identity and value.is_leaf else described
     if isinstance(value, Mapping):
-        return {
-            str(key) if not isinstance(key, int | str) else key: _describe(item, identity)
-            for key, item in value.items()
-        }
+        return {k if isinstance(k, int | str) else str(k): _describe(item, identity) for k, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         items = [_describe(item, identity) for item in value]
         return sorted(items, key=repr) if isinstance(value, set | frozenset) else items
-    if value is None or isinstance(
-        value, bool | int | float | complex | str | bytes | torch.dtype | torch.device | type
-    ):
+    if isinstance(value, int | float | complex | str | bytes | torch.dtype | torch.device | type | None):
         return value
-    if identity:
-        return id(value)
-    return getattr(value, "__qualname__", type(value))
+    return id(value) if identity else getattr(value, "__qualname__", type(value))
 
 
 def _digest(tensor: Tensor) -> str:

@@ -104,8 +104,7 @@ class Case:
         args, kwargs = call_arguments(self.inputs)
         output = floats(compiled(*args, **kwargs))[0]
         reference = floats(self.reference)[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(7)
+        with seed(7):
             goal = reference + torch.randn(reference.shape) * (reference.std() + 0.1)
         return F.mse_loss(output.float(), goal.to(output.device).float())
 

@@ -49,11 +49,6 @@ class Addend:
         params: Any = self.planned.params
         return self.weight * float(params.scale)
 
-    @property
-    def plain(self) -> bool:
-        """Whether the update is scale · B A."""
-        return self.method == METHOD and has_plain_factors(self.planned.params)
-
 
 @torch.no_grad()
 def refresh(backbone: nn.Module, deltas: Deltas, plan: Plan, names: Iterable[str]) -> None:
@@ -112,24 +107,17 @@ def _derived(plan: Plan, name: str, held: Mapping[str, Mapping[str, Tensor]], ba
             values = [held[source][storage_key(fqn, spec)] for spec in part.tensors]
             own = DeltaTensors(tuple(spec.name for spec in part.tensors), [_wide(value) for value in values])
             sources.append(Addend(weight, plan[source].method, part, own))
-        identity = f"{derivation.params.seed}\0{name}\0{fqn}"
-        down, up = combined(derivation, place, sources, backbone.get_submodule(fqn), seeded(identity), name)
+        if derivation.combine == "svd":
+            down, up = _decomposed(place, sources, backbone.get_submodule(fqn), name)
+        else:
+            down, up = _combined(derivation, sources, seeded(f"{derivation.params.seed}\0{name}\0{fqn}"))
         for spec in place.tensors:
             tensors[storage_key(fqn, spec)] = (down if spec.name == "down" else up).reshape(spec.shape)
     return tensors
 
 
-def combined(
-    derivation: Derivation,
-    place: PlannedSite,
-    sources: Sequence[Addend],
-    module: nn.Module,
-    generator: torch.Generator,
-    name: str,
-) -> tuple[Tensor, Tensor]:
+def _combined(derivation: Derivation, sources: list[Addend], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return A and B of one site; those of a convolution may come flat."""
-    if derivation.combine == "svd":
-        return _decomposed(place, sources, module, name)
     downs, ups = [source.own.down for source in sources], [source.own.up for source in sources]
     factors = [source.factor for source in sources]
     if derivation.combine == "cat":
@@ -170,8 +158,9 @@ def _decomposed(place: PlannedSite, sources: Sequence[Addend], module: nn.Module
     """Return the best factors of a rank for the weighted sum of the updates."""
     params: Any = place.params
     rank: int = params.rank
-    if all(source.plain for source in sources):
-        # The sum has the factors [w B …] and [A; …]: their small cores are decomposed in place of the whole weight.
+    if all(source.method == METHOD and has_plain_factors(source.planned.params) for source in sources):
+        # Each update is scale · B A, so the sum has the factors [w B …] and [A; …]: their small cores are decomposed in
+        # place of the whole weight.
         left = torch.cat([source.own.up.flatten(1).double() * source.factor for source in sources], 1)
         right = torch.cat([source.own.down.flatten(1).double() for source in sources])
         _require_finite(name, place.fqn, left, right)

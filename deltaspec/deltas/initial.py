@@ -6,13 +6,14 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltaspec.deltas.modules import Delta, attribute_name, storage_key
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, MethodParams, Site, TensorSpec
+from deltaspec.methods.declarations import Init, TensorSpec
 from deltaspec.methods.matrices import initial_values
 from deltaspec.methods.registry import methods
 from deltaspec.planning.planned import PlannedDelta
@@ -33,8 +34,10 @@ def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module, *, drawn:
         site, params = planned_site.site, planned_site.params
         own = {p.name: _tensor(backbone, p.fqn) for p in site.row.parameters}
         home = next(iter(own.values()), fallback)
-        identity = f"{seed}\0{planned.name}\0{site.fqn}"
-        given = _from_weights(method, site, params, own, generator, identity) if drawn else {}
+        given: Mapping[str, Tensor] = {}
+        if drawn and type(method).initialise is not Method.initialise and not any(w.is_meta for w in own.values()):
+            _reseeded(generator, f"{seed}\0{planned.name}\0{site.fqn}")
+            given = initial_values(method, site, params, _Weights(own), generator)
         for spec in planned_site.tensors:
             key = storage_key(site.row.fqn, spec)
             name = attribute_name(key)
@@ -54,17 +57,11 @@ def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module, *, drawn:
 def _tensor(backbone: nn.Module, fqn: str) -> Tensor:
     """Return a parameter or buffer by its name. Raises KeyError."""
     *path, name = fqn.split(".")
-    module = backbone
+    module: Any = backbone
     for part in path:
-        child = module._modules[part]
-        assert child is not None
-        module = child
-    found = module._parameters.get(name)
-    if found is not None:
-        return found
-    buffer = module._buffers[name]
-    assert buffer is not None
-    return buffer
+        module = module._modules[part]
+    found: Tensor | None = module._parameters.get(name)
+    return module._buffers[name] if found is None else found
 
 
 class _Weights(Mapping[str, Tensor]):
@@ -82,20 +79,6 @@ class _Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._own)
-
-
-def _from_weights(
-    method: Method,
-    site: Site,
-    params: MethodParams,
-    own: Mapping[str, Tensor],
-    generator: torch.Generator,
-    identity: str,
-) -> Mapping[str, Tensor]:
-    """Ask a method for the initial values that depend on the host's weights."""
-    if type(method).initialise is Method.initialise or any(w.is_meta for w in own.values()):
-        return {}
-    return initial_values(method, site, params, _Weights(own), _reseeded(generator, identity))
 
 
 def seeded(identity: str) -> torch.Generator:
@@ -147,8 +130,7 @@ def draw(init: Init, shape: tuple[int, ...], generator: torch.Generator) -> Tens
 
 def _dtype(spec: TensorSpec, home: Tensor | None) -> torch.dtype:
     if spec.dtype is not None:
-        found = getattr(torch, spec.dtype)
-        assert isinstance(found, torch.dtype)
+        found: torch.dtype = getattr(torch, spec.dtype)
         return found
     if home is not None and home.is_floating_point() and home.dtype in (torch.float32, torch.float64):
         return home.dtype

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from deltaspec.backbone.reserved import Reserved
-
-if TYPE_CHECKING:
-    from deltaspec.methods.declarations import TensorSpec
+from deltaspec.methods.declarations import TensorSpec
 
 
 def storage_key(site: str, spec: TensorSpec) -> str:

@@ -6,7 +6,7 @@ Each view that is handed out has a storage object of its own, over its own bytes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -54,10 +54,9 @@ class Layout:
         """Return the layout of these tensors."""
         return cls({key: (tuple(t.shape), (t.dtype, t.device)) for key, t in tensors.items()})
 
-    @property
-    def signature(self) -> frozenset[tuple[str, Place]]:
-        """What two stacks of one kind may differ in: dtype and device of each tensor."""
-        return frozenset((key, self.places[slot.group]) for key, slot in self.slots.items())
+    def signature(self, places: Sequence[Place]) -> frozenset[tuple[str, Place]]:
+        """Return what two stacks of one kind may differ in, dtype and device of each tensor, by those of the groups."""
+        return frozenset((key, places[slot.group]) for key, slot in self.slots.items())
 
 
 class Stack:
@@ -76,12 +75,6 @@ class Stack:
         """`[capacity + 1, *shape]`, views of the rows, by storage key."""
         self._free: list[int] = []
         self._cut()
-
-    @property
-    def signature(self) -> frozenset[tuple[str, Place]]:
-        """As `Layout.signature`, of the rows as they are now."""
-        places = [(flat.dtype, flat.device) for flat in self.flats]
-        return frozenset((key, places[slot.group]) for key, slot in self.layout.slots.items())
 
     def make_room(self, more: int, limit: int | None = None) -> bool:
         """Make room for so many more deltas; return whether the rows moved.

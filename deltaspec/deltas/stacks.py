@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -21,16 +22,13 @@ from deltaspec.deltas.stack import Layout, Stack
 from deltaspec.planning.planned import PlannedDelta, PlannedSite
 
 
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class Kind:
     """Deltas that differ in their values alone. Two kinds of the same content are one object."""
 
-    __slots__ = ("__weakref__", "content", "method", "sites")
-
-    def __init__(self, method: str, sites: tuple[PlannedSite, ...], content: tuple[Any, ...]) -> None:
-        self.method, self.sites, self.content = method, sites, content
-
-    def __repr__(self) -> str:
-        return f"Kind({self.method}, {len(self.sites)} sites)"
+    method: str
+    sites: tuple[PlannedSite, ...] = field(repr=False)
+    content: tuple[Any, ...] = field(repr=False)
 
 
 _KINDS: WeakValueDictionary[tuple[Any, ...], Kind] = WeakValueDictionary()
@@ -38,17 +36,11 @@ _KINDS: WeakValueDictionary[tuple[Any, ...], Kind] = WeakValueDictionary()
 
 def kind_of(planned: PlannedDelta) -> Kind:
     """Return a planned delta's kind. It looks at all sites; `Stacks.kind` remembers."""
-    sites = tuple(
-        (
-            site.site.row.fqn,
-            site.site.parameter,
-            site.site.host,
-            site.params,
-            tuple((spec.name, spec.shape, spec.dtype, spec.buffer, spec.key, spec.stack) for spec in site.tensors),
-        )
-        for site in planned.sites
-    )
-    content = (planned.method, sites)
+    sites = []
+    for part in planned.sites:
+        tensors = tuple((s.name, s.shape, s.dtype, s.buffer, s.key, s.stack) for s in part.tensors)
+        sites.append((part.site.row.fqn, part.site.parameter, part.site.host, part.params, tensors))
+    content = (planned.method, tuple(sites))
     found = _KINDS.get(content)
     if found is None:
         found = _KINDS[content] = Kind(planned.method, planned.sites, content)
@@ -227,10 +219,12 @@ class Stacks:
         """Return the stack for a delta's tensors, made if there is none."""
         kind = self._planned_kind(name)
         stacks = self._stacks.setdefault(kind, [])
-        found = next((stack for stack in stacks if stack.signature == layout.signature), None)
+        signature = layout.signature(layout.places)
+        now = ((stack, [(flat.dtype, flat.device) for flat in stack.flats]) for stack in stacks)
+        found = next((stack for stack, places in now if stack.layout.signature(places) == signature), None)
         if found is None:
             found = Stack(layout)
-            own = Kind(kind.method, kind.sites, (kind.content, layout.signature)) if stacks else kind
+            own = Kind(kind.method, kind.sites, (kind.content, signature)) if stacks else kind
             self._kind_of[found] = own
             stacks.append(found)
         return found

@@ -47,10 +47,8 @@ class Strengths:
     def tensor(self, name: str, like: Tensor) -> Tensor:
         """Return a delta's strength as a tensor `[]` that follows it, with the device and dtype of another."""
         key = (name, like.device, like.dtype if like.is_floating_point() else torch.float32)
-        found = self._tensors.get(key)
-        if found is None:
+        if key not in self._tensors:
             # Made outside of inference mode, or it could never be written outside of it.
             with torch.inference_mode(False):
-                found = torch.full((), self[name], device=key[1], dtype=key[2])
-            self._tensors[key] = found
-        return found
+                self._tensors[key] = torch.full((), self[name], device=key[1], dtype=key[2])
+        return self._tensors[key]

@@ -66,9 +66,8 @@ def _compile(console: Console, original: model.SentenceClassifier) -> deltaspec.
 
 def _probe(original: model.SentenceClassifier, task: Task, tokens: PreTrainedTokenizerBase) -> float:
     """Measure a linear probe on the untouched backbone's embeddings."""
-    probe = training.linear_probe(
-        training.outputs(original.embed, task.train, tokens), task.train, classes=len(task.labels)
-    )
+    features = training.outputs(original.embed, task.train, tokens)
+    probe = training.linear_probe(features, task.train, classes=len(task.labels))
     with torch.no_grad():
         return training.accuracy(probe(training.outputs(original.embed, task.test, tokens)), task.test)
 

@@ -21,11 +21,10 @@ from deltaspec.planning.plan import Plan
 from deltaspec.planning.planned import PlannedDelta
 from deltaspec.planning.resolve import resolve
 from deltaspec.runtime.copies import without_deltas
-from deltaspec.runtime.host import Host
 from deltaspec.runtime.ports import View
 from deltaspec.runtime.shared import Shared
 from deltaspec.storage.load import match
-from deltaspec.storage.saved import MANIFEST, SavedSet
+from deltaspec.storage.saved import MANIFEST, SavedSet, is_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +36,6 @@ class SavedDelta:
     own: str
     """Name in the manifest."""
     saved: SavedSet
-
-    @property
-    def place(self) -> str:
-        """The directory, for messages."""
-        return str(self.saved.folder)
 
 
 def entries_in(directory: str | PathLike[str], view: View, plan: Plan, by: str) -> dict[str, SavedDelta]:
@@ -75,7 +69,7 @@ def entries_in(directory: str | PathLike[str], view: View, plan: Plan, by: str) 
             if by == "folder":
                 name = folder.name if len(saved.names) == 1 else f"{folder.name}/{own}"
             if name in found:
-                message = f"the delta {own!r} is in {found[name].place}, too"
+                message = f"the delta {own!r} is in {found[name].saved.folder}, too"
                 hint = 'name them by their directories: c.library(dir, by="folder")'
                 findings.append(saved.finding("DS530", message, hint))
             found.setdefault(name, SavedDelta(name, own, saved))
@@ -182,7 +176,7 @@ class Reader:
         findings += problems
         if content is None:
             return None
-        file = entry.saved.entry(entry.own)["spec"]
+        file = entry.saved.entry[entry.own]["spec"]
         try:
             data = json.loads(content)
             deltas = [delta["name"] for delta in data["deltas"]]
@@ -200,33 +194,23 @@ class Reader:
             try:
                 found = self._templates[identity] = self._planned(data, wanted)
             except DeltaSpecError as error:
-                path = str(entry.saved.path(file))
+                path = str(entry.saved.folder / file)
                 findings += [replace(d, file=path, line=0, column=0) for d in error.diagnostics]
         return found
 
     def _planned(self, data: dict[str, Any], name: str) -> Template:
-
-        shared = self._shared
-        spec = load(data)
-        plan = resolve((spec,), shared.plan.table, self._observed())
+        host = self._shared.any_view().host  # what is read of it is the same in all
+        if self._observations is None:
+            self._observations = Observations(without_deltas(host), self.inputs)
+        plan = resolve((load(data),), self._shared.plan.table, self._observations)
         # What a derived delta was computed to be is in its tensors.
         planned = replace(plan[name], attached=False, derived=None)
-        delta = build_delta(planned, 0, self._host().backbone, drawn=False)
+        delta = build_delta(planned, 0, host.backbone, drawn=False)
         tensors = dict(delta.tensors())
         buffers = frozenset(key for key, tensor in tensors.items() if not isinstance(tensor, nn.Parameter))
         empty = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
         size = sum(tensor.nbytes for tensor in tensors.values())
         return Template(planned, empty, Layout.of(tensors), buffers, size)
-
-    def _host(self) -> Host:
-        """Return that of any view: what is read of it is the same in all."""
-        return self._shared.any_view().host
-
-    def _observed(self) -> Any:
-
-        if self._observations is None:
-            self._observations = Observations(without_deltas(self._host()), self.inputs)
-        return self._observations
 
     def read(self, entry: SavedDelta, template: Template, findings: list[Diagnostic]) -> tuple[mmap, Contents] | None:
         """Map an entry's tensors, all checked: (file, where each lies in it); None, with findings, where that fails."""
@@ -237,7 +221,7 @@ class Reader:
         length = 8 + int.from_bytes(file[:8], "little")
         header = file[:length]
         contents = self._contents.get((header, template))
-        if contents is not None and all(_finite(piece.of(file)) for piece in contents.runs):
+        if contents is not None and all(is_finite(piece.of(file)) for piece in contents.runs):
             return file, contents
         # The first of its kind, or something is wrong: every key is accounted for.
         before = len(findings)
@@ -264,10 +248,3 @@ def _runs(pieces: tuple[Piece, ...]) -> list[Piece]:
         else:
             joined.append(piece.flat)
     return joined
-
-
-def _finite(values: Tensor) -> bool:
-    if not values.is_floating_point() or not values.numel():
-        return True
-    low, high = values.aminmax()  # NaN comes through, and one pass is enough
-    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))

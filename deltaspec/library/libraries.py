@@ -1,16 +1,11 @@
-"""Libraries: directories of saved deltas whose names a model knows, and whose tensors it loads when they are needed.
-
-`c.library(dir)` reads manifests alone. What `attach`, `only` and the like name is then loaded: planned once for all
-saved deltas that are alike, checked like `c.load` checks, and put into a row of its kind's stack. Those that were not
-used for longest, and are not attached, are dropped again when there are more than `limit`.
-"""
+"""All libraries of a model: which of their deltas are in memory, when they come, and when they may go."""
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -71,7 +66,7 @@ class Libraries:
                 other = self._of.get(name)
                 if other is not None or name in shared.order:
                     where = "was compiled into this model" if other is None else f"is in the library {other.directory}"
-                    message = f"the delta {name!r} of {entry.place} has the name of one that {where}"
+                    message = f"the delta {name!r} of {entry.saved.folder} has the name of one that {where}"
                     hint = 'name them by their directories: c.library(dir, by="folder")'
                     if other is not None:
                         hint += "; or close the other library first"
@@ -223,11 +218,8 @@ class Libraries:
 
     def _trained(self, opened: Opened) -> list[str]:
         """Return the names of loaded deltas that a user has put into training."""
-        return [
-            name
-            for name in self._exposed
-            if name in opened.loaded and any(p.requires_grad for p in self.delta(name).parameters())
-        ]
+        exposed = [name for name in self._exposed if name in opened.loaded]
+        return [name for name in exposed if any(p.requires_grad for p in self.delta(name).parameters())]
 
     def pin(self, holder: object, names: Iterable[str]) -> None:
         """Keep deltas in memory for as long as an object lives that knows where they lie."""
@@ -249,7 +241,8 @@ class Libraries:
         """Note that deltas are used now. Switches call this without the lock, so readers take `loaded` in one step."""
         for name in names:
             if (opened := self._of.get(name)) is not None:
-                opened.use(name)
+                with suppress(KeyError):  # another view dropped it just now; `Active.switch` sees that
+                    opened.loaded.move_to_end(name)
 
     def delta(self, name: str) -> Delta:
         """Return a loaded delta as a module; KeyError where it is not loaded."""

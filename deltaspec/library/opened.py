@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from mmap import mmap
 
@@ -28,11 +27,6 @@ class Opened:
     """The most bytes of their tensors."""
     loaded: OrderedDict[str, Template] = field(default_factory=OrderedDict)
     """Deltas in memory, the one not used for longest first."""
-
-    def use(self, name: str) -> None:
-        """Note that a delta is used now."""
-        with suppress(KeyError):  # another view dropped it just now; `Active.switch` sees that
-            self.loaded.move_to_end(name)
 
     def exceeds(self, templates: Iterable[Template]) -> bool:
         """Return whether so many deltas are more than may be in memory."""

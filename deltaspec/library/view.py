@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deltaspec.diagnostics.findings import require_known
-
-if TYPE_CHECKING:
-    from deltaspec.library.libraries import Libraries
-    from deltaspec.library.opened import Opened
+from deltaspec.library.libraries import Libraries
+from deltaspec.library.opened import Opened
 
 
 class LibraryView:

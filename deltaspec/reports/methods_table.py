@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from deltaspec.backbone.table import ConvInfo, ParameterInfo, Row
+from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import Site
-
-if TYPE_CHECKING:
-    from deltaspec.methods.base import Method
 
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 """Marks around the table in a Markdown file."""
-_KINDS = ("linear", "conv1d", "embedding", "conv", "norm", "other")
 _NAMES = {
     "linear": "Linear",
     "conv1d": "Conv1D",
@@ -60,7 +56,7 @@ def accepted(method: Method) -> list[str]:
     params = method.Params.model_validate_json(json.dumps(method.example))
     if method.virtual_tokens(params):
         return ["token embedding"]
-    sites = {kind: Site(_sample(kind), in_width=_WIDTH, width=_WIDTH) for kind in _KINDS}
+    sites = {kind: Site(_sample(kind), in_width=_WIDTH, width=_WIDTH) for kind in _NAMES}
     return [_NAMES[kind] for kind, site in sites.items() if method.refuse(site, params) is None]
 
 

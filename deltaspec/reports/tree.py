@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from deltaspec.backbone.table import ModuleTable, Row
+from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.wording import plural
+from deltaspec.language.model import DeltaSpec
 from deltaspec.methods.registry import methods
 from deltaspec.names.folding import ranges
 from deltaspec.selection.select import Match, select
 
 if TYPE_CHECKING:
     from rich.text import Text
-
-    from deltaspec.diagnostics.findings import Diagnostic
-    from deltaspec.language.model import DeltaSpec
 
 _COLOURS = ("green", "magenta", "cyan", "yellow", "blue", "red")
 _NARROWEST_TYPE = 12
@@ -94,14 +93,15 @@ class Tree:
 
     def _groups(self, row: Row) -> Iterator[_Group]:
         """Return what stands directly below a module: like modules as one, lists of layers opened."""
-        children = [child for child in self._children.get(row.fqn, ()) if self.everything or self._visible(child)]
+        children = self._children.get(row.fqn, [])
         if self.everything:
             yield from (_Group(_last(child), (child,)) for child in children)
             return
         alike: dict[object, list[Row]] = {}
         for child in children:
-            key = self._signature(child) if _last(child).isdigit() else child.fqn
-            alike.setdefault(key, []).append(child)
+            if child.subtree_parameters or child.buffers or self._sites(child):
+                key = self._signature(child) if _last(child).isdigit() else child.fqn
+                alike.setdefault(key, []).append(child)
         for rows in alike.values():
             first = rows[0]
             if len(rows) > 1:
@@ -111,9 +111,6 @@ class Tree:
                 yield from (_Group(f"{_last(first)}.{group.name}", group.rows) for group in self._groups(first))
             else:
                 yield _Group(_last(first), (first,))
-
-    def _visible(self, row: Row) -> bool:
-        return bool(row.subtree_parameters or row.buffers or self._sites(row))
 
     def _signature(self, row: Row) -> object:
         """Return what must be equal for two modules to be drawn as one."""

@@ -11,8 +11,9 @@ from torch import fx
 from deltaspec.backbone.fingerprint import weights_fingerprint
 from deltaspec.backbone.observe import Observation
 from deltaspec.deltas.combine import behind, refresh
-from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.runtime.checkpointing import Recomputation
+from deltaspec.runtime.forward_gate import install
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.owner import ViewOwner
 from deltaspec.runtime.ports import Residency, RowSwitch
@@ -53,7 +54,9 @@ class Active:
         """Program of the active set, once it is known."""
         host = self.host
         self.owner = host.deltas.owner = ViewOwner(self, self.shared, host, self.residency)
-        host.open_gate(Recomputation(host.modules.values(), self.state).after, self.owner.before_move)
+        self.gate.after = Recomputation(host.modules.values(), self.state).after
+        self.gate.moving = self.owner.before_move
+        install(host.backbone, self.gate)
         self.shared.add_view(self, self.host.deltas)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -140,7 +143,7 @@ class Active:
         """Return the program of an active set, made and checked at its first use."""
         found = self._programs.get((names, scaled))
         if found is None:
-            self.shared.refuse_rivals(names)
+            self.shared.rivals.refuse(names)
             watch = None if self.shared.unproven.isdisjoint(names) else self._watched
             found = self.builder.build(names, watch, scaled)
             found.finish(names, self._footprints)
@@ -158,7 +161,7 @@ class Active:
         old = self._installed or self._current()
         with_rows = self.rows.remove()
         if old.names or with_rows:
-            self.host.restore_buffers()
+            self.host.buffers.restore()
         else:
             self.host.freeze()
         new.install(old)
@@ -166,7 +169,7 @@ class Active:
         if self.residency.opened:
             self.residency.touch(new.names)
         if not new.names:
-            self.host.thaw()
+            self.host.flags.thaw()
         elif with_rows:
             self.rows.install()
 
@@ -217,9 +220,9 @@ class Active:
     def remove_rows(self) -> None:
         """Undo `install_rows`."""
         if self.rows.remove():
-            self.host.restore_buffers()
+            self.host.buffers.restore()
             if not self.active:
-                self.host.thaw()
+                self.host.flags.thaw()
 
     # What is known of the attached deltas
 
@@ -240,7 +243,7 @@ class Active:
 
     def require(self, names: Collection[str]) -> None:
         """Have these deltas in memory, loaded if need be. Raise UnknownDeltaError, DeltaSpecError."""
-        self.shared.require_known(names)
+        require_known(names, self.shared.order)
         self.residency.require(names)
 
     def derive(self, names: Iterable[str]) -> None:

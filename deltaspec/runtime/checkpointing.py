@@ -39,7 +39,7 @@ class Recomputation:
         if not certain and not self._suspect:
             return
         state = self._state()
-        nodes = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+        nodes = [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]
         known: list[bool] = [True] if certain else []
 
         def check(_: Any, root: Any) -> None:
@@ -53,15 +53,13 @@ class Recomputation:
             node.register_prehook(partial(check, root=node))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _tensors(inner)
-    elif isinstance(value, tuple | list):
-        for inner in value:
-            yield from _tensors(inner)
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors of what a module gives: in mappings, tuples and lists, of whatever depth."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from tensors_in(value)
 
 
 @cache
@@ -103,14 +101,10 @@ def _saved(node: Any) -> Iterator[Any]:
 def _is_packed(saved: Any) -> bool:
     """Return whether a saved tensor has hooks; torch says so only when one sets some."""
     try:
-        saved.register_hooks(_same, _same)
+        saved.register_hooks(lambda tensor: tensor, lambda tensor: tensor)
     except RuntimeError as error:
         return "already been set" in str(error)
     return False
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _other_deltas(before: tuple[str, ...], now: tuple[str, ...], rows: bool) -> Diagnostic:

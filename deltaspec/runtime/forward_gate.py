@@ -47,12 +47,8 @@ class ForwardGate:
         self.moving: Callable[[Any], None] | None = None
         """Called before the backbone is moved or cast, with the function that does it; may raise."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardGate:
-        """Return a new one: a copy of a model runs nothing yet."""
-        return ForwardGate()
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return ForwardGate, ()
+        return ForwardGate, ()  # a copy of a model runs nothing yet
 
     @contextmanager
     def switching(self, *, with_rows: bool = False) -> Iterator[None]:

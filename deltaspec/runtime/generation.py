@@ -22,7 +22,8 @@ def generating(planned: Mapping[str, PlannedDelta], active: Iterable[str], backb
     """Return the `generate` of a backbone under these deltas. Raises DeltaSpecError (DS450), before it generates."""
     whole: Any = backbone  # nn.Module does not say what it generates
     generate: Callable[..., Any] = whole.generate
-    names = [name for name in active if _ends_matter(planned[name])]
+    known = methods()
+    names = [n for n in active if any(known[planned[n].method].ends_matter(s.params) for s in planned[n].sites)]
     if not names:
         return generate
 
@@ -32,10 +33,6 @@ def generating(planned: Mapping[str, PlannedDelta], active: Iterable[str], backb
             return generate(*args, **kwargs)
 
     return run
-
-
-def _ends_matter(planned: PlannedDelta) -> bool:
-    return any(methods()[planned.method].ends_matter(site.params) for site in planned.sites)
 
 
 def _check(name: str, backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

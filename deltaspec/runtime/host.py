@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.forwards import own_forward
 from deltaspec.backbone.reserved import home
 from deltaspec.backbone.walk import named
 from deltaspec.deltas.modules import Deltas
-from deltaspec.runtime.forward_gate import ForwardGate, install
+from deltaspec.runtime.forward_gate import ForwardGate
 from deltaspec.runtime.frozen import BufferGuard, Flags, tracks_statistics
 from deltaspec.runtime.program import Forward
 
@@ -32,7 +31,7 @@ class Host:
         self.statistics = [fqn for fqn, module in self.modules.items() if tracks_statistics(module)]
         """FQNs of the modules that write running statistics."""
         self.gate = ForwardGate()
-        self._flags, self._buffers = Flags(self.modules.values()), BufferGuard(self.modules.values())
+        self.flags, self.buffers = Flags(self.modules.values()), BufferGuard(self.modules.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy together with the backbone."""
@@ -42,48 +41,26 @@ class Host:
         twin.follow_moves()
         return twin
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the deltas."""
-        return next((tensor.device for tensor in self.deltas.parameters()), torch.device("cpu"))
-
-    def open_gate(self, after: Callable[[Any], None], moving: Callable[[Any], None]) -> None:
-        """Let forwards and moves of the backbone pass the gate; the arguments are what it calls."""
-        self.gate.after, self.gate.moving = after, moving
-        install(self.backbone, self.gate)
-
     def own_forward(self, fqn: str) -> Forward:
         """Return the forward that a module has without any delta."""
         return self.originals[fqn] or own_forward(self.modules[fqn])
 
     def freeze(self) -> None:
         """Take the backbone's parameters out of training, and remember the values of its buffers."""
-        self._buffers.watch()
-        self._flags.freeze()
-
-    def restore_buffers(self) -> None:
-        """Undo what forwards wrote into buffers since `freeze`."""
-        self._buffers.restore()
-
-    def thaw(self) -> None:
-        """Put those parameters back into training that were in it before `freeze`."""
-        self._flags.thaw()
+        self.buffers.watch()
+        self.flags.freeze()
 
     def follow_moves(self) -> None:
         """Look for parameters and buffers anew, which may have been moved, cast or replaced."""
-        self._flags.moved = self._buffers.moved = True
-
-    def keep_loaded(self) -> None:
-        """Keep what `load_state_dict` put into the backbone's buffers."""
-        self._buffers.loaded()
+        self.flags.moved = self.buffers.moved = True
 
     def kept_buffers(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
         """Yield what buffers will be when nothing is attached: (module's FQN, name, the buffer, its value)."""
         homes = {id(module._buffers): fqn for fqn, module in self.modules.items()}
-        for place, name, buffer, value in self._buffers.kept():
+        for place, name, buffer, value in self.buffers.kept():
             yield homes[id(place)], name, buffer, value
 
     def trained_in_backbone(self) -> set[str]:
         """Return the names of the backbone parameters that are in training whenever nothing is attached."""
-        thawed = {id(p) for p in self._flags.thawed()}
+        thawed = {id(p) for p in self.flags.thawed()}
         return {name for name, p in self.backbone.named_parameters() if id(p) in thawed}

@@ -107,7 +107,8 @@ class Lowered:
             strength = tensors[start] if fold.scaled else None
             start += fold.scaled
             changed = folded.setdefault(fold.path, {})
-            changed |= fold_into(_at(self.host, fold.path), fold, own, dict(changed), strength)
+            module = _at(self.host, fold.path)
+            changed |= rounded(module, fold_widely(module, fold, own, dict(changed), strength))
         shadow = _graft(self.host, (), folded)
         if self.frozen:
             shadow.training = False
@@ -122,20 +123,13 @@ class Lowered:
         return self.code(shadow, *args, **kwargs)
 
 
-def fold_into(
-    module: nn.Module, fold: Fold, own: Any, folded: dict[str, Tensor], strength: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Compute the new own parameters of a module under one delta, by its strength, rounded to the module's dtype.
-
-    `folded` are those that deltas before it changed.
-    """
-    return rounded(module, fold_widely(module, fold, own, folded, strength))
-
-
 def fold_widely(
     module: nn.Module, fold: Fold, own: Any, folded: dict[str, Tensor], strength: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Do `fold_into` without rounding: the result has the wider dtype of the module and the delta."""
+    """Compute the new own parameters of a module under one delta, by its strength; `folded`: those changed before it.
+
+    They have the wider dtype of the module and the delta; see `rounded`.
+    """
     weights = {name: value for name, value in module._parameters.items() if value is not None} | folded
     if fold.site.stack is None:
         new = fold.method.fold(fold.site, fold.params, own, weights)

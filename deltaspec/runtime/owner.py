@@ -30,7 +30,7 @@ class ViewOwner:
         if name not in self._residency:
             return None
         held = self._residency.delta(name)
-        if self._shared.is_home(self._host.deltas):
+        if self._shared.stacks.home is self._host.deltas:
             return held
         shown = self.view_modules.get(name)
         if shown is None or shown._parameters is not held._parameters:
@@ -39,7 +39,7 @@ class ViewOwner:
 
     def train(self, mode: bool) -> None:
         """Put deltas that are no modules into training mode, or out of it."""
-        if self._shared.is_home(self._host.deltas):
+        if self._shared.stacks.home is self._host.deltas:
             self._shared.stacks.train(mode)
         for delta in self.view_modules.values():
             delta.train(mode)
@@ -59,7 +59,7 @@ class ViewOwner:
 
     def after_load(self) -> None:
         """Follow what `load_state_dict` did to the deltas and the backbone's buffers."""
-        self._host.keep_loaded()
+        self._host.buffers.loaded()
         self._changed()
 
     def _changed(self) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from deltaspec.methods.declarations import Site
 from deltaspec.methods.registry import methods
-
-if TYPE_CHECKING:
-    from deltaspec.methods.declarations import Site
-    from deltaspec.planning.planned import PlannedDelta, PlannedSite
+from deltaspec.planning.planned import PlannedDelta, PlannedSite
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +20,16 @@ class Placement:
     lowered: bool
     """Whether it works through the host's parameters instead of around its call."""
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Number of tokens that the delta puts in front of the input here."""
+        return methods()[self.method].virtual_tokens(self.planned.params)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of the host's arguments that the delta's formula reads."""
+        return methods()[self.method].arguments(self.planned.site, self.planned.params)
+
 
 class Placements(dict[str, dict[str, list[Placement]]]):
     """Placements of deltas, by host; worked out when they are first asked for."""
@@ -32,9 +39,8 @@ class Placements(dict[str, dict[str, list[Placement]]]):
         self._planned = planned
 
     def __missing__(self, name: str) -> dict[str, list[Placement]]:
-        planned = self._planned[name]
+        planned, found = self._planned[name], dict[str, list[Placement]]()
         method = methods()[planned.method]
-        found: dict[str, list[Placement]] = {}
         for site in planned.sites:
             placement = Placement(name, planned.method, site, method.folds(site.site, site.params))
             found.setdefault(host_of(site.site), []).append(placement)

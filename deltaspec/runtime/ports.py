@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from deltaspec.deltas.modules import Delta
-    from deltaspec.runtime.forward_gate import ForwardGate
-    from deltaspec.runtime.host import Host
+from deltaspec.deltas.modules import Delta
+from deltaspec.runtime.forward_gate import ForwardGate
+from deltaspec.runtime.host import Host
 
 
 class View(Protocol):
@@ -54,6 +53,9 @@ class Residency(Protocol):
 
     def touch(self, names: Iterable[str]) -> None:
         """Note that they are used now."""
+
+    def pin(self, holder: object, names: Iterable[str]) -> None:
+        """Keep them in memory for as long as an object lives that knows where they lie."""
 
 
 class RowSwitch(Protocol):

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from deltaspec.graphs.regions import Region
+from deltaspec.graphs.regions import Region
 
 Forward = Callable[..., Any]
 
@@ -27,11 +26,9 @@ class Footprint:
 
     def left_by(self, following: Footprint) -> list[tuple[dict[str, Any], Forward | None]]:
         """Return what is to be undone once a program with another footprint is written."""
-        found = self.surplus.get(following)
-        if found is None:
-            found = [entry for place, entry in self.undo.items() if place not in following.undo]
-            self.surplus[following] = found
-        return found
+        if following not in self.surplus:
+            self.surplus[following] = [entry for place, entry in self.undo.items() if place not in following.undo]
+        return self.surplus[following]
 
 
 @dataclass(slots=True, eq=False)
@@ -60,8 +57,13 @@ class Program:
             attributes["forward"] = forward
         if before.footprint is not self.footprint:
             assert before.footprint is not None and self.footprint is not None
-            for attributes, original in before.footprint.left_by(self.footprint):
-                if original is None:
-                    del attributes["forward"]
-                else:
-                    attributes["forward"] = original
+            put_back(before.footprint.left_by(self.footprint))
+
+
+def put_back(undo: list[tuple[dict[str, Any], Forward | None]]) -> None:
+    """Let modules, given by their `__dict__`, have the instance-level forwards that they had; None: there was none."""
+    for attributes, original in undo:
+        if original is None:
+            del attributes["forward"]
+        else:
+            attributes["forward"] = original

@@ -90,7 +90,7 @@ class ProgramBuilder:
                 self._write(program, fqn, FrozenStatistics(self.modules[fqn]))
         self._put_prompts_in_front(program, names)
         if wrap_root is not None:
-            self._put_around(program, "", wrap_root(self._so_far(program, "")))
+            self._write(program, "", wrap_root(self._so_far(program, "")))
         return program
 
     def _at(self, host: str, names: Iterable[str]) -> list[Placement]:
@@ -101,31 +101,22 @@ class ProgramBuilder:
         attributes = self.modules[fqn].__dict__
         return next((f for a, f in reversed(program.writes) if a is attributes), None) or self.host.own_forward(fqn)
 
-    def _put_around(self, program: Program, fqn: str, forward: Forward) -> None:
-        """Let a module have a forward that calls the one it has so far."""
-        attributes = self.modules[fqn].__dict__
-        if all(a is not attributes for a, _ in program.undo):
-            program.undo.append((attributes, self.host.originals[fqn]))
-        program.writes.append((attributes, forward))
-
     def _put_prompts_in_front(self, program: Program, names: tuple[str, ...]) -> None:
         """Put virtual tokens in front of the inputs whose embeddings have some."""
-        names = tuple(
-            name for name in names if any(_virtual_tokens(v) for vs in self.placements[name].values() for v in vs)
-        )
+        names = tuple(name for name in names if any(v.virtual_tokens for v in self.placements.of(name)))
         for host in dict.fromkeys(host for name in names for host in self.placements[name]):
-            entering = [(v, v.planned.site.row.entrance) for v in self._at(host, names) if _virtual_tokens(v)]
-            front = Front([_virtual_tokens(placement) for placement, _ in entering])
+            entering = [(v, v.planned.site.row.entrance) for v in self._at(host, names) if v.virtual_tokens]
+            front = Front([placement.virtual_tokens for placement, _ in entering])
             entrance = next((entrance for _, entrance in entering if entrance is not None), None)
             if entrance is None:
                 continue
             fqn, follower = entrance.fqn, entrance.follower
             around, embedding = self._so_far(program, fqn), self.modules[host]
             prompted = Prompted(self.modules[fqn], around, embedding, front, shorten=follower is None)
-            self._put_around(program, fqn, prompted)
+            self._write(program, fqn, prompted)
             if follower is not None:
                 around = self._so_far(program, follower)
-                self._put_around(program, follower, Following(self.modules[follower], around, front))
+                self._write(program, follower, Following(self.modules[follower], around, front))
 
     def _write(self, program: Program, fqn: str, forward: Forward) -> None:
         attributes = self.modules[fqn].__dict__
@@ -144,8 +135,10 @@ class ProgramBuilder:
             name = placement.delta
             return tensors, [(strengths or self.strengths).tensor(name, tensors[0])] if name in scaled else []
 
-        sorted_out = self.sort_out(host, ((placement, given) for placement in _virtual_outermost(placements)))
-        frozen = host in self.host.statistics and not _owns_statistics(placements)
+        # At one embedding, deltas that know virtual tokens go around those that do not.
+        inside_out = sorted(placements, key=lambda placement: placement.virtual_tokens > 0)
+        sorted_out = self.sort_out(host, ((placement, given) for placement in inside_out))
+        frozen = host in self.host.statistics and not any(s.buffer for p in placements for s in p.planned.tensors)
         folds, attends = sorted_out.folds, sorted_out.attends
         if folds or attends:
             hooked = tuple(attend for _, attend, _ in attends)
@@ -156,13 +149,7 @@ class ProgramBuilder:
         leading += [value for _, _, values in attends for value in values]
         return self.bind_region(host, placements, sorted_out, base, leading)
 
-    def sort_out(
-        self,
-        host: str,
-        placements: Iterable[tuple[Placement, Given]],
-        *,
-        per_row: bool = False,
-    ) -> SortedOut:
+    def sort_out(self, host: str, placements: Iterable[tuple[Placement, Given]], *, per_row: bool = False) -> SortedOut:
         """Sort the deltas at one host by how they work there; `per_row`: what they are given is each row's."""
         found, module = SortedOut(), self.modules[host]
         for placement, given in placements:
@@ -186,17 +173,13 @@ class ProgramBuilder:
         self, host: str, placements: list[Placement], sorted_out: SortedOut, base: Any, leading: Sequence[Any] = ()
     ) -> tuple[Forward, Region]:
         """Bind the function of a host's region to what it calls, arguments of that, and those of its links."""
-        built = self.region_of(host, placements, tuple(sorted_out.links), len(leading))
-        swapped = [Swapped(self.modules[host])] if "swapped" in built.bound else []
-        return functools.partial(built.function, base, *leading, *sorted_out.arguments, *swapped), built
-
-    def region_of(self, host: str, placements: list[Placement], links: tuple[Link, ...], lowered: int = 0) -> Region:
-        """Return the region of a host: what is called, and the links around it."""
-        kind = type(self.modules[host])
+        module, kind = self.modules[host], type(self.modules[host])
         argument, hidden = call_form(kind, placements[0].planned.site)
-        named = _arguments(kind.forward) if any(_arguments_asked(placement) for placement in placements) else ()
+        named = _arguments(kind.forward) if any(placement.arguments for placement in placements) else ()
         owned = self.host.originals[host] is None and gives_new_tensor(kind)
-        return region(RegionKey(links, argument, hidden, lowered, named, owned))
+        built = region(RegionKey(tuple(sorted_out.links), argument, hidden, len(leading), named, owned))
+        swapped = [Swapped(module)] if "swapped" in built.bound else []
+        return functools.partial(built.function, base, *leading, *sorted_out.arguments, *swapped), built
 
     def _bind_root(self, program: Program, inline: dict[str, list[Placement]]) -> None:
         """Rewrite the whole model's graph at these sites and make it the backbone's forward."""
@@ -269,23 +252,6 @@ def _compute(tensors: list[Tensor], module: nn.Module) -> tuple[str | None, bool
     return str(wide).removeprefix("torch."), wide != delta
 
 
-def _owns_statistics(placements: list[Placement]) -> bool:
-    return any(spec.buffer for placement in placements for spec in placement.planned.tensors)
-
-
 def _needs_own_region(placement: Placement) -> bool:
     substitutes = methods()[placement.method].substitutes(placement.planned.site, placement.planned.params)
-    return placement.lowered or substitutes or bool(_arguments_asked(placement))
-
-
-def _arguments_asked(placement: Placement) -> tuple[str, ...]:
-    return methods()[placement.method].arguments(placement.planned.site, placement.planned.params)
-
-
-def _virtual_tokens(placement: Placement) -> int:
-    return methods()[placement.method].virtual_tokens(placement.planned.params)
-
-
-def _virtual_outermost(placements: list[Placement]) -> list[Placement]:
-    """Put deltas that know virtual tokens around those that do not, at one embedding."""
-    return sorted(placements, key=lambda placement: _virtual_tokens(placement) > 0)
+    return placement.lowered or substitutes or bool(placement.arguments)

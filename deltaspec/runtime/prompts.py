@@ -169,7 +169,8 @@ class Prompted(Around):
         """Run the model on what has the prompt in it, and take that out of the output."""
         if not self.shorten:
             return self.forward(**given)
-        as_tuple = _wants_tuple(self.module, given)
+        asked = given.get("return_dict")
+        as_tuple = not (getattr(getattr(self.module, "config", None), "return_dict", True) if asked is None else asked)
         if as_tuple:
             given["return_dict"] = True
         output = self._without(self.forward(**given), gap, fresh)
@@ -281,13 +282,6 @@ def mask_error(mask: Tensor, tokens: int) -> DeltaSpecError:
     """Make the error about a mask of another length than the input with its past."""
     message = f"the attention_mask covers {mask.shape[1]} positions, and there are {tokens} tokens"
     return prompt_error(message, _GO_ON)
-
-
-def _wants_tuple(module: nn.Module, given: dict[str, Any]) -> bool:
-    asked = given.get("return_dict")
-    if asked is None:
-        asked = getattr(getattr(module, "config", None), "return_dict", True)
-    return not asked
 
 
 def prompt_error(message: str, suggestion: str) -> DeltaSpecError:

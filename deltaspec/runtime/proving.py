@@ -43,9 +43,8 @@ class FirstForward:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, once under observation."""
         if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "deltaspec DS440: pass example_inputs to deltaspec.compile, or call the model once first"
-            )
+            hint = "pass example_inputs to deltaspec.compile, or call the model once first"
+            raise RuntimeError(f"deltaspec DS440: {hint}")
         if self._is_proven():  # another thread or view was first
             return self._base(*args, **kwargs)
         output, seen = watched(self._backbone, self._base, *args, **kwargs)

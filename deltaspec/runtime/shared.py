@@ -6,24 +6,22 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterable
+from typing import Any, Self
 
 import torch
 
 from deltaspec.backbone.observe import Observation
 from deltaspec.deltas.modules import Deltas
 from deltaspec.deltas.stacks import Stacks
-from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.registry import methods
 from deltaspec.planning.conflicts import Rivals
+from deltaspec.planning.plan import Plan
 from deltaspec.planning.planned import PlannedDelta
 from deltaspec.runtime.placements import Placements
 from deltaspec.runtime.ports import View
 from deltaspec.runtime.proving import refuse_bypassed
-
-if TYPE_CHECKING:
-    from deltaspec.planning.plan import Plan
 
 
 class Shared:
@@ -45,7 +43,8 @@ class Shared:
         self.stacks = Stacks(deltas, self.planned, self.is_read, self.is_idle)
         self.unproven = set() if plan.proven else set(self.order)
         """Deltas whose sites no forward was seen to reach yet."""
-        self._rivals = Rivals(plan.deltas)
+        self.rivals = Rivals(plan.deltas)
+        """Tells which deltas cannot act at once."""
         self._views: weakref.WeakSet[View] = weakref.WeakSet()
         self._tensors: tuple[int, ...] = ()
 
@@ -59,25 +58,17 @@ class Shared:
         twin.placements = Placements(twin.planned)
         twin.stacks = copy.deepcopy(self.stacks, memo)
         twin.stacks.is_read, twin.stacks.is_idle = twin.is_read, twin.is_idle
-        twin._rivals = copy.deepcopy(self._rivals, memo)
+        twin.rivals = copy.deepcopy(self.rivals, memo)
         twin._views, twin._tensors = weakref.WeakSet(), ()
         return twin
 
     # Deltas
-
-    def require_known(self, names: Iterable[str]) -> None:
-        """Raise UnknownDeltaError, with all findings, for names that no delta has."""
-        require_known(names, self.order)
 
     def refuse_strengths(self, names: Iterable[str]) -> None:
         """Raise DeltaSpecError (DS446) for those of these deltas that cannot act in part."""
         planned = [self.planned[name] for name in names]
         if findings := [_no_strength(p) for p in planned if methods()[p.method].strength is None]:
             raise DeltaSpecError(findings)
-
-    def refuse_rivals(self, names: Sequence[str]) -> None:
-        """Raise DeltaSpecError (DS436) for deltas that cannot act at once; names are in order of application."""
-        self._rivals.refuse(names)
 
     def prove_reached(self, seen: dict[str, Observation], names: Iterable[str]) -> None:
         """Refuse, after their first forward, deltas whose modules' weights are read around them (DS437)."""
@@ -88,7 +79,7 @@ class Shared:
     def add(self, planned: PlannedDelta, *, proven: bool) -> None:
         """Take in a delta that is no module of the backbone."""
         self.planned[planned.name] = planned
-        self._rivals.add(planned)
+        self.rivals.add(planned)
         if not proven:
             self.unproven.add(planned.name)
 
@@ -103,13 +94,9 @@ class Shared:
             view.forget(name)
         self.placements.pop(name, None)
         del self.planned[name]
-        self._rivals.discard(name)
+        self.rivals.discard(name)
         self.unproven.discard(name)
         return True
-
-    def is_home(self, deltas: Deltas) -> bool:
-        """Return whether the stacks are those of these modules, and what they show belongs to them."""
-        return self.stacks.home is deltas
 
     # Views
 
@@ -163,16 +150,13 @@ class Shared:
 
         `fn` is what is about to be applied to every tensor.
         """
-        if not self._alone(view) and self._changes(deltas, fn):
+        if not self.others(view):
+            return
+        gc.collect()  # a model is full of cycles, so one that nobody has any more may still be there
+        if self.others(view) and self._changes(deltas, fn):
             message = "a view cannot be moved or cast while there are others: they have the same deltas"
             hint = "move the model before the views are made, or let go of the other views first"
             raise DeltaSpecError([Diagnostic("DS455", message, file="<model>", suggestion=hint)])
-
-    def _alone(self, view: View) -> bool:
-        if not self.others(view):
-            return True
-        gc.collect()  # a model is full of cycles, so one that nobody has any more may still be there
-        return not self.others(view)
 
     @torch.no_grad()
     def _changes(self, deltas: Deltas, fn: Any) -> bool:

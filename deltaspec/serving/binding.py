@@ -9,19 +9,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaspec.backbone.attention import Attention
 from deltaspec.deltas.modules import Deltas, storage_key
 from deltaspec.deltas.stack import Stack
 from deltaspec.deltas.stacks import Stacks
+from deltaspec.graphs.row_ops import rows_in, toward_rows
 from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.lowering import Attend, Lowered
 from deltaspec.runtime.placements import Placement
 from deltaspec.runtime.program import Forward
 from deltaspec.runtime.program_builder import ProgramBuilder, form_of
-from deltaspec.serving.attention import AttendRows
 from deltaspec.serving.numbering import numbering_of
 from deltaspec.serving.prompts import EmbeddedRows, FollowingRows, PromptedRows, RowFront
 from deltaspec.serving.slots import Slot, Source, Table
+
+
+class AttendRows:
+    """A hook into an attention function, of the deltas of one slot: keys and values of each row, seen by it alone."""
+
+    def __init__(self, attend: Attend, table: Table) -> None:
+        self.attend, self.table = attend, table
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, base: Attention) -> Any:
+        """Compute attention, by each row's strength."""
+        slot, size = self.table.slot, query.shape[0]
+        rows_in(slot, query)
+        if slot.empty:
+            return base(query, key, value)
+        present = slot.grown("index", size) > 0
+
+        def inside(q: Tensor, k: Tensor, v: Tensor) -> Any:
+            return base(q, k, v, present)
+
+        own = DeltaTensors(self.attend.form.tensors, self.table.take(size))
+        by_strength = functools.partial(toward_rows, slot=slot) if slot.partial else None
+        return self.attend.bind(own, by_strength)(query, key, value, inside)
 
 
 def attend_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequence[tuple[Slot, Placement]]) -> Forward:
@@ -54,18 +77,16 @@ def put_prompts_in_front(
 
     for host, given in hosts.items():
         placements = [(slot, placement) for slot, name in given for placement in builder.placements[name][host]]
-        prompts = [(slot, placement) for slot, placement in placements if virtual_tokens(placement)]
+        prompts = [(slot, placement) for slot, placement in placements if placement.virtual_tokens]
         if not prompts:
             continue
         entrance = prompts[0][1].planned.site.row.entrance
         assert entrance is not None
-        front = RowFront([(slot, virtual_tokens(placement)) for slot, placement in prompts])
-        tables = [
-            Table(
-                s, sources_of(placement, stacks.of(placement.delta), builder.deltas), _virtual_rows(builder, placement)
-            )
-            for s, placement in prompts
-        ]
+        front = RowFront([(slot, placement.virtual_tokens) for slot, placement in prompts])
+        tables = []
+        for slot, placement in prompts:
+            sources = sources_of(placement, stacks.of(placement.delta), builder.deltas)
+            tables.append(Table(slot, sources, _virtual_rows(builder, placement)))
         found[host] = EmbeddedRows(so_far(host), front, tables)
         fqn, follower = entrance.fqn, entrance.follower
         module, own = builder.modules[fqn], builder.host.own_forward(fqn)
@@ -82,14 +103,9 @@ def touched(builder: ProgramBuilder, names: Iterable[str]) -> set[str]:
     for name in names:
         for host, placements in builder.placements[name].items():
             found.add(host)
-            entering = [v.planned.site.row.entrance for v in placements if virtual_tokens(v)]
+            entering = [v.planned.site.row.entrance for v in placements if v.virtual_tokens]
             found.update(fqn for e in entering if e is not None for fqn in (e.fqn, e.follower) if fqn is not None)
     return found
-
-
-def virtual_tokens(placement: Placement) -> int:
-    """Return the number of tokens that a delta puts in front of the input here."""
-    return methods()[placement.method].virtual_tokens(placement.planned.params)
 
 
 def sources_of(placement: Placement, stack: Stack, deltas: Deltas) -> dict[str, Source]:
@@ -107,32 +123,22 @@ def _simplified(placement: Placement) -> Callable[[Mapping[str, Tensor], str | N
     return compute
 
 
-class _OwnTokens(DeltaTensors):
-    """A delta's tensors, as the formula at an embedding sees them."""
-
-    def __init__(self, own: Mapping[str, Tensor], dropout: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(tuple(own), tuple(own.values()))
-        self.dropout = dropout
-
-
 def _virtual_rows(
     builder: ProgramBuilder, placement: Placement
 ) -> Callable[[Mapping[str, Tensor], str | None], tuple[Tensor, ...]]:
     """Return what computes the embeddings of one delta's virtual tokens, `[tokens, width]`, by the method's formula."""
     method, params, site = methods()[placement.method], placement.planned.params, placement.planned.site
-    form, tokens = form_of(site, tuple(spec.name for spec in placement.planned.tensors)), virtual_tokens(placement)
+    form, tokens = form_of(site, tuple(spec.name for spec in placement.planned.tensors)), placement.virtual_tokens
     probability = method.dropout(params)
     width = site.row.out_features
     assert width is not None
 
     def compute(own: Mapping[str, Tensor], name: str | None) -> tuple[Tensor, ...]:
         like = next(iter(own.values()))
-        given = _OwnTokens(own, _dropout(builder, placement.delta if name is None else name, probability))
+        given: Any = DeltaTensors(tuple(own), tuple(own.values()))
+        deltas, name = builder.deltas, name or placement.delta
+        given.dropout = deltas[name].dropout(probability) if probability else lambda value: value
         ids = -1 - torch.arange(tokens, device=like.device)[None]
         return (method.apply(form, params, given, ids, lambda x: like.new_zeros(*x.shape, width))[0],)
 
     return compute
-
-
-def _dropout(builder: ProgramBuilder, name: str, probability: float) -> Any:
-    return builder.deltas[name].dropout(probability) if probability else lambda value: value

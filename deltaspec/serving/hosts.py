@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,19 @@ from deltaspec.deltas.strengths import Strengths
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.graphs.row_ops import align, rows_in, rows_out, take
 from deltaspec.methods.registry import methods
+from deltaspec.runtime.checkpointing import tensors_in
 from deltaspec.runtime.frozen import FrozenStatistics
 from deltaspec.runtime.lowering import Fold, Lowered
 from deltaspec.runtime.placements import Placement, host_of
 from deltaspec.runtime.program import Forward
 from deltaspec.runtime.program_builder import Given, ProgramBuilder, call_form
-from deltaspec.serving.binding import attend_rows, sources_of, virtual_tokens
+from deltaspec.serving.binding import attend_rows, sources_of
 from deltaspec.serving.slots import Slot
 
 
 def bind_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequence[tuple[Slot, str]]) -> Forward:
     """Build a host's forward for slots, each of the kind of the named delta, in order of application."""
-    pairs = [(p, slot) for slot, name in given for p in builder.placements[name].get(host, ()) if not virtual_tokens(p)]
+    pairs = [(p, slot) for slot, name in given for p in builder.placements[name].get(host, ()) if not p.virtual_tokens]
     if not pairs:
         return builder.host.own_forward(host)
 
@@ -44,9 +45,8 @@ def bind_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequenc
             return HostRows(builder, host, given)
         base: Any = FoldedRows(module, sorted_out.folds, frozen)
     elif sorted_out.attends:
-        base = attend_rows(
-            builder, stacks, host, [(values[-1], placement) for placement, _, values in sorted_out.attends]
-        )
+        slots = [(values[-1], placement) for placement, _, values in sorted_out.attends]
+        base = attend_rows(builder, stacks, host, slots)
     else:
         base = FrozenStatistics(module) if frozen else builder.host.own_forward(host)
     return builder.bind_region(host, placements, sorted_out, base)[0]
@@ -69,15 +69,21 @@ class HostRows:
             raise RuntimeError(f"deltaspec DS444: {self._host} reads weights without calling their modules, "
                                "so what its rows are under cannot be data in a compiled graph")  # fmt: skip
         if not all(map(_is_data, (*args, *kwargs.values()))):
-            raise DeltaSpecError([_stateful(self._host)])
+            message = f"{self._host or 'the model'} reads weights around their modules, so it runs once a delta; "
+            message += "but it may write a cache"
+            hint = "pass use_cache=False, or run these rows one delta at a time"
+            raise DeltaSpecError([Diagnostic("DS442", message, suggestion=hint)])
         rows = list(zip(*(slot.assigned for slot in self._slots), strict=True))
         size, output = self._slots[0].batch.size, None
         for chosen in dict.fromkeys(rows):
             found = self._forward([entry for entry in chosen if entry is not None])(*args, **kwargs)
             places = [row == chosen for row in rows for _ in range(size // len(rows))]
             output = found if output is None else _put_rows(output, found, torch.tensor(places))
-        if output is None or not any(tensor.shape[:1] == (size,) for tensor in _tensors_of(output)):
-            raise DeltaSpecError([_untold(self._host, size)])
+        if output is None or not any(tensor.shape[:1] == (size,) for tensor in tensors_in(output)):
+            message = f"nothing that {self._host or 'the model'} gives has the {size} rows of the batch as first "
+            message += "dimension"
+            hint = "run these rows one delta at a time: with c.only(name)"
+            raise DeltaSpecError([Diagnostic("DS442", message, suggestion=hint)])
         return output
 
     def _forward(self, chosen: list[tuple[str, float]]) -> Forward:
@@ -114,14 +120,6 @@ def _put_rows(output: Any, other: Any, chosen: Tensor) -> Any:
     if isinstance(output, tuple | list):
         return type(output)(_put_rows(one, two, chosen) for one, two in zip(output, other, strict=True))
     return output
-
-
-def _tensors_of(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping | tuple | list):
-        for value in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors_of(value)
 
 
 def refusals(builder: ProgramBuilder, name: str) -> list[Diagnostic]:
@@ -163,18 +161,6 @@ def _sequence_first(builder: ProgramBuilder, fqn: str) -> str | None:
     while names[-1]:
         names.append(names[-1].rpartition(".")[0])
     return next((n for n in names if getattr(builder.modules[n], "batch_first", True) is False), None)
-
-
-def _stateful(host: str) -> Diagnostic:
-    message = (
-        f"{host or 'the model'} reads weights around their modules, so it runs once a delta; but it may write a cache"
-    )
-    return Diagnostic("DS442", message, suggestion="pass use_cache=False, or run these rows one delta at a time")
-
-
-def _untold(host: str, rows: int) -> Diagnostic:
-    message = f"nothing that {host or 'the model'} gives has the {rows} rows of the batch as first dimension"
-    return Diagnostic("DS442", message, suggestion="run these rows one delta at a time: with c.only(name)")
 
 
 class FoldedRows:

@@ -7,10 +7,10 @@ call, and then the region of the rows' kinds. So one installation serves every a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,10 +19,8 @@ from deltaspec.deltas.stacks import Kind
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.frozen import FrozenStatistics
-from deltaspec.runtime.host import Host
-from deltaspec.runtime.program import Forward
+from deltaspec.runtime.program import Forward, put_back
 from deltaspec.runtime.proving import watched
-from deltaspec.runtime.shared import Shared
 from deltaspec.serving.assignment import Rows, chain, parse_rows, places, to_tensors
 from deltaspec.serving.binding import put_prompts_in_front, touched
 from deltaspec.serving.dispatch import Batch, Dispatch, Entering, Kinds
@@ -34,19 +32,12 @@ _NUMBERS: WeakKeyDictionary[Kind, int] = WeakKeyDictionary()
 _NEXT = count(1)
 
 
-class Pins(Protocol):
-    """Keeps deltas in memory."""
-
-    def pin(self, holder: object, names: Iterable[str]) -> None:
-        """Keep these for as long as an object lives that knows where they lie."""
-
-
 class Mixer:
     """Runs one backbone clone on rows under different deltas."""
 
-    def __init__(self, active: Active, shared: Shared, host: Host, pins: Pins) -> None:
-        self._active, self._shared, self._host, self._pins = active, shared, host, pins
-        self._gate, self._stacks, self._builder = host.gate, shared.stacks, active.builder
+    def __init__(self, active: Active) -> None:
+        self._active, self._shared, self._host = active, active.shared, active.host
+        self._gate, self._stacks, self._builder = active.gate, active.shared.stacks, active.builder
         self.batch = Batch()
         self.running: Kinds | None = None
         """Kinds of the rows of the forward that runs now; None where it has no rows."""
@@ -70,7 +61,7 @@ class Mixer:
         active = copy.deepcopy(self._active, memo)
         twin: Mixer | None = memo.get(id(self))  # copied with the active set, just now
         if twin is None:
-            twin = memo[id(self)] = Mixer(active, active.shared, active.host, copy.deepcopy(self._pins, memo))
+            twin = memo[id(self)] = Mixer(active)
         return twin
 
     @property
@@ -86,40 +77,37 @@ class Mixer:
         Raises DeltaSpecError with all findings: unknown names (DS434), deltas that cannot be mixed (DS441).
         """
         with self._gate.lock, self._shared.lock:
-            return self._rows(deltas, among)
-
-    def _rows(self, deltas: Sequence[Any], among: Sequence[str]) -> Rows:
-        rows = parse_rows(deltas, self._shared.order)
-        names = tuple(dict.fromkeys([*(name for row in rows for name in row), *among]))
-        self._active.require(names)
-        stacks = self._stacks
-        kinds = {name: stacks.kind(name) for name in names}
-        if not self._mixable.issuperset(kinds.values()):
-            if findings := [finding for name in names for finding in refusals(self._builder, name)]:
-                raise DeltaSpecError(list(dict.fromkeys(findings)))
-            self._mixable.update(kinds.values())
-        self._shared.refuse_strengths(
-            dict.fromkeys(n for row in rows for n, strength in row.items() if strength != 1.0)
-        )
-        for stack in {tuple(row) for row in rows if len(row) > 1}:
-            self._shared.refuse_rivals(stack)
-        self._active.derive(name for name in names if name not in self._active.active)
-        stacks.ensure(names)
-        stacked = [tuple(kinds[name] for name in row) for row in (*rows, *([name] for name in among))]
-        slots = chain(stacked, self._place)
-        keys = tuple(f"{kind.method} {_number(kind)}" for kind in slots)
-        if keys not in self._made:
-            # All of their kinds at once: a stack that grows later is another shape to a compiled graph.
-            stacks.ensure([name for name in self._shared.planned if stacks.kind(name) in slots])
-            self._make(keys, [next(name for name in names if kinds[name] is kind) for kind in slots])
-        table: list[list[tuple[str, int, float] | None]] = [[None] * len(rows) for _ in slots]
-        for number, row in enumerate(rows):
-            for name, slot in zip(row, places([kinds[name] for name in row], slots), strict=True):
-                table[slot][number] = (name, stacks.of(name).names[name], row[name])
-        tensors = to_tensors(table, len(rows), self._host.device)
-        made = Rows(keys, *tensors, deltas=tuple(rows), places={n: stacks.of(n).names[n] for n in names})
-        self._pins.pin(made, names)
-        return made
+            rows = parse_rows(deltas, self._shared.order)
+            names = tuple(dict.fromkeys([*(name for row in rows for name in row), *among]))
+            self._active.require(names)
+            stacks = self._stacks
+            kinds = {name: stacks.kind(name) for name in names}
+            if not self._mixable.issuperset(kinds.values()):
+                if findings := [finding for name in names for finding in refusals(self._builder, name)]:
+                    raise DeltaSpecError(list(dict.fromkeys(findings)))
+                self._mixable.update(kinds.values())
+            part = [name for row in rows for name, strength in row.items() if strength != 1.0]
+            self._shared.refuse_strengths(dict.fromkeys(part))
+            for stack in {tuple(row) for row in rows if len(row) > 1}:
+                self._shared.rivals.refuse(stack)
+            self._active.derive(name for name in names if name not in self._active.active)
+            stacks.ensure(names)
+            stacked = [tuple(kinds[name] for name in row) for row in (*rows, *([name] for name in among))]
+            slots = chain(stacked, self._place)
+            keys = tuple(f"{kind.method} {_number(kind)}" for kind in slots)
+            if keys not in self._made:
+                # All of their kinds at once: a stack that grows later is another shape to a compiled graph.
+                stacks.ensure([name for name in self._shared.planned if stacks.kind(name) in slots])
+                self._make(keys, [next(name for name in names if kinds[name] is kind) for kind in slots])
+            table: list[list[tuple[str, int, float] | None]] = [[None] * len(rows) for _ in slots]
+            for number, row in enumerate(rows):
+                for name, slot in zip(row, places([kinds[name] for name in row], slots), strict=True):
+                    table[slot][number] = (name, stacks.of(name).names[name], row[name])
+            device = next((tensor.device for tensor in self._host.deltas.parameters()), torch.device("cpu"))
+            tensors = to_tensors(table, len(rows), device)
+            made = Rows(keys, *tensors, deltas=tuple(rows), places={n: stacks.of(n).names[n] for n in names})
+            self._active.residency.pin(made, names)
+            return made
 
     def _place(self, kind: Kind) -> int:
         """Return a kind's place in the order of application: that of its first delta."""
@@ -174,11 +162,7 @@ class Mixer:
     def remove(self) -> bool:
         """Take the dispatchers out; return whether there were some."""
         installed = self.installed
-        for attributes, before in self._installed:
-            if before is None:
-                del attributes["forward"]
-            else:
-                attributes["forward"] = before
+        put_back(self._installed)
         self._installed.clear()
         return installed
 
@@ -252,7 +236,9 @@ class Mixer:
 
     def _start(self, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool = False) -> None:
         if self.running is not None:
-            raise DeltaSpecError([_nested()])
+            message = "a forward with rows runs already in this model"
+            hint = "give each thread a view of its own: view = c.view()"
+            raise DeltaSpecError([Diagnostic("DS445", message, suggestion=hint)])
         self.batch.begin(len(rows), args, kwargs)
         for slot in self._slots[: len(rows.kinds)]:
             slot.fill(rows, keep)
@@ -280,9 +266,3 @@ def _number(kind: Kind) -> int:
     """Return a kind's number, in the order in which kinds were first used."""
     found = _NUMBERS.get(kind)
     return _NUMBERS.setdefault(kind, next(_NEXT)) if found is None else found  # one number, whatever thread is first
-
-
-def _nested() -> Diagnostic:
-    message = "a forward with rows runs already in this model"
-    hint = "give each thread a view of its own: view = c.view()"
-    return Diagnostic("DS445", message, suggestion=hint)

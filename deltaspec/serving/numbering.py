@@ -7,8 +7,7 @@ signature, so a few tokens are run, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from enum import Enum
 from inspect import signature
 from typing import Any
@@ -16,6 +15,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from deltaspec.serving.trial import evaluating
 
 _TOKENS, _PADDING = 4, 2
 
@@ -40,7 +41,6 @@ def numbering_of(module: nn.Module, forward: Callable[..., Any]) -> Numbering:
     return found
 
 
-@torch.no_grad()
 def _try(module: nn.Module, forward: Callable[..., Any]) -> Numbering:
     names = signature(type(module).forward).parameters
     asked: dict[str, Any] = {"return_dict": True} | ({"use_cache": True} if "use_cache" in names else {})
@@ -60,7 +60,7 @@ def _try(module: nn.Module, forward: Callable[..., Any]) -> Numbering:
         return hidden.float()
 
     caches: list[bool] = []
-    with _evaluating(module):
+    with evaluating(module):
         alone, padded = run(0), run(_PADDING)
         if not any(caches):
             return Numbering.NO_CACHE
@@ -75,15 +75,3 @@ def _try(module: nn.Module, forward: Callable[..., Any]) -> Numbering:
 def _same(one: Tensor, other: Tensor) -> bool:
     """Compare up to the rounding of half precision, far below what another position makes of a token."""
     return bool((one - other).abs().max() <= 0.02 * other.abs().max())
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

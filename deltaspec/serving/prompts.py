@@ -135,7 +135,10 @@ class PromptedRows(Prompted):
         if self.numbering is Numbering.COLUMNS:
             given["position_ids"] = torch.arange(past, past + entering.shape[1], device=entering.device)[None]
         elif self.numbering is not Numbering.OWN or entering.dim() != 2:
-            raise DeltaSpecError([_unnumbered(self.module)])
+            message = "rows with prompts of different lengths need their own positions, and "
+            message += f"{type(self.module).__name__} numbers them in a way of its own while it keeps a cache"
+            hint = "pass position_ids if it takes them, or use_cache=False"
+            raise DeltaSpecError([Diagnostic("DS447", message, suggestion=hint)])
 
 
 class FollowingRows(Following):
@@ -154,19 +157,9 @@ class FollowingRows(Following):
         mask = checked_mask(given, ENCODED)
         if mask is None:
             if not self.front.entered:
-                raise DeltaSpecError([_unmasked()])
+                message = "encoder_outputs without an attention_mask do not say where the virtual tokens of their rows"
+                message += " are"
+                hint = "pass the 2-D attention_mask of the encoder's tokens, too"
+                raise DeltaSpecError([Diagnostic("DS447", message, suggestion=hint)])
             mask = torch.ones(states.shape[0], states.shape[1] - most, dtype=torch.long, device=states.device)
         return mask.expand(states.shape[0], -1)
-
-
-def _unnumbered(module: nn.Module) -> Diagnostic:
-    message = (
-        f"rows with prompts of different lengths need their own positions, and {type(module).__name__} numbers them "
-        "in a way of its own while it keeps a cache"
-    )
-    return Diagnostic("DS447", message, suggestion="pass position_ids if it takes them, or use_cache=False")
-
-
-def _unmasked() -> Diagnostic:
-    message = "encoder_outputs without an attention_mask do not say where the virtual tokens of their rows are"
-    return Diagnostic("DS447", message, suggestion="pass the 2-D attention_mask of the encoder's tokens, too")

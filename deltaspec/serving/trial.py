@@ -54,13 +54,11 @@ def rows_lead(
         try:
             seen = _in_orders(backbone, hosts, forward, used)
         except Exception as error:
-            with _evaluating(backbone):
+            with evaluating(backbone):
                 forward(*own[0], **own[1])  # what this raises is about the call, and not about the trial
             raised = f"{type(error).__name__}: {error}"
-            message = (
-                "nothing shows where the rows of the batch are inside the model: in another order, or of other values, "
-                f"they raise {raised}"
-            )
+            message = "nothing shows where the rows of the batch are inside the model: in another order, or of other "
+            message += f"values, they raise {raised}"
             hint = "run these rows one delta at a time, with c.only(name)"
             raise DeltaSpecError([Diagnostic("DS442", message, suggestion=hint)]) from error
     findings = []
@@ -104,7 +102,7 @@ def _in_orders(
     orders = _orders(rows)
     for order in (torch.arange(rows), *orders):
         args, kwargs = _each(given, functools.partial(_ordered, order))
-        with _evaluating(backbone), _noting(hosts) as entered:
+        with evaluating(backbone), _noting(hosts) as entered:
             forward(*args, **kwargs)
         runs.append(entered)
     first, *others = runs
@@ -179,7 +177,7 @@ def _distinct(x: Tensor) -> bool:
 
 
 @contextmanager
-def _evaluating(backbone: nn.Module) -> Iterator[None]:
+def evaluating(backbone: nn.Module) -> Iterator[None]:
     """Run without dropout and gradients, and put all as it was."""
     modules = [(module, module.training) for module in backbone.modules()]
     buffers = BufferGuard(module for module, _ in modules)
@@ -230,7 +228,7 @@ def _spreads(backbone: nn.Module, host: nn.Module, forward: Callable[..., Any], 
 
     handle = host.register_forward_hook(spread)
     try:
-        with _evaluating(backbone):
+        with evaluating(backbone):
             forward(*given[0], **given[1])
     except (RuntimeError, ValueError, IndexError):  # what torch says of shapes that do not go together
         return False

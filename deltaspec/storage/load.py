@@ -51,9 +51,8 @@ def fill(active: Active, plan: Plan, deltas: Deltas, saved: SavedSet) -> None:
         findings += saved.read(name, "lock")[1]
         if name not in own:
             known = ", ".join(own)
-            findings.append(
-                saved.finding("DS524", f"the model has no delta {name!r}", f"it has: {known}; compile its spec too")
-            )
+            hint = f"it has: {known}; compile its spec too"
+            findings.append(saved.finding("DS524", f"the model has no delta {name!r}", hint))
             continue
         findings += _other_meaning(saved, name, plan)
         tensors = dict(deltas[name].tensors())
@@ -75,7 +74,7 @@ def match(
     values = saved.tensors(name, findings)
     if values is None:
         return []
-    file = saved.entry(name)["file"]
+    file = saved.entry[name]["file"]
 
     def found(code: str, message: str, suggestion: str) -> None:
         findings.append(saved.finding(code, message, suggestion, file))
@@ -88,15 +87,12 @@ def match(
     for key in sorted(values.keys() & targets.keys()):
         value, target = values[key], targets[key]
         if value.shape != target.shape:
-            found(
-                "DS526",
-                f"{name}: tensor {key} is {list(value.shape)}, the model's is {list(target.shape)}",
-                "compare the params",
-            )
+            message = f"{name}: tensor {key} is {list(value.shape)}, the model's is {list(target.shape)}"
+            found("DS526", message, "compare the params")
         elif not _fits(value.dtype, target.dtype):
             found("DS526", f"{name}: tensor {key} is {value.dtype}, the model's is {target.dtype}", "convert the model")
         elif not is_finite(value):
-            findings.append(not_finite(name, key, str(saved.path(file))))
+            findings.append(not_finite(name, key, str(saved.folder / file)))
         else:
             staged.append((target, value))
     return staged
@@ -110,13 +106,13 @@ def _other_meaning(saved: SavedSet, name: str, plan: Plan) -> list[Diagnostic]:
     try:
         before = _meaning(json.loads(content), name)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
-        return [saved.finding("DS522", f"is no resolved spec: {error}", "save again", saved.entry(name)["spec"])]
+        return [saved.finding("DS522", f"is no resolved spec: {error}", "save again", saved.entry[name]["spec"])]
     now = _meaning(plan.document(name), name)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             message = f"{name}: {key} was {before.get(key)} when it was saved, the model's is {now.get(key)}"
             hint = "compile the saved spec, or deltaspec.restore(model, dir)"
-            findings.append(saved.finding("DS529", message, hint, saved.entry(name)["spec"]))
+            findings.append(saved.finding("DS529", message, hint, saved.entry[name]["spec"]))
     return findings
 
 

@@ -16,12 +16,14 @@ import json
 import os
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.documents.atomic import alone_in, sync, write_atomically
 from deltaspec.planning.lock import lock
+from deltaspec.planning.plan import Plan
+from deltaspec.runtime.active import Active
 from deltaspec.storage.saved import (
     ENDINGS,
     FORMAT,
@@ -33,10 +35,6 @@ from deltaspec.storage.saved import (
     strays,
     without_values,
 )
-
-if TYPE_CHECKING:
-    from deltaspec.planning.plan import Plan
-    from deltaspec.runtime.active import Active
 
 
 def save(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[str]) -> None:

@@ -21,18 +21,16 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
 def is_finite(value: Tensor) -> bool:
     """Return whether no value is NaN or infinite."""
-    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    if not value.is_floating_point() or not value.numel():
+        return True
+    low, high = value.aminmax()  # NaN comes through, and one pass is enough
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 
 
 def not_finite(delta: str, key: str, file: str = "<model>") -> Diagnostic:
     """Return the finding about a tensor that is not finite, in the model or in a file."""
-    hint = "the training diverged: go back to an earlier state"
-    return Diagnostic(
-        "DS520" if file == "<model>" else "DS527",
-        f"{delta}: tensor {key} has NaN or infinite values",
-        file=file,
-        suggestion=hint,
-    )
+    code, hint = "DS520" if file == "<model>" else "DS527", "the training diverged: go back to an earlier state"
+    return Diagnostic(code, f"{delta}: tensor {key} has NaN or infinite values", file=file, suggestion=hint)
 
 
 def without_values(delta: str, done: str) -> Diagnostic:
@@ -60,16 +58,13 @@ class SavedSet:
         self._read = b""
         self.manifest = self._read_manifest()
         self.entries: list[dict[str, str]] = self.manifest["deltas"]
-        self._by_name: dict[str, dict[str, str]] = {entry["name"]: entry for entry in self.entries}
-        self.names = list(self._by_name)
+        self.entry = {entry["name"]: entry for entry in self.entries}
+        """Entries by the names of the deltas."""
+        self.names = list(self.entry)
         self.attached: dict[str, float] = {
             name: self.manifest.get("strengths", {}).get(name, 1.0) for name in self.manifest["attached"]
         }
         """Names of the deltas that were attached, and their strengths."""
-
-    def path(self, name: str) -> Path:
-        """Return the path of one of its files."""
-        return self.folder / name
 
     def finding(self, code: str, message: str, suggestion: str | None = None, file: str = MANIFEST) -> Diagnostic:
         """Make a finding about one of its files."""
@@ -86,17 +81,16 @@ class SavedSet:
         except OSError as error:
             raise DeltaSpecError([self.finding("DS521", f"cannot be read: {error.strerror}", hint)]) from error
         except (ValueError, RecursionError) as error:
-            raise DeltaSpecError(
-                [self.finding("DS522", f"is not a manifest: {error}", "save the deltas again")]
-            ) from error
-        if problem := _manifest_problem(data):
-            raise DeltaSpecError([self.finding("DS522", f"is not a manifest: {problem}", "save the deltas again")])
+            problem = self.finding("DS522", f"is not a manifest: {error}", "save the deltas again")
+            raise DeltaSpecError([problem]) from error
+        if wrong := _manifest_problem(data):
+            raise DeltaSpecError([self.finding("DS522", f"is not a manifest: {wrong}", "save the deltas again")])
         return dict(data)
 
     def replaced(self) -> bool:
         """Return whether the deltas were saved again since: what was read of this set may be gone."""
         try:
-            return self.path(MANIFEST).read_bytes() != self._read
+            return (self.folder / MANIFEST).read_bytes() != self._read
         except OSError:
             return False
 
@@ -106,9 +100,8 @@ class SavedSet:
         """Compare the saved fingerprints with these; that of the weights is asked for only where it counts."""
         saved = self.manifest["backbone"]
         if saved["structure"] != structure:
-            message = (
-                f"was saved for another backbone: {saved['class']}, whose structure differs from this {model_class}"
-            )
+            message = f"was saved for another backbone: {saved['class']}, whose structure differs from this "
+            message += model_class
             return [self.finding("DS523", message, "load the model that the deltas were trained on")]
         weights = weights_of()
         if saved["weights"] is not None and weights is not None and saved["weights"] != weights:
@@ -128,13 +121,9 @@ class SavedSet:
         try:
             return dict(from_bytes(payload))
         except (SafetensorError, ValueError, KeyError) as error:
-            file = self.entry(name)["file"]
+            file = self.entry[name]["file"]
             findings.append(self.finding("DS522", f"is no safetensors file: {error}", "save again", file))
             return None
-
-    def entry(self, name: str) -> dict[str, str]:
-        """Return a delta's entry in the manifest."""
-        return self._by_name[name]
 
     def read(self, name: str, field: str) -> tuple[bytes | None, list[Diagnostic]]:
         """Read one of a delta's files (`file`, `spec` or `lock`), its digest checked: (content, findings)."""
@@ -151,15 +140,15 @@ class SavedSet:
     def _checked(
         self, name: str, field: str, read: Callable[[Path], _Content]
     ) -> tuple[_Content | None, list[Diagnostic]]:
-        entry = self.entry(name)
+        entry = self.entry[name]
         try:
-            content = read(self.path(entry[field]))
+            content = read(self.folder / entry[field])
         except OSError as error:
             message, hint = f"cannot be read: {error.strerror}", "restore the file"
             if isinstance(error, FileNotFoundError) and self.replaced():
                 message, hint = "is gone: the deltas were saved again in the meantime", "open the directory anew"
             return None, [self.finding("DS521", message, hint, entry[field])]
-        except _Empty:
+        except ValueError:  # a file without content cannot be mapped
             content = None
         if content is None or digest(content) != entry[f"{field}_sha256"]:
             message = "is damaged: its content is not what was saved (truncated or changed)"
@@ -168,14 +157,8 @@ class SavedSet:
         return content, []
 
 
-class _Empty(Exception):
-    """A file without content, which cannot be mapped."""
-
-
 def _map(path: Path) -> mmap:
     with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise _Empty
         return mmap(file.fileno(), 0, access=ACCESS_COPY)
 
 

@@ -35,7 +35,7 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
     names = tuple(sorted(set(names), key=shared.order.__getitem__))
     active.require(names)
     _refuse(shared, host, names)
-    shared.refuse_rivals(names)
+    shared.rivals.refuse(names)
     strengths = active.strengths.as_dict(names)
     active.derive(name for name in names if name not in active.active)
     training = host.trained_in_backbone()
@@ -115,8 +115,8 @@ def _refuse(shared: Shared, host: Host, names: Collection[str]) -> None:
             reason = f"{delta.method} is not expressible in weights"
         else:
             for planned in delta.sites:
-                module = host.backbone.get_submodule(planned.site.row.fqn)
                 row = planned.site.row
+                module = host.backbone.get_submodule(row.fqn)
                 if row.kind in ("linear", "conv1d", "embedding", "conv") and not row.has_parameter("weight"):
                     reason = f"the weight of {planned.fqn} ({row.type}) is computed, not a parameter"
                     break

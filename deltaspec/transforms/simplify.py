@@ -38,9 +38,8 @@ def copy_tensors(old: Plan, new: Plan, deltas: Mapping[str, Delta], into: Mappin
             continue
         for planned, place in zip(before.sites, after.sites, strict=True):
             names = tuple(spec.name for spec in planned.tensors)
-            own = DeltaTensors(
-                names, [source.tensor(storage_key(planned.site.row.fqn, spec)) for spec in planned.tensors]
-            )
+            fqn = planned.site.row.fqn
+            own = DeltaTensors(names, [source.tensor(storage_key(fqn, spec)) for spec in planned.tensors])
             if _has_simpler(before.method, planned.params):
                 values = methods()[before.method].simplified(planned.site, planned.params, own)
             else:
