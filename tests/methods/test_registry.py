@@ -70,6 +70,17 @@ def test_specs_that_use_it_are_validated_without_torch(installed, tmp_path):
     assert missing.returncode == 1 and "shift" in missing.stdout
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [("shift_factor", "did you mean 'scale'?"), ("shift_init", "delete it: there is no such option here")],
+)
+def test_its_own_foreign_names_get_suggestions(installed, tmp_path, key, said):
+    spec = tmp_path / "foreign.deltaspec.yaml"
+    spec.write_text(SPEC.replace("scale: 0.5", f"{key}: 0.5"), encoding="utf-8")
+    refused = python(installed, "-m", "deltaspec", "validate", str(spec))
+    assert refused.returncode == 1 and said in refused.stdout.replace('"', "'"), refused.stdout
+
+
 def test_it_keeps_the_contract_of_every_method(installed):
     program = (
         "from deltaspec.testing import check_method\n"

@@ -29,6 +29,7 @@ class Shift(Method):
     Params = ShiftParams
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("mlp.down",)
+    foreign = {"shift_factor": "scale", "shift_init": None}
 
     def refuse(self, site: Site, params: ShiftParams) -> Refusal | None:
         """Take linear layers."""
