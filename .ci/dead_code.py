@@ -14,7 +14,6 @@ DECORATORS = ["@field_validator", "@model_validator"]
 """pydantic calls what they decorate."""
 CALLED = {
     "__dir__": "Python",
-    "RowSwitch": "nobody yet: the type of a view's rows once Attachments is three objects",
     "__signature__": "inspect.signature",
     "control": "transformers, by keyword: an argument of callbacks",
     "extra_repr": "torch: repr of a module",

@@ -38,7 +38,7 @@ GIVEN = (
     "Shape",
 )  # fmt: skip
 """Classes that users get from those, catch or read, wherever they are defined."""
-MADE_BY_USERS = ("DeltaSpecError", "Diagnostic", "RankAllocator", "Site", "TensorSpec", "Init")
+MADE_BY_USERS = ("DeltaSpecError", "Diagnostic", "RankAllocator", "Site", "TensorSpec", "Init", "Refusal", "Promises")
 """Classes whose constructor is public, too; the others are made by deltaspec."""
 SPOKEN = ("__call__", "__contains__", "__enter__", "__exit__", "__getitem__", "__iter__", "__len__")
 """Special methods that are promised: what `with`, `in`, `len` and the like need."""

@@ -70,7 +70,7 @@ class RankAllocator:
             self.set_total_steps(total_steps)
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Return how many optimiser steps there will be. Raises ValueError where none are left for allocation."""
+        """Set how many optimiser steps there will be. Raises ValueError where none are left for allocation."""
         if self.warmup_steps >= total_steps - self.final_steps:
             raise ValueError(
                 f"{self.warmup_steps} warm-up and {self.final_steps} final steps leave none of {total_steps} "

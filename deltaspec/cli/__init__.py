@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pkgutil
 import sys
+import traceback
 from importlib import import_module
 from typing import Any
 
@@ -55,8 +56,6 @@ class _Verbs(click.Group):
         except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
             raise
         except Exception as error:  # whatever it is, exit 1 is for findings
-            import traceback
-
             lacking = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
             if lacking in _EXTRAS:
                 hint = f"pip install 'deltaspec[{_EXTRAS[lacking]}]'"

@@ -36,13 +36,13 @@ def assemble(backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | 
     """Make the parts of a compiled model of a backbone that holds its deltas already; nothing is attached yet."""
     shared, host = Shared(deltas, plan), Host(backbone, deltas)
     libraries = Libraries(shared)
-    return with_rows(Active(shared, host, libraries, graph), libraries)
+    return with_rows(Active(shared, host, libraries, graph), shared, libraries)
 
 
-def with_rows(active: Active, libraries: Libraries) -> Built:
+def with_rows(active: Active, shared: Shared, libraries: Libraries) -> Built:
     """Put what runs rows into a view, and return its parts."""
-    active.rows = rows = Mixer(active)
-    return Built(active, active.shared, active.host, libraries, rows)
+    active.rows = rows = Mixer(active, shared, active.host)
+    return Built(active, shared, active.host, libraries, rows)
 
 
 def places(plan: Plan) -> tuple[set[str], set[str]]:

@@ -11,6 +11,7 @@ from torch import nn
 from deltaspec.compiler.build import build
 from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.language.model import DeltaSpec
+from deltaspec.planning.plan import Plan
 from deltaspec.planning.resolve import plan
 
 Spec: TypeAlias = "str | PathLike[str] | Mapping[str, Any] | DeltaSpec"
@@ -34,7 +35,7 @@ def compile(
     return compile_plan(model, plan(model, spec, *more_specs, example_inputs=example_inputs), capture)
 
 
-def compile_plan(model: nn.Module, plan: Any, capture: str = "auto", *, drawn: bool = True) -> CompiledModel:
+def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: bool = True) -> CompiledModel:
     """Compile a valid plan onto a clone of the model it was made for; `drawn` as for `build_delta`."""
     return CompiledModel(*build(model, plan, capture, drawn=drawn))
 

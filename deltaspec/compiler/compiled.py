@@ -168,7 +168,7 @@ class CompiledModel(torch.fx.GraphModule):
         Raises UnknownDeltaError, DeltaSpecError (DS441) for deltas that cannot be mixed, TypeError, ValueError.
         """
         rows: Rows = self._rows.rows(deltas, among)
-        self._active.prepare_rows()
+        self._rows.prepare()
         return rows
 
     def _generate(self, *args: Any, deltas: Sequence[Any] | Rows | None = None, **kwargs: Any) -> Any:
@@ -192,7 +192,7 @@ class CompiledModel(torch.fx.GraphModule):
         can be moved or cast: that raises DeltaSpecError (DS455).
         """
         with self._host.gate.lock, self._shared.lock:
-            built = with_rows(beside(self._active), self._libraries)
+            built = with_rows(beside(self._active), self._shared, self._libraries)
             made = CompiledModel(built, self.capture, self.capture_reason)
             made._copy_own_state(self, {})
             built.active.follow(self._active)

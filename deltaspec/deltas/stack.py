@@ -100,7 +100,7 @@ class Stack:
         return True
 
     def empty(self) -> None:
-        """Return back all memory, when no delta is left."""
+        """Free all memory, when no delta is left."""
         assert not self.names
         self.flats = [flat[:1].clone() for flat in self.flats]
         self.capacity, self._free = 0, []

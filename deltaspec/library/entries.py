@@ -199,7 +199,7 @@ class Reader:
         return found
 
     def _planned(self, data: dict[str, Any], name: str) -> Template:
-        host = self._shared.any_view().host  # what is read of it is the same in all
+        host = self._shared.any_host()
         if self._observations is None:
             self._observations = Observations(without_deltas(host), self.inputs)
         plan = resolve((load(data),), self._shared.plan.table, self._observations)

@@ -53,7 +53,15 @@ class Libraries:
         """Names in memory, in the order of application."""
         return [name for opened in self.opened for name in opened.entries if name in opened.loaded]
 
-    def open(self, directory: str | PathLike[str], limit: int | str | None, by: str, example_inputs: Any) -> Opened:
+    def open(
+        self,
+        directory: str | PathLike[str],
+        limit: int | str | None,
+        by: str,
+        example_inputs: Any,
+        *,
+        preload: bool = False,
+    ) -> Opened:
         """Make the names of a directory known. Raises DeltaSpecError with all findings, and then none is."""
         if by not in ("delta", "folder"):
             raise ValueError(f"by is 'delta' or 'folder', not {by!r}")
@@ -78,6 +86,12 @@ class Libraries:
             self._of.update(dict.fromkeys(entries, opened))
             first = max(shared.order.values(), default=-1) + 1
             shared.order.update({name: first + index for index, name in enumerate(entries)})
+            if preload:
+                try:
+                    self.require(entries)
+                except BaseException:
+                    self.close(opened)
+                    raise
             return opened
 
     def refuse_attached(self, active: Iterable[str], what: str) -> None:

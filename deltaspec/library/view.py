@@ -68,12 +68,4 @@ def open_view(
     libraries: Libraries, directory: Any, limit: int | str | None, preload: bool, by: str, example_inputs: Any
 ) -> LibraryView:
     """Open a directory for a user; where preloading fails, it is not opened."""
-    with libraries._lock:
-        view = LibraryView(libraries, libraries.open(directory, limit, by, example_inputs))
-        if preload:
-            try:
-                view.load()
-            except BaseException:
-                view.close()
-                raise
-        return view
+    return LibraryView(libraries, libraries.open(directory, limit, by, example_inputs, preload=preload))

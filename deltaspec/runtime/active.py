@@ -38,6 +38,7 @@ class Active:
         self.gate = host.gate
         self.active: tuple[str, ...] = ()
         """Names of the attached deltas, in order of application."""
+        self.graph = graph
         self.builder = ProgramBuilder(host, shared.placements, graph)
         self.strengths = self.builder.strengths
         self._derived = frozenset(planned.name for planned in shared.plan.deltas if planned.derived is not None)
@@ -65,9 +66,9 @@ class Active:
         twin.host = copy.deepcopy(self.host, memo)
         twin.shared = self.shared.copy_around(twin.host.deltas, memo)
         twin.residency = copy.deepcopy(self.residency, memo)
-        twin.gate, twin.active, twin._derived = twin.host.gate, self.active, self._derived
+        twin.gate, twin.active, twin._derived, twin.graph = twin.host.gate, self.active, self._derived, self.graph
         twin.strengths = copy.deepcopy(self.strengths, memo)
-        twin.builder = ProgramBuilder(twin.host, twin.shared.placements, self.builder.graph, twin.strengths)
+        twin.builder = ProgramBuilder(twin.host, twin.shared.placements, self.graph, twin.strengths)
         twin.rows = copy.deepcopy(self.rows, memo)
         twin._join()
         memo[id(self.owner)] = twin.owner
@@ -97,7 +98,7 @@ class Active:
                 if self.strengths:
                     return False
                 if new.names == self.active:
-                    self.remove_rows()
+                    self._remove_rows()
                 else:
                     self._install(new)
             finally:
@@ -128,7 +129,7 @@ class Active:
             if new is not old:
                 self._install(new)
             elif not wanted:
-                self.remove_rows()
+                self._remove_rows()
             if self._derived.isdisjoint(wanted) and not scaled:
                 self._ready[names] = self._ready[wanted] = new
                 self._bound(self._ready)
@@ -205,24 +206,20 @@ class Active:
 
     # Rows under different deltas
 
-    def prepare_rows(self) -> None:
-        """Do `install_rows`, unless that is done."""
-        if not self.rows.installed:
-            with self.gate.switching():
-                self.install_rows()
-
-    def install_rows(self) -> None:
-        """Make the backbone ready for rows under different deltas."""
-        if not self.active and not self.rows.installed:
+    def before_rows(self) -> None:
+        """Make the backbone ready for forwards of rows, before they are put in."""
+        if not self.active:
             self.host.freeze()
-        self.rows.install()
 
-    def remove_rows(self) -> None:
-        """Undo `install_rows`."""
+    def after_rows(self) -> None:
+        """Put the backbone's state back, once forwards of rows were taken out."""
+        self.host.buffers.restore()
+        if not self.active:
+            self.host.flags.thaw()
+
+    def _remove_rows(self) -> None:
         if self.rows.remove():
-            self.host.buffers.restore()
-            if not self.active:
-                self.host.flags.thaw()
+            self.after_rows()
 
     # What is known of the attached deltas
 

@@ -56,7 +56,7 @@ def beside(mine: Active) -> Active:
     """Return the active set of another view, with nothing attached; the locks of switches and views are held."""
     shared, host = mine.shared, mine.host
     if shared.stacks.home is host.deltas:  # what all views use must not keep the first one alive
-        mine.owner.view_modules.update(shared.stacks.settle_in(_deltas_beside(host.deltas)))
+        mine.owner.keep(shared.stacks.settle_in(_deltas_beside(host.deltas)))
     backbone = bare_copy(host, deltas := _deltas_beside(host.deltas))
     if mine.acts:
         for name in host.trained_in_backbone():
@@ -64,7 +64,7 @@ def beside(mine: Active) -> Active:
         copies: dict[int, Tensor] = {}
         for fqn, name, buffer, kept in host.kept_buffers():
             backbone.get_submodule(fqn)._buffers[name] = copies.setdefault(id(buffer), kept.clone())
-    return Active(shared, Host(backbone, deltas), mine.residency, mine.builder.graph)
+    return Active(shared, Host(backbone, deltas), mine.residency, mine.graph)
 
 
 def _unbound() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from deltaspec.deltas.modules import Delta, beside
@@ -36,6 +37,10 @@ class ViewOwner:
         if shown is None or shown._parameters is not held._parameters:
             shown = self.view_modules[name] = beside(held, self._host.deltas.training)
         return shown
+
+    def keep(self, modules: Mapping[str, Delta]) -> None:
+        """Let these modules show deltas of libraries in this view."""
+        self.view_modules.update(modules)
 
     def train(self, mode: bool) -> None:
         """Put deltas that are no modules into training mode, or out of it."""

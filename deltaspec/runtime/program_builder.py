@@ -56,7 +56,8 @@ class ProgramBuilder:
         self, host: Host, placements: Placements, graph: fx.Graph | None, strengths: Strengths | None = None
     ) -> None:
         self.host, self.placements, self.graph = host, placements, graph
-        self.modules, self.deltas = host.modules, host.deltas
+        self.modules, self.deltas, self.statistics = host.modules, host.deltas, host.statistics
+        self.own_forward = host.own_forward
         self.strengths = Strengths() if strengths is None else strengths
         self._traced = {str(node.target) for node in graph.nodes if node.op == "call_module"} if graph else set()
 
@@ -85,7 +86,7 @@ class ProgramBuilder:
             self._write(program, host, forward)
         if inline:
             self._bind_root(program, inline)
-        for fqn in self.host.statistics:
+        for fqn in self.statistics:
             if fqn not in hosts or fqn in inline:
                 self._write(program, fqn, FrozenStatistics(self.modules[fqn]))
         self._put_prompts_in_front(program, names)
@@ -99,7 +100,7 @@ class ProgramBuilder:
     def _so_far(self, program: Program, fqn: str) -> Forward:
         """Return the forward that a module has under a program that is being built."""
         attributes = self.modules[fqn].__dict__
-        return next((f for a, f in reversed(program.writes) if a is attributes), None) or self.host.own_forward(fqn)
+        return next((f for a, f in reversed(program.writes) if a is attributes), None) or self.own_forward(fqn)
 
     def _put_prompts_in_front(self, program: Program, names: tuple[str, ...]) -> None:
         """Put virtual tokens in front of the inputs whose embeddings have some."""
@@ -138,13 +139,13 @@ class ProgramBuilder:
         # At one embedding, deltas that know virtual tokens go around those that do not.
         inside_out = sorted(placements, key=lambda placement: placement.virtual_tokens > 0)
         sorted_out = self.sort_out(host, ((placement, given) for placement in inside_out))
-        frozen = host in self.host.statistics and not any(s.buffer for p in placements for s in p.planned.tensors)
+        frozen = host in self.statistics and not any(s.buffer for p in placements for s in p.planned.tensors)
         folds, attends = sorted_out.folds, sorted_out.attends
         if folds or attends:
             hooked = tuple(attend for _, attend, _ in attends)
             base: Any = Lowered(self.modules[host], tuple(fold for fold, _ in folds), frozen, hooked)
         else:
-            base = FrozenStatistics(self.modules[host]) if frozen else self.host.own_forward(host)
+            base = FrozenStatistics(self.modules[host]) if frozen else self.own_forward(host)
         leading = [value for _, values in folds for value in values]
         leading += [value for _, _, values in attends for value in values]
         return self.bind_region(host, placements, sorted_out, base, leading)

@@ -9,7 +9,7 @@ left, so that padding changes nothing.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.runtime.program import Forward
 
-Forward = Callable[..., Any]
 ENCODED = "encoder_attention_mask"
 """Name under which a decoder is given the mask of its encoder's tokens."""
 _GO_ON = "to go on from a cache made with this prompt, pass the new tokens only, and the mask of all tokens"

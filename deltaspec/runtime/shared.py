@@ -19,6 +19,7 @@ from deltaspec.methods.registry import methods
 from deltaspec.planning.conflicts import Rivals
 from deltaspec.planning.plan import Plan
 from deltaspec.planning.planned import PlannedDelta
+from deltaspec.runtime.host import Host
 from deltaspec.runtime.placements import Placements
 from deltaspec.runtime.ports import View
 from deltaspec.runtime.proving import refuse_bypassed
@@ -111,6 +112,10 @@ class Shared:
         """Return all views that there are."""
         with self.lock:
             return list(self._views)
+
+    def any_host(self) -> Host:
+        """Return the host of some view, for what is the same in all."""
+        return self.any_view().host
 
     def any_view(self) -> View:
         """Return some view, for what all have in common."""

@@ -73,7 +73,7 @@ def put_prompts_in_front(
     found: dict[str, Forward] = {}
 
     def so_far(fqn: str) -> Forward:
-        return found.get(fqn) or made.get(fqn) or builder.host.own_forward(fqn)
+        return found.get(fqn) or made.get(fqn) or builder.own_forward(fqn)
 
     for host, given in hosts.items():
         placements = [(slot, placement) for slot, name in given for placement in builder.placements[name][host]]
@@ -89,7 +89,7 @@ def put_prompts_in_front(
             tables.append(Table(slot, sources, _virtual_rows(builder, placement)))
         found[host] = EmbeddedRows(so_far(host), front, tables)
         fqn, follower = entrance.fqn, entrance.follower
-        module, own = builder.modules[fqn], builder.host.own_forward(fqn)
+        module, own = builder.modules[fqn], builder.own_forward(fqn)
         numbering = None if follower is not None else numbering_of(module, own)
         found[fqn] = PromptedRows(module, so_far(fqn), builder.modules[host], front, numbering)
         if follower is not None:

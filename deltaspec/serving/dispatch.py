@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics.wording import counted
 from deltaspec.runtime.program import Forward
 
 _MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "inputs", "decoder_input_ids")
@@ -66,7 +67,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _other_size(size: int, rows: int) -> Diagnostic:
-    message = f"deltas names {rows} row{'' if rows == 1 else 's'}, and the batch has {size}"
+    message = f"deltas names {counted(rows, 'row')}, and the batch has {size}"
     return Diagnostic("DS443", message, suggestion="give one entry a row; None is the bare backbone")
 
 

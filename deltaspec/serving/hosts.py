@@ -29,7 +29,7 @@ def bind_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequenc
     """Build a host's forward for slots, each of the kind of the named delta, in order of application."""
     pairs = [(p, slot) for slot, name in given for p in builder.placements[name].get(host, ()) if not p.virtual_tokens]
     if not pairs:
-        return builder.host.own_forward(host)
+        return builder.own_forward(host)
 
     def of_slot(slot: Slot) -> Given:
         def of_rows(placement: Placement, _: list[Tensor]) -> tuple[list[Any], list[Any]]:
@@ -39,7 +39,7 @@ def bind_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequenc
 
     placements = [placement for placement, _ in pairs]
     sorted_out = builder.sort_out(host, ((placement, of_slot(slot)) for placement, slot in pairs), per_row=True)
-    frozen, module = host in builder.host.statistics, builder.modules[host]
+    frozen, module = host in builder.statistics, builder.modules[host]
     if sorted_out.folds:
         if not all(_is_simple(builder, placement) for placement in placements if placement.lowered):
             return HostRows(builder, host, given)
@@ -48,7 +48,7 @@ def bind_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequenc
         slots = [(values[-1], placement) for placement, _, values in sorted_out.attends]
         base = attend_rows(builder, stacks, host, slots)
     else:
-        base = FrozenStatistics(module) if frozen else builder.host.own_forward(host)
+        base = FrozenStatistics(module) if frozen else builder.own_forward(host)
     return builder.bind_region(host, placements, sorted_out, base)[0]
 
 
@@ -91,7 +91,7 @@ class HostRows:
         builder, names = self._builder, tuple(name for name, _ in chosen)
         placements = [placement for name in names for placement in builder.placements[name].get(self._host, ())]
         if not placements:
-            return builder.host.own_forward(self._host)
+            return builder.own_forward(self._host)
         part = {name: strength for name, strength in chosen if strength != 1.0}
         if part:
             return builder.bind(self._host, placements, part, Strengths(part))[0]

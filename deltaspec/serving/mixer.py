@@ -19,8 +19,10 @@ from deltaspec.deltas.stacks import Kind
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.frozen import FrozenStatistics
+from deltaspec.runtime.host import Host
 from deltaspec.runtime.program import Forward, put_back
 from deltaspec.runtime.proving import watched
+from deltaspec.runtime.shared import Shared
 from deltaspec.serving.assignment import Rows, chain, parse_rows, places, to_tensors
 from deltaspec.serving.binding import put_prompts_in_front, touched
 from deltaspec.serving.dispatch import Batch, Dispatch, Entering, Kinds
@@ -35,9 +37,9 @@ _NEXT = count(1)
 class Mixer:
     """Runs one backbone clone on rows under different deltas."""
 
-    def __init__(self, active: Active) -> None:
-        self._active, self._shared, self._host = active, active.shared, active.host
-        self._gate, self._stacks, self._builder = active.gate, active.shared.stacks, active.builder
+    def __init__(self, active: Active, shared: Shared, host: Host) -> None:
+        self._active, self._shared, self._host = active, shared, host
+        self._gate, self._stacks, self._builder = host.gate, shared.stacks, active.builder
         self.batch = Batch()
         self.running: Kinds | None = None
         """Kinds of the rows of the forward that runs now; None where it has no rows."""
@@ -61,7 +63,8 @@ class Mixer:
         active = copy.deepcopy(self._active, memo)
         twin: Mixer | None = memo.get(id(self))  # copied with the active set, just now
         if twin is None:
-            twin = memo[id(self)] = Mixer(active)
+            parts = (copy.deepcopy(self._shared, memo), copy.deepcopy(self._host, memo))
+            twin = memo[id(self)] = Mixer(active, *parts)
         return twin
 
     @property
@@ -137,6 +140,13 @@ class Mixer:
                 self.remove()
                 self.install()
 
+    def prepare(self) -> None:
+        """Make the backbone ready for rows, unless it is. Raise DeltaSpecError (DS456) where a forward runs."""
+        if not self.installed:
+            with self._gate.switching():
+                self._active.before_rows()
+                self.install()
+
     def forget(self) -> None:
         """Forget all that holds tensors, after they moved; nothing is installed."""
         self._mixed.clear()
@@ -187,13 +197,14 @@ class Mixer:
             self._start(rows, args, kwargs, keep)
             installed = self.installed
             if not installed:
-                self._active.install_rows()
+                self._active.before_rows()
+                self.install()
             try:
                 yield
             finally:
                 self._stop()
-                if not installed:
-                    self._active.remove_rows()
+                if not installed and self.remove():
+                    self._active.after_rows()
 
     def _try(self, kinds: Kinds, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Have it shown, once a host, that the rows are where they are looked for; on the call's inputs, if need be."""

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.runtime.program import Forward
 from deltaspec.runtime.prompts import (
     ENCODED,
     Following,
-    Forward,
     Front,
     Gap,
     Prompted,
@@ -129,7 +129,7 @@ class PromptedRows(Prompted):
         return given.get("past_key_values") is not None or (able and given.get("use_cache") is not False)
 
     def _number(self, given: dict[str, Any], entering: Tensor, past: int) -> None:
-        """Return which positions the tokens have, where the model would number columns."""
+        """Give the tokens the positions that they have alone, where the model would number columns."""
         if given.get("position_ids") is not None:
             return
         if self.numbering is Numbering.COLUMNS:

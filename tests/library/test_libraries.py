@@ -100,7 +100,7 @@ def test_alike_deltas_are_planned_once_and_share_their_graphs(saved, monkeypatch
     compiled = build(OWN)
     library = compiled.library(directory)
     planned = []
-    home = importlib.import_module("deltaspec.planning.resolve")
+    home = importlib.import_module("deltaspec.library.entries")
     resolve = home.resolve
     monkeypatch.setattr(home, "resolve", lambda *given: planned.append(1) or resolve(*given))
     library.load()

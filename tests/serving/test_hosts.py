@@ -98,7 +98,7 @@ def test_rows_under_autocast():
 
 @pytest.mark.parametrize("method", ["lora", "full", "loha", "trainable_tokens"])
 def test_padding_has_no_gradient_in_a_mixed_batch_either(method):
-    model = nn.Sequential(nn.Embedding(20, 8, padding_idx=0), nn.Linear(8, 8)).eval()
+    model = nn.Sequential(nn.Embedding(40, 8, padding_idx=0), nn.Linear(8, 8)).eval()
     compiled = build(model, entry("a", method, "0"), entry("b", "lora", "1"))
     tokens = torch.randint(0, 3, (4, 6), generator=torch.Generator().manual_seed(1))
     weights = torch.randn(4, 6, 8)

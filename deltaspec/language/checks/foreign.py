@@ -23,7 +23,7 @@ _START = "delete it: the start is the usual one"
 _RENAMES: Mapping[str, str] = {
     "svd_rank": "rank",
     "majority_sign_method": "majority_sign",
-    **dict.fromkeys(("dropout_rate", "hira_dropout", "p"), "dropout"),
+    **dict.fromkeys(("dropout_rate", "p"), "dropout"),
 }
 """Parameters that mean the same, and are no single method's: of combinations, and of several libraries' layers."""
 _GONE: Mapping[str, str] = {

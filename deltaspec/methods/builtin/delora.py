@@ -26,7 +26,8 @@ class DeloraParams(MethodParams):
     rank: Rank = 8
     """Number r of pairs of directions."""
     boundary: Annotated[float, Field(gt=0, le=1e6)] = 15.0
-    """Start of the learned bound λ: the update's norm is at most that, before the norms in N scale its columns."""
+    """Start of the learned bound λ: the norm of the learned product is at most that, before the norms in N scale its
+    columns. With `init: kept` the start is subtracted, so the weight moves by at most λ and the bound at the start."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropping an entry of the update's input while training."""
     init: Literal["kept", "zeros", "random"] = "kept"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from deltaspec.diagnostics.wording import counted
 from deltaspec.methods.declarations import Form, Refusal, Site
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def refuse_parameter(site: Site, method: str) -> Refusal:
         )
     return Refusal(
         f"{method} changes matrices and stacks of them, and this parameter of a {site.row.type} has "
-        f"{len(shape)} dimension{'' if len(shape) == 1 else 's'}: {list(shape)}",
+        f"{counted(len(shape), 'dimension')}: {list(shape)}",
         "use method full for it",
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -29,7 +29,7 @@ class Shift(Method):
     Params = ShiftParams
     promises = Promises(identity_at_start=True, weight="add", per_row=True)
     default_roles = ("mlp.down",)
-    foreign = {"shift_factor": "scale", "shift_init": None}
+    foreign: ClassVar = {"shift_factor": "scale", "shift_init": None}
 
     def refuse(self, site: Site, params: ShiftParams) -> Refusal | None:
         """Take linear layers."""
