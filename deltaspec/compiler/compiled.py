@@ -220,11 +220,11 @@ class CompiledModel(torch.fx.GraphModule):
         return open_view(self._libraries, directory, limit, preload, by, example_inputs)
 
     def save(self, directory: str | PathLike[str]) -> None:
-        """Write every delta (safetensors, resolved spec, lock) to a directory; see `deltaspec.store`."""
+        """Write every delta (safetensors, resolved spec, lock) to a directory; see `deltaspec.storage`."""
         save(self._active, self.plan, self._host.deltas, directory)
 
     def load(self, directory: str | PathLike[str]) -> Self:
-        """Read the tensors of saved deltas into this model; see `deltaspec.store`. All or nothing."""
+        """Read the tensors of saved deltas into this model; see `deltaspec.storage`. All or nothing."""
         load(self._active, self.plan, self._host.deltas, directory)
         return self
 

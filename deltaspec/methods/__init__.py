@@ -1,7 +1,7 @@
 '''Methods: what each declares, and the names that an author needs. A method is one class, in one file of any package.
 
-Knows the facts of a module (`backbone/table.py`), but no model, spec or plan; one method knows no other. No torch at
-import.
+Knows the facts of a module (`backbone/table.py`), but no spec, plan or compiled model; one method knows no other. No
+torch at import.
 
 This one learns a factor for every output of a linear layer:
 
@@ -23,7 +23,7 @@ class Gain(Method):
     summary = "scales each output of a linear layer"
     paper = "none: an example"
     Params = GainParams
-    promises = Promises(identity_at_start=False, weight="replace", per_row=True)
+    promises = Promises(identity_at_start=False, weight="add", per_row=True)  # `start` need not be 1
     default_roles = ("mlp.down",)
 
     def refuse(self, site, params):

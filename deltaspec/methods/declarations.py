@@ -138,7 +138,10 @@ class Promises:
     identity_at_start: bool
     """The output is unchanged, bit for bit, until the first training step."""
     weight: Literal["add", "replace"] | None
-    """Expressible as a change of the host's parameters: so it merges, and works on bypassed modules."""
+    """Expressible as a change of the host's parameters, so it merges, and works on bypassed modules; None: it is not.
+
+    `add`: its `fold` computes from the parameters it is given, so others can fold before it. `replace`: it puts others
+    in their place, so no delta before it on the site would be seen."""
     per_row: bool
     """Usable for single rows of a mixed batch."""
 

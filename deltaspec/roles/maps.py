@@ -4,8 +4,8 @@
 `aliases` are further `config.model_type`s laid out the same. A glob is matched against a module's fully qualified name
 (`*` is one segment, `**` any number of them, none included), so `**.layers.*.self_attn.q_proj` serves the bare model
 and every headed one. `norm.attn` implies `norm`; `attn.q` does not imply `attn`. A role that an architecture fuses is
-named as such (`attn.qkv`), and `parts` says how its output is laid out (see `deltaspec.parts`). Adding an architecture
-is adding its file. Nothing here imports torch.
+named as such (`attn.qkv`), and `parts` says how its output is laid out (see `roles/parts.py`). A new architecture is
+a new file. Nothing here imports torch.
 
 `embed` are embedding tables and patch projections, `block` one layer, `attn` the whole attention module, `mlp` the
 feed-forward module or, where a model has none, its output projection, `norm` every normalisation outside of heads,

@@ -1,4 +1,4 @@
 """The active set: the forwards it needs, put in and taken out; threads and views.
 
-Knows neither files nor libraries nor rows of a batch; what it asks of those above is in `ports.py`.
+Knows neither files nor libraries nor what the rows of a batch are under; what it asks of those above is in `ports.py`.
 """

@@ -233,7 +233,7 @@ class Active:
         return self.active, self.strengths.as_dict(), self.rows.running
 
     def weights_fingerprint(self) -> str | None:
-        """Digest the backbone's weights and buffers, as they are without any delta; see `backbone.fingerprint`."""
+        """Digest the backbone's weights and buffers, as they are without any delta."""
         # A forward may have written into buffers since something was attached; then they count as they were.
         kept = {(fqn, name): value for fqn, name, _, value in self.host.kept_buffers()} if self.acts else {}
         return weights_fingerprint(self.host.backbone, kept)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaspec.backbone.prompt_end import unwatch, watch
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.runtime.generation import unwatch, watch
 
 _GATE = "_deltaspec_gate"
 _COUNTING = (_GATE, "_call_impl", "_apply")

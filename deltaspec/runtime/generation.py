@@ -7,15 +7,66 @@ prompt's length is remembered for the duration of one `generate`, by its own con
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from deltaspec.backbone.prompt_end import HOW, asked, remembering, unclear
+from deltaspec.backbone.prompt_end import HOW, Prompt, current, running, unclear
 from deltaspec.methods.registry import methods
 from deltaspec.planning.planned import PlannedDelta
+
+
+class _Watched:
+    """The `generate` of a model, which makes known that it runs."""
+
+    __wrapped__: Callable[..., Any]
+
+    def __init__(self, generate: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, generate)
+
+    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Generate."""
+        prompt = current()
+        if prompt is None or prompt.model is not model or prompt.length is not None:  # that of another `generate`
+            without = asked(model, args, kwargs, "use_cache") is False
+            prompt = Prompt(model, remembered=False) if without else None
+        with running(prompt):
+            return self.__wrapped__(model, *args, **kwargs)
+
+
+def watch(backbone: nn.Module) -> None:
+    """Let what generates in a model make known that it runs."""
+    for module in _generating(backbone):
+        if not isinstance(module.generate.__func__, _Watched):
+            module.__dict__["generate"] = MethodType(_Watched(module.generate.__func__), module)
+
+
+def unwatch(backbone: nn.Module) -> None:
+    """Undo `watch`, on a copy of a model."""
+    for module in _generating(backbone):
+        if isinstance(module.generate.__func__, _Watched):
+            generate = module.__dict__.pop("generate").__func__.__wrapped__
+            if generate is not type(module).generate:
+                module.__dict__["generate"] = MethodType(generate, module)
+
+
+def _generating(backbone: nn.Module) -> list[Any]:
+    # A copy that is being made has no children yet, and takes over what was watched in the other.
+    modules = backbone.modules() if "_modules" in backbone.__dict__ else ()
+    able = (module for module in modules if hasattr(type(module), "generate"))
+    return [module for module in able if isinstance(module.generate, MethodType)]
+
+
+def asked(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
+    """Return a setting of a call of `generate`: the call's own, its configuration's, or the model's."""
+    if name in kwargs:
+        return kwargs[name]
+    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+    found = getattr(given, name, None)
+    return getattr(getattr(model, "generation_config", None), name, None) if found is None else found
 
 
 def generating(planned: Mapping[str, PlannedDelta], active: Iterable[str], backbone: nn.Module) -> Callable[..., Any]:
@@ -29,7 +80,7 @@ def generating(planned: Mapping[str, PlannedDelta], active: Iterable[str], backb
 
     def run(*args: Any, **kwargs: Any) -> Any:
         cached = _check(names[0], backbone, args, kwargs)
-        with nullcontext() if cached else remembering(backbone):
+        with nullcontext() if cached else running(Prompt(backbone, remembered=True)):
             return generate(*args, **kwargs)
 
     return run

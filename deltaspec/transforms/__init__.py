@@ -1,4 +1,4 @@
-"""Other models out of an active set: merged plain ones, deltas without what only training needed.
+"""Other models out of a compiled one: merged plain ones, deltas without what only training needed.
 
-Changes nothing in what it is given.
+Changes nothing in the model it starts from.
 """

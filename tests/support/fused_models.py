@@ -65,7 +65,8 @@ FUSED: dict[str, Any] = {
     "falcon grouped": falcon(new_decoder_architecture=True, num_kv_heads=2),
     "gpt2 cross": gpt2_cross,
 }
-"""A model for every layout of every role map with `parts`: a new one needs a line here, and nothing else in this file.
+"""A model for every layout of every role map with `parts`: a new one needs a builder and a line here. Each is told
+by its config's `model_type`; attention is `eager` where a model would not give its weights otherwise.
 
 What its parts are is then seen in the model's own code (see `observed`)."""
 
