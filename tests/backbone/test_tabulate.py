@@ -261,15 +261,3 @@ def test_rows_answer_about_their_parameters():
     assert row.has_parameter("weight") and not row.has_parameter("bias") and row.shape_of("weight") == (5, 3)
     with pytest.raises(KeyError):
         row.shape_of("bias")
-
-
-def test_a_twelve_layer_model_takes_milliseconds():
-    with torch.device("meta"):
-        model = transformers.BertForMaskedLM(transformers.BertConfig())
-    tabulate(model)
-    times = []
-    for _ in range(7):
-        start = time.process_time()
-        tabulate(model)
-        times.append(time.process_time() - start)
-    assert min(times) < 0.03  # 4 ms on an idle machine

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -204,16 +203,6 @@ def test_without_torch_there_is_help_and_verbs_that_need_it_say_so(specs, line):
     if " " in line:
         said = f"{given[0]} needs torch: pip install 'deltaspec[torch]'"
     assert said in done.stdout + done.stderr
-
-
-def test_it_answers_well_under_a_second(specs):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        shell("validate", "specs/good.deltaspec.yaml", env=environment)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1.5, times  # a busy machine; 0.3 s on an idle one
 
 
 def test_an_internal_error_is_no_finding(specs, monkeypatch):
