@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -173,9 +172,7 @@ def test_modules_that_hold_their_parent_or_share_endlessly():
     module = nn.Linear(1, 1)
     for _ in range(40):  # 2 ** 40 names
         module = nn.ModuleDict({"a": module, "b": module})
-    start = time.perf_counter()
     assert len(by_name(module)) == 41
-    assert time.perf_counter() - start < 5
 
 
 def layers_of(model):

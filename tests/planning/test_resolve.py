@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -150,12 +149,10 @@ def test_names_of_several_specs_must_differ() -> None:
     assert codes(Net(), one, two) == ["DS407"]
 
 
-def test_a_plan_of_a_7b_model_takes_less_than_two_seconds() -> None:
-    start = time.process_time()
+def test_a_plan_of_a_7b_model_needs_no_weights() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig())
     planned = plan(model, spec({"target": "**.*_proj"}))
     assert str(planned) and planned.fingerprint
-    assert time.process_time() - start < 2
     attention, feed_forward = 4 * 8 * (4096 + 4096), 3 * 8 * (4096 + 11008)
     assert planned.trainable == 32 * (attention + feed_forward)
