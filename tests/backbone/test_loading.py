@@ -95,7 +95,8 @@ def test_without_architectures_it_is_the_base_model(here):
 
 def test_a_seven_billion_model_takes_no_memory(here):
     configured(here / "big", model_type="llama", architectures=["LlamaForCausalLM"], num_hidden_layers=32)
-    assert sum(p.numel() for p in model_from("big").parameters()) > 6e9
+    parameters = list(model_from("big").parameters())
+    assert all(p.is_meta for p in parameters) and sum(p.numel() for p in parameters) > 6e9
 
 
 def test_a_real_model_directory(minilm_dir):
