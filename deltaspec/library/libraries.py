@@ -39,10 +39,10 @@ class Libraries:
         twin = type(self)(memo[id(self._shared)])
         memo[id(self)] = twin
         for opened in self.opened:
-            reader = Reader(twin._shared, opened.reader.inputs)
+            reader = Reader(twin._shared, opened.reader.inputs)  # noqa: SLF001
             copied = replace(opened, reader=reader, loaded=OrderedDict(opened.loaded))
             twin.opened.append(copied)
-            twin._of.update(dict.fromkeys(copied.entries, copied))
+            twin._of.update(dict.fromkeys(copied.entries, copied))  # noqa: SLF001
         return twin
 
     def __contains__(self, name: object) -> bool:

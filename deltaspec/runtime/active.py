@@ -66,11 +66,12 @@ class Active:
         twin.host = copy.deepcopy(self.host, memo)
         twin.shared = self.shared.copy_around(twin.host.deltas, memo)
         twin.residency = copy.deepcopy(self.residency, memo)
-        twin.gate, twin.active, twin._derived, twin.graph = twin.host.gate, self.active, self._derived, self.graph
+        twin.gate, twin.active, twin.graph = twin.host.gate, self.active, self.graph
+        twin._derived = self._derived  # noqa: SLF001
         twin.strengths = copy.deepcopy(self.strengths, memo)
         twin.builder = ProgramBuilder(twin.host, twin.shared.placements, self.graph, twin.strengths)
         twin.rows = copy.deepcopy(self.rows, memo)
-        twin._join()
+        twin._join()  # noqa: SLF001
         memo[id(self.owner)] = twin.owner
         return twin
 

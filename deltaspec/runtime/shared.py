@@ -60,7 +60,7 @@ class Shared:
         twin.stacks = copy.deepcopy(self.stacks, memo)
         twin.stacks.is_read, twin.stacks.is_idle = twin.is_read, twin.is_idle
         twin.rivals = copy.deepcopy(self.rivals, memo)
-        twin._views, twin._tensors = weakref.WeakSet(), ()
+        twin._views, twin._tensors = weakref.WeakSet(), ()  # noqa: SLF001
         return twin
 
     # Deltas
