@@ -36,10 +36,10 @@ class Libraries:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Libraries:
         """Copy with what is loaded; directories are shared."""
-        twin = type(self)(memo[id(self._shared)])
-        memo[id(self)] = twin
+        shared = memo[id(self._shared)]
+        twin = memo[id(self)] = type(self)(shared)
         for opened in self.opened:
-            reader = Reader(twin._shared, opened.reader.inputs)  # noqa: SLF001
+            reader = Reader(shared, opened.reader.inputs)
             copied = replace(opened, reader=reader, loaded=OrderedDict(opened.loaded))
             twin.opened.append(copied)
             twin._of.update(dict.fromkeys(copied.entries, copied))  # noqa: SLF001

@@ -29,7 +29,7 @@ _PROGRAMS = 1024
 class Active:
     """The set of deltas that is attached in one view, and the programs of those that were."""
 
-    rows: RowSwitch
+    rows: RowSwitch[Active]
     """Runs rows under different deltas in this view; whoever makes the view puts it in."""
 
     def __init__(self, shared: Shared, host: Host, residency: Residency, graph: fx.Graph | None) -> None:
@@ -42,9 +42,9 @@ class Active:
         self.builder = ProgramBuilder(host, shared.placements, graph)
         self.strengths = self.builder.strengths
         self._derived = frozenset(planned.name for planned in shared.plan.deltas if planned.derived is not None)
-        self._join()
+        self._join(ViewOwner(self, shared, host, residency))
 
-    def _join(self) -> None:
+    def _join(self, owner: ViewOwner) -> None:
         """Start with no program, and take part in what is decided by thread and by view."""
         self._programs: dict[tuple[tuple[str, ...], tuple[str, ...]], Program] = {}
         """Programs by the active set, in order of application, and those of it that are not at full strength."""
@@ -54,7 +54,7 @@ class Active:
         self._installed: Program | None = None
         """Program of the active set, once it is known."""
         host = self.host
-        self.owner = host.deltas.owner = ViewOwner(self, self.shared, host, self.residency)
+        self.owner = host.deltas.owner = owner
         self.gate.after = Recomputation(host.modules.values(), self.state).after
         self.gate.moving = self.owner.before_move
         install(host.backbone, self.gate)
@@ -63,6 +63,8 @@ class Active:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy together with the backbone; what is plain data is shared, programs are made anew."""
         twin = memo[id(self)] = type(self).__new__(type(self))
+        # Forwards and modules of the backbone lead here and to these, so both are there before it is copied.
+        owner, twin.rows = copy.deepcopy(self.owner, memo), copy.deepcopy(self.rows, memo)
         twin.host = copy.deepcopy(self.host, memo)
         twin.shared = self.shared.copy_around(twin.host.deltas, memo)
         twin.residency = copy.deepcopy(self.residency, memo)
@@ -70,9 +72,9 @@ class Active:
         twin._derived = self._derived  # noqa: SLF001
         twin.strengths = copy.deepcopy(self.strengths, memo)
         twin.builder = ProgramBuilder(twin.host, twin.shared.placements, self.graph, twin.strengths)
-        twin.rows = copy.deepcopy(self.rows, memo)
-        twin._join()  # noqa: SLF001
-        memo[id(self.owner)] = twin.owner
+        ViewOwner.__init__(owner, twin, twin.shared, twin.host, twin.residency)
+        twin._join(owner)  # noqa: SLF001
+        twin.rows.begin(twin)
         return twin
 
     # Switching

@@ -21,9 +21,9 @@ class ViewOwner:
         """Deltas of libraries, as modules of this view: those of the first view are the stacks' own."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ViewOwner:
-        """Copy with the view, which makes its owner."""
+        """Copy with the view, which fills what this returns: its copy may lead here again before it is done."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
         copy.deepcopy(self._view, memo)
-        twin: ViewOwner = memo[id(self)]
         return twin
 
     def missing(self, name: str) -> Delta | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from deltaspec.deltas.modules import Delta
 from deltaspec.runtime.forward_gate import ForwardGate
@@ -58,8 +58,14 @@ class Residency(Protocol):
         """Keep them in memory for as long as an object lives that knows where they lie."""
 
 
-class RowSwitch(Protocol):
-    """Runs the rows of a batch under different deltas."""
+View_contra = TypeVar("View_contra", contravariant=True)
+
+
+class RowSwitch(Protocol[View_contra]):
+    """Runs the rows of a batch under different deltas, in a view."""
+
+    def begin(self, view: View_contra) -> None:
+        """Start anew in a copied view. Until then a copy of this holds nothing: the copy's forwards may lead to it."""
 
     running: Any
     """What the forward that runs now has of rows; None where it has none."""

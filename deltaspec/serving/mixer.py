@@ -59,13 +59,14 @@ class Mixer:
         """(module's `__dict__`, the instance-level forward it had before); empty while nothing is installed."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mixer:
-        """Make the one of a copied view: all that it remembers is made anew."""
-        active = copy.deepcopy(self._active, memo)
-        twin: Mixer | None = memo.get(id(self))  # copied with the active set, just now
-        if twin is None:
-            parts = (copy.deepcopy(self._shared, memo), copy.deepcopy(self._host, memo))
-            twin = memo[id(self)] = Mixer(active, *parts)
+        """Make the one of a copied view, which begins it: all that it remembers is made anew."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        copy.deepcopy(self._active, memo)
         return twin
+
+    def begin(self, view: Active) -> None:
+        """Start anew in a copied view."""
+        Mixer.__init__(self, view, view.shared, view.host)
 
     @property
     def installed(self) -> bool:

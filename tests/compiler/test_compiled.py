@@ -170,3 +170,26 @@ def test_a_view_is_compiled_as_any_model():
         assert torch.equal(views.outputs(fast), expected)
     with view.only("b"):
         assert torch.equal(views.outputs(fast), views.outputs(view))
+
+
+@pytest.mark.parametrize("copied", ["model", "backbone"])
+def test_a_model_that_is_prepared_for_rows_is_copied_whole(copied):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    lora = {"method": "lora", "params": {"rank": 2}, "target": {"type": "Linear"}}
+    both = {"deltaspec": 1, "deltas": [{"name": "a", **lora}, {"name": "b", **lora}]}
+    compiled, x = deltaspec.compile(model, both, example_inputs=torch.ones(2, 4)), torch.randn(3, 4)
+    disturb(compiled)
+    compiled.only("a")
+    rows = ["a", None, "b"]
+    wanted = compiled(x, deltas=rows)
+    compiled.rows(rows)
+    if copied == "backbone":
+        assert torch.equal(copy.deepcopy(compiled.backbone)(x), compiled(x))
+        return
+    twin = copy.deepcopy(compiled)
+    assert torch.equal(twin(x), compiled(x)) and torch.equal(twin(x, deltas=rows), wanted)
+    for each in (twin, compiled):
+        each.only("b")
+    assert torch.equal(twin(x), compiled(x))
+    twin.detach()
+    assert torch.equal(twin(x), model(x)) and compiled.attached == ("b",)
