@@ -55,7 +55,7 @@ def without_deltas(host: Host) -> nn.Module:
 def beside(mine: Active) -> Active:
     """Return the active set of another view, with nothing attached; the locks of switches and views are held."""
     shared, host = mine.shared, mine.host
-    if shared.stacks.home is host.deltas:  # what all views use must not keep the first one alive
+    if shared.is_home(host.deltas):  # what all views use must not keep the first one alive
         mine.owner.keep(shared.stacks.settle_in(_deltas_beside(host.deltas)))
     backbone = bare_copy(host, deltas := _deltas_beside(host.deltas))
     if mine.acts:

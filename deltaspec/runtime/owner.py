@@ -16,7 +16,8 @@ class ViewOwner:
     """The `Owner` of the deltas of one view."""
 
     def __init__(self, view: View, shared: Shared, host: Host, residency: Residency) -> None:
-        self._view, self._shared, self._host, self._residency = view, shared, host, residency
+        self._view, self._shared, self._residency = view, shared, residency
+        self._deltas, self._gate, self._buffers, self._stacks = host.deltas, host.gate, host.buffers, shared.stacks
         self.view_modules: dict[str, Delta] = {}
         """Deltas of libraries, as modules of this view: those of the first view are the stacks' own."""
 
@@ -31,11 +32,11 @@ class ViewOwner:
         if name not in self._residency:
             return None
         held = self._residency.delta(name)
-        if self._shared.stacks.home is self._host.deltas:
+        if self._shared.is_home(self._deltas):
             return held
         shown = self.view_modules.get(name)
         if shown is None or shown._parameters is not held._parameters:
-            shown = self.view_modules[name] = beside(held, self._host.deltas.training)
+            shown = self.view_modules[name] = beside(held, self._deltas.training)
         return shown
 
     def keep(self, modules: Mapping[str, Delta]) -> None:
@@ -44,29 +45,29 @@ class ViewOwner:
 
     def train(self, mode: bool) -> None:
         """Put deltas that are no modules into training mode, or out of it."""
-        if self._shared.stacks.home is self._host.deltas:
-            self._shared.stacks.train(mode)
+        if self._shared.is_home(self._deltas):
+            self._stacks.train(mode)
         for delta in self.view_modules.values():
             delta.train(mode)
 
     def before_move(self, fn: Any) -> None:
         """Raise DeltaSpecError where a move or cast would change other views (DS455), or run into a forward (DS456)."""
-        self._shared.refuse_moving(self._view, self._host.deltas, fn)
-        with self._host.gate.switching():
+        self._shared.refuse_moving(self._view, self._deltas, fn)
+        with self._gate.switching():
             pass
 
     def after_move(self, fn: Any) -> None:
         """Follow the deltas, which were moved or cast by a function of tensors."""
         if not self._shared.others(self._view):
             self._residency.moved()
-            self._shared.stacks.apply(fn)
+            self._stacks.apply(fn)
         self._changed()
 
     def after_load(self) -> None:
         """Follow what `load_state_dict` did to the deltas and the backbone's buffers."""
-        self._host.buffers.loaded()
+        self._buffers.loaded()
         self._changed()
 
     def _changed(self) -> None:
         self._view.rebind()
-        self._shared.bind_others(self._view, self._host.deltas)
+        self._shared.bind_others(self._view, self._deltas)

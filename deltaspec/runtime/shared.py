@@ -113,6 +113,10 @@ class Shared:
         with self.lock:
             return list(self._views)
 
+    def is_home(self, deltas: Deltas) -> bool:
+        """Return whether what the stacks show of libraries belongs to these modules."""
+        return self.stacks.home is deltas
+
     def any_host(self) -> Host:
         """Return the host of some view, for what is the same in all."""
         return self.any_view().host
