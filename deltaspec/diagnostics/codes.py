@@ -94,6 +94,7 @@ CODES: dict[str, str] = {
     "DS455": "move or cast of one of several views",
     "DS456": "switch during a forward",
     "DS457": "backward that would recompute a forward under other deltas",
+    "DS458": "module that was changed since the model was compiled",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",
