@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from deltaspec.graphs.regions import Region
 from deltaspec.runtime.sockets import Forward, Socket, State, state_of
+
+
+Exit: TypeAlias = "tuple[Callable[[State], None], State, dict[str, Any], Forward, Forward | None]"
+"""What taking a socket out needs: its `fill` and what it holds then, the module's `__dict__`, what stands there while it
+is in and when it is out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -18,13 +24,14 @@ class Footprint:
     """The sockets that some programs fill; one object for all programs that fill the same."""
 
     sockets: frozenset[Socket]
-    surplus: dict[Footprint, list[Socket]] = field(default_factory=dict)
+    surplus: dict[Footprint, list[Exit]] = field(default_factory=dict)
     """By other footprints: the sockets that only this one has."""
 
-    def beyond(self, other: Footprint) -> list[Socket]:
+    def beyond(self, other: Footprint) -> list[Exit]:
         """Return the sockets that another footprint does not have."""
         if other not in self.surplus:
-            self.surplus[other] = [socket for socket in self.sockets if socket not in other.sockets]
+            alone = [socket for socket in self.sockets if socket not in other.sockets]
+            self.surplus[other] = [(s.fill, state_of(s.idle), s.module.__dict__, s.call, s.original) for s in alone]
         return self.surplus[other]
 
 
@@ -54,8 +61,15 @@ class Program:
         if before.footprint is self.footprint:
             return False
         assert before.footprint is not None and self.footprint is not None
-        for socket in before.footprint.beyond(self.footprint):
-            socket.leave()
-        for socket in self.footprint.beyond(before.footprint):
-            socket.enter()
+        # As `Socket.leave` and `enter` do it, without a call for each: this is most of what detaching costs.
+        for fill, idle, attributes, call, original in before.footprint.beyond(self.footprint):
+            fill(idle)
+            if attributes.get("forward") is call:
+                if original is None:
+                    del attributes["forward"]
+                else:
+                    attributes["forward"] = original
+        for _, _, attributes, call, original in self.footprint.beyond(before.footprint):
+            if attributes.get("forward") is original:
+                attributes["forward"] = call
         return True
