@@ -7,12 +7,12 @@ go before the others.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
 
 from deltaspec.backbone.clone import clone
+from deltaspec.backbone.copying import copy_held
 from deltaspec.backbone.reserved import remove
 from deltaspec.deltas.modules import Deltas
 from deltaspec.deltas.modules import beside as delta_beside
@@ -41,7 +41,7 @@ def bare_copy(host: Host, deltas: Deltas | None = None) -> nn.Module:
         if (original := host.originals[fqn]) is not None:
             # It is bound to the module it was put on: bind it to the copy.
             memo: dict[int, Any] = {id(old): twins[name] for name, old in host.modules.items()}
-            twins[fqn].__dict__["forward"] = copy.deepcopy(original, memo)
+            twins[fqn].__dict__["forward"] = copy_held(original, host.modules[fqn], memo)
     return backbone
 
 

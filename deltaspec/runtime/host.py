@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, Self
 
 from torch import Tensor, nn
 
+from deltaspec.backbone.copying import copy_held
 from deltaspec.backbone.forwards import own_forward
 from deltaspec.backbone.reserved import home
 from deltaspec.backbone.walk import named
@@ -37,7 +37,7 @@ class Host:
         """Copy together with the backbone."""
         twin = memo[id(self)] = type(self).__new__(type(self))
         for name, value in self.__dict__.items():
-            twin.__dict__[name] = copy.deepcopy(value, memo)
+            twin.__dict__[name] = copy_held(value, self.backbone, memo)
         twin.follow_moves()
         return twin
 
