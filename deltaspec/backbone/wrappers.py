@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
+
+from deltaspec.backbone.holding import parts_of
 
 _MOST = 300
 """Objects that are looked at, at most."""
@@ -34,35 +36,20 @@ def reaches(top: Any, wanted: Any, module: nn.Module) -> bool:
             on_module = True
         elif isinstance(one, FunctionType):
             names |= _names_in(one.__code__)
-        waiting += held_by(one)
+        waiting += _held_by(one)
     return False
 
 
-def held_by(one: Any) -> list[Any]:
+def _held_by(one: Any) -> list[Any]:
     """Return what a callable, or a list of some, holds and may call."""
-    if isinstance(one, MethodType):
-        return [one.__self__, one.__func__]
-    if isinstance(one, functools.partial):
-        return [one.func, *one.args, *one.keywords.values(), *one.__dict__.values()]
-    if isinstance(one, FunctionType):
-        cells = [cell.cell_contents for cell in one.__closure__ or () if _is_filled(cell)]
-        return [*cells, *(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values(), *one.__dict__.values()]
-    if isinstance(one, tuple | list):
-        return list(one)
-    if not isinstance(one, nn.Module | type) and hasattr(one, "__dict__"):
-        return [value for value in vars(one).values() if callable(value)]
-    return []
+    if isinstance(one, nn.Module | type):
+        return []
+    if isinstance(one, FunctionType | MethodType | functools.partial | tuple | list):
+        return list(parts_of(one))
+    return [part for part in parts_of(one) if callable(part)]
 
 
 def _names_in(code: CodeType) -> set[str]:
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     texts = [constant for constant in code.co_consts if isinstance(constant, str)]
     return {*code.co_names, *texts}.union(*map(_names_in, inner))
-
-
-def _is_filled(cell: CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 - looking is what raises
-    except ValueError:
-        return False
-    return True

@@ -7,13 +7,13 @@ go before the others.
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
 from torch import Tensor, nn
 
 from deltaspec.backbone.clone import clone
+from deltaspec.backbone.copying import copy_held
 from deltaspec.backbone.reserved import remove
 from deltaspec.deltas.modules import Deltas
 from deltaspec.deltas.modules import beside as delta_beside
@@ -43,7 +43,7 @@ def bare_copy(host: Host, deltas: Deltas | None = None) -> tuple[nn.Module, dict
         if twin.__dict__.get("forward") is call:
             del twin.__dict__["forward"]
             if socket.original is not None:  # it is bound to the module it was put on: bind it to the copy
-                twin.__dict__["forward"] = copy.deepcopy(socket.original, memo)
+                twin.__dict__["forward"] = copy_held(socket.original, socket.module, memo)
         sockets[id(twin)] = Socket(twin, call)
     return backbone, sockets
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from torch import Tensor, nn
 
+from deltaspec.backbone.copying import copy_held
 from deltaspec.backbone.reserved import home
 from deltaspec.backbone.walk import named
 from deltaspec.deltas.modules import Deltas
@@ -40,7 +40,7 @@ class Host:
         """Copy together with the backbone."""
         twin = memo[id(self)] = type(self).__new__(type(self))
         for name, value in self.__dict__.items():
-            twin.__dict__[name] = copy.deepcopy(value, memo)
+            twin.__dict__[name] = copy_held(value, self.backbone, memo)
         twin.sockets = {id(socket.module): socket for socket in twin.sockets.values()}
         twin.follow_moves()
         return twin

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaspec.backbone.clone import deep_copy, norm_limited
+from deltaspec.backbone.clone import norm_limited
+from deltaspec.backbone.copying import deep_copy
 from deltaspec.deltas.modules import storage_key
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.declarations import DeltaTensors
