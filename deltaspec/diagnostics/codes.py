@@ -96,6 +96,7 @@ CODES: dict[str, str] = {
     "DS456": "switch during a forward",
     "DS457": "backward that would recompute a forward under other deltas",
     "DS458": "module that was changed since the model was compiled",
+    "DS459": "model that is sharded in a way that deltas cannot follow",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",

@@ -32,7 +32,7 @@ _compiling = torch.compiler.is_compiling
 class ForwardGate:
     """Keeps the threads of one view apart."""
 
-    __slots__ = ("after", "before", "closed", "lock", "moving", "rows", "running", "traced")
+    __slots__ = ("after", "before", "closed", "failed", "lock", "moving", "rows", "running", "traced")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -43,8 +43,10 @@ class ForwardGate:
         """Whether a forward that starts must ask first: someone switches, or runs rows."""
         self.rows: int | None = None
         """The thread that runs rows."""
-        self.before: Callable[[], None] | None = None
-        """Called before each outermost forward."""
+        self.before: Callable[[], Callable[[], None] | None] | None = None
+        """Called before each outermost forward; what it returns is called after that."""
+        self.failed: Callable[[Exception], None] | None = None
+        """Called with what an outermost forward raised; may raise something clearer in its place."""
         self.traced: Callable[[], None] | None = None
         """Called while torch.compile or torch.export traces a forward; may raise."""
         self.after: Callable[[Any], None] | None = None
@@ -163,15 +165,20 @@ def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     gate: ForwardGate = self.__dict__[_GATE]
     me, running = get_ident(), gate.running
     depth = running.get(me, 0)
-    if not depth and gate.before is not None:
-        gate.before()
+    then = None if depth or gate.before is None else gate.before()
     try:
         running[me] = depth + 1
         if gate.closed and not depth:
             gate.wait(me)
         output = type(self)._call_impl(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        if not depth and gate.failed is not None:
+            gate.failed(error)
+        raise
     finally:
         gate.leave(me, depth)
+        if then is not None:
+            then()
     if gate.after is not None and not depth and torch.is_grad_enabled():
         gate.after(output)
     return output
