@@ -24,7 +24,6 @@ from torch import nn
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import closest
-from deltaspec.documents.builder import printable
 from deltaspec.names.paths import is_inside
 
 _FACTORY = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
@@ -229,5 +228,5 @@ def _brief(error: BaseException) -> str:
 
 
 def _fail(code: str, message: str, reference: str, suggestion: str | None = None) -> NoReturn:
-    place = printable(reference) or "(no model)"
+    place = reference[:300] or "(no model)"
     raise DeltaSpecError([Diagnostic(code, message, place, suggestion=suggestion)]) from None

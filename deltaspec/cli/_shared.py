@@ -1,15 +1,22 @@
-"""What several verbs share: the reporting of findings."""
+"""What several verbs share: printing, and the reporting of findings."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
+from deltaspec.diagnostics.clean import clean
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.render import FORMATS, as_text
+
+
+def say(text: str, *, err: bool = False, **style: Any) -> None:
+    """Print a text that may hold names of files and modules; lines stay lines. `style` as for `click.secho`."""
+    click.secho(clean(text, keep="\n"), err=err, color=False if err else wants_color(), **style)
 
 
 def show(diagnostics: Sequence[Diagnostic], output_format: str = "text", files: int | None = None) -> None:

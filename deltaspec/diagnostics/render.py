@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from json import dumps
 from pathlib import Path
@@ -11,6 +10,7 @@ from urllib.parse import quote
 
 from deltaspec.diagnostics.codes import CODES
 from deltaspec.diagnostics.findings import Diagnostic, written
+from deltaspec.diagnostics.places import in_repository
 from deltaspec.diagnostics.wording import plural
 
 GITHUB_LIMIT = 10
@@ -33,7 +33,7 @@ def as_text(diagnostics: Sequence[Diagnostic], files: int | None = None, color: 
 
 
 def as_json(diagnostics: Sequence[Diagnostic], files: int | None = None) -> str:
-    """Write findings as one JSON object with the list `findings`."""
+    """Write findings as one JSON object with the list `findings`, in ASCII, which every code page has."""
     findings = [
         {
             "code": d.code,
@@ -47,14 +47,14 @@ def as_json(diagnostics: Sequence[Diagnostic], files: int | None = None) -> str:
         }
         for d in diagnostics
     ]
-    return dumps({"files": files, "findings": findings}, indent=2, ensure_ascii=False)
+    return dumps({"files": files, "findings": findings}, indent=2)
 
 
 def as_github(diagnostics: Sequence[Diagnostic], files: int | None = None) -> str:
     """Write findings as GitHub workflow commands, which become annotations of the changed lines."""
     lines = []
     for d in diagnostics:
-        place = f"file={_property(_relative(d.file))}"
+        place = f"file={_property(in_repository(d.file))}"
         if d.line:
             place += f",line={d.line},col={d.column}"
         text = f"{d.message}\nhelp: {d.suggestion}" if d.suggestion else d.message
@@ -70,7 +70,7 @@ def as_github(diagnostics: Sequence[Diagnostic], files: int | None = None) -> st
 
 
 def as_sarif(diagnostics: Sequence[Diagnostic], files: int | None = None) -> str:
-    """Write findings as SARIF 2.1.0: stable rule ids, URIs relative to the working directory."""
+    """Write findings as SARIF 2.1.0, in ASCII: stable rule ids, URIs relative to the repository's root."""
     codes = sorted({d.code for d in diagnostics})
     rules = [{"id": code, "shortDescription": {"text": CODES.get(code, code)}} for code in codes]
     results = [
@@ -86,7 +86,7 @@ def as_sarif(diagnostics: Sequence[Diagnostic], files: int | None = None) -> str
     tool = {"driver": {"name": "deltaspec", "rules": rules}}
     run = {"tool": tool, "columnKind": "unicodeCodePoints", "results": results}
     log = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}
-    return dumps(log, indent=2, ensure_ascii=False)
+    return dumps(log, indent=2)
 
 
 FORMATS: Mapping[str, Callable[[Sequence[Diagnostic], int | None], str]] = {
@@ -104,15 +104,8 @@ def _property(text: str) -> str:
     return _data(text).replace(":", "%3A").replace(",", "%2C")
 
 
-def _relative(file: str) -> str:
-    """Return a file below the working directory relative to it, with forward slashes; another one as it is."""
-    here = Path.cwd()
-    path = Path(os.path.normpath(here / file))
-    return path.relative_to(here).as_posix() if path.is_relative_to(here) else Path(file).as_posix()
-
-
 def _location(d: Diagnostic) -> dict[str, Any]:
-    relative = _relative(d.file)
+    relative = in_repository(d.file)
     absolute, inside = Path(relative).is_absolute(), {"uri": quote(relative), "uriBaseId": "%SRCROOT%"}
     location: dict[str, Any] = {"artifactLocation": {"uri": Path(relative).as_uri()} if absolute else inside}
     if d.line:
