@@ -19,6 +19,7 @@ CODES: dict[str, str] = {
     "DS113": "empty document",
     "DS114": "root is not a mapping",
     "DS115": "value that a document cannot hold",
+    "DS116": "unresolved merge conflict",
     # DS2: schema
     "DS201": "unknown key",
     "DS202": "missing key",

@@ -108,9 +108,10 @@ def _remarks(checks: tuple[str, ...], notes: tuple[str, ...]) -> Iterator[tuple[
 
 
 def _wrapped(line: str, style: str = "") -> Iterator[tuple[str, str]]:
+    line = clean(line, keep=_GLUE)
     indent = len(line) - len(line.lstrip())
     for part in textwrap.wrap(
-        clean(line, keep=_GLUE), WIDTH, subsequent_indent=" " * (indent + 4), break_on_hyphens=False, replace_whitespace=False
+        line, WIDTH, subsequent_indent=" " * (indent + 4), break_on_hyphens=False, replace_whitespace=False
     ):
         yield part.replace(_GLUE, " "), style
 

@@ -171,7 +171,9 @@ def drawn(lines: Sequence[Line], width: int | None = None) -> Text:
     from rich.text import Text
 
     columns = {
-        "name": [Text.assemble((line.guide, "dim"), (clean(line.name), "bold" if line.marks else "")) for line in lines],
+        "name": [
+            Text.assemble((line.guide, "dim"), (clean(line.name), "bold" if line.marks else "")) for line in lines
+        ],
         "type": [Text(clean(line.type), "blue") for line in lines],
         "shape": [Text(line.shape) for line in lines],
         "parameters": [Text(line.parameters) for line in lines],
