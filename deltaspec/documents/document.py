@@ -67,9 +67,14 @@ def read(path: str | os.PathLike[str]) -> Document:
         hint = "this looks like the text of a spec: pass a file name or a dict" if long_text else None
         finding = Diagnostic("DS101", f"cannot read: {reason}", _called(name), suggestion=hint)
         raise DeltaSpecError([finding]) from None
+    return from_bytes(content, _called(name))
+
+
+def from_bytes(content: bytes, name: str) -> Document:
+    """Read a document from the bytes of a file. Raises DeltaSpecError."""
     if len(content) > MAX_BYTES:
-        raise DeltaSpecError([_too_large(_called(name))])
-    return from_text(_decode(content, _called(name)), _called(name))
+        raise DeltaSpecError([_too_large(name)])
+    return from_text(_decode(content, name), name)
 
 
 def from_text(text: str, name: str = "<text>") -> Document:
