@@ -27,8 +27,8 @@ SPEC = "deltaspec: 1\ndeltas:\n  - {name: d, method: lora, target: {type: Linear
 
 @pytest.mark.parametrize(
     "line",
-    ["tree MODEL", "tree MODEL --spec s.deltaspec.yaml --all", "plan MODEL s.deltaspec.yaml", "explain MODEL s.deltaspec.yaml FQN",
-     "plan MODEL s.deltaspec.yaml --format json", "plan MODEL s.deltaspec.yaml --format markdown",
+    ["tree MODEL", "tree MODEL --spec s.deltaspec.yaml --all", "plan MODEL s.deltaspec.yaml",
+     "explain MODEL s.deltaspec.yaml FQN", "plan MODEL s.deltaspec.yaml --format json", "plan MODEL s.deltaspec.yaml --format markdown",
      "explain MODEL s.deltaspec.yaml FQN2"],
 )  # fmt: skip
 def test_names_of_modules_are_printed_clean(run, monkeypatch, line):
