@@ -55,10 +55,8 @@ def kernel_in(config: Any) -> str | None:
         for key, value in _items(part):
             if str(key).strip("_").removesuffix("_internal").endswith("_implementation"):
                 named = value.values() if isinstance(value, Mapping) else [value]
-                if (
-                    kernel := next((name for name in named if isinstance(name, str) and "/" in name), None)
-                ) is not None:
-                    return kernel
+                if kernels := [name for name in named if isinstance(name, str) and "/" in name]:
+                    return kernels[0]
             if isinstance(value, dict | list | tuple) or hasattr(value, "__dict__"):
                 pending.append(value)
     return None

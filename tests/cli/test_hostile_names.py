@@ -27,10 +27,16 @@ SPEC = "deltaspec: 1\ndeltas:\n  - {name: d, method: lora, target: {type: Linear
 
 @pytest.mark.parametrize(
     "line",
-    ["tree MODEL", "tree MODEL --spec s.deltaspec.yaml --all", "plan MODEL s.deltaspec.yaml",
-     "explain MODEL s.deltaspec.yaml FQN", "plan MODEL s.deltaspec.yaml --format json", "plan MODEL s.deltaspec.yaml --format markdown",
-     "explain MODEL s.deltaspec.yaml FQN2"],
-)  # fmt: skip
+    [
+        "tree MODEL",
+        "tree MODEL --spec s.deltaspec.yaml --all",
+        "plan MODEL s.deltaspec.yaml",
+        "plan MODEL s.deltaspec.yaml --format json",
+        "plan MODEL s.deltaspec.yaml --format markdown",
+        "explain MODEL s.deltaspec.yaml FQN",
+        "explain MODEL s.deltaspec.yaml FQN2",
+    ],
+)
 def test_names_of_modules_are_printed_clean(run, monkeypatch, line):
     monkeypatch.delitem(sys.modules, "hostile_factory", raising=False)
     Path("hostile_factory.py").write_text(FACTORY)
