@@ -97,6 +97,8 @@ CODES: dict[str, str] = {
     "DS456": "switch during a forward",
     "DS457": "backward that would recompute a forward under other deltas",
     "DS458": "module that was changed since the model was compiled",
+    "DS465": "part of a compiled model that is pickled without it",
+    "DS466": "view that another thread was changing when this process was forked",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",
