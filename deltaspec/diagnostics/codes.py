@@ -19,6 +19,7 @@ CODES: dict[str, str] = {
     "DS113": "empty document",
     "DS114": "root is not a mapping",
     "DS115": "value that a document cannot hold",
+    "DS116": "unresolved merge conflict",
     # DS2: schema
     "DS201": "unknown key",
     "DS202": "missing key",
@@ -97,6 +98,8 @@ CODES: dict[str, str] = {
     "DS457": "backward that would recompute a forward under other deltas",
     "DS458": "module that was changed since the model was compiled",
     "DS459": "model that is sharded in a way that deltas cannot follow",
+    "DS465": "part of a compiled model that is pickled without it",
+    "DS466": "view that another thread was changing when this process was forked",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",

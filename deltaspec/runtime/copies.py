@@ -20,6 +20,7 @@ from deltaspec.deltas.modules import beside as delta_beside
 from deltaspec.runtime import forward_gate
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.host import Host
+from deltaspec.runtime.pickled_alone import unmark
 from deltaspec.runtime.sockets import Socket
 
 
@@ -40,6 +41,7 @@ def bare_copy(host: Host, deltas: Deltas | None = None) -> tuple[nn.Module, dict
     sockets = {}
     for place, socket in host.sockets.items():
         twin, call = memo[place], calls[place]
+        unmark(twin)
         if twin.__dict__.get("forward") is call:
             del twin.__dict__["forward"]
             if socket.original is not None:  # it is bound to the module it was put on: bind it to the copy
