@@ -21,6 +21,7 @@ from deltaspec.backbone.stand_in import Swapped, no_gradient_of_padding
 from deltaspec.graphs.formula import formula
 from deltaspec.graphs.lifted import to_function
 from deltaspec.graphs.links import Inputs, Link, widened
+from deltaspec.graphs.passes import keep_scales
 from deltaspec.graphs.row_ops import add_linear_rows, align, linear_rows, rows_in, rows_out, take, toward_rows
 
 _ELEMENTWISE = frozenset({F.gelu, F.relu, F.silu, F.leaky_relu, torch.tanh, torch.sigmoid, operator.neg})
@@ -201,6 +202,7 @@ class RowEmitter:
             else:
                 env[step] = sub.node_copy(step, env.__getitem__)
         sub.output(env[target])
+        keep_scales.run(sub)
         function, _ = to_function(sub, f"{self.link.method} of one row")
         given: list[Any] = []
         if "dropout" in modules:

@@ -107,6 +107,8 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def add_linear_rows(y: Tensor, x: Tensor, weight: Tensor, slot: RowSlot, scale: float = 1.0) -> Tensor:
     """Add, row by row, strength · scale · x Wᵀ to y. `x` is narrow, so the strength is applied to it."""
     scaled = x * slot.strengths_like(x) if slot.partial else x
+    if torch.compiler.is_compiling():  # they lose an `alpha`: see `passes/keep_scales.py`
+        return y + linear_rows(scaled * scale, weight)
     if y.dim() == 3 and x.dim() == 3:
         return torch.baddbmm(y, scaled, weight.mT, alpha=scale)
     return torch.add(y, linear_rows(scaled, weight), alpha=scale)

@@ -33,6 +33,8 @@ def add_product(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: Te
             return torch.addmm(y, h, weight.t(), alpha=scale)
         rows = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), weight.t(), alpha=scale)
         return rows.view(y.shape)
+    if torch.compiler.is_compiling():  # they lose an `alpha`: see `keep_scales.py`
+        return y + F.linear(h * scale, weight)
     return torch.add(y, F.linear(h, weight), alpha=scale)
 
 
