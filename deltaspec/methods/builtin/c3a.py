@@ -90,6 +90,9 @@ def _convolve(x: Tensor, kernels: Tensor) -> Tensor:
     """Multiply x, `[…, in]`, with the circulant blocks; divided by `in`, as in the reference implementation."""
     import torch
 
+    if not x.numel():  # which a transform does not take
+        unit = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        return x @ _convolve(unit, kernels)
     pieces = single(x).reshape(*x.shape[:-1], kernels.shape[1], kernels.shape[2])
     spectrum = torch.einsum("...nb,mnb->...mb", torch.fft.ifft(pieces), torch.fft.fft(single(kernels)))
     convolved: Tensor = torch.fft.fft(spectrum).real
