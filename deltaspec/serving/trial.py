@@ -36,9 +36,9 @@ def rows_lead(
 ) -> bool:
     """Return whether a trial could be made that shows it: False for one row, and for a call that goes on from a cache.
 
-    And for rows that hold nothing. A transformers model is run on inputs of our own; any other one, and one that refuses those, on the call's. A host
-    that these do not reach is judged by the shapes it is given once it is reached. Raises DeltaSpecError (DS442), with
-    all findings, for hosts that are not given the rows along dimension 0.
+    And for rows that hold nothing. A transformers model is run on inputs of our own; any other one, and one that
+    refuses those, on the call's. A host that these do not reach is judged by the shapes it is given once it is reached.
+    Raises DeltaSpecError (DS442), with all findings, for hosts that are not given the rows along dimension 0.
     """
     seen = None
     small = _small_inputs(backbone)
