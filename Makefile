@@ -13,7 +13,7 @@ MISTYPED := alhpa,caf,expct,fro,legel,linaer,metod,paht,parms,qery,qeury,smal,te
 
 DEMO_PLAN := deltaspec.demo.model:build specs/demo-tweets.deltaspec.yaml specs/demo-topics.deltaspec.yaml
 
-.PHONY: demo example test lint format bench schema-check lock-check generate wheel clean
+.PHONY: demo example test test-inductor lint format bench schema-check lock-check generate wheel clean
 
 demo: .venv/.demo
 	$(BIN)/deltaspec demo $(ARGS)
@@ -25,6 +25,10 @@ example: .venv/.demo
 # One torch thread a worker: on small machines two processes are faster than two threads.
 test: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# The tests of torch.compile's default backend with its generated code compiled: minutes, and a C++ compiler.
+test-inductor: .venv/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/contract/test_inductor.py --codegen $(ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from deltaspec.graphs.row_ops import align
 from deltaspec.serving.assignment import RowDeltas, Rows
 from deltaspec.serving.dispatch import Batch
 
-_NONE = torch.empty(0)
+_NONE = torch.empty(0, device="cpu")
 
 
 class Slot:
