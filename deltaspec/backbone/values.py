@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaspec.backbone.offload import value_of
+
 
 @dataclass(frozen=True, slots=True)
 class Values:
@@ -26,9 +28,10 @@ def values_of(tensor: Tensor, module: nn.Module | None = None, name: str = "") -
     Every process that holds a part of a sharded tensor must ask at the same time.
     """
     tensor = tensor.detach()
+    if module is not None:
+        tensor = value_of(module, name, tensor)
     if tensor.is_meta:
-        found = None if module is None else _offloaded(module, name)
-        return Values(None) if found is None or found.is_meta else Values(found)
+        return Values(None)
     tensor = unsharded(tensor)
     bits = quantised_bits(tensor)
     if bits is not None:
@@ -84,18 +87,4 @@ def _dequantised(tensor: Any) -> Tensor | None:
     if "dequantize" in vars(type(tensor)):
         plain: Tensor = tensor.dequantize()
         return plain
-    return None
-
-
-def _offloaded(module: nn.Module, name: str) -> Tensor | None:
-    """Return a tensor that accelerate keeps elsewhere, and brings to the module for each call."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", [hook]):
-        kept = getattr(one, "weights_map", None)
-        if kept is not None:
-            try:
-                found: Tensor = kept[name]
-            except KeyError:
-                continue
-            return found
     return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from deltaspec.backbone.observe import Observations
+from deltaspec.backbone.observations import Observations
 from deltaspec.backbone.record import Present
 from deltaspec.compiler.build import build
 from deltaspec.compiler.compile import refuse_unusable

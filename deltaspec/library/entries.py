@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaspec.backbone.observe import Observations
+from deltaspec.backbone.observations import Observations
 from deltaspec.backbone.table import ModuleTable
 from deltaspec.backbone.tabulate import tabulate
 from deltaspec.deltas.initial import build_delta

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from deltaspec.backbone.observe import Observations
+from deltaspec.backbone.observations import Observations
 from deltaspec.backbone.record import Present
 from deltaspec.backbone.tabulate import tabulate
 from deltaspec.deltas.modules import Deltas, storage_key

@@ -104,7 +104,7 @@ def fill(
     with torch.no_grad():
         for target, value in staged:
             target.copy_(sharded_as(target, value))
-    active.derive([delta.name for delta in plan.deltas])
+    active.derived.refresh([delta.name for delta in plan.deltas])
 
 
 def match(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from deltaspec.backbone.fingerprint import weights_fingerprint
-from deltaspec.backbone.observe import Observations
+from deltaspec.backbone.observations import Observations
 from deltaspec.backbone.record import Present
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.names.folding import shown

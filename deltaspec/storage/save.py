@@ -61,8 +61,8 @@ def save(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[s
     """
     require_known(names, [planned.name for planned in plan.deltas])
     chosen = plan.with_sources(names or [planned.name for planned in plan.deltas])
-    active.derive_detached()
-    findings = [_behind(name) for name in active.behind() if name in chosen]
+    active.derived.refresh_others(active.active)
+    findings = [_behind(name) for name in active.derived.behind(active.active) if name in chosen]
     for name in chosen:
         tensors = dict(deltas[name].tensors())
         if any(value.is_meta for value in tensors.values()):
