@@ -144,6 +144,7 @@ class Libraries:
             for name in opened.entries:
                 del self._of[name], self._shared.order[name]
             opened.entries = {}
+            self._shared.sweep()
 
     def require(self, names: Iterable[str], *, leaving: View | None = None) -> None:
         """Load those of these deltas that are in libraries and not in memory; all or none.

@@ -99,6 +99,11 @@ class Shared:
         self.unproven.discard(name)
         return True
 
+    def sweep(self) -> None:
+        """Forget what was kept for deltas that are gone for good."""
+        self.rivals.sweep()
+        self.stacks.forget_kinds()
+
     # Views
 
     def add_view(self, view: View, deltas: Deltas) -> None:

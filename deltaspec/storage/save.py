@@ -25,6 +25,7 @@ from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.diagnostics.progress import tracked
 from deltaspec.documents.atomic import Together, alone_in
+from deltaspec.names.escaping import file_stem
 from deltaspec.planning.lock import lock
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.active import Active
@@ -38,7 +39,6 @@ from deltaspec.storage.saved import (
     MANIFEST,
     digest,
     file_names,
-    file_stem,
     is_finite,
     not_finite,
     strays,

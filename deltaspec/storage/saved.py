@@ -46,7 +46,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 ENDINGS = {"file": "safetensors", "spec": "deltaspec.json", "lock": "deltaspec.lock.json"}
 """The files of one delta, by their field in the manifest."""
-_FILE_NAME = re.compile(r"[A-Za-z][\w-]*\.[0-9a-f]{8}\.(safetensors|deltaspec\.json|deltaspec\.lock\.json)", re.ASCII)
+_FILE_NAME = re.compile(r"[\w%-]{1,200}\.[0-9a-f]{8}\.(safetensors|deltaspec\.json|deltaspec\.lock\.json)", re.ASCII)
 _UNFINISHED = re.compile(rf"\.({_FILE_NAME.pattern}|manifest\.json)\.[0-9a-f]{{16}}", re.ASCII)
 """What `write_atomically` calls a file before it is whole."""
 _MOST_HEADER = 100_000_000
@@ -208,11 +208,6 @@ def strays(folder: Path, kept: set[str]) -> set[str]:
     """Return the names of files in a directory that earlier saves left, killed ones included, but for those kept."""
     names = set(os.listdir(folder)) - kept
     return {name for name in names if _FILE_NAME.fullmatch(name) or _UNFINISHED.fullmatch(name)}
-
-
-def file_stem(name: str) -> str:
-    """Return what the names of a delta's files begin with."""
-    return name
 
 
 def digest(content: bytes | mmap) -> str:
