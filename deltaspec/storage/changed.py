@@ -49,6 +49,26 @@ def as_it_is(plan: Plan, names: Iterable[str], present: Present, host: Host, del
     return Plan(made, tuple(spec for part in parts for spec in part.specs), table, unused=plan.unused)
 
 
+def changed_since(plan: Plan, present: Present) -> dict[str, frozenset[int] | None]:
+    """Return the tensors, or rows of them, that came after the model was compiled, such as those of a new head.
+
+    Who restores the deltas makes the same change again, and draws them anew.
+    """
+    if present.structure == plan.structure:
+        return {}
+    before = {p.fqn: p.shape for row in plan.table.rows for p in (*row.parameters, *row.buffers)}
+    found: dict[str, frozenset[int] | None] = {}
+    for name, tensor in present.tensors.items():
+        shape, old = tuple(tensor.shape), before.get(name)
+        if old is not None and shape[1:] == old[1:]:
+            rows = range(old[0], shape[0]) if shape else range(0)
+            if rows:
+                found[name] = frozenset(rows)
+        else:
+            found[name] = None
+    return found
+
+
 def _lost(names: Iterable[str], reason: str) -> Diagnostic:
     message = f"{', '.join(names)}: the model was changed after it was compiled, and could not take this back: {reason}"
     hint = "take back the change before you save, or compile onto the changed model and train there"

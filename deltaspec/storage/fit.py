@@ -169,7 +169,10 @@ class Fitter:
         owners = {_owner(name) for name in needed}
         missing: list[str] = []
         others: dict[str, list[str]] = {}
+        stood_for = self._stood_for()
         for name, kind in record.modules.items():
+            if name in stood_for:
+                continue
             if parts is not None and name not in owners and not any(is_inside(name, part) for part in parts):
                 continue
             here = self._here(prefix, name)
@@ -192,6 +195,14 @@ class Fitter:
             was, here = record.modules.get(root), self._here(prefix, root)
             if was is not None and present.modules.get(here, was) != was:
                 yield f"{here or 'the model'} is a {present.modules[here]}, was a {was}"
+
+    def _stood_for(self) -> set[str]:
+        """Return the modules all of whose tensors deltas stand for."""
+        whole: dict[str, bool] = {}
+        for name in self._record.tensors:
+            gone = self._record.replaced.get(name, frozenset()) is None
+            whole[_owner(name)] = whole.get(_owner(name), True) and gone
+        return {name for name, gone in whole.items() if gone}
 
     def _is_quantised(self, name: str, here: str) -> bool:
         """Return whether the tensors of a module are quantised on one side: then its class may be another."""

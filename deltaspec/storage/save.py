@@ -29,7 +29,7 @@ from deltaspec.names.escaping import file_stem
 from deltaspec.planning.lock import lock
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.active import Active
-from deltaspec.storage.changed import as_it_is
+from deltaspec.storage.changed import as_it_is, changed_since
 from deltaspec.storage.depends import reads, replaced
 from deltaspec.storage.matching import present_of
 from deltaspec.storage.processes import in_first_process
@@ -73,8 +73,9 @@ def save(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[s
     if findings:
         raise DeltaSpecError(findings)
     present = present_of(active, plan)
+    new = changed_since(plan, present)
     plan = as_it_is(plan, chosen, present, active.host, deltas)
-    gone = replaced(plan.deltas)
+    gone = new | replaced(plan.deltas)
     read, before = dict[str, list[str]](), dict[str, frozenset[int] | None]()
     for planned in plan.deltas:
         if planned.name in chosen and (own := reads(planned, before, gone)):
