@@ -56,7 +56,12 @@ def tabulate(model: nn.Module) -> ModuleTable:
     )
     root_type = model_type_of(getattr(model, "config", None)) or (model_types[0] if len(model_types) == 1 else None)
     return ModuleTable(
-        rows, type(model).__name__, type(model).__module__, root_type, rows[0].subtree_parameters, tuple(sorted(maps))
+        rows,
+        class_of(model).__name__,
+        class_of(model).__module__,
+        root_type,
+        rows[0].subtree_parameters,
+        tuple(sorted(maps)),
     )
 
 
@@ -68,7 +73,7 @@ def _row(
     vocabulary: bool,
     entrance: Entrance | None,
 ) -> Row:
-    module, kind_of = node.module, type(node.module)
+    module, kind_of = node.module, class_of(node.module)
     if kind_of not in classes:
         classes[kind_of] = _bases(kind_of), _kind(kind_of)
     bases, kind = classes[kind_of]
@@ -113,6 +118,12 @@ def _row(
         fixed=not (known and faithful) and foreign_forward(module) is not None,
         vocabulary=vocabulary,
     )
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class; that which it had before FSDP2 put one of its own in front."""
+    kind = type(module)
+    return kind.__mro__[2] if len(kind.__mro__) > 2 and kind.__mro__[1].__name__ == "FSDPModule" else kind
 
 
 @cache

@@ -108,6 +108,11 @@ class Stacks:
             found = self._kinds[id(planned.sites)] = planned.sites, kind_of(planned)
         return found[1]
 
+    def forget_kinds(self) -> None:
+        """Forget the kinds of sites that no delta has any more."""
+        left = {id(planned.sites) for planned in self._planned.values()}
+        self._kinds = {key: kind for key, kind in self._kinds.items() if key in left}
+
     def of(self, name: str) -> Stack:
         """Return the stack that holds a delta, which `ensure` was asked for."""
         return self._of[name]

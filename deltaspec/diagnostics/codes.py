@@ -128,5 +128,8 @@ CODES: dict[str, str] = {
     "DS532": "delta of a library that is in use",
     "DS533": "delta of a library that cannot be taken along",
     "DS534": "delta without values",
+    "DS535": "saved spec with deltas that were not saved",
+    "DS536": "delta that a changed model cannot take back",
+    "DS537": "saved delta that fits in several places",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""

@@ -6,9 +6,8 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Self
 
-from torch import fx
+from torch import Tensor, fx
 
-from deltaspec.backbone.fingerprint import weights_fingerprint
 from deltaspec.backbone.observe import Observation
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.runtime.checkpointing import Recomputation
@@ -302,11 +301,10 @@ class Active:
         """Return all that decides which deltas a forward has: (attached, strengths, rows)."""
         return self.active, self.strengths.as_dict(), self.rows.running
 
-    def weights_fingerprint(self) -> str | None:
-        """Digest the backbone's weights and buffers, as they are without any delta."""
+    def kept(self) -> dict[tuple[str, str], Tensor]:
+        """Return the values that buffers will have when nothing is attached, by module's FQN and name."""
         # A forward may have written into buffers since something was attached; then they count as they were.
-        kept = {(fqn, name): value for fqn, name, _, value in self.host.kept_buffers()} if self.acts else {}
-        return weights_fingerprint(self.host.backbone, kept)
+        return {(fqn, name): value for fqn, name, _, value in self.host.kept_buffers()} if self.acts else {}
 
     def require(self, names: Collection[str]) -> None:
         """Have these deltas in memory, loaded if need be. Raise UnknownDeltaError, DeltaSpecError."""
