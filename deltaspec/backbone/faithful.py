@@ -1,4 +1,6 @@
-"""Modules of a known kind whose class has a forward of its own, which may compute something else than torch's class.
+"""Modules of a known kind with a forward of their own, which may compute something else than torch's class.
+
+The forward may be the class's, or one that was put onto the module.
 
 A method that is written for a Linear adds to what leaves a Linear. A router that is a Linear but returns scores, or a
 LayerNorm that has its channels first, takes a change of its weight all the same, and only that.
@@ -6,10 +8,16 @@ LayerNorm that has its channels first, takes a change of its weight all the same
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from deltaspec.backbone.copying import copy_held
+from deltaspec.backbone.forwards import foreign_forward
+from deltaspec.backbone.holding import parts_of
 
 _BATCH, _IN, _OUT = (2, 5), 4, 3
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -19,21 +27,24 @@ def is_faithful(module: nn.Module, kind: str) -> bool:
     """Return whether a module computes what torch's (or transformers') class of its kind does.
 
     A forward of its own is tried on random values, in a small copy; what cannot be tried counts as another computation.
-    Norms that are known by name only have no such class, and count as faithful. So do quantised layers, whose weight
-    has another form.
+    Norms that are known by name only have no such class, and count as faithful to their own. So do quantised layers,
+    whose weight has another form.
     """
-    known: Any = next((base for base in type(module).__mro__ if _is_known(base)), None)
-    weight = module._parameters.get("weight")
-    if known is None or type(module).forward is known.forward:
+    known: Any = next((base for base in type(module).__mro__ if _is_known(base)), type(module))
+    weight, foreign = module._parameters.get("weight"), foreign_forward(module)
+    if foreign is None and type(module).forward is known.forward:
         return True
     if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
         return True
-    if module._modules:  # which the copy would share, with what they write
+    if module._modules or _reads_others(foreign, module):  # which the copy would share, with what they write
         return False
+    place = weight.device if foreign is not None and not weight.is_meta else torch.device("cpu")
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), place:
             torch.manual_seed(0)
-            return _agree(_small(module, kind), known, kind)
+            twin = _small(module, kind)
+            forward = type(twin).forward if foreign is None else _moved(foreign, module, twin)
+            return _agree(twin, known, kind, forward)
     except Exception:  # whatever a stranger's forward raises on inputs that its class takes
         return False
 
@@ -41,6 +52,29 @@ def is_faithful(module: nn.Module, kind: str) -> bool:
 def _is_known(kind: type) -> bool:
     home = kind.__module__
     return kind is not nn.Module and (home.startswith("torch.nn.modules.") or home == "transformers.pytorch_utils")
+
+
+def _reads_others(forward: Any, module: nn.Module) -> bool:
+    """Return whether a forward that was put onto a module leads to other modules."""
+    waiting, seen = [forward], {id(module)}
+    while waiting:
+        held = waiting.pop()
+        if id(held) in seen:
+            continue
+        if isinstance(held, nn.Module):
+            return True
+        seen.add(id(held))
+        waiting += parts_of(held)
+    return False
+
+
+def _moved(forward: Any, module: nn.Module, twin: nn.Module) -> Callable[..., Any]:
+    """Return a forward that was put onto a module as a function of its copy, and bound to that."""
+    memo: dict[int, Any] = {id(module): twin}
+    for home, copied in ((module._parameters, twin._parameters), (module._buffers, twin._buffers)):
+        memo |= {id(tensor): copied[name] for name, tensor in home.items() if tensor is not None}
+    bound = copy_held(forward, module, memo)
+    return lambda _, *args: bound(*args)
 
 
 def _small(module: nn.Module, kind: str) -> nn.Module:
@@ -64,14 +98,14 @@ def _small(module: nn.Module, kind: str) -> nn.Module:
     return twin
 
 
-def _agree(twin: nn.Module, known: Any, kind: str) -> bool:
+def _agree(twin: nn.Module, known: Any, kind: str, forward: Callable[..., Any]) -> bool:
     for shape in _inputs(twin, kind):
         x = torch.randn(shape)
         try:
             wanted: Tensor = known.forward(twin, x.clone())
         except (RuntimeError, ValueError):  # another number of dimensions, for norms with channels first
             continue
-        found: Any = type(twin).forward(twin, x.clone())
+        found: Any = forward(twin, x.clone())
         same = isinstance(found, Tensor) and found.shape == wanted.shape and found.dtype == wanted.dtype
         return same and torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
     return False
@@ -82,6 +116,6 @@ def _inputs(twin: nn.Module, kind: str) -> list[tuple[int, ...]]:
     assert weight is not None
     if kind != "norm":
         return [(*_BATCH, _IN)]
-    if isinstance(twin, nn.LayerNorm | nn.RMSNorm):
+    if not isinstance(twin, nn.GroupNorm | _NormBase):
         return [(2, 5 if weight.shape[0] != 5 else 7, *weight.shape)]
     return [(2, *weight.shape, *(5, 3, 2)[:dims]) for dims in (1, 2, 3, 0)]

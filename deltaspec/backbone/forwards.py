@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deltaspec.backbone.holding import COMPILED
+from deltaspec.backbone.offload import is_hooked
+
 
 @cache
 def arguments_of(forward: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
@@ -25,6 +28,21 @@ def names_in(forward: Callable[..., Any]) -> tuple[str, ...]:
     """Return the names that a forward's code looks up, as far as there is code to look at."""
     code = getattr(inspect.unwrap(forward), "__code__", None)
     return code.co_names if code is not None else ()
+
+
+def foreign_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the forward that was put onto a module in the place of its class's own; None where there is none.
+
+    Accelerate's hooks run the forward that was there before them, and what torch.compile made runs what it was given.
+    """
+    attributes = module.__dict__
+    found = attributes.get("forward")
+    if found is not None and is_hooked(module):
+        found = attributes.get("_old_forward", found)
+    while hasattr(found, COMPILED):
+        found = getattr(found, COMPILED)
+    own = isinstance(found, MethodType) and found.__self__ is module and found.__func__ is type(module).forward
+    return None if own else found
 
 
 _LINEAR = nn.Linear.forward

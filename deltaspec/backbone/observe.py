@@ -20,7 +20,6 @@ from deltaspec.backbone.attention import AttentionShape, record_shapes
 from deltaspec.backbone.clone import clone, hollow
 from deltaspec.backbone.flow import METADATA, Fate, fates
 from deltaspec.backbone.inputs import call_arguments, dummy_inputs, moved_to
-from deltaspec.backbone.table import Row
 from deltaspec.names.paths import below, is_inside
 
 
@@ -55,29 +54,6 @@ class Observation:
             reason = f"this {kind} runs without gradients, so a delta of its weights could not be trained"
             return reason, "leave it out, or use a method around the call (adapter)"
         return None
-
-
-class Observations:
-    """Lets one forward of a model show what its modules do. It runs when it is first needed.
-
-    Where no inputs are given, it is not needed for the linear and norm layers that have a role in an architecture of
-    transformers: the test suite observes each of those architectures.
-    """
-
-    def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
-        self._model, self._inputs = model, example_inputs
-        self._vouched = example_inputs is None and type(model).__module__.startswith("transformers.models.")
-        self._seen: dict[str, Observation] | None = None
-        self.failure: str | None = None
-        """Reason why a needed forward could not run; static knowledge about torch's own modules is there even so."""
-
-    def of(self, row: Row) -> Observation | None:
-        """Return what is known of a module; None where the forward could not run."""
-        if self._vouched and row.roles and row.kind in ("linear", "conv1d", "norm"):
-            return Observation(True)
-        if self._seen is None:
-            self._seen, self.failure = observe(self._model, self._inputs)
-        return self._seen.get(row.fqn)
 
 
 _MOST_HOLLOW = 2_000_000_000

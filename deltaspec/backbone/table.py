@@ -94,6 +94,8 @@ class Row:
     """Parts of its output, where it is a fused projection and the layout is known."""
     faithful: bool = True
     """Whether its forward computes what torch's class of its kind (linear, conv1d, norm) does."""
+    fixed: bool = False
+    """Whether a forward that runs on its own weights only was put onto it, and computes something of its own."""
     vocabulary: bool = False
     """Whether it is the table of input embeddings, as the model itself says (`get_input_embeddings`)."""
     parametrised: tuple[str, ...] = ()

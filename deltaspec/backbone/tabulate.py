@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from deltaspec.backbone.attention import is_routable
 from deltaspec.backbone.entrances import entrances
 from deltaspec.backbone.faithful import is_faithful
-from deltaspec.backbone.forwards import arguments_of
+from deltaspec.backbone.forwards import arguments_of, foreign_forward
 from deltaspec.backbone.table import ConvInfo, Entrance, ModuleTable, Packed, ParameterInfo, Row
 from deltaspec.backbone.walk import Node, model_type_of, own, subtree_sizes, walk
 from deltaspec.backbone.weight_forms import packed_form, packed_weight, shape_of_values, unpacked_class
@@ -89,6 +89,8 @@ def _row(
         one = any(p.name == "weight" and len(p.shape) == 1 for p in (*parameters, *buffers))
         kind = "norm" if one else "other"
     attributes = vars(module).items() if module._forward_pre_hooks else ()
+    known = kind in ("linear", "conv1d", "norm")
+    faithful = not known or is_faithful(module, kind)
     wide: Any = module
     into, out = (getattr(module, name) for name in _WIDTHS[kind]) if kind in _WIDTHS else (None, None)
     return Row(
@@ -113,7 +115,8 @@ def _row(
         arguments=_arguments(kind_of.forward),
         transposed=(module.__dict__.get("is_transposed") or getattr(kind_of, "is_transposed", None)) is True,
         parts=None if node.map is None or out is None else node.map.parts_of(node.roles, node.config, out),
-        faithful=kind not in ("linear", "conv1d", "norm") or is_faithful(module, kind),
+        faithful=faithful,
+        fixed=not (known and faithful) and foreign_forward(module) is not None,
         vocabulary=vocabulary,
         parametrised=tuple(getattr(module._modules.get("parametrizations"), "_modules", ())),
         unpacked=None if packed is None else unpacked_class(module).__name__,

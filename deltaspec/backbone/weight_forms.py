@@ -98,6 +98,14 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def own_shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
+    """Return the shape of an own tensor's values, computed ones included; None where there is none of this name."""
+    if name == "weight" and (packed := packed_weight(module)) is not None:
+        return shape_of_values(module, *packed)
+    found = getattr(module, name, None)
+    return tuple(found.shape) if isinstance(found, Tensor) else None
+
+
 def sizes(module: nn.Module) -> Iterator[tuple[Tensor, int]]:
     """Yield a module's own parameters with the number of values that each stands for; scales of codes stand for none.
 

@@ -21,7 +21,7 @@ def command(model: str, spec: str, name: str) -> None:
 
     loaded = load(spec)  # before torch is: that is quick
     from deltaspec.backbone.loading import model_from
-    from deltaspec.backbone.observe import Observations
+    from deltaspec.backbone.observations import Observations
     from deltaspec.backbone.tabulate import tabulate
     from deltaspec.reports.verdicts import find_row, verdicts
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from deltaspec.backbone.clone import deep_copy
+from deltaspec.backbone.copying import copy_held, deep_copy
 from deltaspec.compiler.build import Built, build, with_rows
 from deltaspec.compiler.handles import DeltasView, Restore
 from deltaspec.compiler.pickling import rebuild, reduced
@@ -145,7 +145,7 @@ class CompiledModel(torch.fx.GraphModule):
 
     def refresh(self, *names: str) -> Self:
         """Compute derived deltas, by name or all, from their sources as they are now, as `attach` and `only` do."""
-        self._active.derive(self._known(names))
+        self._active.derived.refresh(self._known(names))
         return self
 
     def _known(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -194,7 +194,8 @@ class CompiledModel(torch.fx.GraphModule):
         with self._host.gate.lock, self._shared.lock:
             built = with_rows(beside(self._active), self._shared, self._libraries)
             made = CompiledModel(built, self.capture, self.capture_reason)
-            made._copy_own_state(self, {})
+            mine, others = self._host.modules, made._host.modules
+            made._copy_own_state(self, {id(module): others[fqn] for fqn, module in mine.items()})
             built.active.follow(self._active)
         return made
 
@@ -244,7 +245,8 @@ class CompiledModel(torch.fx.GraphModule):
         plain = without_deltas(self._host)
         for name in self._host.trained_in_backbone():
             plain.get_parameter(name).requires_grad = True
-        twin = CompiledModel(*build(plain, plan, self.capture))
+        asked = self.capture if self.capture_reason == "asked for" else "auto"
+        twin = CompiledModel(*build(plain, plan, asked))
         copy_tensors(self.plan, plan, self.deltas, twin.deltas)
         twin.only(*self.attached)
         return twin
@@ -270,17 +272,20 @@ class CompiledModel(torch.fx.GraphModule):
         deep_copy(self.backbone, memo)
         built = copy.deepcopy(self._built, memo)  # copied with the backbone, all of it
         twin = CompiledModel(built, self.capture, self.capture_reason)
+        built.active.follow_others()  # what was copied of the forwards is made anew
+        built.host.deltas.own()
         memo[id(self)] = twin
         twin._copy_own_state(self, memo)
         return twin
 
-    def _copy_own_state(self, other: CompiledModel, memo: dict[int, Any]) -> None:
+    def _copy_own_state(self, other: CompiledModel, memo: dict[Any, Any]) -> None:
         """Carry over what users put on the root itself: hooks, flags, attributes."""
+        memo |= {id(other): self, id(other.backbone): self.backbone}
         made = {"_modules", "_parameters", "_buffers", "_graph", "_code", "_lineno_map", "meta", "_built"}
-        made |= {f"_{part}" for part in Built._fields}
+        made |= {"_compiled_call_impl"} | {f"_{part}" for part in Built._fields}
         for name, value in other.__dict__.items():
             if name not in made:
-                self.__dict__[name] = copy.deepcopy(value, memo)
+                self.__dict__[name] = copy_held(value, other, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # fx makes a class for each GraphModule, so the class is named here.

@@ -72,6 +72,7 @@ CODES: dict[str, str] = {
     "DS409": "sources that cannot be combined",
     "DS410": "text that cannot be made into tokens",
     "DS411": "model that uses the name of the deltas itself",
+    "DS412": "forward that cannot run on other weights",
     "DS430": "model that cannot be copied",
     "DS431": "model that is compiled already",
     "DS432": "model that cannot be captured as symbolic",
@@ -94,6 +95,7 @@ CODES: dict[str, str] = {
     "DS455": "move or cast of one of several views",
     "DS456": "switch during a forward",
     "DS457": "backward that would recompute a forward under other deltas",
+    "DS458": "module that was changed since the model was compiled",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",

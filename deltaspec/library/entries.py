@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaspec.backbone.observe import Observations
+from deltaspec.backbone.observations import Observations
 from deltaspec.deltas.initial import build_delta
 from deltaspec.deltas.stack import Layout
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic

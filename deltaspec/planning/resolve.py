@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from deltaspec.backbone.observe import Observations
+from deltaspec.backbone.observations import Observations
 from deltaspec.backbone.reserved import refuse_backbone
 from deltaspec.backbone.table import ModuleTable
 from deltaspec.backbone.tabulate import tabulate

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from deltaspec.backbone.observe import Observations
+from deltaspec.backbone.observations import Observations
 from deltaspec.backbone.table import ModuleTable, Row
 from deltaspec.diagnostics.findings import Diagnostic, Path
 from deltaspec.diagnostics.wording import counted
@@ -19,6 +19,7 @@ from deltaspec.methods.registry import methods
 from deltaspec.methods.shared.shapes import static_widths
 from deltaspec.names.folding import shown
 from deltaspec.planning.budget import choose_rank
+from deltaspec.planning.fixed import refuse_fixed
 from deltaspec.planning.planned import PlannedDelta, PlannedSite
 from deltaspec.planning.weight_forms import computed_weight, packed_weight
 from deltaspec.selection.select import select
@@ -241,6 +242,8 @@ class Placer:
         seen = self.observations.of(site.row)
         if seen is not None and (useless := seen.useless(site.row.type, self.method.promises.weight is not None)):
             return "DS403", *useless
+        if why := refuse_fixed(self.method, site, params, self.table):
+            return why
         if site.host is not None and self.method.promises.weight is None:
             host = site.host or self.table.model_class
             reads = f"{host} reads this {site.row.type}'s weights without calling it"

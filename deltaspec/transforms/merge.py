@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaspec.backbone.clone import deep_copy, norm_limited
+from deltaspec.backbone.clone import norm_limited
+from deltaspec.backbone.copying import deep_copy
 from deltaspec.backbone.unpacking import copies_of_codes, tell_unpacked, unpacked
 from deltaspec.backbone.weight_forms import is_packed, own_values
 from deltaspec.deltas.modules import storage_key
@@ -39,7 +40,7 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
     _refuse(shared, host, names)
     shared.rivals.refuse(names)
     strengths = active.strengths.as_dict(names)
-    active.derive(name for name in names if name not in active.active)
+    active.derived.refresh(name for name in names if name not in active.active)
     training = host.trained_in_backbone()
     bare = without_deltas(host)
     plain = deep_copy(bare, copies_of_codes(bare))

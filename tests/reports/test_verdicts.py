@@ -6,7 +6,7 @@ import deltaspec
 
 
 def test_tree_and_explain_show_it_where_its_sources_are():
-    from deltaspec.backbone.observe import Observations
+    from deltaspec.backbone.observations import Observations
     from deltaspec.backbone.tabulate import tabulate
     from deltaspec.reports.tree import targets
     from deltaspec.reports.verdicts import find_row, verdicts
