@@ -96,6 +96,9 @@ CODES: dict[str, str] = {
     "DS456": "switch during a forward",
     "DS457": "backward that would recompute a forward under other deltas",
     "DS458": "module that was changed since the model was compiled",
+    "DS475": "verb of PEFT on a compiled model",
+    "DS476": "standard save that would leave deltas out",
+    "DS477": "state dict with other values of deltas",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",
