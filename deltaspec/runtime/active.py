@@ -176,7 +176,7 @@ class Active:
         else:
             self.host.freeze()
         if new.install(old):
-            self.guard.take()
+            self.guard.take(new.footprint)
         self.active, self._installed = new.names, new
         if self.residency.opened:
             self.residency.touch(new.names)

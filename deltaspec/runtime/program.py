@@ -18,7 +18,7 @@ Exit: TypeAlias = "tuple[Callable[[State], None], State, dict[str, Any], Forward
 is in and when it is out."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Footprint:
     """The sockets that some programs fill; one object for all programs that fill the same."""
 
