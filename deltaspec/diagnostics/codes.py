@@ -73,6 +73,7 @@ CODES: dict[str, str] = {
     "DS410": "text that cannot be made into tokens",
     "DS411": "model that uses the name of the deltas itself",
     "DS412": "forward that cannot run on other weights",
+    "DS414": "statistics that a forward would move",
     "DS430": "model that cannot be copied",
     "DS431": "model that is compiled already",
     "DS432": "model that cannot be captured as symbolic",

@@ -31,7 +31,7 @@ _compiling = torch.compiler.is_compiling
 class ForwardGate:
     """Keeps the threads of one view apart."""
 
-    __slots__ = ("after", "closed", "lock", "moving", "rows", "running")
+    __slots__ = ("after", "closed", "first", "lock", "moving", "rows", "running")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -44,6 +44,8 @@ class ForwardGate:
         """The thread that runs rows."""
         self.after: Callable[[Any], None] | None = None
         """Called with the output of each outermost forward that autograd records."""
+        self.first: Callable[..., Any] | None = None
+        """Runs an outermost forward in the place of the backbone's class, for as long as it wants to see some."""
         self.moving: Callable[[Any], None] | None = None
         """Called before the backbone is moved or cast, with the function that does it; may raise."""
 
@@ -149,7 +151,8 @@ def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         running[me] = depth + 1
         if gate.closed and not depth:
             gate.wait(me)
-        output = type(self)._call_impl(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+        run = type(self)._call_impl if gate.first is None or depth else gate.first
+        output = run(self, *args, **kwargs)
     finally:
         gate.leave(me, depth)
     if gate.after is not None and not depth and torch.is_grad_enabled():

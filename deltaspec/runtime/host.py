@@ -8,12 +8,14 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from deltaspec.backbone.copying import copy_held
-from deltaspec.backbone.forwards import own_forward
+from deltaspec.backbone.forwards import foreign_part, own_forward
 from deltaspec.backbone.reserved import home
 from deltaspec.backbone.walk import named
 from deltaspec.deltas.modules import Deltas
+from deltaspec.runtime.buffers import BufferGuard
+from deltaspec.runtime.first_writes import FirstWrites
 from deltaspec.runtime.forward_gate import ForwardGate
-from deltaspec.runtime.frozen import BufferGuard, Flags, tracks_statistics
+from deltaspec.runtime.frozen import Flags, FrozenStatistics, tracks_statistics
 from deltaspec.runtime.program import Forward
 
 
@@ -32,6 +34,7 @@ class Host:
         """FQNs of the modules that write running statistics."""
         self.gate = ForwardGate()
         self.flags, self.buffers = Flags(self.modules.values()), BufferGuard(self.modules.values())
+        self._watch_writes()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy together with the backbone."""
@@ -39,11 +42,22 @@ class Host:
         for name, value in self.__dict__.items():
             twin.__dict__[name] = copy_held(value, self.backbone, memo)
         twin.follow_moves()
+        twin._watch_writes()  # noqa: SLF001
         return twin
+
+    def _watch_writes(self) -> None:
+        """Let the first forward in each mode show whether it writes parameters, which the user's model has, too."""
+        self.gate.first = FirstWrites(list(self.modules.values()), self.gate, self.buffers.wrote).arm()
 
     def own_forward(self, fqn: str) -> Forward:
         """Return the forward that a module has without any delta."""
         return self.originals[fqn] or own_forward(self.modules[fqn])
+
+    def frozen_statistics(self, fqn: str) -> Forward:
+        """Return the forward of a module that writes running statistics, such that it does not."""
+        module = self.modules[fqn]
+        original = self.originals[fqn]
+        return FrozenStatistics(module, fqn, original if foreign_part(module, original) is not None else None)
 
     def freeze(self) -> None:
         """Take the backbone's parameters out of training, and remember the values of its buffers."""
@@ -55,10 +69,13 @@ class Host:
         self.flags.moved = self.buffers.moved = True
 
     def kept_buffers(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-        """Yield what buffers will be when nothing is attached: (module's FQN, name, the buffer, its value)."""
-        homes = {id(module._buffers): fqn for fqn, module in self.modules.items()}
-        for place, name, buffer, value in self.buffers.kept():
-            yield homes[id(place)], name, buffer, value
+        """Yield what buffers will be when nothing is attached: (module's FQN, name, the buffer, its value).
+
+        And what parameters will be that forwards write.
+        """
+        names = {id(module): fqn for fqn, module in self.modules.items()}
+        for module, name, tensor, value in self.buffers.kept():
+            yield names[id(module)], name, tensor, value
 
     def trained_in_backbone(self) -> set[str]:
         """Return the names of the backbone parameters that are in training whenever nothing is attached."""

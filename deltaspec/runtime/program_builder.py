@@ -24,7 +24,6 @@ from deltaspec.graphs.regions import Region, RegionKey, region
 from deltaspec.graphs.symbolic import SiteNames, compile_graph, copy_graph, rewrite_site
 from deltaspec.methods.declarations import Form, Site
 from deltaspec.methods.registry import methods
-from deltaspec.runtime.frozen import FrozenStatistics
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.lowering import Attend, Fold, Lowered
 from deltaspec.runtime.placements import Placement, Placements
@@ -88,7 +87,7 @@ class ProgramBuilder:
             self._bind_root(program, inline)
         for fqn in self.statistics:
             if fqn not in hosts or fqn in inline:
-                self._write(program, fqn, FrozenStatistics(self.modules[fqn]))
+                self._write(program, fqn, self.host.frozen_statistics(fqn))
         self._put_prompts_in_front(program, names)
         if wrap_root is not None:
             self._write(program, "", wrap_root(self._so_far(program, "")))
@@ -145,7 +144,7 @@ class ProgramBuilder:
             hooked = tuple(attend for _, attend, _ in attends)
             base: Any = Lowered(self.modules[host], tuple(fold for fold, _ in folds), frozen, hooked)
         else:
-            base = FrozenStatistics(self.modules[host]) if frozen else self.own_forward(host)
+            base = self.host.frozen_statistics(host) if frozen else self.own_forward(host)
         leading = [value for _, values in folds for value in values]
         leading += [value for _, _, values in attends for value in values]
         return self.bind_region(host, placements, sorted_out, base, leading)
