@@ -22,8 +22,10 @@ _MOST = 500
 
 
 def is_published(module: nn.Module) -> bool:
-    """Return whether a module is of a class of torch or transformers, and runs the forward of that class."""
-    return type(module).__module__.startswith(_PUBLISHED) and foreign_forward(module) is None
+    """Return whether a module is of a class of torch or transformers, and runs the forward that they wrote for it."""
+    kind: Any = type(module)
+    homes = kind.__module__, str(getattr(kind.forward, "__module__", ""))  # others may put a forward into the class
+    return all(home.startswith(_PUBLISHED) for home in homes) and foreign_forward(module) is None
 
 
 def writes_uncounted(module: nn.Module) -> bool:
@@ -73,7 +75,7 @@ class OwnOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Tensors on the old memory that the forward has already made are moved when they are written to.
     """
 
-    def __init__(self, modules: list[nn.Module], wrote: Callable[[nn.Module, str, Tensor], None]) -> None:
+    def __init__(self, modules: list[nn.Module], wrote: Callable[[nn.Module, str, Tensor], None] | None = None) -> None:
         """`wrote` is told of each such parameter: the module, the name, and the value before."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._wrote = wrote
@@ -99,7 +101,8 @@ class OwnOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = _key(tensor)
         if (homes := self._shared.pop(key, None)) is not None:
             for module, name, parameter in homes:
-                self._wrote(module, name, parameter.detach().clone())
+                if self._wrote is not None:
+                    self._wrote(module, name, parameter.detach().clone())
             old: Any = tensor.untyped_storage()
             self._moved[key] = old, old.clone()
             for parameter in {id(parameter): parameter for _, _, parameter in homes}.values():

@@ -9,10 +9,11 @@ from typing import Any, Self
 from torch import fx
 
 from deltaspec.backbone.fingerprint import weights_fingerprint
-from deltaspec.backbone.observe import Observation
+from deltaspec.backbone.recorder import Observation
 from deltaspec.deltas.combine import behind, refresh
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.runtime.checkpointing import Recomputation
+from deltaspec.runtime.first_forwards import FirstForwards
 from deltaspec.runtime.forward_gate import install
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.owner import ViewOwner
@@ -57,6 +58,7 @@ class Active:
         self.owner = host.deltas.owner = owner
         self.gate.after = Recomputation(host.modules.values(), self.state).after
         self.gate.moving = self.owner.before_move
+        self.gate.first = FirstForwards.of(self, host, self.shared)
         install(host.backbone, self.gate)
         self.shared.add_view(self, self.host.deltas)
 

@@ -13,7 +13,6 @@ from deltaspec.backbone.reserved import home
 from deltaspec.backbone.walk import named
 from deltaspec.deltas.modules import Deltas
 from deltaspec.runtime.buffers import BufferGuard
-from deltaspec.runtime.first_writes import FirstWrites
 from deltaspec.runtime.forward_gate import ForwardGate
 from deltaspec.runtime.frozen import Flags, FrozenStatistics, tracks_statistics
 from deltaspec.runtime.program import Forward
@@ -34,7 +33,6 @@ class Host:
         """FQNs of the modules that write running statistics."""
         self.gate = ForwardGate()
         self.flags, self.buffers = Flags(self.modules.values()), BufferGuard(self.modules.values())
-        self._watch_writes()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy together with the backbone."""
@@ -42,12 +40,7 @@ class Host:
         for name, value in self.__dict__.items():
             twin.__dict__[name] = copy_held(value, self.backbone, memo)
         twin.follow_moves()
-        twin._watch_writes()  # noqa: SLF001
         return twin
-
-    def _watch_writes(self) -> None:
-        """Let the first forward in each mode show whether it writes parameters, which the user's model has, too."""
-        self.gate.first = FirstWrites(list(self.modules.values()), self.gate, self.buffers.wrote).arm()
 
     def own_forward(self, fqn: str) -> Forward:
         """Return the forward that a module has without any delta."""
