@@ -36,6 +36,6 @@ class Observations:
 
 
 def _is_vouched_for(model: nn.Module) -> bool:
-    """Return whether a model is one of transformers', and what holds others in it runs forwards of theirs or torch's."""
+    """Return whether a model is one of transformers', and what holds others in it runs theirs or torch's."""
     known = type(model).__module__.startswith("transformers.models.")
     return known and all(is_published(module) for module in model.modules() if module._modules)

@@ -76,5 +76,5 @@ def build(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: bool = 
     place(backbone, deltas)
     built = assemble(backbone, deltas, plan, graph)
     built.active.activate(planned.name for planned in plan.deltas if planned.attached)
-    built.active.derive_detached()
+    built.active.derived.refresh_others(built.active.active)
     return built, capture, reason

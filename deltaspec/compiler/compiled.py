@@ -145,7 +145,7 @@ class CompiledModel(torch.fx.GraphModule):
 
     def refresh(self, *names: str) -> Self:
         """Compute derived deltas, by name or all, from their sources as they are now, as `attach` and `only` do."""
-        self._active.derive(self._known(names))
+        self._active.derived.refresh(self._known(names))
         return self
 
     def _known(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -272,6 +272,8 @@ class CompiledModel(torch.fx.GraphModule):
         deep_copy(self.backbone, memo)
         built = copy.deepcopy(self._built, memo)  # copied with the backbone, all of it
         twin = CompiledModel(built, self.capture, self.capture_reason)
+        built.active.follow_others()  # what was copied of the forwards is made anew
+        built.host.deltas.own()
         memo[id(self)] = twin
         twin._copy_own_state(self, memo)
         return twin

@@ -24,12 +24,13 @@ def reduced(built: Built) -> tuple[nn.Module, Plan, dict[str, float]]:
     """
     active, shared, host, libraries, _ = built
     libraries.refuse_attached(active.active, "pickled")
-    for fqn, original in host.originals.items():
-        if original is not None:
+    active.follow_others()
+    for fqn in host.modules:
+        if host.has_foreign(fqn):
             message = f"{fqn or 'the model'} has a forward of its own (another library's hook), which cannot be pickled"
             hint = "remove the hook first (accelerate: remove_hook_from_module), or use c.save(dir)"
             raise DeltaSpecError([Diagnostic("DS433", message, suggestion=hint)])
-    twin = bare_copy(host)
+    twin, _ = bare_copy(host)
     for name in host.trained_in_backbone():
         twin.get_parameter(name).requires_grad = True
     return twin, shared.plan, {name: active.strengths[name] for name in active.active}

@@ -51,6 +51,7 @@ def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module, *, drawn:
             else:
                 delta._parameters[name] = nn.Parameter(value)
     delta.train(backbone.training)
+    delta.own()
     return delta
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -21,6 +22,23 @@ def attribute_name(key: str) -> str:
     return key.replace(".", "/")
 
 
+class OwnTensors:
+    """Which tensors are a delta's own, in all views of it."""
+
+    __slots__ = ("known", "places", "views")
+
+    def __init__(self, names: Iterable[str] | None = None) -> None:
+        self.places: dict[str, int] | None = None if names is None else dict.fromkeys(names, 0)
+        """Identities of the tensors by name; 0 where none is registered."""
+        self.known = False
+        """Whether the identities are those of this copy of the delta."""
+        self.views: WeakSet[Delta] = WeakSet()
+        """The modules of the delta, where there are several."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OwnTensors, (None if self.places is None else [*self.places],)  # the tensors of a copy are others
+
+
 class Delta(nn.Module):
     """The tensors of one delta, flat: `encoder/layer/0/attention/self/query/down`.
 
@@ -28,24 +46,63 @@ class Delta(nn.Module):
     torch allows no dots in a parameter's name.
     """
 
+    own_tensors: OwnTensors
+
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
+        self.__dict__["own_tensors"] = OwnTensors()
 
     def tensor(self, key: str) -> Tensor:
-        """Return a tensor by its storage key."""
-        name = attribute_name(key)
+        """Return a tensor by its storage key, as forwards read it."""
+        return self._read(attribute_name(key))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (storage key, tensor) for all tensors, buffers included, as forwards read them."""
+        for name in self._own_places():
+            yield name.replace("/", "."), self._read(name)
+
+    def _read(self, name: str) -> Tensor:
         found: Tensor | None = self._parameters.get(name)
         if found is None:
-            found = self._buffers[name]
+            found = self._buffers.get(name)
+        if found is None:
+            found = getattr(self, name)  # parametrized, pruned or sharded: it is computed, or an attribute
         assert found is not None
         return found
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (storage key, tensor) for all tensors, buffers included."""
-        for name, value in (*self._parameters.items(), *self._buffers.items()):
-            if value is not None:
-                yield name.replace("/", "."), value
+    def own(self) -> None:
+        """Take the tensors that are registered now for the delta's own; what stands there for one call is not."""
+        now = {name: id(value) for name, value in self._registered().items() if value is not None}
+        places = self.own_tensors.places
+        # A name that is gone is a parametrized, pruned or sharded tensor: it stays the delta's.
+        self.own_tensors.places = now if places is None else {name: now.get(name, 0) for name in places}
+        self.own_tensors.known = True
+
+    def is_displaced(self) -> bool:
+        """Return whether other tensors stand in the places of its own: functional_call, FSDP, a parametrization."""
+        now = self._registered()
+        return any(id(now.get(name)) != place for name, place in self._own_places().items())
+
+    def is_view_of(self, other: Delta) -> bool:
+        """Return whether this is the same delta in another view."""
+        return self.own_tensors is other.own_tensors
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, in all views, as `setattr` does: it is the delta's own from now on."""
+        super().register_parameter(name, param)
+        if param is not None and name in (self.own_tensors.places or ()):
+            for view in (self, *self.own_tensors.views):
+                view._parameters[name] = param
+            self.own()
+
+    def _registered(self) -> dict[str, Tensor | None]:
+        return {**self._parameters, **self._buffers}
+
+    def _own_places(self) -> dict[str, int]:
+        if not self.own_tensors.known:
+            self.own()
+        return self.own_tensors.places or {}
 
     def dropout(self, probability: float) -> nn.Dropout:
         """Return the delta's dropout of this probability; it follows the model's training mode."""
@@ -95,6 +152,11 @@ class Deltas(Reserved):
         self.owner: Owner | None = None
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
+    def own(self) -> None:
+        """Take the tensors that are registered now for the deltas' own."""
+        for delta in self.held():
+            delta.own()
+
     def add(self, delta: Delta) -> None:
         """Register a delta; any name will do, also one that nn.Module has as a method."""
         self._modules[delta.name] = delta
@@ -137,20 +199,27 @@ class Deltas(Reserved):
         if self.owner is not None:
             self.owner.before_move(fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.own()
         if self.owner is not None:
             self.owner.after_move(fn)
         return self
 
 
 def beside(delta: Delta, training: bool) -> Delta:
-    """Return a delta as a module of another view: the same registries of tensors, and dropout of its own."""
+    """Return a delta as a module of another view: the same tensors, in registries and with dropout of its own.
+
+    What stands in one view's registries for one call only (`functional_call`) is no other view's.
+    """
     twin = Delta(delta.name)
-    twin.__dict__.update(_parameters=delta._parameters, _buffers=delta._buffers, training=training)
+    twin.__dict__.update(_parameters={**delta._parameters}, _buffers={**delta._buffers}, training=training)
+    twin.__dict__["own_tensors"] = delta.own_tensors
+    delta.own_tensors.views.update((delta, twin))
     twin._non_persistent_buffers_set = delta._non_persistent_buffers_set
     return twin
 
 
 def _after_load(deltas: nn.Module, _: Any) -> None:
     assert isinstance(deltas, Deltas)
+    deltas.own()
     if deltas.owner is not None:
         deltas.owner.after_load()

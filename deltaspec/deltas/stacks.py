@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from deltaspec.deltas.modules import Delta, Deltas, attribute_name
 from deltaspec.deltas.stack import Layout, Stack
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.planning.planned import PlannedDelta, PlannedSite
 
 
@@ -150,6 +151,7 @@ class Stacks:
                     delta._buffers[attribute] = value
                 else:
                     delta._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+            delta.own()
             self._pointers[name] = _pointers(delta)
         return delta
 
@@ -213,7 +215,12 @@ class Stacks:
     def _is_current(self, name: str) -> bool:
         if name in self._held and self._held[name] is None:
             return True
-        return self._pointers.get(name) == _pointers(self._module(name))
+        module = self._module(name)
+        if name in self._pointers and module.is_displaced():
+            if name in self._held:
+                raise DeltaSpecError([_displaced(name)])
+            return True  # what stands there for one call is read from there, and is never taken into the stack
+        return self._pointers.get(name) == _pointers(module)
 
     def _fitting(self, name: str, layout: Layout) -> Stack:
         """Return the stack for a delta's tensors, made if there is none."""
@@ -255,6 +262,11 @@ class Stacks:
                 self._left[0].append(tensor.data)
             tensor.data = stack.view(key, row)
         self._pointers[name] = _pointers(delta)
+
+
+def _displaced(name: str) -> Diagnostic:
+    message = f"delta {name!r} of a library has other tensors than its own (a parametrization, or functional_call)"
+    return Diagnostic("DS441", message, suggestion=f"compile it into the model, or run its rows under c.only({name!r})")
 
 
 def _pointers(delta: Delta) -> tuple[int, ...]:

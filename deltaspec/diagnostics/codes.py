@@ -96,6 +96,7 @@ CODES: dict[str, str] = {
     "DS455": "move or cast of one of several views",
     "DS456": "switch during a forward",
     "DS457": "backward that would recompute a forward under other deltas",
+    "DS458": "module that was changed since the model was compiled",
     "DS468": "delta that is no part of a forward's graph",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",

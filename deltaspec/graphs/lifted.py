@@ -1,11 +1,15 @@
-"""Graphs as plain functions: what a graph calls as modules, and all it reads, are arguments of the function."""
+"""Graphs as plain functions: what a graph calls as modules, and all it reads, are arguments of the function.
+
+Tensors that others may replace are no arguments: the function is given who holds them and their names there, and looks
+them up when it runs.
+"""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Mapping
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -14,17 +18,28 @@ SPLAT_ARGS, SPLAT_KWARGS = "_splat_args", "_splat_kwargs"
 _STARS = {SPLAT_ARGS: b"*", SPLAT_KWARGS: b"**"}
 
 
-def to_function(graph: fx.Graph, title: str) -> tuple[Callable[..., Any], str]:
+class Held(NamedTuple):
+    """Where a function finds one of its tensors when it runs."""
+
+    holder: str
+    """Name of the argument that is the module which holds it."""
+    buffer: bool = False
+    """Whether the module holds it as a buffer."""
+
+
+def to_function(graph: fx.Graph, title: str, held: Mapping[str, Held] | None = None) -> tuple[Callable[..., Any], str]:
     """Generate the function of a finished graph: (function, its source). What nobody uses is taken out.
 
-    The modules that the graph calls are named like placeholders of it: `base`, `swapped`, `dropout`.
+    The modules that the graph calls are named like placeholders of it: `base`, `swapped`, `dropout`. In the place of
+    a placeholder in `held` the function takes its name in the module that holds it, and before the first of them that
+    module.
     """
     for node in reversed(graph.nodes):
         if node.op == "call_function" and not node.users:
             graph.erase_node(node)
     graph.lint()
     generated = graph.python_code("self")
-    return executed(without_self(generated.src), generated.globals, title)
+    return executed(looking_up(without_self(generated.src), held or {}), generated.globals, title)
 
 
 def executed(source: str, names: Mapping[str, Any], title: str) -> tuple[Callable[..., Any], str]:
@@ -57,3 +72,43 @@ def without_self(source: str) -> str:
     for first, end, new in sorted(edits, reverse=True):
         text = text[:first] + new + text[end:]
     return text.decode()
+
+
+def looking_up(source: str, held: Mapping[str, Held]) -> str:
+    """Let generated source look these of its arguments up when it runs.
+
+    First in the registry that nn.Module keeps them in, which costs next to nothing. What is not there (parametrized,
+    pruned, FSDP1's plain attributes) is an attribute.
+    """
+    if not held:
+        return source
+    function = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+    lines, arguments, known = source.split("\n"), list[str](), set[str]()
+    for argument in function.args.args:
+        place = held.get(argument.arg)
+        if place is None:
+            arguments.append(argument.arg)
+            continue
+        arguments += [] if place.holder in known else [place.holder]
+        arguments.append(f"{argument.arg}_key")
+        known.add(place.holder)
+    stars = [f"{star}{one.arg}" for star, one in (("*", function.args.vararg), ("**", function.args.kwarg)) if one]
+    first = function.body[0].lineno - 1
+    return "\n".join([
+        *lines[: function.lineno - 1], f"def {function.name}({', '.join([*arguments, *stars])}):", *_lookups(held),
+        *lines[first:],
+    ])  # fmt: skip
+
+
+def _lookups(held: Mapping[str, Held]) -> list[str]:
+    lines = []
+    for holder in dict.fromkeys(place.holder for place in held.values()):
+        mine = {name: place for name, place in held.items() if place.holder == holder}
+        lines.append("    try:")
+        for registry, buffer in (("_parameters", False), ("_buffers", True)):
+            found = [f"{name} = _own[{name}_key]" for name, place in mine.items() if place.buffer is buffer]
+            if found:
+                lines.append(f"        _own = {holder}.{registry}; {'; '.join(found)}")
+        asked = "; ".join(f"{name} = getattr({holder}, {name}_key)" for name in mine)
+        lines += ["    except KeyError:", f"        {asked}"]
+    return lines

@@ -29,6 +29,8 @@ class Link:
     """Whether what it adds is scaled by a strength, which is data."""
     per_row: bool = False
     """Whether each row of the batch has its own tensors and its own strength."""
+    buffers: frozenset[str] = frozenset()
+    """Names of the tensors that the delta holds as buffers."""
 
 
 @dataclass(frozen=True, slots=True)

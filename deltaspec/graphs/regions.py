@@ -2,7 +2,8 @@
 share.
 
 A region's graph takes the host's own forward (`base`) and the deltas' tensors as inputs, like the lifted graphs of
-torch.export: graphs belong to shapes, tensors to deltas. A site binds the function with `functools.partial`.
+torch.export: graphs belong to shapes, tensors to deltas. Its function is given the deltas' modules and the tensors'
+names, and looks the tensors up when it runs. A site binds the function with `functools.partial`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from deltaspec.graphs.lifted import SPLAT_ARGS, SPLAT_KWARGS, to_function
+from deltaspec.graphs.lifted import SPLAT_ARGS, SPLAT_KWARGS, Held, to_function
 from deltaspec.graphs.links import Inputs, Link
 from deltaspec.graphs.passes.run import run_passes
 from deltaspec.graphs.rewrite import emit_chain
@@ -30,8 +31,9 @@ class RegionKey:
     """Name of the host's only argument; None for a host called with any arguments, which are passed through."""
     hidden: str = "hidden_states"
     """Name of the argument that carries the hidden state, where it comes by keyword."""
-    lowered: int = 0
-    """Number of tensors that go into the host's parameters, through a `Lowered` base."""
+    lowered: tuple[tuple[bool | None, ...], ...] = ()
+    """Tensors that go into the host's parameters, through a `Lowered` base, by delta: whether each is a buffer of it;
+    None for a strength."""
     arguments: tuple[str, ...] = ()
     """Names of the host's arguments in order, where a formula asks for one."""
     owned: bool = False
@@ -48,7 +50,8 @@ class Region:
     code: str
     function: Callable[..., Any]
     bound: tuple[str, ...]
-    """Names of the inputs that a site binds, in order: `base`, each link's tensors, dropout and strength, `swapped`."""
+    """Names of the graph's inputs that a site binds, in order: `base`, each link's tensors, dropout and strength,
+    `swapped`."""
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
@@ -111,11 +114,20 @@ def region(key: RegionKey) -> Region:
         found: fx.Node = next(node for node in graph.find_nodes(op="placeholder") if node.target == "swapped")
         return found
 
-    lowered = tuple(bind(f"lowered_{i}") for i in range(key.lowered))
+    held: dict[str, Held] = {}
+    lowered: list[fx.Node] = []
+    for number, tensors_of in enumerate(key.lowered):
+        for buffer in tensors_of:
+            node = bind(f"lowered_{len(lowered)}")
+            lowered.append(node)
+            if buffer is not None:
+                held[str(node.target)] = Held(f"_within_{number}", buffer)
     inputs = []
     for depth, link in enumerate(key.links):
         suffix = f"_{depth + 1}" if len(key.links) > 1 else ""
         tensors = {name: bind(name + suffix) for name in link.form.tensors}
+        if not link.per_row:
+            held |= {name + suffix: Held(f"_held{suffix}", name in link.buffers) for name in tensors}
         dropout = None
         if methods()[link.method].dropout(link.params):
             dropout = f"dropout{suffix}"
@@ -123,7 +135,7 @@ def region(key: RegionKey) -> Region:
         strength = bind(f"strength{suffix}") if link.scaled or link.per_row else None
         inputs.append(Inputs(tensors, dropout, strength=strength, swapped=swapped))
 
-    leading = (lowered,) if key.lowered else ()
+    leading = (tuple(lowered),) if lowered else ()
     if key.argument is not None:
         entering = graph.placeholder(key.argument)
 
@@ -140,7 +152,8 @@ def region(key: RegionKey) -> Region:
         result = _open_call(graph, key, args, kwargs, leading, tuple(inputs), swapped)
     graph.output(result)
     run_passes(graph, key.owned)
-    function, code = to_function(graph, f"region {' + '.join(link.method for link in key.links) or 'lowered'}")
+    title = f"region {' + '.join(link.method for link in key.links) or 'lowered'}"
+    function, code = to_function(graph, title, held)
     return Region(key, graph, code, function, tuple(bound))
 
 

@@ -10,21 +10,21 @@ from torch import fx
 
 from deltaspec.backbone.fingerprint import weights_fingerprint
 from deltaspec.backbone.recorder import Observation
-from deltaspec.deltas.combine import behind, refresh
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.runtime.checkpointing import Recomputation
+from deltaspec.runtime.derived import Derived
 from deltaspec.runtime.first_forwards import FirstForwards
 from deltaspec.runtime.forward_gate import install
+from deltaspec.runtime.guard import Guard
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.owner import ViewOwner
 from deltaspec.runtime.ports import Residency, RowSwitch
-from deltaspec.runtime.program import Footprint, Forward, Program
+from deltaspec.runtime.program import Program
 from deltaspec.runtime.program_builder import ProgramBuilder
+from deltaspec.runtime.programs import Programs
 from deltaspec.runtime.proving import FirstForward
 from deltaspec.runtime.shared import Shared
-
-_PROGRAMS = 1024
-"""Programs that are kept at least."""
+from deltaspec.runtime.sockets import Forward, Socket
 
 
 class Active:
@@ -42,20 +42,19 @@ class Active:
         self.graph = graph
         self.builder = ProgramBuilder(host, shared.placements, graph)
         self.strengths = self.builder.strengths
-        self._derived = frozenset(planned.name for planned in shared.plan.deltas if planned.derived is not None)
+        self.derived = Derived(shared, host)
         self._join(ViewOwner(self, shared, host, residency))
+        self.settle()
 
     def _join(self, owner: ViewOwner) -> None:
         """Start with no program, and take part in what is decided by thread and by view."""
-        self._programs: dict[tuple[tuple[str, ...], tuple[str, ...]], Program] = {}
-        """Programs by the active set, in order of application, and those of it that are not at full strength."""
-        self._ready: dict[tuple[str, ...], Program] = {}
-        """Programs by names as they were given, checked, for active sets that need nothing but their program."""
-        self._footprints: dict[frozenset[int], Footprint] = {}
+        self.programs = Programs()
         self._installed: Program | None = None
         """Program of the active set, once it is known."""
         host = self.host
         self.owner = host.deltas.owner = owner
+        self.guard = Guard(host)
+        self.gate.before, self.gate.traced = self._before_forward, self._before_trace
         self.gate.after = Recomputation(host.modules.values(), self.state).after
         self.gate.moving = self.owner.before_move
         self.gate.first = FirstForwards.of(self, host, self.shared)
@@ -71,7 +70,7 @@ class Active:
         twin.shared = self.shared.copy_around(twin.host.deltas, memo)
         twin.residency = copy.deepcopy(self.residency, memo)
         twin.gate, twin.active, twin.graph = twin.host.gate, self.active, self.graph
-        twin._derived = self._derived  # noqa: SLF001
+        twin.derived = Derived(twin.shared, twin.host)
         twin.strengths = copy.deepcopy(self.strengths, memo)
         twin.builder = ProgramBuilder(twin.host, twin.shared.placements, self.graph, twin.strengths)
         ViewOwner.__init__(owner, twin, twin.shared, twin.host, twin.residency)
@@ -79,15 +78,20 @@ class Active:
         twin.rows.begin(twin)
         return twin
 
+    def settle(self) -> None:
+        """Take the backbone and the tensors of the deltas as they are now for what others may change from now on."""
+        self.guard.take()
+        self.host.deltas.own()
+
     # Switching
 
     def switch(self, names: tuple[Any, ...]) -> bool:
         """Make exactly these deltas act at full strength, in whatever order, if they did before; return whether.
 
-        The cost is a dictionary entry a host; it does not depend on how many deltas there are.
+        The cost is one write a host; it does not depend on how many deltas there are.
         """
         try:
-            new = self._ready.get(names)
+            new = self.programs.ready.get(names)
         except TypeError:  # What has no hash is no name.
             return False
         if new is None:
@@ -109,7 +113,7 @@ class Active:
             finally:
                 gate.closed = closed
         # Another view may have dropped a delta of a library just before this one claimed it by `active`.
-        return not self.residency.opened or self._ready.get(names) is new
+        return not self.residency.opened or self.programs.ready.get(names) is new
 
     def activate(
         self, names: Iterable[str], anew: Collection[str] = (), strengths: Mapping[str, float] | None = None
@@ -128,16 +132,16 @@ class Active:
             scaled = tuple(name for name in wanted if values.get(name, 1.0) != 1.0)
             shared.refuse_strengths(scaled)
             new = self.program(wanted, scaled)
-            self.derive(name for name in wanted if name not in self.active or name in anew)
+            self.derived.refresh(name for name in wanted if name not in self.active or name in anew)
             old = self._current()
             self.strengths.set({name: values[name] for name in scaled})
             if new is not old:
                 self._install(new)
             elif not wanted:
                 self._remove_rows()
-            if self._derived.isdisjoint(wanted) and not scaled:
-                self._ready[names] = self._ready[wanted] = new
-                self._bound(self._ready)
+            if self.derived.names.isdisjoint(wanted) and not scaled:
+                self.programs.ready[names] = self.programs.ready[wanted] = new
+                self.programs.limit(len(shared.planned), self.active)
 
     def follow(self, other: Active) -> None:
         """Attach what is attached in another view, as it is."""
@@ -147,14 +151,13 @@ class Active:
 
     def program(self, names: tuple[str, ...], scaled: tuple[str, ...] = ()) -> Program:
         """Return the program of an active set, made and checked at its first use."""
-        found = self._programs.get((names, scaled))
+        found = self.programs.get(names, scaled)
         if found is None:
             self.shared.rivals.refuse(names)
             watch = None if self.shared.unproven.isdisjoint(names) else self._watched
             found = self.builder.build(names, watch, scaled)
-            found.finish(names, self._footprints)
-            self._programs[names, scaled] = found
-            self._bound(self._programs)
+            self.programs.keep(found, names, scaled)
+            self.programs.limit(len(self.shared.planned), self.active)
         return found
 
     def _current(self) -> Program:
@@ -164,13 +167,18 @@ class Active:
 
     def _install(self, new: Program) -> None:
         """Put a program in the place of the current one, and the backbone's state with it."""
+        with_rows = False
+        if self.guard.forwards_changed() if self.active else self.guard.changed():
+            with_rows = self._follow_others()
+            new = self.program(new.names, self.strengths.scaled(new.names))
         old = self._installed or self._current()
-        with_rows = self.rows.remove()
-        if old.names or with_rows:
+        with_rows = self.rows.remove() or with_rows
+        if self.active or with_rows:
             self.host.buffers.restore()
         else:
             self.host.freeze()
-        new.install(old)
+        if new.install(old):
+            self.guard.take(new.footprint)
         self.active, self._installed = new.names, new
         if self.residency.opened:
             self.residency.touch(new.names)
@@ -179,19 +187,17 @@ class Active:
         elif with_rows:
             self.rows.install()
 
-    def _bound(self, programs: dict[Any, Program]) -> None:
-        """Forget the programs made first, where there are many more than deltas: each holds what it binds."""
-        limit = max(_PROGRAMS, 2 * len(self.shared.planned))
-        while len(programs) > limit:
-            del programs[next(names for names, program in programs.items() if program.names != self.active)]
+    def forwards(self) -> dict[Socket, Forward]:
+        """Return what each module runs under what is attached."""
+        return self._current().forwards
 
     def unready(self, name: str) -> None:
         """Let no switch to a delta be quick any more."""
-        _forget(self._ready, name)
+        self.programs.unready(name)
 
     def forget(self, name: str) -> None:
         """Forget all that was made for a delta."""
-        _forget(self._programs, name)
+        self.programs.forget(name)
         self.owner.view_modules.pop(name, None)
 
     def rebind(self) -> None:
@@ -199,15 +205,61 @@ class Active:
         with self.gate.lock, self.shared.lock:
             with_rows = self.rows.remove()
             old = self._current()
-            self._programs.clear()
-            self._ready.clear()
+            self.programs.clear()
             self.owner.view_modules.clear()
             self.rows.forget()
             self.host.follow_moves()
             self._installed = None
             self._current().install(old)
+            self.guard.take()
             if with_rows:
                 self.rows.install()
+
+    # What other tools changed
+
+    def _before_forward(self) -> None:
+        if self.active and self.gate.rows is None:
+            self.follow_others()
+
+    def _before_trace(self) -> None:
+        if self.active and self.guard.changed():
+            message = "forwards or modules were changed since the last switch, and a trace can install nothing"
+            hint = "call the model once before torch.compile traces it anew"
+            raise DeltaSpecError([Diagnostic("DS458", message, file="<model>", suggestion=hint)])
+
+    def follow_others(self) -> None:
+        """Let what is attached act on what other tools made of the backbone. Raise DeltaSpecError (DS458) if it cannot.
+
+        A forward that another library put in the place of ours becomes the module's own, beneath the deltas; one that
+        leads to ours stays around it. A module that took the place of another is taken for it.
+        """
+        if self.guard.changed():
+            with self.gate.switching(), self.shared.lock:
+                with_rows = self._follow_others()
+                new = self.program(self.active, self.strengths.scaled(self.active))
+                new.install(self._current())
+                self._installed = new
+                self.guard.take()
+                if with_rows:
+                    self.rows.install()
+
+    def _follow_others(self) -> bool:
+        """Take all that is ours out, and the backbone as it is now; return whether there were rows."""
+        with_rows, old, host = self.rows.remove(), self._installed or self._current(), self.host
+        assert old.footprint is not None
+        self.guard.forget()  # until something is installed
+        for socket in host.sockets.values():
+            if socket.is_hidden(acting=socket in old.footprint.sockets):
+                socket.rebase(socket.module.__dict__.get("forward"))
+            socket.leave()
+        self.programs.clear()
+        self.rows.forget()
+        self._installed = self.program(())
+        modules = host.current_modules()
+        if modules.keys() != host.modules.keys() or any(modules[fqn] is not m for fqn, m in host.modules.items()):
+            host.adopt(modules, acts=bool(self.active) or with_rows)
+            self.gate.after = Recomputation(modules.values(), self.state).after
+        return with_rows
 
     # Rows under different deltas
 
@@ -248,21 +300,6 @@ class Active:
         require_known(names, self.shared.order)
         self.residency.require(names)
 
-    def derive(self, names: Iterable[str]) -> None:
-        """Compute those of these deltas that are derived anew, from their sources as they are now."""
-        if self._derived:
-            host = self.host
-            refresh(host.backbone, host.deltas, self.shared.plan, [name for name in names if name in self._derived])
-
-    def derive_detached(self) -> None:
-        """Compute the derived deltas that are not attached anew."""
-        self.derive(name for name in self.shared.order if name not in self.active)
-
-    def behind(self) -> list[str]:
-        """Return the names of the attached derived deltas whose sources have changed since they were computed."""
-        attached = [name for name in self.active if name in self._derived]
-        return behind(self.host.backbone, self.host.deltas, self.shared.plan, attached)
-
     def require_proof(self) -> None:
         """Refuse to be traced (torch.compile, torch.export) before any forward proved the active sites (DS440)."""
         if not self.is_proven():
@@ -281,8 +318,3 @@ class Active:
 
     def _watched(self, forward: Forward) -> Forward:
         return FirstForward(self.host.backbone, forward, self.is_proven, self.prove).run
-
-
-def _forget(programs: dict[Any, Program], name: str) -> None:
-    for key in [key for key, program in programs.items() if name in program.names]:
-        del programs[key]

@@ -7,6 +7,7 @@ go before the others.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,35 +20,37 @@ from deltaspec.deltas.modules import beside as delta_beside
 from deltaspec.runtime import forward_gate
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.host import Host
+from deltaspec.runtime.sockets import Socket
 
 
-def bare_copy(host: Host, deltas: Deltas | None = None) -> nn.Module:
-    """Return a clone of the backbone whose modules have the forwards that they had before any delta.
+def bare_copy(host: Host, deltas: Deltas | None = None) -> tuple[nn.Module, dict[int, Socket]]:
+    """Return a clone of the backbone whose modules have the forwards that they have without any delta, and its sockets.
 
-    Its deltas are these, or copies that nobody owns. Parameters are those of the backbone as it is, flags included.
+    Wrappers that other libraries put around ours stay, around the sockets that are returned, by id of their module.
+    The clone's deltas are these, or copies that nobody owns. Parameters are those of the backbone as it is, flags
+    included.
     """
     replace: dict[int, Any] = {id(host.deltas.owner): None} if deltas is None else {id(host.deltas): deltas}
-    changed = []
-    for fqn, module in host.modules.items():
-        forward = module.__dict__.get("forward")
-        if forward is not host.originals[fqn]:
-            replace[id(forward)] = _unbound
-            changed.append(fqn)
+    calls = {place: functools.partial(_unbound) for place in host.sockets}
+    replace |= {id(socket.call): calls[place] for place, socket in host.sockets.items()}
     backbone = clone(host.backbone, replace=replace)
     forward_gate.remove(backbone)
     twins = dict(backbone.named_modules(remove_duplicate=False))
-    for fqn in changed:
-        twins[fqn].__dict__.pop("forward", None)
-        if (original := host.originals[fqn]) is not None:
-            # It is bound to the module it was put on: bind it to the copy.
-            memo: dict[int, Any] = {id(old): twins[name] for name, old in host.modules.items()}
-            twins[fqn].__dict__["forward"] = copy_held(original, host.modules[fqn], memo)
-    return backbone
+    memo: dict[int, Any] = {id(module): twins[fqn] for fqn, module in host.modules.items()}
+    sockets = {}
+    for place, socket in host.sockets.items():
+        twin, call = memo[place], calls[place]
+        if twin.__dict__.get("forward") is call:
+            del twin.__dict__["forward"]
+            if socket.original is not None:  # it is bound to the module it was put on: bind it to the copy
+                twin.__dict__["forward"] = copy_held(socket.original, socket.module, memo)
+        sockets[id(twin)] = Socket(twin, call)
+    return backbone, sockets
 
 
 def without_deltas(host: Host) -> nn.Module:
     """Return a plain clone of the backbone, with the forwards that it had before it was compiled."""
-    plain = bare_copy(host)
+    plain, _ = bare_copy(host)
     remove(plain)
     return plain
 
@@ -57,7 +60,7 @@ def beside(mine: Active) -> Active:
     shared, host = mine.shared, mine.host
     if shared.is_home(host.deltas):  # what all views use must not keep the first one alive
         mine.owner.keep(shared.stacks.settle_in(_deltas_beside(host.deltas)))
-    backbone = bare_copy(host, deltas := _deltas_beside(host.deltas))
+    backbone, sockets = bare_copy(host, deltas := _deltas_beside(host.deltas))
     if mine.acts:
         for name in host.trained_in_backbone():
             backbone.get_parameter(name).requires_grad = True
@@ -68,7 +71,7 @@ def beside(mine: Active) -> Active:
                 written.data = kept.clone()
             else:
                 module._buffers[name] = copies.setdefault(id(buffer), kept.clone())
-    return Active(shared, Host(backbone, deltas), mine.residency, mine.graph)
+    return Active(shared, Host(backbone, deltas, sockets), mine.residency, mine.graph)
 
 
 def _unbound() -> None:

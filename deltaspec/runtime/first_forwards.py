@@ -115,7 +115,7 @@ class FirstForwards:
 
 
 def _is_transformed() -> bool:
-    """Return whether torch.func runs a forward (vmap, grad): then the graph is not of the tensors that are seen here."""
+    """Return whether torch.func runs a forward (vmap, grad), whose graph is of other tensors than are seen here."""
     return torch._C._functorch.maybe_current_level() is not None  # noqa: SLF001 (nothing public tells)
 
 

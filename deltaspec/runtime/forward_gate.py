@@ -22,7 +22,8 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.runtime.generation import unwatch, watch
 
 _GATE = "_deltaspec_gate"
-_COUNTING = (_GATE, "_call_impl", "_apply")
+_TRACED = "_deltaspec_traced"
+_COUNTING = (_GATE, _TRACED, "_call_impl", "_apply")
 INSTALLED = (*_COUNTING, "generate")
 """What `install` sets in the `__dict__` of a backbone, and of its parts that generate."""
 _compiling = torch.compiler.is_compiling
@@ -31,7 +32,7 @@ _compiling = torch.compiler.is_compiling
 class ForwardGate:
     """Keeps the threads of one view apart."""
 
-    __slots__ = ("after", "closed", "first", "lock", "moving", "rows", "running")
+    __slots__ = ("after", "before", "closed", "first", "lock", "moving", "rows", "running", "traced")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -42,6 +43,10 @@ class ForwardGate:
         """Whether a forward that starts must ask first: someone switches, or runs rows."""
         self.rows: int | None = None
         """The thread that runs rows."""
+        self.before: Callable[[], None] | None = None
+        """Called before each outermost forward."""
+        self.traced: Callable[[], None] | None = None
+        """Called while torch.compile or torch.export traces a forward; may raise."""
         self.after: Callable[[Any], None] | None = None
         """Called with the output of each outermost forward that autograd records."""
         self.first: Callable[..., Any] | None = None
@@ -128,9 +133,21 @@ def install(backbone: nn.Module, gate: ForwardGate) -> None:
     By entries of its own `__dict__` that hooks, signatures and whatever sets `forward` do not see.
     """
     backbone.__dict__[_GATE] = gate
+
+    def traced() -> bool:
+        if gate.traced is not None:
+            gate.traced()
+        return True
+
+    backbone.__dict__[_TRACED] = _for_real(traced)
     backbone.__dict__["_call_impl"] = MethodType(_call_impl, backbone)
     backbone.__dict__["_apply"] = MethodType(_apply, backbone)
     watch(backbone)
+
+
+def _for_real(function: Callable[[], bool]) -> Any:
+    """Let a function run in a trace instead of being traced."""
+    return torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
 
 
 def remove(backbone: nn.Module) -> None:
@@ -143,10 +160,13 @@ def remove(backbone: nn.Module) -> None:
 def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run the module's hooks and forward, counted."""
     if _compiling():
+        self.__dict__[_TRACED]()
         return type(self)._call_impl(self, *args, **kwargs)  # type: ignore[no-untyped-call]
     gate: ForwardGate = self.__dict__[_GATE]
     me, running = get_ident(), gate.running
     depth = running.get(me, 0)
+    if not depth and gate.before is not None:
+        gate.before()
     try:
         running[me] = depth + 1
         if gate.closed and not depth:

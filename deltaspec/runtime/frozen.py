@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -58,12 +59,16 @@ class Flags:
         self._parameters: dict[tuple[int, str], nn.Parameter] = {}
         self._distinct: list[nn.Parameter] = []
         self._thawed: list[nn.Parameter] = []
+        self._homes: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._found: list[nn.Parameter] = []
+        """The same as three columns, to be compared quickly."""
         self.moved = True
         """Whether parameters may have been replaced (cast, loaded, copied) since they were found."""
 
     def freeze(self) -> None:
         """Freeze all, and remember which were in training."""
-        if self.moved:
+        if self.moved or self._is_stale():
             self._find()
         self._thawed = [parameter for parameter in self._distinct if parameter.requires_grad]
         for parameter in self._thawed:
@@ -77,9 +82,13 @@ class Flags:
 
     def thawed(self) -> list[nn.Parameter]:
         """Return the parameters that were in training before all were taken out."""
-        if self.moved:
+        if self.moved or self._is_stale():
             self._find()
         return self._thawed
+
+    def _is_stale(self) -> bool:
+        """Return whether others stand where parameters were (FSDP, `setattr`, a load that assigns)."""
+        return not all(map(operator.is_, map(dict.get, self._homes, self._names), self._found))
 
     def _find(self) -> None:
         """Find all parameters; one that replaced another takes on whether that was in training."""
@@ -88,5 +97,7 @@ class Flags:
         thawed = {id(parameter) for parameter in self._thawed}
         now = {id(found[place]) for place, p in self._parameters.items() if id(p) in thawed and place in found}
         self._parameters, self.moved = found, False
+        self._homes = [self._modules[i]._parameters for i, _ in found]
+        self._names, self._found = [name for _, name in found], [*found.values()]
         self._distinct = list({id(parameter): parameter for parameter in found.values()}.values())
         self._thawed = [parameter for parameter in self._distinct if id(parameter) in now]

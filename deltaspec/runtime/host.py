@@ -2,54 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from torch import Tensor, nn
 
 from deltaspec.backbone.copying import copy_held
-from deltaspec.backbone.forwards import foreign_part, own_forward
+from deltaspec.backbone.forwards import foreign_part
 from deltaspec.backbone.reserved import home
 from deltaspec.backbone.walk import named
 from deltaspec.deltas.modules import Deltas
 from deltaspec.runtime.buffers import BufferGuard
 from deltaspec.runtime.forward_gate import ForwardGate
 from deltaspec.runtime.frozen import Flags, FrozenStatistics, tracks_statistics
-from deltaspec.runtime.program import Forward
+from deltaspec.runtime.sockets import Forward, Socket
 
 
 class Host:
     """A backbone clone: its modules, their own forwards, training flags and buffers, and the gate of its forwards."""
 
-    def __init__(self, backbone: nn.Module, deltas: Deltas) -> None:
+    def __init__(self, backbone: nn.Module, deltas: Deltas, sockets: Mapping[int, Socket] | None = None) -> None:
+        """`sockets` are those that wrappers of other libraries lead to already, by id of their module."""
         self.backbone, self.deltas = backbone, deltas
         self.home = home(backbone)
         """FQN of the deltas."""
-        self.modules = dict(named(backbone, but=self.home))
-        """All modules but the deltas, by FQN."""
-        self.originals: dict[str, Forward | None] = {n: m.__dict__.get("forward") for n, m in self.modules.items()}
-        """Instance-level forwards of other libraries' hooks, by FQN; None where a module has none."""
-        self.statistics = [fqn for fqn, module in self.modules.items() if tracks_statistics(module)]
-        """FQNs of the modules that write running statistics."""
+        self.sockets: dict[int, Socket] = dict(sockets or {})
+        """The places of the forwards that deltas ever needed, by id of their module."""
         self.gate = ForwardGate()
-        self.flags, self.buffers = Flags(self.modules.values()), BufferGuard(self.modules.values())
+        self._take(self.current_modules())
+
+    def _take(self, modules: dict[str, nn.Module]) -> None:
+        self.modules = modules
+        """All modules but the deltas, by FQN."""
+        self.statistics = [fqn for fqn, module in modules.items() if tracks_statistics(module)]
+        """FQNs of the modules that write running statistics."""
+        self.flags, self.buffers = Flags(modules.values()), BufferGuard(modules.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy together with the backbone."""
         twin = memo[id(self)] = type(self).__new__(type(self))
         for name, value in self.__dict__.items():
             twin.__dict__[name] = copy_held(value, self.backbone, memo)
+        twin.sockets = {id(socket.module): socket for socket in twin.sockets.values()}
         twin.follow_moves()
         return twin
 
+    def current_modules(self) -> dict[str, nn.Module]:
+        """Return all modules of the backbone as it is now but the deltas, by FQN."""
+        return dict(named(self.backbone, but=self.home))
+
+    def adopt(self, modules: dict[str, nn.Module], *, acts: bool) -> None:
+        """Take these for the backbone's modules, where others took the place of some; `acts`: deltas are attached."""
+        self.buffers.restore()
+        self.flags.thaw()
+        kept = {id(module) for module in modules.values()}
+        self.sockets = {place: socket for place, socket in self.sockets.items() if place in kept}
+        self._take(modules)
+        if acts:
+            self.freeze()
+
+    def socket(self, fqn: str) -> Socket:
+        """Return the place of a module's forward. A module that stands in two places of the model has one."""
+        module = self.modules[fqn]
+        if (found := self.sockets.get(id(module))) is None:
+            found = self.sockets[id(module)] = Socket(module)
+        return found
+
+    def has_foreign(self, fqn: str) -> bool:
+        """Return whether a module has a forward of another library, beneath the deltas or around them."""
+        module = self.modules[fqn]
+        top, socket = module.__dict__.get("forward"), self.sockets.get(id(module))
+        return top is not None if socket is None or top is not socket.call else socket.original is not None
+
     def own_forward(self, fqn: str) -> Forward:
         """Return the forward that a module has without any delta."""
-        return self.originals[fqn] or own_forward(self.modules[fqn])
+        return self.socket(fqn).idle
 
     def frozen_statistics(self, fqn: str) -> Forward:
         """Return the forward of a module that writes running statistics, such that it does not."""
-        module = self.modules[fqn]
-        original = self.originals[fqn]
+        module, original = self.modules[fqn], self.socket(fqn).original
         return FrozenStatistics(module, fqn, original if foreign_part(module, original) is not None else None)
 
     def freeze(self) -> None:

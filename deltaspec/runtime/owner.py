@@ -35,7 +35,7 @@ class ViewOwner:
         if self._shared.is_home(self._deltas):
             return held
         shown = self.view_modules.get(name)
-        if shown is None or shown._parameters is not held._parameters:
+        if shown is None or not shown.is_view_of(held):
             shown = self.view_modules[name] = beside(held, self._deltas.training)
         return shown
 

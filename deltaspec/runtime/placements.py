@@ -36,10 +36,10 @@ class Placements(dict[str, dict[str, list[Placement]]]):
 
     def __init__(self, planned: Mapping[str, PlannedDelta]) -> None:
         super().__init__()
-        self._planned = planned
+        self.planned = planned
 
     def __missing__(self, name: str) -> dict[str, list[Placement]]:
-        planned, found = self._planned[name], dict[str, list[Placement]]()
+        planned, found = self.planned[name], dict[str, list[Placement]]()
         method = methods()[planned.method]
         for site in planned.sites:
             placement = Placement(name, planned.method, site, method.folds(site.site, site.params))

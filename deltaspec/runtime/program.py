@@ -1,69 +1,74 @@
 """What a switch writes: the forwards of one active set, put in the place of those of another.
 
-Nothing here depends on how many deltas there are: a switch between two sets that change the same modules is one
-dictionary entry a module.
+Nothing here depends on how many deltas there are: a switch between two sets that change the same modules replaces the
+content of one socket a module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from deltaspec.graphs.regions import Region
+from deltaspec.runtime.sockets import Forward, Socket, State, state_of
 
-Forward = Callable[..., Any]
+Exit: TypeAlias = "tuple[Callable[[State], None], State, dict[str, Any], Forward, Forward | None]"
+"""What taking a socket out needs: its `fill` and what it then holds, the module's `__dict__`, what stands there while it
+is in and when it is out."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Footprint:
-    """The modules that some programs write, by their `__dict__`; one object for all programs that write the same."""
+    """The sockets that some programs fill; one object for all programs that fill the same."""
 
-    undo: dict[int, tuple[dict[str, Any], Forward | None]]
-    """(module's `__dict__`, the instance-level forward it had, None where it had none), by id of the `__dict__`."""
-    surplus: dict[Footprint, list[tuple[dict[str, Any], Forward | None]]] = field(default_factory=dict)
-    """What is to be undone, by the footprint of the program that comes next: what that one does not write."""
+    sockets: frozenset[Socket]
+    surplus: dict[Footprint, list[Exit]] = field(default_factory=dict)
+    """By other footprints: the sockets that only this one has."""
 
-    def left_by(self, following: Footprint) -> list[tuple[dict[str, Any], Forward | None]]:
-        """Return what is to be undone once a program with another footprint is written."""
-        if following not in self.surplus:
-            self.surplus[following] = [entry for place, entry in self.undo.items() if place not in following.undo]
-        return self.surplus[following]
+    def beyond(self, other: Footprint) -> list[Exit]:
+        """Return the sockets that another footprint does not have."""
+        if other not in self.surplus:
+            alone = [socket for socket in self.sockets if socket not in other.sockets]
+            self.surplus[other] = [(s.fill, state_of(s.idle), s.module.__dict__, s.call, s.original) for s in alone]
+        return self.surplus[other]
 
 
 @dataclass(slots=True, eq=False)
 class Program:
     """The forwards of one active set."""
 
-    writes: list[tuple[dict[str, Any], Forward]] = field(default_factory=list)
-    """(module's `__dict__`, its forward while this set is active)."""
-    undo: list[tuple[dict[str, Any], Forward | None]] = field(default_factory=list)
-    """(module's `__dict__`, the instance-level forward it had; None: it had none)."""
+    forwards: dict[Socket, Forward] = field(default_factory=dict)
+    """What each module runs while this set is active."""
+    writes: list[tuple[Callable[[State], None], State]] = field(default_factory=list)
+    """The same as what a switch does: (a socket's `fill`, what goes into it)."""
     regions: dict[str, Region] = field(default_factory=dict)
     """Regions by the FQN of their module."""
     names: tuple[str, ...] = ()
     footprint: Footprint | None = None
 
-    def finish(self, names: tuple[str, ...], known: dict[frozenset[int], Footprint]) -> None:
-        """Keep one write a module, the last, and share the footprint with the programs that write the same modules."""
-        last = {id(attributes): (attributes, forward) for attributes, forward in self.writes}
-        undo = {id(attributes): (attributes, original) for attributes, original in self.undo}
-        self.names, self.writes, self.undo = names, list(last.values()), []
-        self.footprint = known.setdefault(frozenset(undo), Footprint(undo))
+    def finish(self, names: tuple[str, ...], known: dict[frozenset[Socket], Footprint]) -> None:
+        """Name the set, and share the footprint with the programs that fill the same sockets."""
+        self.names, sockets = names, frozenset(self.forwards)
+        self.writes = [(socket.fill, state_of(forward)) for socket, forward in self.forwards.items()]
+        self.footprint = known.setdefault(sockets, Footprint(sockets))
 
-    def install(self, before: Program) -> None:
-        """Make the deltas act in the place of those of another program: one write a module."""
-        for attributes, forward in self.writes:
-            attributes["forward"] = forward
-        if before.footprint is not self.footprint:
-            assert before.footprint is not None and self.footprint is not None
-            put_back(before.footprint.left_by(self.footprint))
-
-
-def put_back(undo: list[tuple[dict[str, Any], Forward | None]]) -> None:
-    """Let modules, given by their `__dict__`, have the instance-level forwards that they had; None: there was none."""
-    for attributes, original in undo:
-        if original is None:
-            del attributes["forward"]
-        else:
-            attributes["forward"] = original
+    def install(self, before: Program) -> bool:
+        """Make the deltas act in the place of those of another program; return whether other modules change."""
+        for write, state in self.writes:
+            write(state)
+        if before.footprint is self.footprint:
+            return False
+        assert before.footprint is not None and self.footprint is not None
+        # As `Socket.leave` and `enter` do it, without a call for each: this is most of what detaching costs.
+        for fill, idle, attributes, call, original in before.footprint.beyond(self.footprint):
+            fill(idle)
+            if attributes.get("forward") is call:
+                if original is None:
+                    del attributes["forward"]
+                else:
+                    attributes["forward"] = original
+        for _, _, attributes, call, original in self.footprint.beyond(before.footprint):
+            if attributes.get("forward") is original:
+                attributes["forward"] = call
+        return True

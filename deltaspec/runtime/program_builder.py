@@ -1,6 +1,7 @@
 """Programs: the forwards that make one set of deltas act on a backbone clone.
 
-A program is made once per active set and kept, so that a switch only writes one dictionary entry per module touched.
+A program is made once per active set and kept, so that a switch only fills one socket per module touched. What it
+binds are modules and names: tensors are looked up when a forward runs, so that others may replace them.
 """
 
 from __future__ import annotations
@@ -26,19 +27,21 @@ from deltaspec.methods.declarations import Form, Site
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.lowering import Attend, Fold, Lowered
+from deltaspec.runtime.misfits import refuse_misfits
 from deltaspec.runtime.placements import Placement, Placements
-from deltaspec.runtime.program import Forward, Program
+from deltaspec.runtime.program import Program
 from deltaspec.runtime.prompts import Following, Front, Prompted
+from deltaspec.runtime.sockets import Forward
 
 Given: TypeAlias = "Callable[[Placement, list[Tensor]], tuple[list[Any], list[Any]]]"
-"""From a placement and its tensors to what its formula gets for them, and its strength, if it acts by one."""
+"""From a placement and its tensors to what its region gets for them, and its strength, if it acts by one."""
 
 
 @dataclass(slots=True)
 class SortedOut:
     """The deltas at one host by how they work there, in order, with what their formulas are given."""
 
-    folds: list[tuple[Fold, list[Any]]] = field(default_factory=list)
+    folds: list[tuple[Placement, Fold, list[Any]]] = field(default_factory=list)
     """Deltas that work through parameters."""
     attends: list[tuple[Placement, Attend, list[Any]]] = field(default_factory=list)
     """Deltas that work inside the attention function."""
@@ -55,10 +58,19 @@ class ProgramBuilder:
         self, host: Host, placements: Placements, graph: fx.Graph | None, strengths: Strengths | None = None
     ) -> None:
         self.host, self.placements, self.graph = host, placements, graph
-        self.modules, self.deltas, self.statistics = host.modules, host.deltas, host.statistics
-        self.own_forward = host.own_forward
+        self.deltas, self.own_forward = host.deltas, host.own_forward
         self.strengths = Strengths() if strengths is None else strengths
         self._traced = {str(node.target) for node in graph.nodes if node.op == "call_module"} if graph else set()
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All modules of the backbone but the deltas, by FQN."""
+        return self.host.modules
+
+    @property
+    def statistics(self) -> list[str]:
+        """FQNs of the modules that write running statistics."""
+        return self.host.statistics
 
     def build(
         self,
@@ -73,6 +85,7 @@ class ProgramBuilder:
         program = Program()
         if not names:
             return program
+        refuse_misfits(self.host, (self.placements.planned[name] for name in names))
         hosts = dict.fromkeys(host for name in names for host in self.placements[name])
         inline: dict[str, list[Placement]] = {}
         for host in hosts:
@@ -98,8 +111,7 @@ class ProgramBuilder:
 
     def _so_far(self, program: Program, fqn: str) -> Forward:
         """Return the forward that a module has under a program that is being built."""
-        attributes = self.modules[fqn].__dict__
-        return next((f for a, f in reversed(program.writes) if a is attributes), None) or self.own_forward(fqn)
+        return program.forwards.get(self.host.socket(fqn)) or self.own_forward(fqn)
 
     def _put_prompts_in_front(self, program: Program, names: tuple[str, ...]) -> None:
         """Put virtual tokens in front of the inputs whose embeddings have some."""
@@ -119,9 +131,7 @@ class ProgramBuilder:
                 self._write(program, follower, Following(self.modules[follower], around, front))
 
     def _write(self, program: Program, fqn: str, forward: Forward) -> None:
-        attributes = self.modules[fqn].__dict__
-        program.writes.append((attributes, forward))
-        program.undo.append((attributes, self.host.originals[fqn]))
+        program.forwards[self.host.socket(fqn)] = forward
 
     def bind(
         self, host: str, placements: list[Placement], scaled: Collection[str], strengths: Strengths | None = None
@@ -132,8 +142,10 @@ class ProgramBuilder:
         """
 
         def given(placement: Placement, tensors: list[Tensor]) -> tuple[list[Any], list[Any]]:
-            name = placement.delta
-            return tensors, [(strengths or self.strengths).tensor(name, tensors[0])] if name in scaled else []
+            name, fqn = placement.delta, placement.planned.site.row.fqn
+            keys = [attribute_name(storage_key(fqn, spec)) for spec in placement.planned.tensors]
+            strength = [(strengths or self.strengths).tensor(name, tensors[0])] if name in scaled else []
+            return [self.deltas[name], *keys] if keys else [], strength
 
         # At one embedding, deltas that know virtual tokens go around those that do not.
         inside_out = sorted(placements, key=lambda placement: placement.virtual_tokens > 0)
@@ -142,11 +154,11 @@ class ProgramBuilder:
         folds, attends = sorted_out.folds, sorted_out.attends
         if folds or attends:
             hooked = tuple(attend for _, attend, _ in attends)
-            base: Any = Lowered(self.modules[host], tuple(fold for fold, _ in folds), frozen, hooked)
+            base: Any = Lowered(self.modules[host], tuple(fold for _, fold, _ in folds), frozen, hooked)
         else:
             base = self.host.frozen_statistics(host) if frozen else self.own_forward(host)
-        leading = [value for _, values in folds for value in values]
-        leading += [value for _, _, values in attends for value in values]
+        leading = [(p, fold.scaled, values) for p, fold, values in folds]
+        leading += [(p, attend.scaled, values) for p, attend, values in attends]
         return self.bind_region(host, placements, sorted_out, base, leading)
 
     def sort_out(self, host: str, placements: Iterable[tuple[Placement, Given]], *, per_row: bool = False) -> SortedOut:
@@ -160,7 +172,7 @@ class ProgramBuilder:
                 path = site.row.fqn.removeprefix(host).removeprefix(".")
                 segments = tuple(path.split(".")) if path else ()
                 fold = Fold(segments, method, link.params, site, link.form.tensors, bool(strength))
-                found.folds.append((fold, [*values, *strength]))
+                found.folds.append((placement, fold, [*values, *strength]))
             elif method.attends:
                 attend = Attend(method, link.params, link.form, bool(strength))
                 found.attends.append((placement, attend, [*values, *strength]))
@@ -170,16 +182,28 @@ class ProgramBuilder:
         return found
 
     def bind_region(
-        self, host: str, placements: list[Placement], sorted_out: SortedOut, base: Any, leading: Sequence[Any] = ()
+        self,
+        host: str,
+        placements: list[Placement],
+        sorted_out: SortedOut,
+        base: Any,
+        leading: Sequence[tuple[Placement, bool, list[Any]]] = (),
     ) -> tuple[Forward, Region]:
-        """Bind the function of a host's region to what it calls, arguments of that, and those of its links."""
+        """Bind the function of a host's region to what it calls, arguments of that, and those of its links.
+
+        `leading` are those arguments, by delta: (its placement, whether its strength is last, the arguments).
+        """
         module, kind = self.modules[host], type(self.modules[host])
         argument, hidden = call_form(kind, placements[0].planned.site)
         named = _arguments(kind.forward) if any(placement.arguments for placement in placements) else ()
-        owned = self.host.originals[host] is None and gives_new_tensor(kind)
-        built = region(RegionKey(tuple(sorted_out.links), argument, hidden, len(leading), named, owned))
+        owned = self.host.socket(host).original is None and gives_new_tensor(kind)
+        lowered = tuple(
+            (*(s.buffer for s in p.planned.tensors), *([None] if scaled else [])) for p, scaled, _ in leading
+        )
+        built = region(RegionKey(tuple(sorted_out.links), argument, hidden, lowered, named, owned))
+        inside = [value for _, _, values in leading for value in values]
         swapped = [Swapped(module)] if "swapped" in built.bound else []
-        return functools.partial(built.function, base, *leading, *sorted_out.arguments, *swapped), built
+        return functools.partial(built.function, base, *inside, *sorted_out.arguments, *swapped), built
 
     def _bind_root(self, program: Program, inline: dict[str, list[Placement]]) -> None:
         """Rewrite the whole model's graph at these sites and make it the backbone's forward."""
@@ -204,6 +228,8 @@ class ProgramBuilder:
         names = tuple(spec.name for spec in planned.tensors)
         tensors = [delta.tensor(storage_key(planned.site.row.fqn, spec)) for spec in planned.tensors]
         link = Link(placement.method, planned.params, form_of(planned.site, names), *_compute(tensors, module))
+        if buffers := frozenset(spec.name for spec in planned.tensors if spec.buffer):
+            link = replace(link, buffers=buffers)
         probability = methods()[placement.method].dropout(planned.params)
         return link, tensors, [delta.dropout(probability)] if probability else []
 

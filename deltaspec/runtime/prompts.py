@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.runtime.program import Forward
+from deltaspec.runtime.sockets import Forward
 
 ENCODED = "encoder_attention_mask"
 """Name under which a decoder is given the mask of its encoder's tokens."""

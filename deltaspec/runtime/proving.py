@@ -13,7 +13,7 @@ from deltaspec.backbone.recorder import Observation, Recorder
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.placements import Placements
-from deltaspec.runtime.program import Forward
+from deltaspec.runtime.sockets import Forward
 
 _ONE = threading.RLock()
 """Recording sets a state of the whole process (torch.compiler's stance)."""

@@ -18,8 +18,8 @@ from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.lowering import Attend, Lowered
 from deltaspec.runtime.placements import Placement
-from deltaspec.runtime.program import Forward
 from deltaspec.runtime.program_builder import ProgramBuilder, form_of
+from deltaspec.runtime.sockets import Forward
 from deltaspec.serving.numbering import numbering_of
 from deltaspec.serving.prompts import EmbeddedRows, FollowingRows, PromptedRows, RowFront
 from deltaspec.serving.slots import Slot, Source, Table

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import counted
-from deltaspec.runtime.program import Forward
+from deltaspec.runtime.sockets import Forward
 
 _MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "inputs", "decoder_input_ids")
 """Names of arguments that surely have the rows as first dimension."""

@@ -16,11 +16,10 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.graphs.row_ops import align, rows_in, rows_out, take
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.checkpointing import tensors_in
-from deltaspec.runtime.frozen import FrozenStatistics
 from deltaspec.runtime.lowering import Fold, Lowered
 from deltaspec.runtime.placements import Placement, host_of
-from deltaspec.runtime.program import Forward
 from deltaspec.runtime.program_builder import Given, ProgramBuilder, call_form
+from deltaspec.runtime.sockets import Forward
 from deltaspec.serving.binding import attend_rows, sources_of
 from deltaspec.serving.slots import Slot
 
@@ -48,7 +47,7 @@ def bind_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequenc
         slots = [(values[-1], placement) for placement, _, values in sorted_out.attends]
         base = attend_rows(builder, stacks, host, slots)
     else:
-        base = FrozenStatistics(module) if frozen else builder.own_forward(host)
+        base = builder.host.frozen_statistics(host) if frozen else builder.own_forward(host)
     return builder.bind_region(host, placements, sorted_out, base)[0]
 
 
@@ -166,10 +165,10 @@ def _sequence_first(builder: ProgramBuilder, fqn: str) -> str | None:
 class FoldedRows:
     """The own forward of a module of one argument, each row with parameters of its own, computed at each call."""
 
-    def __init__(self, module: nn.Module, folds: Sequence[tuple[Fold, list[Any]]], frozen: bool) -> None:
+    def __init__(self, module: nn.Module, folds: Sequence[tuple[Placement, Fold, list[Any]]], frozen: bool) -> None:
         """Each fold comes with the sources of its tensors, and its slot."""
-        self.module, self.given = module, [(values[:-1], values[-1]) for _, values in folds]
-        self.lowered = Lowered(module, tuple(fold for fold, _ in folds), frozen)
+        self.module, self.given = module, [(values[:-1], values[-1]) for _, _, values in folds]
+        self.lowered = Lowered(module, tuple(fold for _, fold, _ in folds), frozen)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the module."""

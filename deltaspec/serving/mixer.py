@@ -18,11 +18,10 @@ import torch
 from deltaspec.deltas.stacks import Kind
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.runtime.active import Active
-from deltaspec.runtime.frozen import FrozenStatistics
 from deltaspec.runtime.host import Host
-from deltaspec.runtime.program import Forward, put_back
 from deltaspec.runtime.proving import watched
 from deltaspec.runtime.shared import Shared
+from deltaspec.runtime.sockets import Forward, Socket
 from deltaspec.serving.assignment import Rows, chain, parse_rows, places, to_tensors
 from deltaspec.serving.binding import put_prompts_in_front, touched
 from deltaspec.serving.dispatch import Batch, Dispatch, Entering, Kinds
@@ -55,8 +54,8 @@ class Mixer:
         """Hosts that are given the rows of a batch along dimension 0."""
         self._shown: set[Kinds] = set()
         """Kinds all of whose hosts are in `_tried`."""
-        self._installed: list[tuple[dict[str, Any], Forward | None]] = []
-        """(module's `__dict__`, the instance-level forward it had before); empty while nothing is installed."""
+        self._installed: list[tuple[Socket, Forward | None]] = []
+        """(socket, what stood in it; None: nothing attached needs it); empty while nothing is installed."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mixer:
         """Make the one of a copied view, which begins it: all that it remembers is made anew."""
@@ -94,7 +93,7 @@ class Mixer:
             self._shared.refuse_strengths(dict.fromkeys(part))
             for stack in {tuple(row) for row in rows if len(row) > 1}:
                 self._shared.rivals.refuse(stack)
-            self._active.derive(name for name in names if name not in self._active.active)
+            self._active.derived.refresh(name for name in names if name not in self._active.active)
             stacks.ensure(names)
             stacked = [tuple(kinds[name] for name in row) for row in (*rows, *([name] for name in among))]
             slots = chain(stacked, self._place)
@@ -132,7 +131,7 @@ class Mixer:
             made = {host: bind_rows(self._builder, self._stacks, host, given) for host, given in hosts.items()}
             made |= put_prompts_in_front(self._builder, self._stacks, hosts, made)
             for fqn in self._host.statistics:
-                made.setdefault(fqn, FrozenStatistics(builder.modules[fqn]))
+                made.setdefault(fqn, builder.host.frozen_statistics(fqn))
             made[""] = Entering(self, made.get("") or self._host.own_forward(""))
             for host, forward in made.items():
                 self._mixed.setdefault(host, {})[kinds] = forward
@@ -158,23 +157,33 @@ class Mixer:
         """Install the dispatchers, over what is attached."""
         if self.installed:
             return
-        builder = self._builder
+        builder, attached = self._builder, self._active.forwards()
         # What is attached where no row has anything steps aside, too.
         for host in self._mixed.keys() | {""} | touched(builder, self._active.active):
-            attributes = builder.modules[host].__dict__
-            before = attributes.get("forward")
+            socket = self._host.socket(host)
+            if any(socket is known for known, _ in self._installed):
+                continue  # a module that stands in two places
+            before = attached.get(socket)
             if (dispatch := self._dispatchers.get(host)) is None:
                 dispatch = Dispatch(self, self._host.own_forward(host), self._mixed.setdefault(host, {}))
                 self._dispatchers[host] = dispatch
             dispatch.plain = before or dispatch.own
-            self._installed.append((attributes, before))
-            attributes["forward"] = dispatch
+            self._installed.append((socket, before))
+            socket.write(dispatch)
+            socket.enter()
+        self._active.guard.take()
 
     def remove(self) -> bool:
         """Take the dispatchers out; return whether there were some."""
         installed = self.installed
-        put_back(self._installed)
+        for socket, before in self._installed:
+            if before is None:
+                socket.leave()
+            else:
+                socket.write(before)
         self._installed.clear()
+        if installed:
+            self._active.guard.take()
         return installed
 
     @contextmanager
@@ -187,6 +196,7 @@ class Mixer:
 
         Raises DeltaSpecError: see `rows`; DS443 for a batch of another size, DS445 for a call inside another one.
         """
+        self._active.follow_others()
         with self._gate.alone():
             if not isinstance(deltas, Rows):
                 rows = self.rows(deltas)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.runtime.program import Forward
 from deltaspec.runtime.prompts import (
     ENCODED,
     Following,
@@ -25,6 +24,7 @@ from deltaspec.runtime.prompts import (
     mask_error,
     padding_of,
 )
+from deltaspec.runtime.sockets import Forward
 from deltaspec.serving.numbering import Numbering
 from deltaspec.serving.slots import Slot, Table
 

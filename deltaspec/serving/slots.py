@@ -26,8 +26,8 @@ class Slot:
     """One place in the order of application: the delta of each row, and its strength."""
 
     __slots__ = (
-        "_grown", "_number", "_partial", "_rows", "_shaped", "batch", "buffers", "index", "kept", "local", "nearest",
-        "strength",
+        "_displaced", "_grown", "_number", "_partial", "_rows", "_shaped", "batch", "buffers", "index", "kept", "local",
+        "nearest", "strength",
     )  # fmt: skip
 
     def __init__(self, number: int, batch: Batch) -> None:
@@ -45,6 +45,7 @@ class Slot:
         self.local, self.strength = rows.local[number], rows.strength[number]
         self._rows: Rows | None = rows
         self._partial: bool | None = None
+        self._displaced: bool | None = None
         self._grown: dict[tuple[str, int], Tensor] = {}
         self._shaped: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self.kept: dict[tuple[Source, int, bool], Tensor] | None = {} if keep else None
@@ -53,7 +54,7 @@ class Slot:
     def clear(self) -> None:
         """Forget the assignment."""
         self.index = self.nearest = self.local = self.strength = _NONE
-        self._rows = self._partial = None
+        self._rows = self._partial = self._displaced = None
         self._grown, self._shaped, self.buffers, self.kept = {}, {}, {}, None
 
     @property
@@ -87,6 +88,15 @@ class Slot:
         if self._partial is None:
             self._partial = any(row.get(name, 1.0) != 1.0 for row in self.deltas for name in self.names)
         return self._partial
+
+    def is_displaced(self, deltas: Deltas) -> bool:
+        """Return whether some delta here has other tensors than its own for this call; in a compiled graph none has."""
+        if torch.compiler.is_compiling():
+            return False
+        if self._displaced is None:
+            held = (deltas.get(name) for name in self.names)
+            self._displaced = any(delta is not None and delta.is_displaced() for delta in held)
+        return self._displaced
 
     def strengths_like(self, x: Tensor) -> Tensor:
         """Return the strengths `[rows, 1, …]` for a tensor `[rows, …]`, in its dtype."""
@@ -123,9 +133,10 @@ class Source:
     def take(self, slot: Slot, size: int, zeros: bool) -> Tensor:
         """Return the tensor of each row's delta, `[size, …]`."""
         stacked = self._stack.tensors[self.key]
-        if torch.is_grad_enabled() and stacked.is_floating_point():
+        displaced = slot.is_displaced(self._deltas)
+        if displaced or (torch.is_grad_enabled() and stacked.is_floating_point()):
             own = [self._tensor(name, stacked) for name in slot.names]
-            if any(tensor.requires_grad for tensor in own):
+            if displaced or any(tensor.requires_grad for tensor in own):
                 # Through the deltas' own parameters, so that each gets the gradient of its rows.
                 table = torch.stack([stacked[0], *own] if zeros else own)
                 place = slot.grown("local", size)
@@ -144,7 +155,7 @@ class Source:
         For inference alone. New memory for each site is slower to write and to read again than a buffer for all.
         """
         stacked = self._stack.tensors[self.key]
-        if slot.kept is not None or not stacked.is_cpu:
+        if slot.kept is not None or not stacked.is_cpu or slot.is_displaced(self._deltas):
             return self.take(slot, size, zeros=True)
         key = (self._last, stacked.shape, size, stacked.dtype, torch.is_inference_mode_enabled(), get_ident())
         buffer = slot.buffers.get(key)

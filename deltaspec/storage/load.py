@@ -64,7 +64,7 @@ def fill(active: Active, plan: Plan, deltas: Deltas, saved: SavedSet) -> None:
     with torch.no_grad():
         for target, value in staged:
             target.copy_(value)
-    active.derive([delta.name for delta in plan.deltas])
+    active.derived.refresh([delta.name for delta in plan.deltas])
 
 
 def match(

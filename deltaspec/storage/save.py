@@ -46,8 +46,8 @@ def save(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[s
     from safetensors.torch import save as to_bytes
 
     folder = Path(directory)
-    active.derive_detached()
-    findings = [_behind(name) for name in active.behind()]
+    active.derived.refresh_others(active.active)
+    findings = [_behind(name) for name in active.derived.behind(active.active)]
     for planned in plan.deltas:
         tensors = dict(deltas[planned.name].tensors())
         if any(value.is_meta for value in tensors.values()):

@@ -38,7 +38,7 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
     _refuse(shared, host, names)
     shared.rivals.refuse(names)
     strengths = active.strengths.as_dict(names)
-    active.derive(name for name in names if name not in active.active)
+    active.derived.refresh(name for name in names if name not in active.active)
     training = host.trained_in_backbone()
     plain = deep_copy(without_deltas(host), {})
     copies: dict[int, nn.Parameter] = {}

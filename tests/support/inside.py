@@ -22,14 +22,13 @@ def program(compiled: CompiledModel, *names: str) -> Any:
     return compiled._active.program(names)
 
 
-KEPT = "deltaspec.runtime.active._PROGRAMS"
+KEPT = "deltaspec.runtime.programs._MOST"
 """Where the number of programs that are kept at least is written."""
 
 
 def programs_kept(compiled: CompiledModel) -> int:
     """Count the programs that a view keeps, by the way of finding them that has most."""
-    active = compiled._active
-    return max(len(active._programs), len(active._ready))
+    return len(compiled._active.programs)
 
 
 def unproven(compiled: CompiledModel) -> set[str]:

@@ -1,0 +1,81 @@
+"""What other tools changed since the last switch: forwards that hide a socket, modules in the place of others.
+
+Everything is compared by identity, in a few microseconds a forward.
+"""
+
+from __future__ import annotations
+
+from itertools import repeat
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from deltaspec.runtime.host import Host
+
+_FORWARD = repeat("forward")
+
+
+class Guard:
+    """Compares a host with what it was when `take` was called."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._taken: dict[str, nn.Module] | None = None
+        """The modules that were taken; None: all is to be looked at anew."""
+        self._homes: list[dict[str, Any]] = []
+        self._tops: list[Any] = []
+        self._known: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+        """Forwards that were found, by what had been put in; whatever else changes makes those anew."""
+        self._parents: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._children: list[nn.Module | None] = []
+        self._tables: list[dict[str, Any]] = []
+        self._lengths: list[int] = []
+
+    def take(self, installed: Any = None) -> None:
+        """Remember how it is now; `installed` stands for what was just put in, if nothing else has changed since."""
+        known = None if installed is None or self._taken is None else self._known.get(installed)
+        if known is not None and len(known) == len(self._host.sockets):
+            self._tops = known
+            return
+        modules, sockets = self._host.modules, self._host.sockets
+        if self._taken is not modules:
+            places = [(m._modules, name) for m in modules.values() for name in m._modules if name != self._host.home]
+            self._parents, self._names = [parent for parent, _ in places], [name for _, name in places]
+            self._children = [*map(dict.get, self._parents, self._names)]
+            self._tables = [m._parameters for m in modules.values() if isinstance(m, nn.Embedding)]
+            self._taken, self._homes = modules, []
+        if len(self._homes) != len(sockets):
+            self._homes = [socket.module.__dict__ for socket in sockets.values()]
+        self._tops = [*map(dict.get, self._homes, _FORWARD)]
+        if installed is not None:
+            self._known[installed] = self._tops
+        self._lengths = [*map(_length, self._tables)]
+
+    def forget(self) -> None:
+        """Take everything for changed, until `take`."""
+        self._taken = None
+
+    def changed(self) -> bool:
+        """Return whether anything is otherwise."""
+        return (
+            self.forwards_changed()
+            or [*map(dict.get, self._parents, self._names)] != self._children
+            or [*map(_length, self._tables)] != self._lengths
+        )
+
+    def forwards_changed(self) -> bool:
+        """Return whether some host has another forward: all that a switch between deltas looks at."""
+        sockets = self._host.sockets
+        if len(self._homes) < len(sockets):  # needed for the first time since: nothing of ours was put in there
+            new = [*sockets.values()][len(self._homes) :]
+            self._homes += [socket.module.__dict__ for socket in new]
+            self._tops = [*self._tops, *(socket.original for socket in new)]
+        return self._taken is None or [*map(dict.get, self._homes, _FORWARD)] != self._tops
+
+
+def _length(table: dict[str, Any]) -> int:
+    """Return the number of rows of an embedding, given by its parameters: it is resized in place."""
+    weight: Tensor | None = table.get("weight")
+    return -1 if weight is None or not weight.dim() else weight.shape[0]

@@ -1,0 +1,51 @@
+"""Modules that are no longer what deltas were planned for: replaced, resized or converted since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from deltaspec.backbone.table import Row
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.planning.planned import PlannedDelta
+from deltaspec.runtime.host import Host
+
+
+def refuse_misfits(host: Host, deltas: Iterable[PlannedDelta]) -> None:
+    """Raise DeltaSpecError (DS458) for deltas whose modules are gone, or have another class or other shapes."""
+    rows = {(delta.name, part.site.row.fqn): part.site.row for delta in deltas for part in delta.sites}
+    findings = []
+    for (name, fqn), row in rows.items():
+        if (what := _misfit(row, host.modules.get(fqn))) is not None:
+            message = f"delta {name!r} was compiled for {fqn or 'the model'} as {_described(row)}, and it {what}"
+            hint = "change the model before deltaspec.compile, or compile the changed model and load the saved deltas"
+            findings.append(Diagnostic("DS458", message, file="<model>", suggestion=hint))
+    if findings:
+        raise DeltaSpecError(findings)
+
+
+def _misfit(row: Row, module: nn.Module | None) -> str | None:
+    if module is None:
+        return "is gone"
+    if row.type not in {kind.__name__ for kind in type(module).__mro__}:
+        return f"is a {type(module).__name__} now"
+    for parameter in row.parameters:
+        found = getattr(module, parameter.name, None)
+        if not isinstance(found, Tensor):
+            return f"has no {parameter.name} any more"
+        # A shard, or a packed form, has other dimensions; it still is the same weight.
+        if len(parameter.shape) > 1 and found.dim() == len(parameter.shape) and found.shape != parameter.shape:
+            return f"has {parameter.name} {[*found.shape]} now"
+    known = {parameter.name for parameter in row.parameters}
+    surplus = [name for name in ("weight", "bias") if name not in known and _is_parameter(module, name)]
+    return f"has a {surplus[0]} now" if surplus else None
+
+
+def _is_parameter(module: nn.Module, name: str) -> bool:
+    return module._parameters.get(name) is not None
+
+
+def _described(row: Row) -> str:
+    shapes = ", ".join(f"{parameter.name} {[*parameter.shape]}" for parameter in row.parameters)
+    return f"a {row.type} with {shapes}" if shapes else f"a {row.type}"
