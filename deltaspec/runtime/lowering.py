@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deltaspec.backbone.attention import Attention, Hook, Router, register
 from deltaspec.backbone.stand_in import stand_in
+from deltaspec.backbone.weight_forms import dtype_of_values, own_values
 from deltaspec.graphs.row_ops import toward
 from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import DeltaTensors, Form, MethodParams, Site
@@ -130,7 +131,7 @@ def fold_widely(
 
     They have the wider dtype of the module and the delta; see `rounded`.
     """
-    weights = {name: value for name, value in module._parameters.items() if value is not None} | folded
+    weights = own_values(module) | folded
     if fold.site.stack is None:
         new = fold.method.fold(fold.site, fold.params, own, weights)
     else:
@@ -145,7 +146,7 @@ def fold_widely(
 
 def rounded(module: nn.Module, new: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return new parameters of a module in its dtype."""
-    dtype = next((p.dtype for p in module._parameters.values() if p is not None), None)
+    dtype = dtype_of_values(module)
     return {
         name: value if dtype is None or not value.is_floating_point() or value.dtype == dtype else value.to(dtype)
         for name, value in new.items()
