@@ -8,10 +8,11 @@ from typing import Any, Self
 
 from torch import Tensor, fx
 
-from deltaspec.backbone.observe import Observation
+from deltaspec.backbone.recorder import Observation
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.runtime.checkpointing import Recomputation
 from deltaspec.runtime.derived import Derived
+from deltaspec.runtime.first_forwards import FirstForwards
 from deltaspec.runtime.forward_gate import install
 from deltaspec.runtime.guard import Guard
 from deltaspec.runtime.host import Host
@@ -58,6 +59,7 @@ class Active:
         self.gate.traced = self._before_trace
         self.gate.after = Recomputation(host.modules.values(), self.state).after
         self.gate.moving = self.owner.before_move
+        self.gate.first = FirstForwards.of(self, host, self.shared)
         install(host.backbone, self.gate)
         self.shared.add_view(self, self.host.deltas)
 

@@ -69,7 +69,11 @@ def beside(mine: Active) -> Active:
             backbone.get_parameter(name).requires_grad = True
         copies: dict[int, Tensor] = {}
         for fqn, name, buffer, kept in host.kept_buffers():
-            backbone.get_submodule(fqn)._buffers[name] = copies.setdefault(id(buffer), kept.clone())
+            module = backbone.get_submodule(fqn)
+            if (written := module._parameters.get(name)) is not None:
+                written.data = kept.clone()
+            else:
+                module._buffers[name] = copies.setdefault(id(buffer), kept.clone())
     return Active(shared, Host(backbone, deltas, sockets), mine.residency, mine.graph)
 
 

@@ -34,7 +34,9 @@ _compiling = torch.compiler.is_compiling
 class ForwardGate(Part):
     """Keeps the threads of one view apart."""
 
-    __slots__ = ("after", "before", "closed", "failed", "forked", "lock", "moving", "rows", "running", "traced")
+    __slots__ = (
+        "after", "before", "closed", "failed", "first", "forked", "lock", "moving", "rows", "running", "traced",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -55,6 +57,8 @@ class ForwardGate(Part):
         """Called while torch.compile or torch.export traces a forward; may raise."""
         self.after: Callable[[Any], None] | None = None
         """Called with the output of each outermost forward that autograd records."""
+        self.first: Callable[..., Any] | None = None
+        """Runs an outermost forward in the place of the backbone's class, for as long as it wants to see some."""
         self.moving: Callable[[Any], None] | None = None
         """Called before the backbone is moved or cast, with the function that does it; may raise."""
         guard(self, 1)
@@ -190,7 +194,8 @@ def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         running[me] = depth + 1
         if gate.closed and not depth:
             gate.wait(me)
-        output = type(self)._call_impl(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+        run = type(self)._call_impl if gate.first is None or depth else gate.first
+        output = run(self, *args, **kwargs)
     except Exception as error:
         if not depth and gate.failed is not None:
             gate.failed(error)

@@ -17,7 +17,6 @@ from deltaspec.graphs.links import like
 from deltaspec.graphs.row_ops import align, rows_in, rows_out, take
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.checkpointing import tensors_in
-from deltaspec.runtime.frozen import FrozenStatistics
 from deltaspec.runtime.lowering import Fold, Lowered
 from deltaspec.runtime.placements import Placement, host_of
 from deltaspec.runtime.program_builder import Given, ProgramBuilder, call_form
@@ -49,7 +48,7 @@ def bind_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequenc
         slots = [(values[-1], placement) for placement, _, values in sorted_out.attends]
         base = attend_rows(builder, stacks, host, slots)
     else:
-        base = FrozenStatistics(module) if frozen else builder.own_forward(host)
+        base = builder.host.frozen_statistics(host) if frozen else builder.own_forward(host)
     return builder.bind_region(host, placements, sorted_out, base)[0]
 
 

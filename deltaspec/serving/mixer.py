@@ -19,7 +19,6 @@ from deltaspec.deltas.modules import Deltas
 from deltaspec.deltas.stacks import Kind
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.runtime.active import Active
-from deltaspec.runtime.frozen import FrozenStatistics
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.proving import watched
 from deltaspec.runtime.shared import Shared
@@ -133,7 +132,7 @@ class Mixer:
             made = {host: bind_rows(self._builder, self._stacks, host, given) for host, given in hosts.items()}
             made |= put_prompts_in_front(self._builder, self._stacks, hosts, made)
             for fqn in self._host.statistics:
-                made.setdefault(fqn, FrozenStatistics(builder.modules[fqn]))
+                made.setdefault(fqn, builder.host.frozen_statistics(fqn))
             made[""] = Entering(self, made.get("") or self._host.own_forward(""))
             for host, forward in made.items():
                 self._mixed.setdefault(host, {})[kinds] = forward
