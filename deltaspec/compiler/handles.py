@@ -8,6 +8,7 @@ from types import TracebackType
 from deltaspec.deltas.modules import Delta, Deltas
 from deltaspec.library.libraries import Libraries
 from deltaspec.runtime.active import Active
+from deltaspec.runtime.interrupts import surely
 
 
 class Restore:
@@ -24,7 +25,7 @@ class Restore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._active.activate(self._before, strengths=self._strengths)
+        surely(lambda: self._active.activate(self._before, strengths=self._strengths))
 
 
 class DeltasView(Mapping[str, Delta]):
