@@ -107,7 +107,8 @@ def _resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Obser
     failed = observations.failure
     unproven = f"not proven that a forward pass reaches every site ({failed}): pass example_inputs"
     notes = () if failed is None else (unproven,)
-    return Plan(tuple(deltas), tuple(resolved), table, tuple(checks), notes, failed is None)
+    unused = observations.unused(run=False)
+    return Plan(tuple(deltas), tuple(resolved), table, tuple(checks), notes, failed is None, unused)
 
 
 def _settled(spec: DeltaSpec, index: int) -> tuple[DeltaSpec, list[Diagnostic]]:

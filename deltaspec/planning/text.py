@@ -90,7 +90,7 @@ def _lines(plan: PlannedDeltas) -> Iterator[tuple[str, str]]:
                 times = f"  ({count}{_GLUE}sites)" if several and count > 1 else ""
                 yield from _wrapped(f"    {clean(pattern) or '(the model itself)'}{times}")
             yield from _wrapped(f"      {_content(group)}", "dim")
-        yield from _remarks(delta.checks, delta.notes)
+        yield from _remarks(delta.checks, (*delta.notes, *delta.let_pass))
     if len(plan.deltas) != 1 or plan.checks or plan.notes:
         yield "", ""
         number = f"{len(plan.deltas)} {plural(len(plan.deltas), 'delta')}"
@@ -224,6 +224,7 @@ def _delta_data(delta: PlannedDelta) -> dict[str, Any]:
         ],
         "checks": list(delta.checks),
         "notes": list(delta.notes),
+        "let_pass": list(delta.let_pass),
     }
 
 

@@ -34,7 +34,9 @@ _compiling = torch.compiler.is_compiling
 class ForwardGate(Part):
     """Keeps the threads of one view apart."""
 
-    __slots__ = ("after", "before", "closed", "forked", "lock", "moving", "rows", "running", "traced")
+    __slots__ = (
+        "after", "before", "closed", "failed", "first", "forked", "lock", "moving", "rows", "running", "traced",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -47,12 +49,16 @@ class ForwardGate(Part):
         """Whether this is a child process whose parent was in the midst of something here when it forked."""
         self.rows: int | None = None
         """The thread that runs rows."""
-        self.before: Callable[[], None] | None = None
-        """Called before each outermost forward."""
+        self.before: Callable[[], Callable[[], None] | None] | None = None
+        """Called before each outermost forward; what it returns is called after that."""
+        self.failed: Callable[[Exception], None] | None = None
+        """Called with what an outermost forward raised; may raise something clearer in its place."""
         self.traced: Callable[[], None] | None = None
         """Called while torch.compile or torch.export traces a forward; may raise."""
         self.after: Callable[[Any], None] | None = None
         """Called with the output of each outermost forward that autograd records."""
+        self.first: Callable[..., Any] | None = None
+        """Runs an outermost forward in the place of the backbone's class, for as long as it wants to see some."""
         self.moving: Callable[[Any], None] | None = None
         """Called before the backbone is moved or cast, with the function that does it; may raise."""
         guard(self, 1)
@@ -183,15 +189,21 @@ def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     gate: ForwardGate = self.__dict__[_GATE]
     me, running = get_ident(), gate.running
     depth = running.get(me, 0)
-    if not depth and gate.before is not None:
-        gate.before()
+    then = None if depth or gate.before is None else gate.before()
     try:
         running[me] = depth + 1
         if gate.closed and not depth:
             gate.wait(me)
-        output = type(self)._call_impl(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+        run = type(self)._call_impl if gate.first is None or depth else gate.first
+        output = run(self, *args, **kwargs)
+    except Exception as error:
+        if not depth and gate.failed is not None:
+            gate.failed(error)
+        raise
     finally:
         gate.leave(me, depth)
+        if then is not None:
+            then()
     if gate.after is not None and not depth and torch.is_grad_enabled():
         gate.after(output)
     return output

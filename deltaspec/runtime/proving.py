@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaspec.backbone.observe import Observation, Recorder
+from deltaspec.backbone.recorder import Observation, Recorder
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.forks import guard

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from deltaspec.backbone.observe import Observation
+from deltaspec.backbone.recorder import Observation
 from deltaspec.deltas.modules import Deltas
 from deltaspec.deltas.stacks import Stacks
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
@@ -102,8 +102,15 @@ class Shared:
         self.unproven.discard(name)
         return True
 
+
     def after_fork(self, *, torn: bool) -> None:
         """Go on in a child process; views that another thread was in the midst of refuse by themselves."""
+
+    def sweep(self) -> None:
+        """Forget what was kept for deltas that are gone for good."""
+        self.rivals.sweep()
+        self.stacks.forget_kinds()
+
 
     # Views
 

@@ -49,7 +49,7 @@ def test_findings(specs):
         'specs/sub dir/bad.deltaspec.yml:3:23: error[DS206] unknown method "lorra"',
         '  = help: did you mean "lora"?',
         'specs/sub dir/bad.deltaspec.yml:4:12: error[DS208] "x: 100%, y" is not a name',
-        "  = help: names are letters, digits, - and _, at most 64, and begin with a letter",
+        "  = help: names are letters, digits, - and _, with . and / between them: french, user/lora, 1_task",
         "skipped, since hidden: specs/.hidden",
         "3 files, 2 findings",
     ]
@@ -95,7 +95,8 @@ def test_github(specs):
         "::error file=specs/sub dir/bad.deltaspec.yml,line=3,col=23,title=DS206 unknown method::"
         'unknown method "lorra"%0Ahelp: did you mean "lora"?',
         "::error file=specs/sub dir/bad.deltaspec.yml,line=4,col=12,title=DS208 malformed name or text::"
-        '"x: 100%25, y" is not a name%0Ahelp: names are letters, digits, - and _, at most 64, and begin with a letter',
+        '"x: 100%25, y" is not a name%0A'
+        "help: names are letters, digits, - and _, with . and / between them: french, user/lora, 1_task",
         "skipped, since hidden: specs/.hidden",
         "3 files, 2 findings",
     ]
