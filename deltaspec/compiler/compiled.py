@@ -8,7 +8,6 @@ from os import PathLike
 from types import MappingProxyType
 from typing import Any, Self
 
-import safetensors.torch  # noqa: F401 - `save` needs it: a process forked while a thread imports it waits for ever
 import torch
 from torch import nn
 
