@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaspec.backbone.offload import brought, is_hooked
 from deltaspec.backbone.weight_forms import is_plain, plain_class
 
 
 def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
     """Make a shallow copy of a module, without its instance-level forward, that holds `tensors` by own name.
 
-    In the place of a weight that is kept as codes, or computed, it holds plain values, which torch's class runs on.
+    What is offloaded is brought. In the place of a weight that is kept as codes, or computed, it holds plain values,
+    which torch's class runs on.
     """
     kind = plain_class(module) if "weight" in tensors and not is_plain(module) else module.__class__
     shadow: nn.Module = kind.__new__(kind)
@@ -21,6 +23,9 @@ def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
     attributes.update(module.__dict__)
     attributes.pop("forward", None)
     attributes["_parameters"] = {**module._parameters}
+    for name, parameter in module._parameters.items() if is_hooked(module) else ():
+        if parameter is not None and name not in tensors:
+            attributes["_parameters"][name] = brought(module, name, parameter)
     attributes["_buffers"] = {**module._buffers}
     attributes["_modules"] = {**module._modules}
     if "weight" in tensors:  # what a hook computed for it

@@ -25,6 +25,7 @@ from deltaspec.runtime.programs import Programs
 from deltaspec.runtime.proving import FirstForward
 from deltaspec.runtime.shared import Shared
 from deltaspec.runtime.sockets import Forward, Socket
+from deltaspec.runtime.unplaced import refuse_unplaced
 
 
 class Active:
@@ -131,6 +132,7 @@ class Active:
             wanted = tuple(sorted(set(names), key=shared.order.__getitem__))
             scaled = tuple(name for name in wanted if values.get(name, 1.0) != 1.0)
             shared.refuse_strengths(scaled)
+            self._refuse_unplaced(wanted)
             new = self.program(wanted, scaled)
             self.derived.refresh(name for name in wanted if name not in self.active or name in anew)
             old = self._current()
@@ -220,8 +222,13 @@ class Active:
     def _before_forward(self) -> None:
         if self.active and self.gate.rows is None:
             self.follow_others()
+            self._refuse_unplaced(self.active)
+
+    def _refuse_unplaced(self, names: Iterable[str]) -> None:
+        refuse_unplaced(self.host.deltas, names, self.shared.planned, self.host.modules)
 
     def _before_trace(self) -> None:
+        self._refuse_unplaced(self.active)
         if self.active and self.guard.changed():
             message = "forwards or modules were changed since the last switch, and a trace can install nothing"
             hint = "call the model once before torch.compile traces it anew"
