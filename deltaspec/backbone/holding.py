@@ -82,7 +82,7 @@ class Reach:
     """Tells whether values lead to parts of a model: its modules, parameters and buffers, by identity."""
 
     def __init__(self, modules: Iterable[nn.Module], memo: dict[Any, Any]) -> None:
-        """What `memo` replaces counts as part of the model; what it keeps as it is leads to no part."""
+        """Take what `memo` replaces for part of the model; what it keeps as it is leads to no part."""
         modules = list(modules)
         self._free: dict[int, Any] = {key: kept for key, kept in memo.items() if key == id(kept)}
         """What leads to no part of the model, of what was looked through."""

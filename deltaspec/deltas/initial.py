@@ -65,16 +65,20 @@ def _first_held(module: nn.Module) -> Home | None:
     return None if found is None else Home(found.device, found.dtype)
 
 
-def _tensor(backbone: nn.Module, fqn: str) -> tuple[Tensor, torch.device]:
-    """Return a parameter or buffer by its name, and where it is in a forward. Raises KeyError."""
+def _owner(backbone: nn.Module, fqn: str) -> tuple[Any, str]:
+    """Return the module that holds a parameter or buffer, and its own name. Raises KeyError."""
     *path, name = fqn.split(".")
     module: Any = backbone
     for part in path:
         module = module._modules[part]
+    return module, name
+
+
+def _tensor(backbone: nn.Module, fqn: str) -> Tensor:
+    """Return a parameter or buffer by its name. Raises KeyError."""
+    module, name = _owner(backbone, fqn)
     found: Tensor | None = module._parameters.get(name)
-    if found is None:
-        found = module._buffers[name]
-    return value_of(module, name, found), device_of(module, name, found)
+    return module._buffers[name] if found is None else found
 
 
 class Home(NamedTuple):
@@ -142,8 +146,8 @@ def _initial(
     """Make one tensor. Drawn in float32 on the CPU, whatever the target, so that every machine draws the same."""
     if spec.init.kind == "copy":
         assert spec.init.source is not None
-        source, place = _tensor(backbone, spec.init.source)
-        source = source.detach()
+        held, (module, name) = _tensor(backbone, spec.init.source), _owner(backbone, spec.init.source)
+        source, place = value_of(module, name, held).detach(), device_of(module, name, held)
         if spec.init.rows is None:
             dtype = _dtype(spec, Home(place, source.dtype)) if source.is_floating_point() else source.dtype
             return source.to(place, dtype, copy=True)

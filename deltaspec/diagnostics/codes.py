@@ -98,6 +98,7 @@ CODES: dict[str, str] = {
     "DS457": "backward that would recompute a forward under other deltas",
     "DS458": "module that was changed since the model was compiled",
     "DS468": "delta that is no part of a forward's graph",
+    "DS469": "attribute that changed since a trace fixed it",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",
