@@ -26,7 +26,7 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:
     if config is None or not hasattr(model, "main_input_name"):
         return None
     names = set(inspect.signature(model.forward).parameters)
-    ids = torch.zeros(1, 4, dtype=torch.long)
+    ids = torch.zeros(1, 4, dtype=torch.long, device="cpu")
     end, size = getattr(config, "eos_token_id", None), getattr(config, "vocab_size", 0)
     if isinstance(end, int) and isinstance(size, int) and end < size:
         ids[0, -1] = end  # BART classifies what stands there
@@ -39,10 +39,11 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:
     if "pixel_values" in names and hasattr(vision, "image_size"):
         size = vision.image_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)
-        inputs["pixel_values"] = torch.zeros(1, getattr(vision, "num_channels", 3), height, width)
+        shape = (1, getattr(vision, "num_channels", 3), height, width)
+        inputs["pixel_values"] = torch.zeros(shape, device="cpu")
     if "input_features" in names and hasattr(config, "num_mel_bins"):
         frames = 2 * config.max_source_positions if hasattr(config, "max_source_positions") else 100
-        inputs["input_features"] = torch.zeros(1, config.num_mel_bins, frames)
+        inputs["input_features"] = torch.zeros(1, config.num_mel_bins, frames, device="cpu")
     return inputs or None
 
 

@@ -30,9 +30,22 @@ class Observations:
         """Return what is known of a module; None where the forward could not run."""
         if self._vouched and row.roles and row.kind in ("linear", "conv1d", "norm"):
             return Observation(True)
+        return self._run().get(row.fqn)
+
+    def unused(self, *, run: bool = True) -> frozenset[str]:
+        """Return the FQNs of the modules that take no part in what the model gives, so far as a forward showed it.
+
+        `run=False` asks for no forward that was not run yet.
+        """
+        seen = self._run() if run else self._seen or {}
+        if self.failure is not None:
+            return frozenset()
+        return frozenset(n for n, o in seen.items() if o.fate == "idle" or not (o.called or o.host is not None))
+
+    def _run(self) -> dict[str, Observation]:
         if self._seen is None:
             self._seen, self.failure = observe(self._model, self._inputs)
-        return self._seen.get(row.fqn)
+        return self._seen
 
 
 def _is_vouched_for(model: nn.Module) -> bool:

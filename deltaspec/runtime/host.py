@@ -15,6 +15,7 @@ from deltaspec.deltas.modules import Deltas
 from deltaspec.runtime.buffers import BufferGuard
 from deltaspec.runtime.forward_gate import ForwardGate
 from deltaspec.runtime.frozen import Flags, FrozenStatistics, tracks_statistics
+from deltaspec.runtime.pickled_alone import mark
 from deltaspec.runtime.sockets import Forward, Socket
 
 
@@ -28,6 +29,8 @@ class Host:
         """FQN of the deltas."""
         self.sockets: dict[int, Socket] = dict(sockets or {})
         """The places of the forwards that deltas ever needed, by id of their module."""
+        for socket in self.sockets.values():
+            mark(socket.module)
         self.gate = ForwardGate()
         self._take(self.current_modules())
 
@@ -66,6 +69,7 @@ class Host:
         module = self.modules[fqn]
         if (found := self.sockets.get(id(module))) is None:
             found = self.sockets[id(module)] = Socket(module)
+            mark(module)
         return found
 
     def has_foreign(self, fqn: str) -> bool:

@@ -26,6 +26,7 @@ from deltaspec.graphs.regions import Region, RegionKey, region
 from deltaspec.graphs.symbolic import SiteNames, compile_graph, copy_graph, rewrite_site
 from deltaspec.methods.declarations import Form, Site
 from deltaspec.methods.registry import methods
+from deltaspec.names.escaping import escaped
 from deltaspec.runtime.beside import Beside
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.lowering import Attend, Fold, Lowered
@@ -239,7 +240,7 @@ class ProgramBuilder:
 
     def _names(self, placement: Placement) -> SiteNames:
         """Return where one delta's tensors at a site are registered."""
-        planned, prefix = placement.planned, f"{self.host.home}.{placement.delta}."
+        planned, prefix = placement.planned, f"{self.host.home}.{escaped(placement.delta)}."
         tensors = {s.name: prefix + attribute_name(storage_key(planned.site.row.fqn, s)) for s in planned.tensors}
         probability = methods()[placement.method].dropout(planned.params)
         return SiteNames(tensors, prefix + Delta.dropout_name(probability) if probability else None)
