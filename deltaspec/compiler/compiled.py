@@ -253,7 +253,7 @@ class CompiledModel(Face, torch.fx.GraphModule):
         plain = without_deltas(self._host)
         for name in self._host.trained_in_backbone():
             plain.get_parameter(name).requires_grad = True
-        asked = self.capture if self.capture_reason == "asked for" else "auto"
+        asked = self.capture if self.capture_reason.startswith("asked for") else "auto"
         twin = CompiledModel(*build(plain, plan, asked))
         copy_tensors(self.plan, plan, self.deltas, twin.deltas)
         twin.only(*self.attached)

@@ -75,6 +75,7 @@ CODES: dict[str, str] = {
     "DS411": "model that uses the name of the deltas itself",
     "DS412": "forward that cannot run on other weights",
     "DS414": "statistics that a forward would move",
+    "DS415": "model inside of torch.compile",
     "DS430": "model that cannot be copied",
     "DS431": "model that is compiled already",
     "DS432": "model that cannot be captured as symbolic",
@@ -105,6 +106,8 @@ CODES: dict[str, str] = {
     "DS475": "verb of PEFT on a compiled model",
     "DS476": "standard save that would leave deltas out",
     "DS477": "state dict with other values of deltas",
+    "DS468": "delta that is no part of a forward's graph",
+    "DS469": "attribute that changed since a trace fixed it",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",

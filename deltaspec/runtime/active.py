@@ -26,6 +26,7 @@ from deltaspec.runtime.proving import FirstForward
 from deltaspec.runtime.shared import Shared
 from deltaspec.runtime.sockets import Forward, Socket
 from deltaspec.runtime.tasks import Tasks
+from deltaspec.runtime.unplaced import refuse_unplaced
 from deltaspec.runtime.wrapped import Beneath, Wrapped
 
 
@@ -134,6 +135,7 @@ class Active:
             wanted = tuple(sorted(set(names), key=shared.order.__getitem__))
             scaled = tuple(name for name in wanted if values.get(name, 1.0) != 1.0)
             shared.refuse_strengths(scaled)
+            self._refuse_unplaced(wanted)
             new = self.program(wanted, scaled)
             self.derived.refresh(name for name in wanted if name not in self.active or name in anew)
             self._exchange(new, {name: values[name] for name in scaled})
@@ -257,12 +259,17 @@ class Active:
         if is_offloaded(self.host.deltas, self.active):
             take_out_of_offloading(self.host.deltas)
         self.follow_others()
+        self._refuse_unplaced(self.active)
         return self._wrapped.watch()
 
     def _explain(self, error: Exception) -> None:
         refuse_shards(self.host, [self.shared.planned[name] for name in self.active], error)
 
+    def _refuse_unplaced(self, names: Iterable[str]) -> None:
+        refuse_unplaced(self.host.deltas, names, self.shared.planned, self.host.modules)
+
     def _before_trace(self) -> None:
+        self._refuse_unplaced(self.active)
         if self.active and self.guard.changed():
             message = "forwards or modules were changed since the last switch, and a trace can install nothing"
             hint = "call the model once before torch.compile traces it anew"

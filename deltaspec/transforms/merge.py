@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltaspec.backbone.clone import norm_limited
 from deltaspec.backbone.copying import deep_copy
+from deltaspec.backbone.offload import is_elsewhere, put
 from deltaspec.backbone.unpacking import copies_of_codes, tell_unpacked, unpacked
 from deltaspec.backbone.weight_forms import is_packed, own_values
 from deltaspec.deltas.modules import storage_key
@@ -23,6 +24,7 @@ from deltaspec.runtime.copies import without_deltas
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.lowering import Fold, fold_widely, rounded
 from deltaspec.runtime.shared import Shared
+from deltaspec.runtime.unplaced import refuse_meta
 
 _TIED = "tie_word_embeddings"
 
@@ -37,6 +39,7 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
     """
     names = tuple(sorted(set(names), key=shared.order.__getitem__))
     active.require(names)
+    refuse_meta(host.deltas, names, "merged")
     _refuse(shared, host, names)
     shared.rivals.refuse(names)
     strengths = active.strengths.as_dict(names)
@@ -85,6 +88,9 @@ def _put(module: nn.Module, name: str, value: Tensor, copies: dict[int, nn.Param
     """Set an own tensor of a module; a delta tensor that serves several tied places becomes one parameter again."""
     if name in module._buffers:
         module._buffers[name] = value.detach().clone()
+        return
+    if is_elsewhere(module):
+        put(module, name, value.detach().clone())
         return
     before = module._parameters[name]
     trained = before is None or before.requires_grad
