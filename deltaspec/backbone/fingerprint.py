@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.reserved import find
-from deltaspec.backbone.table import ModuleTable
+from deltaspec.backbone.table import ModuleTable, ParameterInfo, Row
 from deltaspec.backbone.values import is_sharded, quantised_bits
 from deltaspec.names.paths import below, is_inside
 
@@ -59,9 +59,18 @@ def _sample(tensor: Tensor) -> bytes:
 
 
 def structure_fingerprint(table: ModuleTable) -> str:
-    """Hash module names and classes, parameter names, shapes and ties: `sha256:…`."""
-    ties = ((row, [[p.name, p.shape, sorted(p.tied)] for p in row.parameters]) for row in table.rows)
-    return digest([table.model_type, [[row.fqn, row.type, sorted(row.aliases), tied] for row, tied in ties]])
+    """Hash module names and classes, parameter names, shapes and ties: `sha256:…`.
+
+    A model whose weights are packed has the structure of the plain one.
+    """
+    ties = ((row, [[p.name, _plain_shape(row, p), sorted(p.tied)] for p in row.parameters]) for row in table.rows)
+    rows = [[row.fqn, row.unpacked or row.type, sorted(row.aliases), tied] for row, tied in ties]
+    return digest([table.model_type, rows])
+
+
+def _plain_shape(row: Row, parameter: ParameterInfo) -> tuple[int, ...]:
+    """Return the shape that a parameter has in the plain model, where a Conv1D's weight is the transpose."""
+    return parameter.shape[::-1] if row.unpacked == "Conv1D" and parameter.packed else parameter.shape
 
 
 def digest(data: object) -> str:

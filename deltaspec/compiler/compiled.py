@@ -8,13 +8,16 @@ from os import PathLike
 from types import MappingProxyType
 from typing import Any, Self
 
+import safetensors.torch  # noqa: F401 - `save` needs it: a process forked while a thread imports it waits for ever
 import torch
 from torch import nn
 
 from deltaspec.backbone.copying import copy_held, deep_copy
 from deltaspec.compiler.build import Built, build, with_rows
+from deltaspec.compiler.face import Face, attribute, take_backbone_names
 from deltaspec.compiler.handles import DeltasView, Restore
 from deltaspec.compiler.pickling import rebuild, reduced
+from deltaspec.compiler.standard_verbs import install
 from deltaspec.deltas.modules import Delta
 from deltaspec.diagnostics.findings import require_known
 from deltaspec.graphs.regions import Region
@@ -36,7 +39,7 @@ from deltaspec.transforms.merge import merge
 from deltaspec.transforms.simplify import copy_tensors, simplify
 
 
-class CompiledModel(torch.fx.GraphModule):
+class CompiledModel(Face, torch.fx.GraphModule):
     """A backbone with its deltas. Made by `deltaspec.compile`.
 
     Call it as the backbone is called. Attributes that it does not have itself (`config`, `generate`, `device` …) are
@@ -65,6 +68,8 @@ class CompiledModel(torch.fx.GraphModule):
         self.__dict__.update({f"_{name}": part for name, part in built._asdict().items()})
         self.__dict__["capture"] = capture
         self.__dict__["capture_reason"] = capture_reason
+        self.register_load_state_dict_pre_hook(take_backbone_names)  # type: ignore[no-untyped-call]
+        install(built)
 
     # What there is
 
@@ -269,7 +274,7 @@ class CompiledModel(torch.fx.GraphModule):
             modules = self.__dict__.get("_modules", {})
             if "backbone" not in modules:
                 raise
-            found = getattr(modules["backbone"], name)
+            found = attribute(modules["backbone"], name)
             return self._generate if name == "generate" else found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:

@@ -118,6 +118,7 @@ def alone_in(folder: Path) -> Iterator[bool]:
     import fcntl  # which Windows has not
 
     handle = os.open(folder, os.O_RDONLY)
+    _held.add(handle)
     try:
         alone = True
         try:
@@ -126,4 +127,19 @@ def alone_in(folder: Path) -> Iterator[bool]:
             alone = False
         yield alone
     finally:
+        _held.discard(handle)
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing it is not enough: a process forked meanwhile has it, too
         os.close(handle)
+
+
+def _close_held() -> None:
+    """Let go of what the parent has locked, in a process that was forked meanwhile."""
+    while _held:
+        os.close(_held.pop())
+
+
+_held: set[int] = set()
+"""Handles of the directories that this process has locked, or waits for."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_held)

@@ -120,6 +120,8 @@ class DeltaSpec(Part):
     """The deltas, in the order in which they apply."""
     expect: Expect | None = None
     """What the plan must come to."""
+    schema_uri: str | None = Field(None, alias="$schema")
+    """Where an editor finds the JSON Schema of this file. It means nothing else."""
     _document: Document = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:

@@ -74,7 +74,7 @@ class Piece:
     def of(self, content: mmap) -> Tensor:
         """Return the tensor, without copying it."""
         if not self.count:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         return torch.frombuffer(content, dtype=self.dtype, count=self.count, offset=self.begin).view(self.shape)
 
 

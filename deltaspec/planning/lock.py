@@ -156,4 +156,4 @@ def _pretty(value: object, indent: str = "") -> str:
 
 
 def _flat(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, allow_nan=False)

@@ -82,7 +82,8 @@ def _diagnose(error: Any, document: Document, methods: Mapping[str, Method]) -> 
         for key in error.instance:
             if key not in known:
                 message = f"unknown key {show_value(key)}"
-                hint = unknown_key_hint(key, path, known, error.instance, method)
+                offered = tuple(name for name in known if not name.startswith("$"))
+                hint = unknown_key_hint(key, path, offered, error.instance, method)
                 yield document.diagnostic("DS201", message, (*path, key), hint, key=True)
         return
     if error.validator == "required":
