@@ -179,6 +179,7 @@ def test_a_head_and_a_vocabulary_that_came_later(tmp_path):
         (lambda m: m.encoder.layer.append(copy.deepcopy(m.encoder.layer[0])), "encoder.layer.2 is new"),
         (lambda m: setattr(m.encoder.layer[0].output, "dense", nn.Linear(24, 16, bias=False)), "dense.bias is missing"),
         (lambda m: setattr(m.encoder.layer[0].intermediate, "intermediate_act_fn", nn.ReLU()), "is a ReLU, was a GELU"),
+        (lambda m: setattr(m.embeddings.LayerNorm, "more", nn.Parameter(torch.ones(2))), "LayerNorm.more is new"),
         (lambda m: setattr(m.embeddings, "LayerNorm", nn.LayerNorm(8)), "LayerNorm.weight is [8], was [16]"),
     ],
 )
