@@ -58,5 +58,5 @@ def sharded_as(target: Tensor, value: Tensor) -> Tensor:
 
 
 def _bits(form: Packed) -> int:
-    """Return how many bits a code has, about: their libraries name the forms so."""
-    return 4 if "4" in form.name or "QBits" in form.name else 8
+    """Return how many bits a code has, about: 8 where its name says so, else as few as are common."""
+    return 8 if "8" in form.name.replace("uint8", "") or "QBytes" in form.name else 4

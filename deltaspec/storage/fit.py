@@ -208,7 +208,8 @@ class Fitter:
 
     def _forms(self, pairs: Iterable[Pair], types: Types) -> Iterator[str]:
         """Return in which form the weights are, where it is another than when the deltas were saved."""
-        quantised = [p[1] for p in pairs if p[1] in self._present.tensors and self._sample(p)[1] is not None]
+        known = [(pair[1], *self._sample(pair)) for pair in pairs if pair[1] in self._present.tensors]
+        quantised = [here for here, both, bits in known if both is not None and bits is not None]
         if quantised:
             yield f"compared as far as quantised values allow it: {shown(quantised)}"
         before, now = set(self._record.types.coarsest.values()), set(types.coarsest.values())
