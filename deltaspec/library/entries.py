@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.observations import Observations
+from deltaspec.deltas.finite import is_finite
 from deltaspec.deltas.initial import build_delta
 from deltaspec.deltas.stack import Layout
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
@@ -24,7 +25,7 @@ from deltaspec.runtime.copies import without_deltas
 from deltaspec.runtime.ports import View
 from deltaspec.runtime.shared import Shared
 from deltaspec.storage.load import match
-from deltaspec.storage.saved import MANIFEST, SavedSet, is_finite
+from deltaspec.storage.saved import MANIFEST, SavedSet
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from deltaspec.deltas.finite import is_finite, not_finite
 from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.base import Method
 from deltaspec.methods.registry import methods
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.active import Active
-from deltaspec.storage.saved import SavedSet, is_finite, not_finite, without_values
+from deltaspec.storage.saved import SavedSet, without_values
 
 _Read = TypeVar("_Read")
 

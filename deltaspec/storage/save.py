@@ -18,6 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from deltaspec.deltas.finite import is_finite, not_finite
 from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.documents.atomic import alone_in, sync, write_atomically
@@ -30,8 +31,6 @@ from deltaspec.storage.saved import (
     MANIFEST,
     digest,
     file_names,
-    is_finite,
-    not_finite,
     strays,
     without_values,
 )
