@@ -148,6 +148,11 @@ class Rivals:
         """Forget a delta."""
         self._weights.pop(name, None)
 
+    def sweep(self) -> None:
+        """Forget what was known of sites that no delta has any more."""
+        left = {id(weights) for weights in self._weights.values()}
+        self._known = {key: known for key, known in self._known.items() if id(known[1]) in left}
+
     def refuse(self, names: Sequence[str]) -> None:
         """Raise DeltaSpecError (DS436) where two of these deltas, in order of application, cannot act at once."""
         findings = []

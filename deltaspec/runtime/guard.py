@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import repeat
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -24,14 +25,20 @@ class Guard:
         """The modules that were taken; None: all is to be looked at anew."""
         self._homes: list[dict[str, Any]] = []
         self._tops: list[Any] = []
+        self._known: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+        """Forwards that were found, by what had been put in; whatever else changes makes those anew."""
         self._parents: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._children: list[nn.Module | None] = []
         self._tables: list[dict[str, Any]] = []
         self._lengths: list[int] = []
 
-    def take(self) -> None:
-        """Remember how it is now."""
+    def take(self, installed: Any = None) -> None:
+        """Remember how it is now; `installed` stands for what was just put in, if nothing else has changed since."""
+        known = None if installed is None or self._taken is None else self._known.get(installed)
+        if known is not None and len(known) == len(self._host.sockets):
+            self._tops = known
+            return
         modules, sockets = self._host.modules, self._host.sockets
         if self._taken is not modules:
             places = [(m._modules, name) for m in modules.values() for name in m._modules if name != self._host.home]
@@ -42,6 +49,8 @@ class Guard:
         if len(self._homes) != len(sockets):
             self._homes = [socket.module.__dict__ for socket in sockets.values()]
         self._tops = [*map(dict.get, self._homes, _FORWARD)]
+        if installed is not None:
+            self._known[installed] = self._tops
         self._lengths = [*map(_length, self._tables)]
 
     def forget(self) -> None:
@@ -62,7 +71,7 @@ class Guard:
         if len(self._homes) < len(sockets):  # needed for the first time since: nothing of ours was put in there
             new = [*sockets.values()][len(self._homes) :]
             self._homes += [socket.module.__dict__ for socket in new]
-            self._tops += [socket.original for socket in new]
+            self._tops = [*self._tops, *(socket.original for socket in new)]
         return self._taken is None or [*map(dict.get, self._homes, _FORWARD)] != self._tops
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deltaspec.backbone.attention import Attention, Hook, Router, register
 from deltaspec.backbone.stand_in import stand_in
+from deltaspec.backbone.weight_forms import dtype_of_values, own_values
 from deltaspec.graphs.links import widened
 from deltaspec.graphs.row_ops import toward
 from deltaspec.methods.base import Method
@@ -131,7 +132,7 @@ def fold_widely(
 
     They have the wider dtype of the module and the delta; see `rounded`.
     """
-    weights = {name: value for name, value in module._parameters.items() if value is not None} | folded
+    weights = own_values(module) | folded
     own = _widened(fold.names, own, weights)
     if fold.site.stack is None:
         new = fold.method.fold(fold.site, fold.params, own, weights)
@@ -160,7 +161,7 @@ _REAL = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 def rounded(module: nn.Module, new: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return new parameters of a module in its dtype."""
-    dtype = next((p.dtype for p in module._parameters.values() if p is not None), None)
+    dtype = dtype_of_values(module)
     return {
         name: value if dtype is None or not value.is_floating_point() or value.dtype == dtype else value.to(dtype)
         for name, value in new.items()

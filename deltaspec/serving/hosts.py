@@ -17,7 +17,6 @@ from deltaspec.graphs.links import like
 from deltaspec.graphs.row_ops import align, rows_in, rows_out, take
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.checkpointing import tensors_in
-from deltaspec.runtime.frozen import FrozenStatistics
 from deltaspec.runtime.lowering import Fold, Lowered
 from deltaspec.runtime.placements import Placement, host_of
 from deltaspec.runtime.program_builder import Given, ProgramBuilder, call_form
@@ -49,7 +48,7 @@ def bind_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequenc
         slots = [(values[-1], placement) for placement, _, values in sorted_out.attends]
         base = attend_rows(builder, stacks, host, slots)
     else:
-        base = FrozenStatistics(module) if frozen else builder.own_forward(host)
+        base = builder.host.frozen_statistics(host) if frozen else builder.own_forward(host)
     return builder.bind_region(host, placements, sorted_out, base)[0]
 
 
@@ -139,8 +138,11 @@ def _refusal(builder: ProgramBuilder, placement: Placement) -> str | None:
         return f"{placement.method} is not usable for single rows"
     site = placement.planned.site
     kind = type(builder.modules[host_of(site)])
-    if methods()[placement.method].substitutes(site, placement.planned.params) and call_form(kind, site)[0] is None:
-        return f"it runs {site.fqn} on other weights, and that is called with more than the hidden state"
+    if methods()[placement.method].substitutes(site, placement.planned.params):
+        if call_form(kind, site)[0] is None:
+            return f"it runs {site.fqn} on other weights, and that is called with more than the hidden state"
+        if site.row.packed is not None:
+            return f"it runs {site.fqn} on other weights, and those are kept as {site.row.packed.name} codes"
     if any(spec.buffer and spec.name.startswith("running_") for spec in placement.planned.tensors):
         return f"it has statistics of its own for {site.fqn}, which are those of a whole batch"
     if fqn := _sequence_first(builder, site.row.fqn):
@@ -152,7 +154,7 @@ def _refusal(builder: ProgramBuilder, placement: Placement) -> str | None:
 def _is_simple(builder: ProgramBuilder, placement: Placement) -> bool:
     """Return whether a lowered site is its own host, a module that is given the hidden state alone."""
     site = placement.planned.site
-    itself = site.host in (None, site.row.fqn) and site.kind != "other"
+    itself = site.host in (None, site.row.fqn) and site.kind != "other" and site.row.packed is None
     return itself and call_form(type(builder.modules[host_of(site)]), site)[0] is not None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltaspec.backbone.inputs import dummy_inputs
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.runtime.frozen import BufferGuard
+from deltaspec.runtime.buffers import BufferGuard
 
 _ROWS = 3
 _CLOSE = 1e-3
