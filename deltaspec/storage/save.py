@@ -23,6 +23,7 @@ import torch
 
 from deltaspec.backbone.fingerprint import weights_fingerprint
 from deltaspec.backbone.values import is_sharded, unsharded
+from deltaspec.deltas.finite import is_finite, not_finite
 from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.diagnostics.progress import tracked
@@ -42,8 +43,6 @@ from deltaspec.storage.saved import (
     MANIFEST,
     digest,
     file_names,
-    is_finite,
-    not_finite,
     strays,
     without_values,
 )
