@@ -16,7 +16,7 @@ DEMO_PLAN := deltaspec.demo.model:build specs/demo-tweets.deltaspec.yaml specs/d
 # Libraries that pack weights; deltaspec imports none of them.
 QUANTISED := bitsandbytes==0.50.0 torchao==0.18.0 optimum-quanto==0.2.7
 
-.PHONY: demo example test test-quantised lint format bench schema-check lock-check generate wheel clean
+.PHONY: demo example test test-inductor test-quantised lint format bench schema-check lock-check generate wheel clean
 
 demo: .venv/.demo
 	$(BIN)/deltaspec demo $(ARGS)
@@ -28,6 +28,10 @@ example: .venv/.demo
 # One torch thread a worker: on small machines two processes are faster than two threads.
 test: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# The tests of torch.compile's default backend with its generated code compiled: minutes, and a C++ compiler.
+test-inductor: .venv/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/contract/test_inductor.py --codegen $(ARGS)
 
 # Deltas on weights that other libraries packed.
 test-quantised: .venv/.quantised

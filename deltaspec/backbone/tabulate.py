@@ -58,7 +58,12 @@ def tabulate(model: nn.Module) -> ModuleTable:
     )
     root_type = model_type_of(getattr(model, "config", None)) or (model_types[0] if len(model_types) == 1 else None)
     return ModuleTable(
-        rows, type(model).__name__, type(model).__module__, root_type, rows[0].subtree_parameters, tuple(sorted(maps))
+        rows,
+        class_of(model).__name__,
+        class_of(model).__module__,
+        root_type,
+        rows[0].subtree_parameters,
+        tuple(sorted(maps)),
     )
 
 
@@ -70,7 +75,7 @@ def _row(
     vocabulary: bool,
     entrance: Entrance | None,
 ) -> Row:
-    module, kind_of = node.module, type(node.module)
+    module, kind_of = node.module, class_of(node.module)
     if kind_of not in classes:
         classes[kind_of] = _bases(kind_of), _kind(kind_of)
     bases, kind = classes[kind_of]
@@ -121,6 +126,12 @@ def _row(
         parametrised=tuple(getattr(module._modules.get("parametrizations"), "_modules", ())),
         unpacked=None if packed is None else unpacked_class(module).__name__,
     )
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class; that which it had before FSDP2 put one of its own in front."""
+    kind = type(module)
+    return kind.__mro__[2] if len(kind.__mro__) > 2 and kind.__mro__[1].__name__ == "FSDPModule" else kind
 
 
 @cache

@@ -8,6 +8,7 @@ from os import PathLike
 from types import MappingProxyType
 from typing import Any, Self
 
+import safetensors.torch  # noqa: F401 - `save` needs it: a process forked while a thread imports it waits for ever
 import torch
 from torch import nn
 
@@ -32,6 +33,7 @@ from deltaspec.runtime.shared import Shared
 from deltaspec.serving.assignment import Rows, checked_strength
 from deltaspec.serving.mixer import Mixer
 from deltaspec.storage.load import load
+from deltaspec.storage.matching import Match, checked
 from deltaspec.storage.save import save
 from deltaspec.transforms.merge import merge
 from deltaspec.transforms.simplify import copy_tensors, simplify
@@ -208,29 +210,32 @@ class CompiledModel(Face, torch.fx.GraphModule):
     def library(
         self,
         directory: str | PathLike[str],
-        *,
+        *names: str,
         limit: int | str | None = None,
         preload: bool = False,
         by: str = "delta",
         example_inputs: Any = None,
+        match: Match = "weights",
     ) -> LibraryView:
         """Make the names of saved deltas known, to be loaded when they are attached; see `deltaspec.library`.
 
-        `directory` is what `save` wrote, or holds such directories. `limit` is how many of them may be in memory, or
-        the size of their tensors (`"2GiB"`); those that were not used for longest, and are not attached, make way.
-        `preload` loads all at once. `by="folder"` names deltas by their directories. They apply after the compiled
-        deltas, in the order of the directory; their parameters are frozen. `.plan`, `save` and `state_dict` are those
-        of the compiled deltas alone. `example_inputs` as for `compile`. Raises DeltaSpecError with all findings.
+        `directory` is what `save` wrote, or holds such directories; `names` choose some of it. `limit` is how many of
+        them may be in memory, or the size of their tensors (`"2GiB"`); those that were not used for longest, and are
+        not attached, make way. `preload` loads all at once. `by="folder"` names deltas by their directories. They apply
+        after the compiled deltas, in the order of the directory; their parameters are frozen. `.plan`, `save` and
+        `state_dict` are those of the compiled deltas alone. `example_inputs` as for `compile`, `match` as for
+        `restore`. Raises DeltaSpecError with all findings.
         """
-        return open_view(self._libraries, directory, limit, preload, by, example_inputs)
+        return open_view(self._libraries, directory, names, limit, preload, by, example_inputs, match)
 
-    def save(self, directory: str | PathLike[str]) -> None:
-        """Write every delta (safetensors, resolved spec, lock) to a directory; see `deltaspec.storage`."""
-        save(self._active, self.plan, self._host.deltas, directory)
+    def save(self, directory: str | PathLike[str], *names: str) -> None:
+        """Write deltas, by name or all (safetensors, resolved spec, lock), to a directory, in place of what it held."""
+        save(self._active, self.plan, self._host.deltas, directory, names)
 
-    def load(self, directory: str | PathLike[str]) -> Self:
-        """Read the tensors of saved deltas into this model; see `deltaspec.storage`. All or nothing."""
-        load(self._active, self.plan, self._host.deltas, directory)
+    def load(self, directory: str | PathLike[str], *names: str, match: Match = "weights") -> Self:
+        """Read the tensors of saved deltas, by name or all; `match` as for `restore`, `.plan` says what it let pass."""
+        level = checked(match)
+        self._shared.plan = load(self._active, self.plan, self._host.deltas, directory, names, level)
         return self
 
     def merge(self, *names: str) -> nn.Module:

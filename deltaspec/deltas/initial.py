@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.weight_forms import packed_weight, values_of
+from deltaspec.deltas.defaults import usual_defaults
 from deltaspec.deltas.modules import Delta, attribute_name, storage_key
 from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import Init, Site, TensorSpec
@@ -38,7 +39,8 @@ def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module, *, drawn:
         given: Mapping[str, Tensor] = {}
         if drawn and type(method).initialise is not Method.initialise and not weights.are_meta():
             _reseeded(generator, f"{seed}\0{planned.name}\0{site.fqn}")
-            given = initial_values(method, site, params, weights, generator)
+            with usual_defaults():
+                given = initial_values(method, site, params, weights, generator)
         for spec in planned_site.tensors:
             key = storage_key(site.row.fqn, spec)
             name = attribute_name(key)
@@ -134,15 +136,16 @@ def _initial(
 
 def draw(init: Init, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Draw a random initial tensor, float32 on the CPU."""
+    empty = torch.empty(shape, dtype=torch.float32, device="cpu")
     if init.kind == "normal":
-        return torch.empty(shape).normal_(0.0, init.value, generator=generator)
+        return empty.normal_(0.0, init.value, generator=generator)
     if init.kind == "xavier_uniform":
         bound = math.sqrt(6.0 / (shape[-2] + shape[-1]))
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        return empty.uniform_(-bound, bound, generator=generator)
     # He et al. (arXiv:1502.01852) with fan-in: bound = gain * sqrt(3 / fan_in), gain = sqrt(2 / (1 + slope^2)).
     fan_in = math.prod(shape[1:]) or 1  # a layer of width zero has nothing to draw
     bound = math.sqrt(6.0 / ((1.0 + init.value**2) * fan_in))
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return empty.uniform_(-bound, bound, generator=generator)
 
 
 def _dtype(spec: TensorSpec, home: Tensor | None) -> torch.dtype:

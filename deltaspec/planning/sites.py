@@ -244,8 +244,9 @@ class Placer:
             return "DS403", *useless
         if why := refuse_fixed(self.method, site, params, self.table):
             return why
-        if site.host is not None and self.method.promises.weight is None:
-            host = site.host or self.table.model_class
+        bypass = site.host if site.host is not None or seen is None else seen.bypass
+        if bypass is not None and self.method.promises.weight is None:
+            host = bypass or self.table.model_class
             reads = f"{host} reads this {site.row.type}'s weights without calling it"
             reason = f"{reads}, so {self.method.name} is bypassed"
             weighty = [m.name for m in methods().values() if m.promises.weight is not None]

@@ -26,8 +26,8 @@ from deltaspec.graphs.regions import Region, RegionKey, region
 from deltaspec.graphs.symbolic import SiteNames, compile_graph, copy_graph, rewrite_site
 from deltaspec.methods.declarations import Form, Site
 from deltaspec.methods.registry import methods
+from deltaspec.names.escaping import escaped
 from deltaspec.runtime.beside import Beside
-from deltaspec.runtime.frozen import FrozenStatistics
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.lowering import Attend, Fold, Lowered
 from deltaspec.runtime.misfits import refuse_misfits
@@ -103,7 +103,7 @@ class ProgramBuilder:
             self._bind_root(program, inline)
         for fqn in self.statistics:
             if fqn not in hosts or fqn in inline:
-                self._write(program, fqn, FrozenStatistics(self.modules[fqn]))
+                self._write(program, fqn, self.host.frozen_statistics(fqn))
         self._put_prompts_in_front(program, names)
         if wrap_root is not None:
             self._write(program, "", wrap_root(self._so_far(program, "")))
@@ -161,7 +161,7 @@ class ProgramBuilder:
             hooked = tuple(attend for _, attend, _ in attends)
             base = Lowered(self.modules[host], tuple(fold for _, fold, _ in folds), frozen, hooked)
         else:
-            base = FrozenStatistics(self.modules[host]) if frozen else self.own_forward(host)
+            base = self.host.frozen_statistics(host) if frozen else self.own_forward(host)
         leading = [(p, fold.scaled, values) for p, fold, values in folds]
         leading += [(p, attend.scaled, values) for p, attend, values in attends]
         return self.bind_region(host, placements, sorted_out, base, leading)
@@ -240,7 +240,7 @@ class ProgramBuilder:
 
     def _names(self, placement: Placement) -> SiteNames:
         """Return where one delta's tensors at a site are registered."""
-        planned, prefix = placement.planned, f"{self.host.home}.{placement.delta}."
+        planned, prefix = placement.planned, f"{self.host.home}.{escaped(placement.delta)}."
         tensors = {s.name: prefix + attribute_name(storage_key(planned.site.row.fqn, s)) for s in planned.tensors}
         probability = methods()[placement.method].dropout(planned.params)
         return SiteNames(tensors, prefix + Delta.dropout_name(probability) if probability else None)

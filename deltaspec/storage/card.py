@@ -7,8 +7,8 @@ import os
 import re
 from pathlib import Path
 
+from deltaspec.diagnostics.clean import clean
 from deltaspec.documents.atomic import write_atomically
-from deltaspec.documents.builder import printable
 from deltaspec.planning.plan import Plan
 
 CARD = "README.md"
@@ -32,7 +32,7 @@ def card(plan: Plan, kind: type, base: str | None) -> str:
     methods = list(dict.fromkeys(delta.method for delta in plan.deltas))
     named = [f"- `{delta.name}`: {delta.method}, {delta.trainable:,} parameters" for delta in plan.deltas]
     known = base is not None and _HUB_ID.fullmatch(base) and not os.path.exists(base)
-    where = json.dumps(printable(base), ensure_ascii=False) if base else "..."
+    where = json.dumps(clean(base), ensure_ascii=False) if base else "..."
     maker = f"{kind.__name__}.from_pretrained" if hasattr(kind, "from_pretrained") else kind.__name__
     return "\n".join([
         "---", "library_name: deltaspec", *([f"base_model: {base}"] if known else []),

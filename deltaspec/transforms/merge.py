@@ -56,7 +56,7 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
             held, tensor_names = host.deltas[name], tuple(spec.name for spec in planned.tensors)
             own = DeltaTensors(tensor_names, [held.tensor(storage_key(fqn, spec)) for spec in planned.tensors])
             fold = Fold((), methods()[shared.planned[name].method], planned.params, planned.site, tensor_names)
-            strength = torch.tensor(strengths[name]) if name in strengths else None
+            strength = torch.tensor(strengths[name], device="cpu") if name in strengths else None
             folded |= fold_widely(module, fold, own, folded, strength)
         values = rounded(module, folded)
         if is_packed(module) and "weight" in values:
