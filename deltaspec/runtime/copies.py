@@ -67,7 +67,7 @@ def beside(mine: Active) -> Active:
         copies: dict[int, Tensor] = {}
         for fqn, name, buffer, kept in host.kept_buffers():
             backbone.get_submodule(fqn)._buffers[name] = copies.setdefault(id(buffer), kept.clone())
-    return Active(shared, Host(backbone, deltas, sockets), mine.residency, mine.graph)
+    return Active(shared, Host(backbone, deltas, sockets, trained=host.trained), mine.residency, mine.graph)
 
 
 def _unbound() -> None:
