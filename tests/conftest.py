@@ -20,6 +20,17 @@ NUMBER = pytest.StashKey[int]()
 """Which of its test's cases an item is."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take `--codegen`."""
+    parser.addoption("--codegen", action="store_true", help="let Inductor generate and compile its code (minutes)")
+
+
+@pytest.fixture
+def codegen(request: pytest.FixtureRequest) -> bool:
+    """Whether Inductor's code is to be generated and compiled, too."""
+    return bool(request.config.getoption("codegen"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Number the cases of each test."""
     seen: Counter[str] = Counter()

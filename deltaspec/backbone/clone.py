@@ -55,7 +55,7 @@ def hollow(model: nn.Module) -> nn.Module:
 
     def filled(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
-            zero = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+            zero = torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
             made[id(tensor)] = nn.Parameter(zero, False) if isinstance(tensor, nn.Parameter) else zero.clone()
         return made[id(tensor)]
 

@@ -90,17 +90,21 @@ def _small(module: nn.Module, kind: str) -> nn.Module:
         shapes = {**dict.fromkeys(shapes, (_OUT,)), "weight": (_IN, _OUT)}
         twin.__dict__.update(nx=_IN, nf=_OUT)
     for name, shape in shapes.items():
-        twin._parameters[name] = nn.Parameter(torch.randn(shape), requires_grad=False)
+        twin._parameters[name] = nn.Parameter(_drawn(shape), requires_grad=False)
     for name, buffer in module._buffers.items():
         if buffer is not None:
-            twin._buffers[name] = torch.rand(buffer.shape).to(buffer.dtype)
+            twin._buffers[name] = torch.rand(buffer.shape, dtype=torch.float32).to(buffer.dtype)
     twin.training = False
     return twin
 
 
+def _drawn(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, dtype=torch.float32)
+
+
 def _agree(twin: nn.Module, known: Any, kind: str, forward: Callable[..., Any]) -> bool:
     for shape in _inputs(twin, kind):
-        x = torch.randn(shape)
+        x = _drawn(shape)
         try:
             wanted: Tensor = known.forward(twin, x.clone())
         except (RuntimeError, ValueError):  # another number of dimensions, for norms with channels first

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.reserved import find
-from deltaspec.backbone.table import ModuleTable
+from deltaspec.backbone.table import ModuleTable, ParameterInfo, Row
+from deltaspec.backbone.values import is_sharded, quantised_bits
 from deltaspec.names.paths import below, is_inside
 
 SAMPLE = 256
@@ -19,14 +20,14 @@ SAMPLE = 256
 
 def weights_fingerprint(backbone: nn.Module, kept: Mapping[tuple[str, str], Tensor] | None = None) -> str | None:
     """Digest a fixed, evenly spaced sample of the bytes (at most 256 values) of each parameter and each floating-point
-    buffer that a checkpoint holds, such as BatchNorm's statistics; None on the meta device.
+    buffer that a checkpoint holds, such as BatchNorm's statistics; None where some are not there as plain values.
 
     Fast on any size, and enough to tell two checkpoints apart; it does not prove that they are equal in every value.
     Deltas under the reserved name do not count; `kept` buffers, by module's FQN and name, count as they are there.
     """
     digest = hashlib.sha256()
     for name, tensor in _tensors(backbone, kept or {}):
-        if tensor.device.type == "meta":
+        if tensor.is_meta or is_sharded(tensor) or quantised_bits(tensor) is not None:
             return None
         digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
         digest.update(_sample(tensor.detach()))
@@ -58,9 +59,18 @@ def _sample(tensor: Tensor) -> bytes:
 
 
 def structure_fingerprint(table: ModuleTable) -> str:
-    """Hash module names and classes, parameter names, shapes and ties: `sha256:…`."""
-    ties = ((row, [[p.name, p.shape, sorted(p.tied)] for p in row.parameters]) for row in table.rows)
-    return digest([table.model_type, [[row.fqn, row.type, sorted(row.aliases), tied] for row, tied in ties]])
+    """Hash module names and classes, parameter names, shapes and ties: `sha256:…`.
+
+    A model whose weights are packed has the structure of the plain one.
+    """
+    ties = ((row, [[p.name, _plain_shape(row, p), sorted(p.tied)] for p in row.parameters]) for row in table.rows)
+    rows = [[row.fqn, row.unpacked or row.type, sorted(row.aliases), tied] for row, tied in ties]
+    return digest([table.model_type, rows])
+
+
+def _plain_shape(row: Row, parameter: ParameterInfo) -> tuple[int, ...]:
+    """Return the shape that a parameter has in the plain model, where a Conv1D's weight is the transpose."""
+    return parameter.shape[::-1] if row.unpacked == "Conv1D" and parameter.packed else parameter.shape
 
 
 def digest(data: object) -> str:

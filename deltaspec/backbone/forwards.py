@@ -35,8 +35,12 @@ def foreign_forward(module: nn.Module) -> Callable[..., Any] | None:
 
     Accelerate's hooks run the forward that was there before them, and what torch.compile made runs what it was given.
     """
+    return foreign_part(module, module.__dict__.get("forward"))
+
+
+def foreign_part(module: nn.Module, found: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """Return what `foreign_forward` returns where this is, or was, the module's instance-level forward."""
     attributes = module.__dict__
-    found = attributes.get("forward")
     if found is not None and is_hooked(module):
         found = attributes.get("_old_forward", found)
     while hasattr(found, COMPILED):

@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -22,13 +23,14 @@ from urllib.request import getproxies
 import torch
 from torch import nn
 
+from deltaspec.backbone.untrusted import kernel_in, no_code, no_questions
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import closest
-from deltaspec.documents.builder import printable
 from deltaspec.names.paths import is_inside
 
 _FACTORY = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
+_OWN_CODE = "this configuration needs model code of its own, which is never run from here"
 _WAYS = "name a directory with a config.json, a config.json, a hub id (org/name) or package.module:factory"
 
 
@@ -67,6 +69,7 @@ def _from_config_file(reference: str, file: str) -> nn.Module:
     if not isinstance(data, dict) or "model_type" not in data:
         message = f"{os.path.basename(file)} names no model_type, so it is no configuration of a transformers model"
         _fail("DS322", message, reference, _WAYS)
+    _refuse_kernels(reference, data)
     return _build(reference, file, local=True)
 
 
@@ -108,17 +111,16 @@ def _build(reference: str, source: str, local: bool) -> nn.Module:
         import transformers
     except ModuleNotFoundError:
         _fail("DS322", "transformers is not installed", reference, "pip install 'deltaspec[transformers]'")
-    with _quiet(transformers):
+    with _quiet(transformers), no_code():
         try:
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
         except Exception as error:  # whatever the hub's client or a configuration class raises
             if local or _remedy(error):
                 message = f"transformers cannot use this configuration: {_brief(error)}"
-                if _remedy(error):
-                    message = "this configuration needs model code of its own, which is never run from here"
-                _fail("DS322", message, reference, _remedy(error))
+                _fail("DS322", _OWN_CODE if _remedy(error) else message, reference, _remedy(error))
             message = f"no such directory here, and no configuration on the hub: {_brief(error)}"
             _fail("DS321", message, reference, f"check the id, or {_WAYS}")
+        _refuse_kernels(reference, config)
         named = getattr(config, "architectures", None) or ["AutoModel"]
         named = [named] if isinstance(named, str) else named
         maker = _model_class(reference, str(named[0]), config)
@@ -127,9 +129,16 @@ def _build(reference: str, source: str, local: bool) -> nn.Module:
                 model = maker(config)
         except Exception as error:  # a configuration can fail in any line of any model's constructor
             message = f"{named[0]} cannot be built from this configuration: {_brief(error)}"
-            _fail("DS322", message, reference, _remedy(error))
+            _fail("DS322", _OWN_CODE if _remedy(error) else message, reference, _remedy(error))
     assert isinstance(model, nn.Module)
     return model.eval()
+
+
+def _refuse_kernels(reference: str, config: Any) -> None:
+    """Refuse a configuration that names a kernel of a hub: to load it is to run its code."""
+    if (kernel := kernel_in(config)) is not None:
+        message = f"this configuration names the kernel {kernel!r} of a hub, whose code is never run from here"
+        _fail("DS322", message, reference, "name an attention of transformers (sdpa, eager), or write a factory")
 
 
 def _model_class(reference: str, name: str, config: Any) -> Callable[[Any], Any]:
@@ -137,8 +146,7 @@ def _model_class(reference: str, name: str, config: Any) -> Callable[[Any], Any]
 
     found: Any = getattr(transformers, name, None)
     if name == "AutoModel":
-        make: Callable[[Any], Any] = found.from_config
-        return make
+        return partial(found.from_config, trust_remote_code=False)
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found._from_config  # unlike the constructor, it follows the configuration's dtype
     siblings = type(config).__name__.removesuffix("Config")
@@ -155,7 +163,7 @@ def _remedy(error: Exception) -> str | None:
 
 
 def _from_factory(reference: str, module_name: str, attribute: str) -> nn.Module:
-    with _current_directory_first():
+    with _current_directory_first(), no_questions():
         made: Any = _imported(reference, module_name)
         for step in attribute.split("."):
             if not hasattr(made, step):
@@ -229,5 +237,5 @@ def _brief(error: BaseException) -> str:
 
 
 def _fail(code: str, message: str, reference: str, suggestion: str | None = None) -> NoReturn:
-    place = printable(reference) or "(no model)"
+    place = reference[:300] or "(no model)"
     raise DeltaSpecError([Diagnostic(code, message, place, suggestion=suggestion)]) from None

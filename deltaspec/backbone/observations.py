@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from torch import nn
 
-from deltaspec.backbone.forwards import foreign_forward
-from deltaspec.backbone.observe import Observation, observe
+from deltaspec.backbone.observe import observe
+from deltaspec.backbone.recorder import Observation
 from deltaspec.backbone.table import Row
+from deltaspec.backbone.writes import is_published
 
 
 class Observations:
@@ -21,7 +21,7 @@ class Observations:
 
     def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
         self._model, self._inputs = model, example_inputs
-        self._vouched = example_inputs is None and _is_published(model)
+        self._vouched = example_inputs is None and _is_vouched_for(model)
         self._seen: dict[str, Observation] | None = None
         self.failure: str | None = None
         """Reason why a needed forward could not run; static knowledge about torch's own modules is there even so."""
@@ -30,27 +30,25 @@ class Observations:
         """Return what is known of a module; None where the forward could not run."""
         if self._vouched and row.roles and row.kind in ("linear", "conv1d", "norm"):
             return Observation(True)
+        return self._run().get(row.fqn)
+
+    def unused(self, *, run: bool = True) -> frozenset[str]:
+        """Return the FQNs of the modules that take no part in what the model gives, so far as a forward showed it.
+
+        `run=False` asks for no forward that was not run yet.
+        """
+        seen = self._run() if run else self._seen or {}
+        if self.failure is not None:
+            return frozenset()
+        return frozenset(n for n, o in seen.items() if o.fate == "idle" or not (o.called or o.host is not None))
+
+    def _run(self) -> dict[str, Observation]:
         if self._seen is None:
             self._seen, self.failure = observe(self._model, self._inputs)
-        return self._seen.get(row.fqn)
+        return self._seen
 
 
-def _is_published(model: nn.Module) -> bool:
-    """Return whether a model is one of transformers', with no forward in it that came from elsewhere."""
-    return type(model).__module__.startswith("transformers.models.") and all(map(_is_as_published, model.modules()))
-
-
-def _is_as_published(module: nn.Module) -> bool:
-    """Return whether a module that holds others runs the forward that transformers, or torch, wrote for it."""
-    if not module._modules:
-        return True
-    if foreign_forward(module) is not None:
-        return False
-    kind: Any = type(module)
-    return all(home.startswith(("transformers.", "torch.nn.")) for home in _homes(kind))
-
-
-@cache
-def _homes(kind: Any) -> tuple[str, str]:
-    """Return the Python modules of a class and of its forward, which may have been put there."""
-    return kind.__module__, str(getattr(kind.forward, "__module__", ""))
+def _is_vouched_for(model: nn.Module) -> bool:
+    """Return whether a model is one of transformers', and what holds others in it runs theirs or torch's."""
+    known = type(model).__module__.startswith("transformers.models.")
+    return known and all(is_published(module) for module in model.modules() if module._modules)

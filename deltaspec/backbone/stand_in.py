@@ -7,19 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaspec.backbone.weight_forms import is_plain, plain_class
+
 
 def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
-    """Make a shallow copy of a module, without its instance-level forward, that holds `tensors` by own name."""
-    shadow = module.__class__.__new__(module.__class__)
+    """Make a shallow copy of a module, without its instance-level forward, that holds `tensors` by own name.
+
+    In the place of a weight that is kept as codes, or computed, it holds plain values, which torch's class runs on.
+    """
+    kind = plain_class(module) if "weight" in tensors and not is_plain(module) else module.__class__
+    shadow: nn.Module = kind.__new__(kind)
     attributes = shadow.__dict__
     attributes.update(module.__dict__)
     attributes.pop("forward", None)
     attributes["_parameters"] = {**module._parameters}
     attributes["_buffers"] = {**module._buffers}
     attributes["_modules"] = {**module._modules}
+    if "weight" in tensors:  # what a hook computed for it
+        attributes.pop("weight", None)
     for name, tensor in tensors.items():
         home = attributes["_buffers"] if name in module._buffers else attributes["_parameters"]
         home[name] = tensor
+    if kind is not module.__class__ and (bias := attributes["_parameters"].get("bias")) is not None:
+        # A library's kernel casts it on the way; torch's wants one dtype.
+        attributes["_parameters"]["bias"] = bias.to(tensors["weight"].dtype)
     if attributes.get("sparse") is True and "weight" in tensors and not tensors["weight"].is_leaf:
         # An embedding's sparse gradients are for an optimizer; what computed this weight takes dense ones.
         attributes["sparse"] = False

@@ -9,6 +9,16 @@ from deltaspec.roles.parts import Parts
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """The form of a weight that is kept as codes (4 bits, 8 bits, float8), not as the values that it stands for."""
+
+    name: str
+    """Name for people: `bitsandbytes 4-bit`."""
+    readable: bool
+    """Whether its library says what values the codes stand for."""
+
+
+@dataclass(frozen=True, slots=True)
 class ParameterInfo:
     """One parameter that a module owns directly."""
 
@@ -16,10 +26,13 @@ class ParameterInfo:
     """Own name, such as `weight`."""
     fqn: str
     shape: tuple[int, ...]
+    """Shape of the values; of a packed parameter, of those that its codes stand for."""
     dtype: str
     """Name of its dtype, without the `torch.` prefix: `float32`."""
     tied: tuple[str, ...] = ()
     """FQNs of the other places that hold the very same parameter."""
+    packed: Packed | None = None
+    """Form of the codes that it is kept as; None for plain values."""
 
     @property
     def count(self) -> int:
@@ -85,6 +98,15 @@ class Row:
     """Whether a forward that runs on its own weights only was put onto it, and computes something of its own."""
     vocabulary: bool = False
     """Whether it is the table of input embeddings, as the model itself says (`get_input_embeddings`)."""
+    parametrised: tuple[str, ...] = ()
+    """Names of the tensors that parametrisations compute (`torch.nn.utils.parametrize`)."""
+    unpacked: str | None = None
+    """Class name that it has in the model before its weights were packed; None where they are not."""
+
+    @property
+    def packed(self) -> Packed | None:
+        """Form of its weight, where that is kept as codes."""
+        return next((p.packed for p in self.parameters if p.packed is not None), None)
 
     @property
     def conv_groups(self) -> int:

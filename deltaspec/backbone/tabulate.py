@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,8 +20,9 @@ from deltaspec.backbone.attention import is_routable
 from deltaspec.backbone.entrances import entrances
 from deltaspec.backbone.faithful import is_faithful
 from deltaspec.backbone.forwards import arguments_of, foreign_forward
-from deltaspec.backbone.table import ConvInfo, Entrance, ModuleTable, ParameterInfo, Row
+from deltaspec.backbone.table import ConvInfo, Entrance, ModuleTable, Packed, ParameterInfo, Row
 from deltaspec.backbone.walk import Node, model_type_of, own, subtree_sizes, walk
+from deltaspec.backbone.weight_forms import packed_form, packed_weight, shape_of_values, unpacked_class
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.names.paths import below
 
@@ -56,7 +58,12 @@ def tabulate(model: nn.Module) -> ModuleTable:
     )
     root_type = model_type_of(getattr(model, "config", None)) or (model_types[0] if len(model_types) == 1 else None)
     return ModuleTable(
-        rows, type(model).__name__, type(model).__module__, root_type, rows[0].subtree_parameters, tuple(sorted(maps))
+        rows,
+        class_of(model).__name__,
+        class_of(model).__module__,
+        root_type,
+        rows[0].subtree_parameters,
+        tuple(sorted(maps)),
     )
 
 
@@ -68,7 +75,7 @@ def _row(
     vocabulary: bool,
     entrance: Entrance | None,
 ) -> Row:
-    module, kind_of = node.module, type(node.module)
+    module, kind_of = node.module, class_of(node.module)
     if kind_of not in classes:
         classes[kind_of] = _bases(kind_of), _kind(kind_of)
     bases, kind = classes[kind_of]
@@ -76,6 +83,10 @@ def _row(
     buffers: tuple[ParameterInfo, ...] = ()
     if module._parameters:
         parameters = tuple([_info(name, node.fqn, p, holders[id(p)]) for name, p in own(module._parameters)])
+    packed = packed_weight(module)
+    if packed is not None:  # scales and the like are part of the codes
+        parameters = (_packed(node.fqn, module, *packed, holders), *(p for p in parameters if p.name == "bias"))
+        kind = "linear" if kind == "other" and isinstance(module.__dict__.get("in_features"), int) else kind
     if module._buffers:
         transient = module._non_persistent_buffers_set
         buffers = tuple([_info(name, node.fqn, b, []) for name, b in own(module._buffers) if name not in transient])
@@ -112,7 +123,15 @@ def _row(
         faithful=faithful,
         fixed=not (known and faithful) and foreign_forward(module) is not None,
         vocabulary=vocabulary,
+        parametrised=tuple(getattr(module._modules.get("parametrizations"), "_modules", ())),
+        unpacked=None if packed is None else unpacked_class(module).__name__,
     )
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class; that which it had before FSDP2 put one of its own in front."""
+    kind = type(module)
+    return kind.__mro__[2] if len(kind.__mro__) > 2 and kind.__mro__[1].__name__ == "FSDPModule" else kind
 
 
 @cache
@@ -142,6 +161,12 @@ def _kind(kind: type) -> str:
     return "norm?" if any(_NORM_NAME.fullmatch(base) for base in _bases(kind)) else "other"
 
 
+def _packed(fqn: str, module: nn.Module, form: Packed, codes: Tensor, holders: dict[int, list[str]]) -> ParameterInfo:
+    """Describe the weight that codes stand for."""
+    info = _info("weight", fqn, codes, holders.get(id(codes), []))
+    return replace(info, shape=shape_of_values(module, form, codes), packed=form)
+
+
 def _bases(kind: type) -> tuple[str, ...]:
     return tuple(base.__name__ for base in kind.__mro__ if base not in (nn.Module, object))
 
@@ -152,4 +177,5 @@ def _info(name: str, fqn: str, tensor: torch.Tensor, holders: list[str]) -> Para
         message = f"{place} is lazy: it has no shape before the first forward"
         raise DeltaSpecError([Diagnostic("DS310", message, "<model>", suggestion="run the model once on real inputs")])
     tied = tuple(other for other in holders if other != place) if len(holders) > 1 else ()
-    return ParameterInfo(name, place, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tied)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return ParameterInfo(name, place, tuple(tensor.shape), dtype, tied, packed_form(tensor))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
+from deltaspec.backbone.weight_forms import sizes as sizes_of
 from deltaspec.names.paths import below
 from deltaspec.roles.maps import RoleMap, role_map
 
@@ -128,7 +128,10 @@ def model_type_of(config: object) -> str | None:
 
 
 def subtree_sizes(nodes: list[Node], holders: dict[int, list[str]]) -> dict[int, int]:
-    """Return, by the identity of a module, the number of values in all parameters at and below it, tied ones once."""
+    """Return, by the identity of a module, the number of values in all parameters at and below it, tied ones once.
+
+    Codes count as the values that they stand for.
+    """
     if sum(len(own(node.module._modules)) for node in nodes) >= len(nodes):  # a module stands in two places
         parts: dict[int, dict[int, int]] = {}
         _parts(nodes[0].module, parts)
@@ -137,11 +140,11 @@ def subtree_sizes(nodes: list[Node], holders: dict[int, list[str]]) -> dict[int,
     tied: dict[int, dict[int, int]] = {}
     for node in reversed(nodes):  # children before their parents
         module, size, shared = node.module, 0, dict[int, int]()
-        for _, parameter in own(module._parameters):
-            if len(holders[id(parameter)]) > 1:
-                shared[id(parameter)] = _count(parameter)
+        for parameter, count in sizes_of(module):
+            if len(holders.get(id(parameter), ())) > 1:
+                shared[id(parameter)] = count
             else:
-                size += _count(parameter)
+                size += count
         for _, child in own(module._modules):
             size += sizes[id(child)] - sum(tied.get(id(child), {}).values())
             shared |= tied.get(id(child), {})
@@ -154,11 +157,7 @@ def subtree_sizes(nodes: list[Node], holders: dict[int, list[str]]) -> dict[int,
 def _parts(module: nn.Module, parts: dict[int, dict[int, int]]) -> dict[int, int]:
     """Fill in, for each module, the sizes of all parameters at and below it by identity."""
     if id(module) not in parts:
-        found = parts[id(module)] = {id(p): _count(p) for _, p in own(module._parameters)}
+        found = parts[id(module)] = {id(parameter): count for parameter, count in sizes_of(module)}
         for _, child in own(module._modules):
             found.update(_parts(child, parts))
     return parts[id(module)]
-
-
-def _count(parameter: nn.Parameter) -> int:
-    return 0 if is_lazy(parameter) else parameter.numel()

@@ -16,7 +16,8 @@ from typing import Any
 
 import click
 
-from deltaspec.cli._shared import show
+from deltaspec.cli._shared import say, show
+from deltaspec.diagnostics.clean import clean
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.diagnostics.wording import closest
 
@@ -53,6 +54,10 @@ class _Verbs(click.Group):
         except DeltaSpecError as error:
             show(error.diagnostics)
             ctx.exit(1)
+        except click.UsageError as error:
+            if (text := clean(error.format_message())) != error.format_message():
+                raise click.UsageError(text, error.ctx) from None
+            raise
         except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
             raise
         except Exception as error:  # whatever it is, exit 1 is for findings
@@ -60,7 +65,7 @@ class _Verbs(click.Group):
             if lacking in _EXTRAS:
                 hint = f"pip install 'deltaspec[{_EXTRAS[lacking]}]'"
                 ctx.fail(f"{ctx.invoked_subcommand} needs {lacking}: {hint}")
-            traceback.print_exc()
+            say(traceback.format_exc().rstrip(), err=True)
             click.echo("deltaspec: internal error: please report it with the lines above", err=True)
             ctx.exit(2)
 

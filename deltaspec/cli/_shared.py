@@ -1,28 +1,46 @@
-"""What several verbs share: the reporting of findings."""
+"""What several verbs share: printing, and the reporting of findings."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
+from deltaspec.diagnostics.clean import clean
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.render import FORMATS, as_text
 
 
-def show(diagnostics: Sequence[Diagnostic], output_format: str = "text", files: int | None = None) -> None:
-    """Print findings in a format; `files` is the number of files looked at, for a summary."""
+def say(text: str, *, err: bool = False, **style: Any) -> None:
+    """Print a text that may hold names of files and modules; lines stay lines. `style` as for `click.secho`."""
+    stream = sys.stderr if err else sys.stdout  # named: else click writes UTF-8 where the terminal has ASCII
+    click.secho(clean(text, keep="\n"), stream, color=False if err else wants_color(), **style)
+
+
+def show(
+    diagnostics: Sequence[Diagnostic],
+    output_format: str = "text",
+    files: int | None = None,
+    skipped: Sequence[str] = (),
+) -> None:
+    """Print findings in a format; `files` is the number of files looked at, `skipped` says what was not."""
     if output_format == "text":
-        click.echo(as_text(diagnostics, files, color=wants_color()))
+        click.echo(as_text(diagnostics, files, skipped, color=wants_color()), sys.stdout)
     else:
-        click.echo(FORMATS[output_format](diagnostics, files))
+        click.echo(FORMATS[output_format](diagnostics, files, skipped), sys.stdout)
 
 
-def report(diagnostics: Sequence[Diagnostic], output_format: str = "text", files: int | None = None) -> None:
+def report(
+    diagnostics: Sequence[Diagnostic],
+    output_format: str = "text",
+    files: int | None = None,
+    skipped: Sequence[str] = (),
+) -> None:
     """Print findings in a format, and end the command with exit code 1 where there are any."""
-    show(diagnostics, output_format, files)
+    show(diagnostics, output_format, files, skipped)
     if diagnostics:
         click.get_current_context().exit(1)
 

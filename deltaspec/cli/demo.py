@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from deltaspec.cli._shared import say
+
 QUICK_TRAIN, QUICK_TEST = 96, 128
 
 
@@ -41,5 +43,5 @@ def command(output: Path, quick: bool, reload: bool) -> None:
     except data.MissingPackage as error:
         raise click.UsageError(str(error)) from None
     except story.DemoFailed as error:
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}", err=True)
         sys.exit(1)

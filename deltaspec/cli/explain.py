@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from deltaspec.backbone.table import Row
-from deltaspec.cli._shared import wants_color
+from deltaspec.cli._shared import say
+from deltaspec.diagnostics.clean import clean
 
 
 @click.command()
@@ -28,14 +29,13 @@ def command(model: str, spec: str, name: str) -> None:
     backbone = model_from(model)
     table = tabulate(backbone)
     row = find_row(table, name)
-    color = wants_color()
-    click.secho(_title(row), bold=True, color=color)
+    say(_title(row), bold=True)
     for verdict in verdicts(loaded, table, Observations(backbone), row):
         style = "green" if verdict.taken else "yellow"
-        click.secho(f"\n{verdict.delta} ({verdict.method}): {verdict.outcome}", fg=style, color=color)
-        click.echo(f"  {verdict.location}")
+        say(f"\n{verdict.delta} ({verdict.method}): {clean(verdict.outcome)}", fg=style)
+        say(f"  {clean(verdict.location)}")
         for reason, place in verdict.reasons:
-            click.echo(f"    {'✓' if reason.accepted else '✗'} {reason}  ({place})")
+            say(f"    {'✓' if reason.accepted else '✗'} {clean(str(reason))}  ({clean(place)})")
 
 
 def _title(row: Row) -> str:
@@ -46,4 +46,4 @@ def _title(row: Row) -> str:
         facts.append(f"roles {', '.join(row.roles)}")
     if row.layer is not None:
         facts.append(f"layer {row.layer} of {row.stack}")
-    return f"{row.fqn or '(the model itself)'}: {', '.join(facts)}"
+    return clean(f"{row.fqn or '(the model itself)'}: {', '.join(facts)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from deltaspec.cli._shared import say
 from deltaspec.cli.plan import plan_from
 from deltaspec.diagnostics.wording import counted
 
@@ -28,4 +29,4 @@ def command(model: str, specs: tuple[str, ...]) -> None:
             write_lock(part, path)
         except OSError as error:
             raise click.UsageError(f"{path} cannot be written: {error.strerror}") from None
-        click.echo(f"{path}: {counted(len(part.sites), 'site')}, {part.trainable:,} trainable parameters")
+        say(f"{path}: {counted(len(part.sites), 'site')}, {part.trainable:,} trainable parameters")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from deltaspec.cli._shared import report
+from deltaspec.cli._shared import report, say
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.methods.registry import builtin_methods, methods
 
@@ -36,4 +36,4 @@ def command(path: Path | None, check: bool) -> None:
         report([Diagnostic("DS222", "the table of methods is out of date", str(path), suggestion=hint)])
     if not check:
         path.write_text(new, encoding="utf-8", newline="\n")
-    click.echo(f"{path} is up to date")
+    say(f"{path} is up to date")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 import click
 
-from deltaspec.cli._shared import report, show, wants_color
+from deltaspec.cli._shared import report, say, show, wants_color
+from deltaspec.diagnostics.clean import clean, clean_data
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.render import FORMATS
 from deltaspec.diagnostics.wording import counted, plural
@@ -50,13 +52,13 @@ def command(model: str, specs: tuple[str, ...], check: bool, output_format: str)
         if output_format == "text":
             for part, path in parts:
                 sites = counted(len(part.sites), "site")
-                click.echo(f"{path}: up to date, {sites}, {part.trainable:,} trainable parameters")
+                say(f"{clean(str(path))}: up to date, {sites}, {part.trainable:,} trainable parameters")
     elif output_format == "text":
         from rich.console import Console
 
         Console(soft_wrap=True, highlight=False, no_color=not wants_color() or None).print(planned)
     elif output_format == "json":
-        click.echo(json.dumps(planned.to_dict(), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(clean_data(planned.to_dict()), indent=2))
     elif output_format == "markdown":
         from deltaspec.planning.text import markdown
 
@@ -84,7 +86,8 @@ def _report(diagnostics: tuple[Diagnostic, ...] | list[Diagnostic], output_forma
     if not diagnostics:
         click.echo("The lock is up to date.")
         return
-    click.echo(f"### deltaspec: {len(diagnostics)} {plural(len(diagnostics), 'finding')}\n\n```")
-    click.echo("\n".join(map(str, diagnostics)))
-    click.echo("```")
+    findings = "\n".join(map(str, diagnostics))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", findings)), default=0))  # longer than any that it holds
+    click.echo(f"### deltaspec: {len(diagnostics)} {plural(len(diagnostics), 'finding')}\n\n{fence}")
+    click.echo(f"{findings}\n{fence}")
     click.get_current_context().exit(1)

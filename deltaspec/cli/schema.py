@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from deltaspec.cli._shared import report
+from deltaspec.cli._shared import report, say
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.language.schema.accept import COMMITTED
 from deltaspec.language.schema.generate import schema_text
@@ -44,6 +44,6 @@ def _check(path: Path, text: str) -> None:
         raise click.UsageError(f"{path}: cannot read: {error}") from None
     if found != text:
         lines = unified_diff(found.splitlines(True), text.splitlines(True), str(path), "generated")
-        click.echo("".join(lines), nl=False)
+        say("".join(lines), nl=False)
         report([Diagnostic("DS221", "the schema file is out of date", str(path), suggestion=hint)])
-    click.echo(f"{path} is up to date")
+    say(f"{path} is up to date")

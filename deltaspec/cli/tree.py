@@ -27,14 +27,15 @@ def command(model: str, specs: tuple[str, ...], depth: int | None, everything: b
     from deltaspec.backbone.tabulate import tabulate
     from deltaspec.language.load import load
     from deltaspec.reports.tree import Mark, Tree, drawn, human, targets
+    from deltaspec.selection.clock import timed
 
     loaded = [load(spec) for spec in specs]
     table = tabulate(model_from(model))
     marks: dict[str, list[Mark]] = {}
     findings: list[Diagnostic] = []
     counts: list[str] = []
-    for spec in loaded:
-        for index, entry in enumerate(spec.deltas):
+    with timed():
+        for spec, index, entry in [(each, *numbered) for each in loaded for numbered in enumerate(each.deltas)]:
             matches, wrong = targets(spec, index, table)
             findings += wrong
             counts.append(f"{entry.name}: {entry.method}, {len(matches)} selected")

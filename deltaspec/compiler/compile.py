@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from deltaspec.backbone.sharded import refuse_sharded
 from deltaspec.compiler.build import build
 from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.language.model import DeltaSpec
@@ -51,8 +52,9 @@ def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: 
 
 
 def refuse_unusable(model: nn.Module, capture: str) -> None:
-    """Refuse a capture that there is not, and what is no model."""
+    """Refuse a capture that there is not, what is no model, and a model in shards."""
     if capture not in ("auto", "modules", "symbolic"):
         raise ValueError(f"capture is 'auto', 'modules' or 'symbolic', not {capture!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    refuse_sharded(model)

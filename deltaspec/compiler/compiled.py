@@ -8,13 +8,16 @@ from os import PathLike
 from types import MappingProxyType
 from typing import Any, Self
 
+import safetensors.torch  # noqa: F401 - `save` needs it: a process forked while a thread imports it waits for ever
 import torch
 from torch import nn
 
 from deltaspec.backbone.copying import copy_held, deep_copy
 from deltaspec.compiler.build import Built, build, with_rows
+from deltaspec.compiler.face import Face, attribute, take_backbone_names
 from deltaspec.compiler.handles import DeltasView, Restore, trainable
 from deltaspec.compiler.pickling import rebuild, reduced
+from deltaspec.compiler.standard_verbs import install
 from deltaspec.deltas.modules import Delta
 from deltaspec.diagnostics.findings import require_known
 from deltaspec.graphs.regions import Region
@@ -30,12 +33,13 @@ from deltaspec.runtime.shared import Shared
 from deltaspec.serving.assignment import Rows, checked_strength
 from deltaspec.serving.mixer import Mixer
 from deltaspec.storage.load import load
+from deltaspec.storage.matching import Match, checked
 from deltaspec.storage.save import save
 from deltaspec.transforms.merge import merge
 from deltaspec.transforms.simplify import copy_tensors, simplify
 
 
-class CompiledModel(torch.fx.GraphModule):
+class CompiledModel(Face, torch.fx.GraphModule):
     """A backbone with its deltas. Made by `deltaspec.compile`.
 
     Call it as the backbone is called. Attributes that it does not have itself (`config`, `generate`, `device` …) are
@@ -64,6 +68,8 @@ class CompiledModel(torch.fx.GraphModule):
         self.__dict__.update({f"_{name}": part for name, part in built._asdict().items()})
         self.__dict__["capture"] = capture
         self.__dict__["capture_reason"] = capture_reason
+        self.register_load_state_dict_pre_hook(take_backbone_names)  # type: ignore[no-untyped-call]
+        install(built)
 
     # What there is
 
@@ -205,29 +211,32 @@ class CompiledModel(torch.fx.GraphModule):
     def library(
         self,
         directory: str | PathLike[str],
-        *,
+        *names: str,
         limit: int | str | None = None,
         preload: bool = False,
         by: str = "delta",
         example_inputs: Any = None,
+        match: Match = "weights",
     ) -> LibraryView:
         """Make the names of saved deltas known, to be loaded when they are attached; see `deltaspec.library`.
 
-        `directory` is what `save` wrote, or holds such directories. `limit` is how many of them may be in memory, or
-        the size of their tensors (`"2GiB"`); those that were not used for longest, and are not attached, make way.
-        `preload` loads all at once. `by="folder"` names deltas by their directories. They apply after the compiled
-        deltas, in the order of the directory; their parameters are frozen. `.plan`, `save` and `state_dict` are those
-        of the compiled deltas alone. `example_inputs` as for `compile`. Raises DeltaSpecError with all findings.
+        `directory` is what `save` wrote, or holds such directories; `names` choose some of it. `limit` is how many of
+        them may be in memory, or the size of their tensors (`"2GiB"`); those that were not used for longest, and are
+        not attached, make way. `preload` loads all at once. `by="folder"` names deltas by their directories. They apply
+        after the compiled deltas, in the order of the directory; their parameters are frozen. `.plan`, `save` and
+        `state_dict` are those of the compiled deltas alone. `example_inputs` as for `compile`, `match` as for
+        `restore`. Raises DeltaSpecError with all findings.
         """
-        return open_view(self._libraries, directory, limit, preload, by, example_inputs)
+        return open_view(self._libraries, directory, names, limit, preload, by, example_inputs, match)
 
-    def save(self, directory: str | PathLike[str]) -> None:
-        """Write every delta (safetensors, resolved spec, lock) to a directory; see `deltaspec.storage`."""
-        save(self._active, self.plan, self._host.deltas, directory)
+    def save(self, directory: str | PathLike[str], *names: str) -> None:
+        """Write deltas, by name or all (safetensors, resolved spec, lock), to a directory, in place of what it held."""
+        save(self._active, self.plan, self._host.deltas, directory, names)
 
-    def load(self, directory: str | PathLike[str]) -> Self:
-        """Read the tensors of saved deltas into this model; see `deltaspec.storage`. All or nothing."""
-        load(self._active, self.plan, self._host.deltas, directory)
+    def load(self, directory: str | PathLike[str], *names: str, match: Match = "weights") -> Self:
+        """Read the tensors of saved deltas, by name or all; `match` as for `restore`, `.plan` says what it let pass."""
+        level = checked(match)
+        self._shared.plan = load(self._active, self.plan, self._host.deltas, directory, names, level)
         return self
 
     def merge(self, *names: str) -> nn.Module:
@@ -270,7 +279,7 @@ class CompiledModel(torch.fx.GraphModule):
             modules = self.__dict__.get("_modules", {})
             if "backbone" not in modules:
                 raise
-            found = getattr(modules["backbone"], name)
+            found = attribute(modules["backbone"], name)
             return self._generate if name == "generate" else found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:

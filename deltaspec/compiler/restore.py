@@ -2,49 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 from torch import nn
 
-from deltaspec.backbone.fingerprint import structure_fingerprint, weights_fingerprint
-from deltaspec.backbone.tabulate import tabulate
+from deltaspec.backbone.observations import Observations
+from deltaspec.backbone.record import Present
 from deltaspec.compiler.build import build
 from deltaspec.compiler.compile import refuse_unusable
 from deltaspec.compiler.compiled import CompiledModel
-from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.language.load import load as load_spec
+from deltaspec.language.model import DeltaSpec
+from deltaspec.planning.plan import Plan
 from deltaspec.planning.resolve import plan
-from deltaspec.storage.load import fill, settled
-from deltaspec.storage.saved import ENDINGS, SavedSet
+from deltaspec.storage.load import fill, remarked, settled
+from deltaspec.storage.matching import Match, Matcher, Outcome, checked
+from deltaspec.storage.saved import SavedSet
+from deltaspec.storage.specs import moved, specs_of
 
 
 def restore(
-    model: nn.Module, directory: str | PathLike[str], *, capture: str = "auto", example_inputs: Any = None
+    model: nn.Module,
+    directory: str | PathLike[str],
+    *names: str,
+    capture: str = "auto",
+    example_inputs: Any = None,
+    match: Match = "weights",
 ) -> CompiledModel:
     """Compile the saved specs onto a model and load the saved tensors; the deltas that were attached when saving are
-    attached, as strongly.
+    attached, as strongly. `names` choose some of them.
+
+    The model must be the one that they were saved for, in what they depend on: not in what they put in the place of it,
+    nor in what its output does not use. Its weights may be a cast or a quantised form of those that there were, and its
+    class another around the same modules. `match` lets more pass: `structure` other weights, `sites` all but that the
+    deltas find their sites; the plan and the next lock say what was let pass.
 
     Raises DeltaSpecError with all findings; `model` is never changed.
     """
     refuse_unusable(model, capture)
-    return settled(directory, lambda saved: _restore(model, saved, capture, example_inputs))
+    level = checked(match)
+    return settled(directory, lambda saved: _restore(model, saved, names, capture, example_inputs, level))
 
 
-def _restore(model: nn.Module, saved: SavedSet, capture: str, example_inputs: Any) -> CompiledModel:
+def _restore(
+    model: nn.Module, saved: SavedSet, names: tuple[str, ...], capture: str, example_inputs: Any, match: Match
+) -> CompiledModel:
+    require_known(names, saved.names)
+    chosen, findings = names or tuple(saved.names), list[Diagnostic]()
+    observations = Observations(model, example_inputs)
+    matcher = Matcher(Present(model, unused=observations.unused), match)
     try:
-        if findings := [f for entry in saved.entries for field in ENDINGS for f in saved.read(entry["name"], field)[1]]:
-            raise DeltaSpecError(findings)
-        paths = [saved.folder / entry["spec"] for entry in saved.entries]
-        specs = dict.fromkeys(map(load_spec, paths))  # derived ones share one
-        planned = plan(model, *specs, example_inputs=example_inputs)
+        specs = specs_of(saved, chosen)
     except DeltaSpecError as error:  # of which another backbone may be the cause
-        structure = structure_fingerprint(tabulate(model))
-        found = saved.check_backbone(structure, lambda: weights_fingerprint(model), type(model).__name__)
-        raise DeltaSpecError([*found, *error.diagnostics]) from error
+        matcher.outcomes(saved, chosen, findings)
+        damaged = [finding for name in chosen for finding in saved.read(name, "file")[1]]
+        raise DeltaSpecError(dict.fromkeys([*findings, *error.diagnostics, *damaged])) from error
+    together = {entry.name for spec in specs for entry in spec.deltas}
+    chosen = tuple(name for name in saved.names if name in together)
+    outcomes = matcher.outcomes(saved, chosen, findings)
+    try:
+        planned = _planned(model, saved, specs, outcomes, matcher.present, example_inputs)
+    except DeltaSpecError as error:
+        raise DeltaSpecError([*findings, *error.diagnostics]) from error
     # Every value comes from the files: no decomposition of a weight, no tokenizer of a text is needed.
-    built, capture, reason = build(model, planned, capture, drawn=False)
-    fill(built.active, planned, built.host.deltas, saved)
+    built, capture, reason = build(model, remarked(planned, outcomes), capture, drawn=False)
+    fill(built.active, planned, built.host.deltas, saved, outcomes, chosen, findings)
     compiled = CompiledModel(built, capture, reason)
-    compiled.only(saved.attached)
+    compiled.only({name: strength for name, strength in saved.attached.items() if name in chosen})
     return compiled
+
+
+def _planned(
+    model: nn.Module,
+    saved: SavedSet,
+    specs: Sequence[DeltaSpec],
+    outcomes: Mapping[str, Outcome],
+    present: Present,
+    example_inputs: Any,
+) -> Plan:
+    """Plan the specs; where names have another prefix here and a selector means it, with the sites named one by one."""
+    prefixes = {name: outcome.prefix for name, outcome in outcomes.items() if outcome.prefix.changes}
+    if not prefixes:
+        return plan(model, *specs, example_inputs=example_inputs)
+    sites = {name: [prefix.to_here(site) for site in saved.sites(name)[0]] for name, prefix in prefixes.items()}
+    try:
+        planned = plan(model, *specs, example_inputs=example_inputs)
+        if all([site.fqn for site in planned[name].sites] == own for name, own in sites.items()):
+            return planned
+    except DeltaSpecError:  # so it does, or the plan below says the same
+        pass
+    renamed = [load_spec(moved(saved, spec.to_data(), prefixes, present.modules)) for spec in specs]
+    return plan(model, *renamed, example_inputs=example_inputs)

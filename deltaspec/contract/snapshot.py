@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from deltaspec.names.paths import is_inside
 from deltaspec.runtime.forward_gate import INSTALLED
+from deltaspec.runtime.verbs import Verb
 
 
 def snapshot(model: nn.Module, *, identity: bool = False, skip: str | None = None) -> dict[str, Any]:
     """Describe every module: class, `__dict__`, training flag, hooks; every parameter and buffer: bits, form, flags.
 
     `identity` adds what tells an object from its copy: ids, write counts, gradients. `skip` leaves out the direct
-    child of that name and all below it, and what counts a compiled backbone's forwards. Two snapshots of equal models
+    child of that name and all below it, and what a compiled backbone does in its own way. Two snapshots of equal models
     are equal.
     """
     seen: dict[str, Any] = {}
@@ -29,7 +30,7 @@ def snapshot(model: nn.Module, *, identity: bool = False, skip: str | None = Non
         if identity:
             seen[f"{place}id"] = id(module)
         for name, value in module.__dict__.items():
-            if skip is not None and name in INSTALLED:
+            if skip is not None and (name in INSTALLED or isinstance(value, Verb)):
                 continue
             if name == "_parameters" or name == "_buffers":
                 for own, tensor in value.items():

@@ -91,8 +91,9 @@ class Case:
         except DeltaSpecError as error:
             codes = {finding.code for finding in error.diagnostics}
             method = methods()[self.method]
-            sites = [site for delta in self.pair.deltas for site in delta.sites]
-            exclusive = method.promises.weight == "replace" or any(method.reads_weight(s.site, s.params) for s in sites)
+            sites = [(site.site, site.params) for delta in self.pair.deltas for site in delta.sites]
+            reads = (method.reads_weight, method.reads_bias, method.needs_base)
+            exclusive = method.promises.weight == "replace" or any(read(*site) for read in reads for site in sites)
             require(exclusive and codes == {"DS436"}, f"two deltas of one method cannot be attached together: {error}")
 
     def run(self, compiled: nn.Module) -> Outputs:

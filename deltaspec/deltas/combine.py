@@ -133,7 +133,7 @@ def _summed(tensors: list[Tensor], weights: list[float], derivation: Derivation,
         prune = _largest if combine == "ties" else _some
         tensors = [prune(tensor, density, generator) for tensor in tensors]
     stack = torch.stack(tensors)
-    weighted = stack * torch.tensor(weights).to(stack).reshape(-1, *(1,) * (stack.dim() - 1))
+    weighted = stack * stack.new_tensor(weights).reshape(-1, *(1,) * (stack.dim() - 1))
     if not combine.endswith("ties"):
         return weighted.sum(0)
     votes = stack if derivation.params.majority_sign == "total" else stack.sign()
@@ -150,7 +150,7 @@ def _largest(tensor: Tensor, density: float, generator: torch.Generator) -> Tens
 
 def _some(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Keep random values, scaled up so that the expectation stays; drawn on the CPU, so that every device agrees."""
-    mask = torch.bernoulli(torch.full(tensor.shape, density), generator=generator)
+    mask = torch.bernoulli(torch.full(tensor.shape, density, dtype=torch.float32, device="cpu"), generator=generator)
     return tensor * mask.to(tensor) / density
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaspec.backbone.weight_forms import packed_weight, values_of
+from deltaspec.deltas.defaults import usual_defaults
 from deltaspec.deltas.modules import Delta, attribute_name, storage_key
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Init, TensorSpec
+from deltaspec.methods.declarations import Init, Site, TensorSpec
 from deltaspec.methods.matrices import initial_values
 from deltaspec.methods.registry import methods
 from deltaspec.planning.planned import PlannedDelta
@@ -32,12 +34,13 @@ def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module, *, drawn:
     generator = torch.Generator()  # one for all, seeded anew for each
     for planned_site in planned.sites:
         site, params = planned_site.site, planned_site.params
-        own = {p.name: _tensor(backbone, p.fqn) for p in site.row.parameters}
-        home = next(iter(own.values()), fallback)
+        weights = _Weights(backbone, site)
+        home = weights.home(fallback)
         given: Mapping[str, Tensor] = {}
-        if drawn and type(method).initialise is not Method.initialise and not any(w.is_meta for w in own.values()):
+        if drawn and type(method).initialise is not Method.initialise and not weights.are_meta():
             _reseeded(generator, f"{seed}\0{planned.name}\0{site.fqn}")
-            given = initial_values(method, site, params, _Weights(own), generator)
+            with usual_defaults():
+                given = initial_values(method, site, params, weights, generator)
         for spec in planned_site.tensors:
             key = storage_key(site.row.fqn, spec)
             name = attribute_name(key)
@@ -66,13 +69,28 @@ def _tensor(backbone: nn.Module, fqn: str) -> Tensor:
 
 
 class _Weights(Mapping[str, Tensor]):
-    """A host's own parameters in float32 or finer on the CPU, each brought there when it is asked for: most are not."""
+    """A host's own parameters in float32 or finer on the CPU, each brought there when it is asked for: most are not.
 
-    def __init__(self, own: Mapping[str, Tensor]) -> None:
-        self._own = own
+    Codes give the values that they stand for, and what is computed is computed anew.
+    """
+
+    def __init__(self, backbone: nn.Module, site: Site) -> None:
+        self.module = backbone.get_submodule(site.row.fqn)
+        self._own = {parameter.name: parameter.fqn.rpartition(".")[2] for parameter in site.row.parameters}
+        self._own |= {name: name for name in (*site.row.computed, *site.row.parametrised) if name not in self._own}
+
+    def home(self, fallback: Tensor | None) -> Tensor | None:
+        """Return the tensor by whose device and dtype the site's own go."""
+        held = (self.module._parameters.get(name) for name in self._own.values())
+        packed = packed_weight(self.module)
+        return next((parameter for parameter in held if parameter is not None), packed[1] if packed else fallback)
+
+    def are_meta(self) -> bool:
+        """Return whether a parameter has no values."""
+        return any(parameter.is_meta for parameter in self.module.parameters(recurse=False))
 
     def __getitem__(self, name: str) -> Tensor:
-        own = self._own[name].detach()
+        own = values_of(self.module, self._own[name]).detach()
         return own.to("cpu", torch.float64 if own.dtype == torch.float64 else torch.float32)
 
     def __iter__(self) -> Iterator[str]:
@@ -118,15 +136,16 @@ def _initial(
 
 def draw(init: Init, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Draw a random initial tensor, float32 on the CPU."""
+    empty = torch.empty(shape, dtype=torch.float32, device="cpu")
     if init.kind == "normal":
-        return torch.empty(shape).normal_(0.0, init.value, generator=generator)
+        return empty.normal_(0.0, init.value, generator=generator)
     if init.kind == "xavier_uniform":
         bound = math.sqrt(6.0 / (shape[-2] + shape[-1]))
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        return empty.uniform_(-bound, bound, generator=generator)
     # He et al. (arXiv:1502.01852) with fan-in: bound = gain * sqrt(3 / fan_in), gain = sqrt(2 / (1 + slope^2)).
     fan_in = math.prod(shape[1:]) or 1  # a layer of width zero has nothing to draw
     bound = math.sqrt(6.0 / ((1.0 + init.value**2) * fan_in))
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return empty.uniform_(-bound, bound, generator=generator)
 
 
 def _dtype(spec: TensorSpec, home: Tensor | None) -> torch.dtype:

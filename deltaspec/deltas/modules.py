@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deltaspec.backbone.reserved import Reserved
 from deltaspec.methods.declarations import TensorSpec
+from deltaspec.names.escaping import escaped, unescaped
 
 
 def storage_key(site: str, spec: TensorSpec) -> str:
@@ -159,11 +160,11 @@ class Deltas(Reserved):
 
     def add(self, delta: Delta) -> None:
         """Register a delta; any name will do, also one that nn.Module has as a method."""
-        self._modules[delta.name] = delta
+        self._modules[escaped(delta.name)] = delta
 
     def get(self, name: str) -> Delta | None:
         """Return a delta that is a module here; None where there is none."""
-        found = self._modules.get(name)
+        found = self._modules.get(escaped(name))
         assert found is None or isinstance(found, Delta)
         return found
 
@@ -184,7 +185,7 @@ class Deltas(Reserved):
     def __getattr__(self, name: str) -> Any:
         # A traced graph reads a delta's tensors by path; one of a library is no submodule.
         owner = self.__dict__.get("owner")
-        if owner is not None and name not in self._modules and (found := owner.missing(name)) is not None:
+        if owner is not None and name not in self._modules and (found := owner.missing(unescaped(name))) is not None:
             return found
         return super().__getattr__(name)
 

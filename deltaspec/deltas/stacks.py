@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from deltaspec.deltas.modules import Delta, Deltas, attribute_name
 from deltaspec.deltas.stack import Layout, Stack
+from deltaspec.deltas.watched import Displaced, stacked, watch
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.planning.planned import PlannedDelta, PlannedSite
 
@@ -77,6 +78,8 @@ class Stacks:
         self._of: dict[str, Stack] = {}
         self._held: dict[str, Delta | None] = {}
         """Modules that show held deltas; None for those that no one asked for."""
+        self.displaced = Displaced()
+        """Parameters of watched deltas that are not those in the stacks, as a compiled graph takes them to be."""
         self._pointers: dict[str, tuple[int, ...]] = {}
         """Addresses of the tensors of a delta when they became views of its row."""
 
@@ -105,6 +108,11 @@ class Stacks:
             found = self._kinds[id(planned.sites)] = planned.sites, kind_of(planned)
         return found[1]
 
+    def forget_kinds(self) -> None:
+        """Forget the kinds of sites that no delta has any more."""
+        left = {id(planned.sites) for planned in self._planned.values()}
+        self._kinds = {key: kind for key, kind in self._kinds.items() if key in left}
+
     def of(self, name: str) -> Stack:
         """Return the stack that holds a delta, which `ensure` was asked for."""
         return self._of[name]
@@ -125,6 +133,12 @@ class Stacks:
             self._make_room(stack, len(added))
             for name in added:
                 self._adopt(name, stack)
+
+    def watch(self, deltas: Deltas) -> None:
+        """Notice, in this view, when a stacked delta gets other parameters: compiled graphs have to be told."""
+        for name in self._of:
+            if (delta := deltas.get(name)) is not None:
+                watch(delta, self.displaced)
 
     # Held deltas
 
@@ -262,6 +276,7 @@ class Stacks:
                 self._left[0].append(tensor.data)
             tensor.data = stack.view(key, row)
         self._pointers[name] = _pointers(delta)
+        stacked(delta)
 
 
 def _displaced(name: str) -> Diagnostic:

@@ -19,6 +19,7 @@ CODES: dict[str, str] = {
     "DS113": "empty document",
     "DS114": "root is not a mapping",
     "DS115": "value that a document cannot hold",
+    "DS116": "unresolved merge conflict",
     # DS2: schema
     "DS201": "unknown key",
     "DS202": "missing key",
@@ -73,6 +74,7 @@ CODES: dict[str, str] = {
     "DS410": "text that cannot be made into tokens",
     "DS411": "model that uses the name of the deltas itself",
     "DS412": "forward that cannot run on other weights",
+    "DS414": "statistics that a forward would move",
     "DS416": "backward that reaches the backbone",
     "DS417": "nothing to merge",
     "DS418": "nothing to train",
@@ -99,6 +101,13 @@ CODES: dict[str, str] = {
     "DS456": "switch during a forward",
     "DS457": "backward that would recompute a forward under other deltas",
     "DS458": "module that was changed since the model was compiled",
+    "DS459": "model that is sharded in a way that deltas cannot follow",
+    "DS465": "part of a compiled model that is pickled without it",
+    "DS466": "view that another thread was changing when this process was forked",
+    "DS475": "verb of PEFT on a compiled model",
+    "DS476": "standard save that would leave deltas out",
+    "DS477": "state dict with other values of deltas",
+    "DS468": "delta that is no part of a forward's graph",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",
@@ -127,5 +136,8 @@ CODES: dict[str, str] = {
     "DS532": "delta of a library that is in use",
     "DS533": "delta of a library that cannot be taken along",
     "DS534": "delta without values",
+    "DS535": "saved spec with deltas that were not saved",
+    "DS536": "delta that a changed model cannot take back",
+    "DS537": "saved delta that fits in several places",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from deltaspec.diagnostics.clean import clean
 from deltaspec.diagnostics.wording import closest
+
+_COMMANDS = ("::", "##[")
+"""What begins a command to the CI that reads the log: a file's name must not."""
 
 Path = tuple[str | int, ...]
 """Path of a value in a document: keys and indices from the root."""
@@ -13,7 +17,10 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One finding. `line` and `column` count from 1; 0 where there is no place."""
+    """One finding. `line` and `column` count from 1; 0 where there is no place.
+
+    Its texts are clean (`clean`) from the start, so whoever prints them, in whatever form, prints nothing that acts.
+    """
 
     code: str
     message: str
@@ -24,13 +31,19 @@ class Diagnostic:
     where: str = ""
     """Path inside the document (`deltas[0].target.path`); printed where there is no line."""
 
+    def __post_init__(self) -> None:
+        for name in ("message", "file", "suggestion", "where"):
+            if (text := getattr(self, name)) is not None:
+                object.__setattr__(self, name, clean(text))
+
     def __str__(self) -> str:
         return written(self)
 
 
 def written(d: Diagnostic, place: str = "{}", code: str = "{}", hint: str = "{}") -> str:
     """Write a finding as text, its three marked parts in the forms given: `{}` stands for the part."""
-    where = f"{d.file}:{d.line}:{d.column}" if d.line else f"{d.file}:{d.where}" if d.where else d.file
+    file = f"./{d.file}" if d.file.startswith(_COMMANDS) else d.file
+    where = f"{file}:{d.line}:{d.column}" if d.line else f"{file}:{d.where}" if d.where else file
     text = f"{place.format(f'{where}:')} {code.format(f'error[{d.code}]')} {d.message}"
     return f"{text}\n  {hint.format('= help:')} {d.suggestion}" if d.suggestion else text
 

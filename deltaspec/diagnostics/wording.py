@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from json import dumps
 
+from deltaspec.diagnostics.clean import clean
+
 
 def closest(word: str, known: Iterable[str]) -> str | None:
     """Return the known word that `word` is most likely a misspelling of; None where none is near."""
@@ -41,5 +43,5 @@ def show_value(value: object) -> str:
     if value is None:
         return "nothing (null)"
     text = dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else str(value)
-    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[:61])
+    text = clean(text[:61])
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -148,12 +148,6 @@ def bad_character(text: str) -> tuple[int, str] | None:
     return found.start(), "a NUL character" if code == 0 else f"the character U+{code:04X} is not allowed"
 
 
-def printable(text: str) -> str:
-    """Return a file name that can be printed: undecodable and control characters escaped, at most 300 long."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text[:300])
-    return shown.encode("utf-8", "backslashreplace").decode()
-
-
 def number(text: str, builder: Builder, line: int, column: int) -> int | float:
     """Read a decimal number literal; refuse absurd ones, and return 0 then."""
     if len(text) > MAX_LITERAL:

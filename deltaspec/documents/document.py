@@ -15,7 +15,7 @@ from typing import Any
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, Path
 from deltaspec.diagnostics.wording import show_path
-from deltaspec.documents.builder import MAX_DEPTH, MAX_NODES, MAX_NUMBER, Builder, Mark, bad_character, printable
+from deltaspec.documents.builder import MAX_DEPTH, MAX_NODES, MAX_NUMBER, Builder, Mark, bad_character
 
 MAX_BYTES = 1 << 20
 
@@ -52,11 +52,11 @@ class Document:
 
 def read(path: str | os.PathLike[str]) -> Document:
     """Read a file: strict JSON where it ends in `.json`, else YAML. Raises DeltaSpecError."""
-    name = os.fspath(path)
+    name = os.fsdecode(path)
     try:
         if not stat.S_ISREG(os.stat(name).st_mode):
             kind = "a directory" if os.path.isdir(name) else "not a regular file"
-            raise DeltaSpecError([Diagnostic("DS101", f"cannot read a spec here: this is {kind}", printable(name))])
+            raise DeltaSpecError([Diagnostic("DS101", f"cannot read a spec here: this is {kind}", _called(name))])
         with open(name, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except DeltaSpecError:
@@ -65,11 +65,16 @@ def read(path: str | os.PathLike[str]) -> Document:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         long_text = "\n" in name or len(name) > 1000
         hint = "this looks like the text of a spec: pass a file name or a dict" if long_text else None
-        finding = Diagnostic("DS101", f"cannot read: {reason}", printable(name), suggestion=hint)
+        finding = Diagnostic("DS101", f"cannot read: {reason}", _called(name), suggestion=hint)
         raise DeltaSpecError([finding]) from None
+    return from_bytes(content, _called(name))
+
+
+def from_bytes(content: bytes, name: str) -> Document:
+    """Read a document from the bytes of a file. Raises DeltaSpecError."""
     if len(content) > MAX_BYTES:
-        raise DeltaSpecError([_too_large(printable(name))])
-    return from_text(_decode(content, printable(name)), printable(name))
+        raise DeltaSpecError([_too_large(name)])
+    return from_text(_decode(content, name), name)
 
 
 def from_text(text: str, name: str = "<text>") -> Document:
@@ -144,6 +149,11 @@ def from_data(data: Mapping[str, Any], name: str = "<spec>") -> Document:
 
 
 _DEEP = f"nested more than {MAX_DEPTH} levels deep"
+
+
+def _called(name: str) -> str:
+    """Return what a file is called in findings; a text that was taken for a name is cut."""
+    return name[:300] if "\n" in name or len(name) > 4096 else name
 
 
 def _too_large(name: str) -> Diagnostic:

@@ -8,16 +8,14 @@ from json.decoder import JSONDecodeError, scanstring  # type: ignore[attr-define
 from typing import Any, NoReturn
 
 from deltaspec.documents.builder import Builder, number
+from deltaspec.documents.slips import Slip, conflict, look_alike, split
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _WORD = re.compile(r"[-+\w.]+")
 _WORDS = {"true": True, "false": False, "null": None}
-_HINTS = {
-    "'": "JSON strings have double quotes",
-    "/": "JSON has no comments; use YAML (.deltaspec.yaml) for them",
-    "#": "JSON has no comments; use YAML (.deltaspec.yaml) for them",
-}
+_SINGLE = "JSON strings have double quotes"
+_NO_COMMENTS = "JSON has no comments; use YAML (.deltaspec.yaml) for them"
 
 
 def feed(text: str, builder: Builder) -> None:
@@ -32,6 +30,10 @@ class _Reader:
         self._at = 0
         self._lines = [0, *(found.end() for found in re.finditer(r"\r\n|\n|\r", text))]
         self._open: list[str] = []
+        self._places: list[int] = []
+        """Where each of them was opened."""
+        self._end = 0
+        """End of the last value."""
         self._fresh = False
 
     def run(self) -> None:
@@ -41,7 +43,8 @@ class _Reader:
         while self._open:
             self._step()
         if self._peek():
-            self._fail("more text after the end of the document", "put each spec into its own file")
+            hint = "put each spec into its own file"
+            self._fail("more text after the end of the document", "delete it" if self._peek() in "]},;" else hint)
 
     def _step(self) -> None:
         """Read the next item of the innermost list or mapping, or its end."""
@@ -52,11 +55,13 @@ class _Reader:
         if here == closing:
             self._at += 1
             self._open.pop()
+            self._places.pop()
+            self._end = self._at
             self._builder.end()
             return
         if not empty:
             if here != ",":
-                self._fail(f"expected ',' or '{closing}', got {self._shown()}", _HINTS.get(here))
+                self._no_comma(here, closing)
             comma = self._at
             self._at += 1
             if self._peek() == closing:
@@ -64,10 +69,12 @@ class _Reader:
                 self._fail("a comma before the end of a list or mapping", "delete it")
         if closing == "}":
             if self._peek() != '"':
-                self._fail(f"expected a key in double quotes, got {self._shown()}", _HINTS.get(self._peek()))
+                hint = _SINGLE if self._peek() == "'" else 'write "key": value'
+                hint = hint if self._peek() else self._not_closed() or hint
+                self._fail(f"expected a key in double quotes, got {self._shown()}", hint)
             self._string()
             if self._peek() != ":":
-                self._fail(f"expected ':' after the key, got {self._shown()}")
+                self._fail(f"expected ':' after the key, got {self._shown()}", 'write "key": value')
             self._at += 1
         self._value()
 
@@ -76,6 +83,7 @@ class _Reader:
         if here == "{" or here == "[":
             container: dict[str, Any] | list[Any] = {} if here == "{" else []
             self._builder.begin(container, *self._place(self._at))
+            self._places.append(self._at)
             self._at += 1
             self._open.append("}" if here == "{" else "]")
             self._fresh = True
@@ -89,8 +97,12 @@ class _Reader:
         try:
             value, self._at = scanstring(self._text, self._at + 1, True)
         except JSONDecodeError as error:
+            if error.msg.startswith("Unterminated") or self._text[error.pos : error.pos + 1] in ("\n", "\r"):
+                self._fail("a quote that is not closed in its line", "close it, or double a backslash before it")
             self._at = min(error.pos, max(len(self._text) - 1, 0))
-            self._fail(error.msg[:1].lower() + error.msg[1:].removesuffix(" at").removesuffix(" starting"))
+            hint = "write \\t for a tab" if self._text[self._at] == "\t" else None
+            self._fail(error.msg[:1].lower() + error.msg[1:].removesuffix(" at").removesuffix(" starting"), hint)
+        self._end = self._at
         self._builder.value(value, *place)
 
     def _plain(self) -> None:
@@ -105,11 +117,37 @@ class _Reader:
             self._builder.refuse("DS111", f"{text} is not a finite number", *place)
             self._builder.value(0, *place)
         else:
-            hint = _HINTS.get(self._peek()) or ("JSON strings have double quotes" if text else None)
+            hint = _SINGLE if text or self._peek() == "'" else "write a value, or delete what stands before"
+            hint = hint if self._peek() else self._not_closed() or hint
             if text.lower() in _WORDS or text == "None":
                 hint = f"write {'null' if text == 'None' else text.lower()}"
             self._fail(f"expected a value, got {self._shown()}", hint)
         self._at += len(text)
+        self._end = self._at
+
+    def _no_comma(self, here: str, closing: str) -> NoReturn:
+        """Refuse what stands where a comma or the end was due."""
+        if here.isalnum() or (here and here in '"{[-'):
+            self._at = self._end
+            self._fail("a comma is missing here", "write one after the value")
+        hint = self._not_closed() if not here or here in "]}" else _SINGLE if here == "'" else None
+        self._fail(f"expected ',' or '{closing}', got {self._shown()}", hint)
+
+    def _not_closed(self) -> str | None:
+        """Say which bracket is open, where the document ends."""
+        if not self._places:
+            return None
+        line, column = self._place(self._places[-1])
+        return f"close the {self._text[self._places[-1]]} of line {line}, column {column}, with {self._open[-1]}"
+
+    def _misread(self) -> Slip | None:
+        """Return what stands here where it is no JSON at all: a comment, a space or quote of another kind."""
+        rest = self._text[self._at : self._at + 3]
+        if rest.startswith(("//", "/*", "#", "<!--")):
+            return Slip(0, 0, "a comment", _NO_COMMENTS)
+        if rest == "```":
+            return Slip(0, 0, "a fence of Markdown", "delete the lines that begin with ```")
+        return look_alike(rest[:1])
 
     def _peek(self) -> str:
         """Skip white space, and return the next character; nothing at the end."""
@@ -128,4 +166,8 @@ class _Reader:
         return line, offset - self._lines[line - 1] + 1
 
     def _fail(self, message: str, suggestion: str | None = None) -> NoReturn:
+        if (mark := conflict(split(self._text), within=True)) is not None:
+            self._builder.stop("DS116", mark.message, mark.line + 1, mark.column + 1, mark.suggestion)
+        if (slip := self._misread()) is not None:
+            message, suggestion = slip.message, slip.suggestion
         self._builder.stop("DS106", f"malformed JSON: {message}", *self._place(self._at), suggestion)

@@ -8,7 +8,10 @@ from typing import Any
 import yaml
 
 from deltaspec.documents.builder import Builder, number
+from deltaspec.documents.malformed import explain
+from deltaspec.documents.slips import conflict, in_plain, split
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INT = re.compile(r"[-+]?[0-9]+")
 _OTHER_BASE = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -23,15 +26,17 @@ _NONE_OF_THIS = "write the value out where it is needed; `selectors:` and `ref:`
 
 def feed(text: str, builder: Builder) -> None:
     """Parse YAML into the builder. Raises DeltaSpecError at the first malformed place."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    lines = split(text)
+    if (slip := conflict(lines, within=False)) is not None:
+        builder.stop("DS116", slip.message, slip.line + 1, slip.column + 1, slip.suggestion)
     try:
-        for event in yaml.parse(text, Loader=loader):
-            _take(event, text, builder)
+        for event in yaml.parse(text, Loader=_LOADER):
+            _take(event, builder)
     except yaml.YAMLError as error:
-        _malformed(error, text, builder)
+        explain(error, lines, builder)
 
 
-def _take(event: Any, text: str, builder: Builder) -> None:
+def _take(event: Any, builder: Builder) -> None:
     line, column = event.start_mark.line + 1, event.start_mark.column + 1
     if isinstance(event, yaml.DocumentStartEvent):
         if event.version or event.tags:
@@ -60,7 +65,7 @@ def _take(event: Any, text: str, builder: Builder) -> None:
         builder.end()
 
 
-def _scalar(event: yaml.ScalarEvent, builder: Builder, line: int, column: int) -> None:
+def _scalar(event: Any, builder: Builder, line: int, column: int) -> None:
     text = event.value
     if event.style not in (None, "") or event.tag:
         builder.value(text, line, column)
@@ -68,6 +73,12 @@ def _scalar(event: yaml.ScalarEvent, builder: Builder, line: int, column: int) -
         builder.refuse("DS108", "merge keys (<<) are not allowed", line, column, _NONE_OF_THIS)
         builder.value(text, line, column)
     else:
+        if (slip := in_plain(text, builder.awaits_key)) is not None:
+            first = (
+                event.start_mark.line == event.end_mark.line or " " not in text[: slip[0]]
+            )  # it is in its first line
+            offset = slip[0] if first else 0
+            builder.refuse("DS105", slip[1], line, column + offset, slip[2])
         builder.value(_resolve(text, builder, line, column), line, column)
 
 
@@ -86,42 +97,3 @@ def _resolve(text: str, builder: Builder, line: int, column: int) -> Any:
         builder.refuse("DS111", f"{text} is not a finite number", line, column)
         return 0
     return text
-
-
-def _malformed(error: yaml.YAMLError, text: str, builder: Builder) -> None:
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    problem = getattr(error, "problem", None) or "malformed"
-    context = getattr(error, "context", None) or ""
-    line, column = (mark.line, mark.column) if mark is not None else (0, 0)
-    lines = text.splitlines()
-    current = lines[line] if line < len(lines) else ""
-    code, message = "DS105", f"malformed YAML: {problem}" + (f" ({context})" if context else "")
-    hint = None
-    here = current[column : column + 1]
-    indent = current[: len(current) - len(current.lstrip())]
-    if "alias" in context or "anchor" in context:
-        message = "a plain value cannot start with " + ("*" if "alias" in context else "&")
-        hint = f"quote it: {_quoted(current, column)}"
-    elif "\t" in indent or here == "\t":
-        message, hint = "a tab cannot indent YAML", "indent with spaces"
-    elif "cannot start any token" in problem:
-        message = f"a plain value cannot start with {here}"
-        hint = f"quote it: {_quoted(current, column)}"
-    elif "mapping values are not allowed" in problem:
-        hint = "a value that holds ': ' must be quoted; keys of one mapping start in the same column"
-    elif "unknown escape" in problem:
-        hint = "in double quotes a backslash begins an escape: use single quotes ('\\.'), or double it"
-    elif "duplicate" in problem and "directive" in problem:
-        code = "DS108"
-    elif "expected ',' or" in problem or "block end" in problem or "expected key" in problem:
-        hint = "check the indentation and the brackets; quote values that hold any of [ ] { } , # or start with * or !"
-    builder.stop(code, message, line + 1, column + 1, hint)
-
-
-def _quoted(line: str, column: int) -> str:
-    """Return the plain value around a column in quotes."""
-    start = max(line.rfind(opening, 0, column + 1) for opening in (" ", "[", "{", ",", "\t")) + 1
-    rest = line[start:]
-    for closing in (" #", ", ", "}", "]", ","):
-        rest = rest.split(closing)[0]
-    return f'"{rest.strip()[:60]}"'

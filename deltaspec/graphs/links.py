@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 from deltaspec.methods.declarations import Form, MethodParams
 
@@ -45,6 +47,25 @@ class Inputs:
     """Node of its strength, where it is scaled; of the rows' `RowSlot`, where it is per row."""
     swapped: Callable[[], fx.Node] | None = None
     """Emitter of the input that runs the host on other parameters, for formulas per row."""
+
+
+def like(x: Tensor, other: Tensor) -> Tensor:
+    """Return `x` in the dtype of another tensor."""
+    dtype = other.dtype
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def keeps_dtype(result: fx.Node, leaving: fx.Node) -> bool:
+    """Return whether what a formula makes of the host's output has its dtype, under autocast, too.
+
+    Autocast gives products its own narrow dtype, and other tensors of a delta stay wide.
+    """
+    if result is leaving:
+        return True
+    if result.target not in (torch.add, operator.add) or len(result.args) != 2:
+        return False
+    y, update = result.args
+    return y is leaving and isinstance(update, fx.Node) and update.target is F.linear
 
 
 def widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from deltaspec.backbone.stand_in import Swapped, no_gradient_of_padding
 from deltaspec.graphs.formula import formula
 from deltaspec.graphs.lifted import to_function
-from deltaspec.graphs.links import Inputs, Link, widened
+from deltaspec.graphs.links import Inputs, Link, like, widened
+from deltaspec.graphs.passes import keep_scales
 from deltaspec.graphs.row_ops import add_linear_rows, align, linear_rows, rows_in, rows_out, take, toward_rows
 
 _ELEMENTWISE = frozenset({F.gelu, F.relu, F.silu, F.leaky_relu, torch.tanh, torch.sigmoid, operator.neg})
@@ -79,8 +80,9 @@ class RowEmitter:
         assert self.host is not None or self.formula.x in self.env
         result = self._finish(self.formula.result)
         assert self.leaving is not None
+        keeps = self.compute is None and (result is self.plain or result.target is add_linear_rows)
         result = self._call(rows_out, self.leaving, result)
-        return result if self.compute is None else self._call(_like, result, self.leaving)
+        return result if keeps else self._call(like, result, self.leaving)
 
     def _call_host(self, node: fx.Node | None) -> None:
         entering = self.formula.x if node is None else node.args[0]
@@ -91,8 +93,8 @@ class RowEmitter:
             if not self.ids:
                 changed = self._call(toward_rows, self.env[self.formula.x], changed, self.slot)
             changed = self._call(rows_out, self.value.node, changed)
-            if self.compute is not None and not self.ids:
-                changed = self._call(_like, changed, self.value.node)
+            if not self.ids:
+                changed = self._call(like, changed, self.value.node)
             inner = fx.Proxy(changed, self.tracer)
         self.leaving = self.base(inner).node
         output = self.leaving if self.compute is None else self._call(_cast, self.leaving, self.compute)
@@ -201,6 +203,7 @@ class RowEmitter:
             else:
                 env[step] = sub.node_copy(step, env.__getitem__)
         sub.output(env[target])
+        keep_scales.run(sub)
         function, _ = to_function(sub, f"{self.link.method} of one row")
         given: list[Any] = []
         if "dropout" in modules:
@@ -234,10 +237,6 @@ def _one_row(swapped: Swapped, parameters: dict[str, Any], x: Tensor) -> Tensor:
     leaving: Tensor = swapped(own, entering.unsqueeze(0)).squeeze(0)
     leaving = no_gradient_of_padding(swapped.module, entering, leaving)
     return leaving.to(x.dtype) if x.is_floating_point() else leaving
-
-
-def _like(x: Tensor, other: Tensor) -> Tensor:
-    return x.to(other.dtype)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

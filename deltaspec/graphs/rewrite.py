@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from deltaspec.graphs.links import Call, Inputs, Link, widened
+from deltaspec.graphs.links import Call, Inputs, Link, keeps_dtype, like, widened
 from deltaspec.graphs.per_row import RowEmitter
 from deltaspec.graphs.row_ops import toward
 from deltaspec.methods.registry import methods
@@ -70,6 +70,8 @@ def emit_chain(graph: fx.Graph, x: fx.Node, links: tuple[Link, ...], inputs: tup
             if compute is not None and link.form.kind != "embedding":
                 inner = value if inner is cast else inner.to(value.dtype)
                 parameters = {n: p if p is None else p.to(value.dtype) for n, p in parameters.items()}
+            elif inner is not cast and not parameters and link.form.kind != "embedding":
+                inner = tracer.create_proxy("call_function", like, (inner, value), {})
             out = run(depth - 1, inner, parameters)
             leaving.append(out)
             out = out if compute is None else out.to(compute)
@@ -79,6 +81,8 @@ def emit_chain(graph: fx.Graph, x: fx.Node, links: tuple[Link, ...], inputs: tup
 
         tensors = _Tensors(tracer, given, compute if link.narrow else None)
         result: fx.Proxy = methods()[link.method].apply(link.form, link.params, tensors, cast, base)
+        if compute is None and not keeps_dtype(result.node, leaving[0].node):
+            result = tracer.create_proxy("call_function", like, (result, leaving[0]), {})
         if link.scaled:
             plain = without[0] if without else base(cast)
             result = tracer.create_proxy("call_function", toward, (plain, result, strength), {})

@@ -61,7 +61,7 @@ def rows_in(slot: RowSlot, x: Tensor) -> Tensor:
         if size == 1:
             x, size = x.expand(batch.size, -1), batch.size
         if size == batch.size or size in batch.totals:
-            return x.reshape(batch.size, -1, x.shape[-1])
+            return x.unflatten(0, (batch.size, -1)) if batch.size else x.unsqueeze(1)
     elif size == batch.size or (size % batch.size == 0 and batch.images):
         return x
     elif size == 1:
@@ -100,13 +100,18 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if x.dim() == 3:
         y = torch.bmm(x, weight.mT)
     else:
-        y = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), weight.mT).reshape(*x.shape[:-1], weight.shape[1])
+        tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+        y = torch.bmm(tokens, weight.mT).reshape(*x.shape[:-1], weight.shape[1])
     return y if bias is None else y + align(bias, y)
 
 
 def add_linear_rows(y: Tensor, x: Tensor, weight: Tensor, slot: RowSlot, scale: float = 1.0) -> Tensor:
     """Add, row by row, strength · scale · x Wᵀ to y. `x` is narrow, so the strength is applied to it."""
     scaled = x * slot.strengths_like(x) if slot.partial else x
+    if torch.compiler.is_compiling():  # they lose an `alpha`: see `passes/keep_scales.py`
+        return y + linear_rows(scaled * scale, weight)
     if y.dim() == 3 and x.dim() == 3:
-        return torch.baddbmm(y, scaled, weight.mT, alpha=scale)
+        added = torch.baddbmm(y, scaled, weight.mT, alpha=scale)
+        if added.dtype is y.dtype:  # not so under autocast
+            return added
     return torch.add(y, linear_rows(scaled, weight), alpha=scale)

@@ -14,6 +14,7 @@ from deltaspec.language.derivation import Combine, Weight, written
 from deltaspec.language.params import read_params
 from deltaspec.language.selectors import NAME, Part, Selector
 from deltaspec.methods.declarations import MethodParams
+from deltaspec.names.escaping import DELTA_NAME, MOST
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -75,8 +76,8 @@ class Override(Part):
 class DeltaEntry(Part):
     """One delta of a spec."""
 
-    name: str = Field(pattern=NAME)
-    """Name of the delta: letters, digits, `-` and `_`, the first one a letter."""
+    name: str = Field(pattern=DELTA_NAME, max_length=MOST)
+    """Name of the delta: letters, digits, `-`, `_`, and `.` and `/` between them (`french`, `user/lora`, `1_task`)."""
     method: str
     """Delta-tuning method."""
     sources: dict[str, Weight] = Field(default_factory=dict, alias="from", json_schema_extra={"minProperties": 1})
@@ -119,6 +120,8 @@ class DeltaSpec(Part):
     """The deltas, in the order in which they apply."""
     expect: Expect | None = None
     """What the plan must come to."""
+    schema_uri: str | None = Field(None, alias="$schema")
+    """Where an editor finds the JSON Schema of this file. It means nothing else."""
     _document: Document = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, in_order
 from deltaspec.documents.builder import MAX_FINDINGS
-from deltaspec.documents.document import Document, from_data, read
+from deltaspec.documents.document import Document, from_bytes, from_data, read
 from deltaspec.language.checks.whole import check
 from deltaspec.language.migrate import check_version
 from deltaspec.language.schema.accept import accepts, is_coded
@@ -29,6 +29,15 @@ def validate(spec: str | os.PathLike[str] | Mapping[str, Any] | Any) -> list[Dia
             check_document(open_document(spec))
         elif not isinstance(spec, getattr(sys.modules.get("deltaspec.language.model"), "DeltaSpec", ())):
             open_document(spec)  # raises TypeError
+    except DeltaSpecError as error:
+        return list(error.diagnostics)
+    return []
+
+
+def validate_content(content: bytes, name: str) -> list[Diagnostic]:
+    """Return all findings about a spec whose bytes these are, and which findings call by this name."""
+    try:
+        check_document(from_bytes(content, name))
     except DeltaSpecError as error:
         return list(error.diagnostics)
     return []

@@ -1,81 +1,32 @@
-"""What a directory of saved deltas offers a model: names, and for each what it is on this backbone and its tensors."""
+"""What a saved delta of a library is on this backbone, and its tensors."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from mmap import mmap
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.observations import Observations
+from deltaspec.backbone.table import ModuleTable
+from deltaspec.backbone.tabulate import tabulate
 from deltaspec.deltas.initial import build_delta
 from deltaspec.deltas.stack import Layout
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.language.load import load
-from deltaspec.planning.plan import Plan
+from deltaspec.library.catalogue import SavedDelta
+from deltaspec.names.prefixes import Prefix
 from deltaspec.planning.planned import PlannedDelta
 from deltaspec.planning.resolve import resolve
 from deltaspec.runtime.copies import without_deltas
-from deltaspec.runtime.ports import View
 from deltaspec.runtime.shared import Shared
-from deltaspec.storage.load import match
-from deltaspec.storage.saved import MANIFEST, SavedSet, is_finite
-
-
-@dataclass(frozen=True, slots=True)
-class SavedDelta:
-    """One saved delta."""
-
-    name: str
-    """Name that the model knows it by."""
-    own: str
-    """Name in the manifest."""
-    saved: SavedSet
-
-
-def entries_in(directory: str | PathLike[str], view: View, plan: Plan, by: str) -> dict[str, SavedDelta]:
-    """Read the manifests of a directory written by `save`, or of all such directories in it, in their order.
-
-    Raises DeltaSpecError with the findings of all: a manifest that is broken (DS521, DS522) or for another backbone
-    (DS523), two deltas of one name (DS530).
-    """
-    root = Path(directory)
-    folders = [root]
-    if not (root / MANIFEST).exists() and root.is_dir():
-        folders = sorted(path for path in root.iterdir() if (path / MANIFEST).exists()) or [root]
-    weights: list[str | None] = []
-
-    def weights_of() -> str | None:
-        if not weights:
-            weights.append(view.weights_fingerprint())
-        return weights[0]
-
-    findings: list[Diagnostic] = []
-    found: dict[str, SavedDelta] = {}
-    for folder in folders:
-        try:
-            saved = SavedSet(folder)
-        except DeltaSpecError as error:
-            findings += error.diagnostics
-            continue
-        findings += saved.check_backbone(plan.structure, weights_of, plan.model_class)
-        for own in saved.names:
-            name = own
-            if by == "folder":
-                name = folder.name if len(saved.names) == 1 else f"{folder.name}/{own}"
-            if name in found:
-                message = f"the delta {own!r} is in {found[name].saved.folder}, too"
-                hint = 'name them by their directories: c.library(dir, by="folder")'
-                findings.append(saved.finding("DS530", message, hint))
-            found.setdefault(name, SavedDelta(name, own, saved))
-    if findings:
-        raise DeltaSpecError(findings)
-    return found
+from deltaspec.storage.load import match, missing_and_surplus, saved_keys
+from deltaspec.storage.saved import is_finite
+from deltaspec.storage.specs import moved
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,6 +42,8 @@ class Template:
     """Keys of tensors that are no parameters."""
     size: int
     """Bytes of its tensors."""
+    prefix: Prefix
+    """What the saved names read here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,18 +74,22 @@ class Piece:
     def of(self, content: mmap) -> Tensor:
         """Return the tensor, without copying it."""
         if not self.count:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         return torch.frombuffer(content, dtype=self.dtype, count=self.count, offset=self.begin).view(self.shape)
 
 
 class Contents:
     """Places of all tensors in files of one header."""
 
-    def __init__(self, pieces: tuple[Piece, ...]) -> None:
-        self.pieces = pieces
+    def __init__(self, pieces: tuple[Piece, ...], size: int) -> None:
+        self.pieces, self._size = pieces, size
         self.runs = _runs(pieces)
         """All values as few flat pieces."""
         self._moves: dict[Layout, list[tuple[Piece, int, int]]] = {}
+
+    def fills(self, file: mmap) -> bool:
+        """Return whether a file of this header is as long as it says."""
+        return len(file) == self._size
 
     def moves(self, layout: Layout) -> list[tuple[Piece, int, int]]:
         """Return how to fill a row: (piece, group, offset), as few as possible."""
@@ -158,7 +115,8 @@ class Reader:
         self._templates: dict[str, Template] = {}
         self._contents: dict[tuple[bytes, Template], Contents] = {}
         """Contents by the header of the file, and the template that it was checked against."""
-        self._observations: Any = None
+        self._observations: Observations | None = None
+        self._table: ModuleTable | None = None
 
     def moved(self) -> None:
         """Forget what depends on the backbone's device and dtype."""
@@ -182,27 +140,36 @@ class Reader:
             deltas = [delta["name"] for delta in data["deltas"]]
             if entry.own not in deltas:
                 raise KeyError(entry.own)
+            data = moved(entry.saved, data, {entry.own: entry.outcome.prefix}, self._modules())
             if len(deltas) == 1:  # alone in its spec, it may be called anything
                 data["deltas"][0] = {**data["deltas"][0], "name": "delta"}
+        except DeltaSpecError as error:
+            findings += error.diagnostics
+            return None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             findings.append(entry.saved.finding("DS522", f"is no resolved spec: {error}", "save again", file))
             return None
         wanted = entry.own if len(deltas) > 1 else "delta"
-        identity = json.dumps([wanted, data], sort_keys=True)
+        prefix = entry.outcome.prefix
+        identity = json.dumps([wanted, data, prefix.saved, prefix.here], sort_keys=True)
         found = self._templates.get(identity)
         if found is None:
             try:
-                found = self._templates[identity] = self._planned(data, wanted)
+                found = self._templates[identity] = self._planned(data, wanted, prefix)
             except DeltaSpecError as error:
                 path = str(entry.saved.folder / file)
                 findings += [replace(d, file=path, line=0, column=0) for d in error.diagnostics]
         return found
 
-    def _planned(self, data: dict[str, Any], name: str) -> Template:
+    def _modules(self) -> Collection[str]:
+        return self._shared.any_host().modules
+
+    def _planned(self, data: dict[str, Any], name: str, prefix: Prefix) -> Template:
         host = self._shared.any_host()
-        if self._observations is None:
-            self._observations = Observations(without_deltas(host), self.inputs)
-        plan = resolve((load(data),), self._shared.plan.table, self._observations)
+        if self._observations is None or self._table is None:
+            plain = without_deltas(host)  # as it is, which may not be as it was compiled
+            self._observations, self._table = Observations(plain, self.inputs), tabulate(plain)
+        plan = resolve((load(data),), self._table, self._observations)
         # What a derived delta was computed to be is in its tensors.
         planned = replace(plan[name], attached=False, derived=None)
         delta = build_delta(planned, 0, host.backbone, drawn=False)
@@ -210,32 +177,36 @@ class Reader:
         buffers = frozenset(key for key, tensor in tensors.items() if not isinstance(tensor, nn.Parameter))
         empty = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
         size = sum(tensor.nbytes for tensor in tensors.values())
-        return Template(planned, empty, Layout.of(tensors), buffers, size)
+        return Template(planned, empty, Layout.of(tensors), buffers, size, prefix)
 
     def read(self, entry: SavedDelta, template: Template, findings: list[Diagnostic]) -> tuple[mmap, Contents] | None:
         """Map an entry's tensors, all checked: (file, where each lies in it); None, with findings, where that fails."""
+        findings += entry.saved.read(entry.own, "lock")[1]
         file, problems = entry.saved.map(entry.own)
         findings += problems
         if file is None:
+            if problems[0].code == "DS522":  # what it still says of its tensors may tell more
+                missing_and_surplus(entry.saved, entry.own, template.tensors, findings, template.prefix)
             return None
         length = 8 + int.from_bytes(file[:8], "little")
         header = file[:length]
         contents = self._contents.get((header, template))
-        if contents is not None and all(is_finite(piece.of(file)) for piece in contents.runs):
+        if contents is not None and contents.fills(file) and all(is_finite(p.of(file)) for p in contents.runs):
             return file, contents
         # The first of its kind, or something is wrong: every key is accounted for.
         before = len(findings)
-        match(entry.saved, entry.own, template.tensors, findings)
+        match(entry.saved, entry.own, template.tensors, findings, template.prefix)
         if len(findings) > before:
             return None
         values = entry.saved.tensors(entry.own, findings)
         if values is None:
             return None
+        keys = {old: new for new, old in saved_keys(template.tensors, values, template.prefix).items()}
         begins = {
             key: length + about["data_offsets"][0] for key, about in json.loads(header[8:]).items() if key in values
         }
-        pieces = [Piece(key, v.dtype, tuple(v.shape), begins[key], v.numel()) for key, v in values.items()]
-        contents = Contents(tuple(sorted(pieces, key=lambda piece: piece.begin)))
+        pieces = [Piece(keys[key], v.dtype, tuple(v.shape), begins[key], v.numel()) for key, v in values.items()]
+        contents = Contents(tuple(sorted(pieces, key=lambda piece: piece.begin)), len(file))
         self._contents[header, template] = contents
         return file, contents
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import weakref
+import gc
+import os
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from deltaspec.deltas.modules import Delta
-from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.library.entries import Reader, Template, entries_in
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
+from deltaspec.library.catalogue import SavedDelta, Source, refuse_taken
+from deltaspec.library.entries import Reader, Template
 from deltaspec.library.opened import Opened, Staged, limits
+from deltaspec.library.pins import Pins
 from deltaspec.runtime.ports import View
 from deltaspec.runtime.shared import Shared
+from deltaspec.storage.matching import Match, checked
 
 
 class Libraries:
@@ -30,8 +35,7 @@ class Libraries:
         """Directory of each known name."""
         self._exposed: set[str] = set()
         """Names whose tensors a user was given."""
-        self._pinned: dict[int, tuple[str, ...]] = {}
-        """Names in each prepared assignment to rows, by its id."""
+        self._pins = Pins()
         self._lock = shared.lock
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Libraries:
@@ -40,7 +44,7 @@ class Libraries:
         twin = memo[id(self)] = type(self)(shared)
         for opened in self.opened:
             reader = Reader(shared, opened.reader.inputs)
-            copied = replace(opened, reader=reader, loaded=OrderedDict(opened.loaded))
+            copied = replace(opened, entries=dict(opened.entries), reader=reader, loaded=OrderedDict(opened.loaded))
             twin.opened.append(copied)
             twin._of.update(dict.fromkeys(copied.entries, copied))  # noqa: SLF001
         return twin
@@ -56,9 +60,11 @@ class Libraries:
     def open(
         self,
         directory: str | PathLike[str],
+        names: tuple[str, ...],
         limit: int | str | None,
         by: str,
         example_inputs: Any,
+        match: Match,
         *,
         preload: bool = False,
     ) -> Opened:
@@ -66,26 +72,15 @@ class Libraries:
         if by not in ("delta", "folder"):
             raise ValueError(f"by is 'delta' or 'folder', not {by!r}")
         count, size = limits(limit)
+        source = Source(Path(os.path.abspath(directory)), by, names, checked(match))  # the current directory may change
         with self._lock:
             shared = self._shared
-            entries = entries_in(directory, shared.any_view(), shared.plan, by)
-            findings = []
-            for name, entry in entries.items():
-                other = self._of.get(name)
-                if other is not None or name in shared.order:
-                    where = "was compiled into this model" if other is None else f"is in the library {other.directory}"
-                    message = f"the delta {name!r} of {entry.saved.folder} has the name of one that {where}"
-                    hint = 'name them by their directories: c.library(dir, by="folder")'
-                    if other is not None:
-                        hint += "; or close the other library first"
-                    findings.append(entry.saved.finding("DS530", message, hint))
-            if findings:
-                raise DeltaSpecError(findings)
-            opened = Opened(str(directory), entries, Reader(self._shared, example_inputs), count, size)
+            entries = source.entries(shared.any_view(), shared.plan, example_inputs)
+            refuse_taken(entries, self._taken(None))
+            reader = Reader(shared, example_inputs)
+            opened = Opened(os.fspath(directory), source, {}, reader, count, size)
             self.opened.append(opened)
-            self._of.update(dict.fromkeys(entries, opened))
-            first = max(shared.order.values(), default=-1) + 1
-            shared.order.update({name: first + index for index, name in enumerate(entries)})
+            self._know(opened, entries)
             if preload:
                 try:
                     self.require(entries)
@@ -93,6 +88,43 @@ class Libraries:
                     self.close(opened)
                     raise
             return opened
+
+    def refresh(self, opened: Opened, names: tuple[str, ...]) -> None:
+        """Take in deltas, by name or all, that were saved again or came since; forget those that are gone.
+
+        Raises DeltaSpecError with all findings, and then nothing changed: what is wrong with the directory, as when it
+        was opened; deltas that are in use and would change (DS532).
+        """
+        with self._lock:
+            shared = self._shared
+            entries = opened.source.entries(shared.any_view(), shared.plan, opened.reader.inputs)
+            before = opened.entries
+            require_known(names, before | entries)
+            asked = set(names or before | entries)
+            same = {name for name in before if name in entries and entries[name].is_as(before[name])}
+            other = [name for name in asked - same if name in before]
+            coming = {name: entry for name, entry in entries.items() if name in asked or name in same}
+            refuse_taken(coming, self._taken(opened))
+            self.drop(opened, tuple(name for name in other if name in opened.loaded))
+            for name in other:
+                if name not in entries:
+                    del before[name], self._of[name], shared.order[name]
+            self._know(opened, coming)
+
+    def _know(self, opened: Opened, entries: dict[str, SavedDelta]) -> None:
+        """Take in the names of deltas, behind those that are known."""
+        order = self._shared.order
+        opened.entries.update(entries)
+        self._of.update(dict.fromkeys(entries, opened))
+        first = max(order.values(), default=-1) + 1
+        new = (name for name in entries if name not in order)
+        order.update({name: first + index for index, name in enumerate(new)})
+
+    def _taken(self, opened: Opened | None) -> dict[str, str | None]:
+        """Return the names that others than a library have: the directories they are in, None for compiled deltas."""
+        found: dict[str, str | None] = dict.fromkeys(self._shared.order)
+        found |= {name: other.directory for name, other in self._of.items()}
+        return {name: where for name, where in found.items() if opened is None or self._of.get(name) is not opened}
 
     def refuse_attached(self, active: Iterable[str], what: str) -> None:
         """Raise DeltaSpecError (DS533) where a delta of a library is attached: the result would lack it."""
@@ -112,6 +144,7 @@ class Libraries:
             for name in opened.entries:
                 del self._of[name], self._shared.order[name]
             opened.entries = {}
+            self._shared.sweep()
 
     def require(self, names: Iterable[str], *, leaving: View | None = None) -> None:
         """Load those of these deltas that are in libraries and not in memory; all or none.
@@ -157,21 +190,21 @@ class Libraries:
         self, opened: Opened, wanted: Iterable[str], findings: list[Diagnostic], leaving: View | None
     ) -> list[Staged]:
         """Read and check what is not in memory."""
-        staged, before = [], len(findings)
-        for name in [name for name in wanted if name not in opened.loaded]:
-            entry = opened.entries[name]
-            template = opened.reader.template(entry, findings)
-            found = None if template is None else opened.reader.read(entry, template, findings)
-            if template is not None and found is not None:
-                staged.append(Staged(name, template, *found))
+        before = len(findings)
+        staged = opened.read(wanted, findings)
         if len(findings) == before:
-            kept = {*wanted, *self._kept(opened, leaving)}
-            templates = [opened.loaded[name] for name in list(opened.loaded) if name in kept]
+            templates = self._staying(opened, wanted, leaving)
             if opened.exceeds([*templates, *(new.template for new in staged)]):
-                message = f"{len(templates) + len(staged)} deltas at once are more than the limit of {opened.directory}"
-                hint = "raise the limit, or detach some first"
-                findings.append(Diagnostic("DS531", message, file=opened.directory, suggestion=hint))
+                gc.collect()  # a model is full of cycles, so a view that nobody has any more may still be there
+                templates = self._staying(opened, wanted, leaving)
+            if opened.exceeds([*templates, *(new.template for new in staged)]):
+                findings.append(opened.too_many(len(templates) + len(staged)))
         return staged
+
+    def _staying(self, opened: Opened, wanted: Iterable[str], leaving: View | None) -> list[Template]:
+        """Return what of the deltas in memory stays there while these are in use."""
+        kept = {*wanted, *self._kept(opened, leaving)}
+        return [opened.loaded[name] for name in list(opened.loaded) if name in kept]
 
     def _make_way(self, opened: Opened, kept: set[str], coming: list[Template]) -> None:
         """Drop those that were not used for longest, until there is room."""
@@ -193,7 +226,9 @@ class Libraries:
         left = Counter(staged.template for staged in new)
         for staged in new:
             template = staged.template
-            planned = replace(template.planned, name=staged.name)
+            outcome = opened.entries[staged.name].outcome
+            notes = (*template.planned.notes, *outcome.notes)
+            planned = replace(template.planned, name=staged.name, notes=notes, let_pass=outcome.let_pass)
             shared.add(planned, proven=opened.reader.proven)
             stack, row = shared.stacks.hold(staged.name, template.layout, left[template], opened.count)
             left[template] -= 1
@@ -204,21 +239,13 @@ class Libraries:
     def drop(self, opened: Opened, names: tuple[str, ...]) -> None:
         """Take deltas out of memory. Raises DeltaSpecError (DS532) for those in use, and then drops none."""
         with self._lock:
-            findings: list[Diagnostic] = []
             kept, trained = self._kept(opened), self._trained(opened)
-            for name in names:
-                if name not in kept:
-                    continue
-                reason, hint = "is attached", f"c.detach({name!r}) first"
-                if name in trained:
-                    reason = "has parameters that require a gradient, and what they learned would be lost"
-                    hint = "p.requires_grad_(False) first"
-                elif name in self._in_rows():
-                    reason, hint = "is in rows that were prepared", "let go of what c.rows(...) gave first"
-                message = f"the delta {name!r} {reason}"
-                findings.append(Diagnostic("DS532", message, file=opened.directory, suggestion=hint))
-            if findings:
-                raise DeltaSpecError(findings)
+            if not kept.isdisjoint(names):
+                gc.collect()  # of what nobody has any more, nothing is in use
+                kept, trained = self._kept(opened), self._trained(opened)
+            in_rows = self._pins.names()
+            if used := [opened.in_use(name, name in trained, name in in_rows) for name in names if name in kept]:
+                raise DeltaSpecError(used)
             for name in names:
                 if name in opened.loaded:
                     self._forget(opened, name)
@@ -237,19 +264,12 @@ class Libraries:
 
     def pin(self, holder: object, names: Iterable[str]) -> None:
         """Keep deltas in memory for as long as an object lives that knows where they lie."""
-        names = tuple(name for name in names if name in self._of)
-        if names:
-            key = id(holder)
-            self._pinned[key] = names
-            weakref.finalize(holder, self._pinned.pop, key, None)
-
-    def _in_rows(self) -> set[str]:
-        return {name for names in list(self._pinned.values()) for name in names}
+        self._pins.add(holder, [name for name in names if name in self._of])
 
     def _kept(self, opened: Opened, leaving: View | None = None) -> set[str]:
         """Return the names of loaded deltas that must not be dropped."""
         active = self._shared.attached(leaving)
-        return {*active, *self._in_rows(), *self._trained(opened)} & opened.loaded.keys()
+        return {*active, *self._pins.names(), *self._trained(opened)} & opened.loaded.keys()
 
     def touch(self, names: Iterable[str]) -> None:
         """Note that deltas are used now. Switches call this without the lock, so readers take `loaded` in one step."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deltaspec.diagnostics.findings import require_known
 from deltaspec.library.libraries import Libraries
 from deltaspec.library.opened import Opened
+from deltaspec.storage.matching import Match
 
 
 class LibraryView:
@@ -41,6 +42,20 @@ class LibraryView:
         self._libraries.drop(self._opened, self._known(names))
         return self
 
+    def refresh(self, *names: str) -> LibraryView:
+        """Take in deltas, by name or all, that were saved again since, and the names of new ones; forget those gone.
+
+        A directory that is a link is followed anew. Raises UnknownDeltaError, DeltaSpecError: what is wrong with the
+        directory; a delta that would change and is in use (DS532). Nothing changed then.
+        """
+        self._libraries.refresh(self._opened, names)
+        return self
+
+    @property
+    def let_pass(self) -> Mapping[str, tuple[str, ...]]:
+        """What `match` let pass, by the names of the deltas that it let pass with it."""
+        return {name: entry.outcome.let_pass for name, entry in self._opened.entries.items() if entry.outcome.let_pass}
+
     def close(self) -> None:
         """Drop all and forget the names. Raises DeltaSpecError (DS532) where deltas are in use."""
         self._libraries.close(self._opened)
@@ -65,7 +80,15 @@ class LibraryView:
 
 
 def open_view(
-    libraries: Libraries, directory: Any, limit: int | str | None, preload: bool, by: str, example_inputs: Any
+    libraries: Libraries,
+    directory: Any,
+    names: tuple[str, ...],
+    limit: int | str | None,
+    preload: bool,
+    by: str,
+    example_inputs: Any,
+    match: Match,
 ) -> LibraryView:
     """Open a directory for a user; where preloading fails, it is not opened."""
-    return LibraryView(libraries, libraries.open(directory, limit, by, example_inputs, preload=preload))
+    opened = libraries.open(directory, names, limit, by, example_inputs, match, preload=preload)
+    return LibraryView(libraries, opened)

@@ -171,6 +171,16 @@ class Method(ABC):
         """
         return False
 
+    def reads_bias(self, site: Site, params: Any) -> bool:
+        """Return whether `apply` computes from the host's own bias: as `reads_weight`, of deltas that change that."""
+        return False
+
+    def needs_base(self, site: Site, params: Any) -> bool:
+        """Return whether the formula is about the backbone's own weight: another delta that changed it may not come
+        before, even where `fold` would see it.
+        """
+        return False
+
     def folds(self, site: Site, params: Any) -> bool:
         """Return whether the delta works by `fold` here: the method says so, or nothing calls the module."""
         return site.host is not None or self.lowers(site, params)

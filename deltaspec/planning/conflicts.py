@@ -10,6 +10,7 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import counted
 from deltaspec.methods.registry import methods
 from deltaspec.names.folding import shown
+from deltaspec.planning.derived import changed_parameters
 
 if TYPE_CHECKING:
     from deltaspec.language.model import DeltaSpec
@@ -32,6 +33,12 @@ class _Weights:
     """Modules whose weight it computes from."""
     replaced: frozenset[str] | None
     """FQNs of the parameters that it replaces; None where it adds."""
+    biases: frozenset[str]
+    """Modules whose bias, and not their weight, it computes from."""
+    bases: frozenset[str]
+    """Modules whose weight has to be the backbone's own."""
+    method: str
+    planned: tuple[PlannedSite, ...]
 
     @property
     def sites(self) -> frozenset[str]:
@@ -45,7 +52,18 @@ class _Weights:
 
     def misses(self, before: _Weights) -> frozenset[str]:
         """Return the sites at which it would not see what a delta before it does to the weight; both fold, it does."""
-        return self.reads and self.reads & (before.called | (before.folded - self.folded))
+        if not (self.reads or self.biases or self.bases):
+            return frozenset()
+        unseen = before.called | (before.folded - self.folded)
+        found = (self.reads & unseen) | (self.bases & before.sites)
+        biased = (self.biases & unseen) - found
+        return found | before._changing_bias(biased) if biased else found
+
+    def _changing_bias(self, modules: frozenset[str]) -> frozenset[str]:
+        """Return those of some modules whose bias it changes."""
+        method = methods()[self.method]
+        places = (planned for planned in self.planned if planned.site.row.fqn in modules)
+        return frozenset(p.site.row.fqn for p in places if "bias" in changed_parameters(method, p))
 
 
 def _clashes(before: _Weights, after: _Weights) -> Iterator[tuple[Clash, frozenset[str]]]:
@@ -134,6 +152,11 @@ class Rivals:
         """Forget a delta."""
         self._weights.pop(name, None)
 
+    def sweep(self) -> None:
+        """Forget what was known of sites that no delta has any more."""
+        left = {id(weights) for weights in self._weights.values()}
+        self._known = {key: known for key, known in self._known.items() if id(known[1]) in left}
+
     def refuse(self, names: Sequence[str]) -> None:
         """Raise DeltaSpecError (DS436) where two of these deltas, in order of application, cannot act at once."""
         findings = []
@@ -158,9 +181,11 @@ def _weights(delta: PlannedDelta) -> _Weights:
     method = methods()[delta.method]
     folded = frozenset(s.site.row.fqn for s in delta.sites if method.folds(s.site, s.params))
     reads = frozenset(s.site.row.fqn for s in delta.sites if method.reads_weight(s.site, s.params))
+    biases = frozenset(s.site.row.fqn for s in delta.sites if method.reads_bias(s.site, s.params))
+    bases = frozenset(s.site.row.fqn for s in delta.sites if method.needs_base(s.site, s.params))
     called = frozenset(s.site.row.fqn for s in delta.sites) - folded
     named = frozenset(p for s in delta.sites for p in _parameters(s)) if method.promises.weight == "replace" else None
-    return _Weights(called, folded, reads, named)
+    return _Weights(called, folded, reads, named, biases, bases, delta.method, delta.sites)
 
 
 def _parameters(planned: PlannedSite) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.language.derivation import METHOD, Derivation, DerivedParams, in_order
 from deltaspec.language.model import DeltaSpec
+from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import DeltaTensors, Init, MethodParams, Site, TensorSpec
 from deltaspec.methods.registry import methods
 from deltaspec.methods.shared.weights import weight_shape
@@ -27,7 +28,7 @@ def why_not(derivation: Derivation, method: str, parts: Sequence[PlannedSite]) -
         return f"a grouped convolution ({site.row.type}) has no derived form", "leave it out of the sources' targets"
     if refusal := methods()[METHOD].refuse(site, lora(1)):
         return f"a derived delta is a low-rank update, and {refusal.reason}", "leave it out of the sources' targets"
-    if others := {name for part in parts for name in _changes(method, part)} - {"weight"}:
+    if others := {name for part in parts for name in changed_parameters(methods()[method], part)} - {"weight"}:
         return f"a source changes the {', '.join(sorted(others))}, too", "combine deltas that change the weight alone"
     if combine == "svd":
         return None
@@ -45,13 +46,13 @@ def has_plain_factors(params: Any) -> bool:
     return not (params.use_dora or params.keeps_start or params.parts)
 
 
-def _changes(method: str, planned: PlannedSite) -> Iterable[str]:
+def changed_parameters(method: Method, planned: PlannedSite) -> Iterable[str]:
     """Return the own names of the parameters that a delta changes at a site."""
     dtypes = [getattr(torch, spec.dtype or "float32") for spec in planned.tensors]
     own = [torch.empty(t.shape, device="meta", dtype=d) for t, d in zip(planned.tensors, dtypes, strict=True)]
     tensors = DeltaTensors(tuple(spec.name for spec in planned.tensors), own)
     weights = {p.name: torch.empty(p.shape, device="meta") for p in planned.site.row.parameters}
-    return methods()[method].fold(planned.site, planned.params, tensors, weights)
+    return method.fold(planned.site, planned.params, tensors, weights)
 
 
 def sources_first(spec: DeltaSpec) -> list[int]:

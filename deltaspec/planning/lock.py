@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +73,13 @@ def check_lock(plan: Plan, path: str | os.PathLike[str]) -> list[Diagnostic]:
         if len(content) > _MAX_BYTES:
             raise ValueError("it is too large")
         locked = _parsed(content)
-        changes = lock_changes(plan, json.loads(lock(plan)), locked, Path(name).name)
+        for delta in locked["deltas"].values():  # tells of files that were read, not of the spec
+            delta.pop("let_pass", None)
+        current = json.loads(lock(replace(plan, deltas=tuple(replace(d, let_pass=()) for d in plan.deltas))))
+        changes = lock_changes(plan, current, locked, Path(name).name)
     except (ValueError, RecursionError) as error:
         return [_malformed(name, str(error) if isinstance(error, ValueError) else "it is nested too deeply")]
-    if not changes and locked != json.loads(lock(plan)):
+    if not changes and locked != current:
         return [_malformed(name, "its numbers do not fit together")]
     return changes
 
@@ -133,6 +137,7 @@ def _delta_data(delta: PlannedDelta, dtype: str | None) -> dict[str, Any]:
         ],
         "sites": len(delta.sites),
         "trainable": delta.trainable,
+        **({"let_pass": list(delta.let_pass)} if delta.let_pass else {}),
     }
 
 
@@ -151,4 +156,4 @@ def _pretty(value: object, indent: str = "") -> str:
 
 
 def _flat(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, allow_nan=False)

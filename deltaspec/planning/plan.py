@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.language.load import load
-from deltaspec.language.model import DeltaSpec
+from deltaspec.language.model import DeltaEntry, DeltaSpec
 from deltaspec.planning.planned import PlannedDelta, PlannedDeltas
 from deltaspec.planning.text import coloured, plain, plan_data
 
@@ -36,15 +38,41 @@ class Plan(PlannedDeltas):
             return (self,)
         return tuple(self._part(tuple(self._by_name[delta.name] for delta in spec.deltas), spec) for spec in self.specs)
 
-    def alone(self, name: str) -> Plan:
-        """Return the plan of one delta alone, or of all deltas of its spec where some are derived from others."""
-        data = self.document(name)
+    def with_sources(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return these deltas and those that they are derived from, in order of application."""
+        entries = {entry.name: entry for spec in self.specs for entry in spec.deltas}
+        waiting, found = list(names), set[str]()
+        while waiting:
+            name = waiting.pop()
+            if name not in found:
+                found.add(name)
+                waiting += entries[name].sources
+        return tuple(delta.name for delta in self.deltas if delta.name in found)
+
+    def alone(self, name: str, among: Collection[str] | None = None) -> Plan:
+        """Return the plan of one delta alone, or of all deltas of its spec where some are derived from others.
+
+        `among` leaves out what it does not name.
+        """
+        data = self.document(name, among)
         return self._part(tuple(self[delta["name"]] for delta in data["deltas"]), load(data))
 
-    def document(self, name: str) -> dict[str, Any]:
+    def document(self, name: str, among: Collection[str] | None = None) -> dict[str, Any]:
         """Return the resolved spec of that plan."""
         spec, part = self._spec_of[name]
-        return spec.model_copy(update={"deltas": spec.deltas[part], "expect": None}).to_data()
+        deltas = tuple(delta for delta in spec.deltas[part] if among is None or delta.name in among)
+        used = _used(deltas, spec)
+        selectors = {name: selector for name, selector in spec.selectors.items() if name in used}
+        return spec.model_copy(update={"deltas": deltas, "selectors": selectors, "expect": None}).to_data()
+
+    def with_remarks(self, notes: Mapping[str, Sequence[str]], let_pass: Mapping[str, Sequence[str]]) -> Plan:
+        """Return the plan with notes on deltas, and what was let pass when they were read, by their names."""
+        deltas = []
+        for delta in self.deltas:
+            more = tuple(note for note in notes.get(delta.name, ()) if note not in delta.notes)
+            passed = tuple(dict.fromkeys((*delta.let_pass, *let_pass.get(delta.name, ()))))
+            deltas.append(replace(delta, notes=(*delta.notes, *more), let_pass=passed))
+        return replace(self, deltas=tuple(deltas))
 
     def _part(self, deltas: tuple[PlannedDelta, ...], spec: DeltaSpec) -> Plan:
         """Return a plan for the same model."""
@@ -61,3 +89,16 @@ class Plan(PlannedDeltas):
 
     def __rich__(self) -> Text:
         return coloured(self)
+
+
+def _used(deltas: Iterable[DeltaEntry], spec: DeltaSpec) -> set[str]:
+    """Return the names of the spec's selectors that deltas refer to, through others, too."""
+    targets = [delta.target for delta in deltas if delta.target is not None]
+    waiting = [*targets, *(override.match for delta in deltas for override in delta.overrides)]
+    found: set[str] = set()
+    while waiting:
+        for part in waiting.pop().walk():
+            if part.ref is not None and part.ref not in found:
+                found.add(part.ref)
+                waiting.append(spec.selectors[part.ref])
+    return found

@@ -55,6 +55,8 @@ class PlannedDelta:
     """Name of the parameter that was chosen for a budget, and the budget in words."""
     derived: Derivation | None = None
     """Derivation of a delta that is built from others, and so not trained."""
+    let_pass: tuple[str, ...] = ()
+    """Differences between the backbone and the one that it was saved for, which `match` let pass when it was read."""
 
     @property
     def trainable(self) -> int:
@@ -79,6 +81,8 @@ class PlannedDeltas:
     notes: tuple[str, ...] = ()
     proven: bool = True
     """Whether a forward was run and reached every site; else the compiled model's first forward is watched."""
+    unused: frozenset[str] = frozenset()
+    """FQNs of modules that take no part in what the model gives, so far as the forward showed it."""
 
     @property
     def model_class(self) -> str:

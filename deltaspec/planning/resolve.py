@@ -26,6 +26,7 @@ from deltaspec.planning.expectations import delta_checks, spec_checks
 from deltaspec.planning.plan import Plan
 from deltaspec.planning.planned import PlannedDelta
 from deltaspec.planning.sites import Placer
+from deltaspec.selection.clock import timed
 from deltaspec.selection.select import select
 
 
@@ -66,6 +67,11 @@ def load_all(specs: Sequence[str | os.PathLike[str] | Mapping[str, Any] | DeltaS
 
 def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observations) -> Plan:
     """Plan specs on a module table. Raises DeltaSpecError with all findings, in document order."""
+    with timed():
+        return _resolve(specs, table, observations)
+
+
+def _resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observations) -> Plan:
     findings = _repeated_names(specs)
     deltas: list[PlannedDelta] = []
     checks: list[str] = []
@@ -101,7 +107,8 @@ def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observ
     failed = observations.failure
     unproven = f"not proven that a forward pass reaches every site ({failed}): pass example_inputs"
     notes = () if failed is None else (unproven,)
-    return Plan(tuple(deltas), tuple(resolved), table, tuple(checks), notes, failed is None)
+    unused = observations.unused(run=False)
+    return Plan(tuple(deltas), tuple(resolved), table, tuple(checks), notes, failed is None, unused)
 
 
 def _settled(spec: DeltaSpec, index: int) -> tuple[DeltaSpec, list[Diagnostic]]:

@@ -21,6 +21,7 @@ from deltaspec.names.folding import shown
 from deltaspec.planning.budget import choose_rank
 from deltaspec.planning.fixed import refuse_fixed
 from deltaspec.planning.planned import PlannedDelta, PlannedSite
+from deltaspec.planning.weight_forms import computed_weight, packed_weight
 from deltaspec.selection.select import select
 from deltaspec.selection.subtree import Subtrees
 
@@ -217,13 +218,15 @@ class Placer:
 
     def why_not(self, site: Site, params: MethodParams) -> tuple[str, str, str]:
         """Return code, reason and way out where this site cannot be; empty texts where it can."""
-        if why := _computed_weight(self.method, site, params):
+        if why := computed_weight(self.method, site, params):
             return why
         if refusal := self.method.refuse(site, params):
             # A method that asks for example_inputs lacks what a forward would have shown.
             failed = self.observations.failure if "example_inputs" in refusal.suggestion else None
             told = f"; no forward could be run here: {failed}" if failed else ""
             return "DS402", refusal.reason, f"{refusal.suggestion}{told}"
+        if why := packed_weight(self.method, site, params):
+            return why
         if self.method.promises.weight != "replace" and any(p.dtype.startswith("complex") for p in site.row.parameters):
             reason = f"the parameters of this {site.row.type} are complex, and {self.method.name} is real"
             return "DS402", reason, "leave it out, or use method full"
@@ -241,8 +244,9 @@ class Placer:
             return "DS403", *useless
         if why := refuse_fixed(self.method, site, params, self.table):
             return why
-        if site.host is not None and self.method.promises.weight is None:
-            host = site.host or self.table.model_class
+        bypass = site.host if site.host is not None or seen is None else seen.bypass
+        if bypass is not None and self.method.promises.weight is None:
+            host = bypass or self.table.model_class
             reads = f"{host} reads this {site.row.type}'s weights without calling it"
             reason = f"{reads}, so {self.method.name} is bypassed"
             weighty = [m.name for m in methods().values() if m.promises.weight is not None]
@@ -277,16 +281,3 @@ def name(row: Row, parameter: str | None) -> str:
 
 def _in_dtype(tensors: tuple[TensorSpec, ...], dtype: str | None) -> tuple[TensorSpec, ...]:
     return tensors if dtype is None else tuple(t if t.dtype else replace(t, dtype=dtype) for t in tensors)
-
-
-def _computed_weight(method: Method, site: Site, params: MethodParams) -> tuple[str, str, str] | None:
-    """Refuse to work through the weight of a module where that is computed from other parameters."""
-    row = site.row
-    if row.kind == "conv" and not row.has_parameter("weight"):
-        reason = f"the weight of this {row.type} is computed by a parametrisation"
-    elif row.computed and (site.host is not None or site.parameter or method.lowers(site, params)):
-        names = ", ".join(row.computed)
-        reason = f"a hook computes {names} of this {row.type} before each forward, so a change would be overwritten"
-    else:
-        return None
-    return "DS402", reason, "remove the weight or spectral norm before compiling (torch.nn.utils.remove_weight_norm …)"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from deltaspec.diagnostics.clean import clean
 from deltaspec.diagnostics.wording import counted, plural
 from deltaspec.names.folding import fold, unfold
 from deltaspec.planning.planned import PlannedDelta, PlannedDeltas, PlannedSite, count_trainable, fraction
@@ -87,9 +88,9 @@ def _lines(plan: PlannedDeltas) -> Iterator[tuple[str, str]]:
             several = len(group.patterns) > 1
             for pattern, count in group.patterns:
                 times = f"  ({count}{_GLUE}sites)" if several and count > 1 else ""
-                yield from _wrapped(f"    {pattern or '(the model itself)'}{times}")
+                yield from _wrapped(f"    {clean(pattern) or '(the model itself)'}{times}")
             yield from _wrapped(f"      {_content(group)}", "dim")
-        yield from _remarks(delta.checks, delta.notes)
+        yield from _remarks(delta.checks, (*delta.notes, *delta.let_pass))
     if len(plan.deltas) != 1 or plan.checks or plan.notes:
         yield "", ""
         number = f"{len(plan.deltas)} {plural(len(plan.deltas), 'delta')}"
@@ -107,6 +108,7 @@ def _remarks(checks: tuple[str, ...], notes: tuple[str, ...]) -> Iterator[tuple[
 
 
 def _wrapped(line: str, style: str = "") -> Iterator[tuple[str, str]]:
+    line = clean(line, keep=_GLUE)
     indent = len(line) - len(line.lstrip())
     for part in textwrap.wrap(
         line, WIDTH, subsequent_indent=" " * (indent + 4), break_on_hyphens=False, replace_whitespace=False
@@ -222,6 +224,7 @@ def _delta_data(delta: PlannedDelta) -> dict[str, Any]:
         ],
         "checks": list(delta.checks),
         "notes": list(delta.notes),
+        "let_pass": list(delta.let_pass),
     }
 
 
@@ -247,7 +250,7 @@ def markdown(plan: PlannedDeltas) -> str:
     notes = [*(note for delta in plan.deltas for note in delta.notes), *plan.notes]
     out += ["", *(f"- ✅ {check}" for check in checks), *(f"- ⚠️ {note}" for note in notes)]
     out += ["", f"<sub>{plan.fingerprint}</sub>"]
-    return "\n".join(out)
+    return "\n".join(map(clean, out))
 
 
 def _cell(text: str) -> str:

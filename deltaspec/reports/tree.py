@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from deltaspec.backbone.table import ModuleTable, Row
+from deltaspec.diagnostics.clean import clean
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.wording import plural
 from deltaspec.language.model import DeltaSpec
@@ -170,13 +171,15 @@ def drawn(lines: Sequence[Line], width: int | None = None) -> Text:
     from rich.text import Text
 
     columns = {
-        "name": [Text.assemble((line.guide, "dim"), (line.name, "bold" if line.marks else "")) for line in lines],
-        "type": [Text(line.type, "blue") for line in lines],
+        "name": [
+            Text.assemble((line.guide, "dim"), (clean(line.name), "bold" if line.marks else "")) for line in lines
+        ],
+        "type": [Text(clean(line.type), "blue") for line in lines],
         "shape": [Text(line.shape) for line in lines],
         "parameters": [Text(line.parameters) for line in lines],
         "roles": [Text(line.roles, "cyan") for line in lines],
         "marks": [_marked(line) for line in lines],
-        "notes": [Text(f"({line.note})" if line.note else "", "dim") for line in lines],
+        "notes": [Text(f"({clean(line.note)})" if line.note else "", "dim") for line in lines],
     }
     widths = {name: max(cell.cell_len for cell in cells) for name, cells in columns.items()}
     widths = {name: size for name, size in widths.items() if size}
@@ -206,7 +209,7 @@ def _marked(line: Line) -> Text:
 
     text = Text()
     for mark in line.marks:
-        text.append(f"{', ' if text else ''}◀ {mark}", f"bold {_COLOURS[mark.colour % len(_COLOURS)]}")
+        text.append(f"{', ' if text else ''}◀ {clean(str(mark))}", f"bold {_COLOURS[mark.colour % len(_COLOURS)]}")
     return text
 
 

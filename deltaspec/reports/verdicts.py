@@ -14,6 +14,7 @@ from deltaspec.planning.derived import sources_first
 from deltaspec.planning.planned import PlannedSite
 from deltaspec.planning.sites import Placer
 from deltaspec.planning.text import show_params
+from deltaspec.selection.clock import timed
 from deltaspec.selection.explain import Reason, explain
 
 
@@ -50,6 +51,11 @@ def find_row(table: ModuleTable, name: str) -> Row:
 
 def verdicts(spec: DeltaSpec, table: ModuleTable, observations: Observations, row: Row) -> list[Verdict]:
     """Return what each delta of a spec says about a module."""
+    with timed():
+        return _verdicts(spec, table, observations, row)
+
+
+def _verdicts(spec: DeltaSpec, table: ModuleTable, observations: Observations, row: Row) -> list[Verdict]:
     found: dict[str, Verdict] = {}
     for index in sources_first(spec):
         entry = spec.deltas[index]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Self
 
-from torch import fx
+from torch import Tensor, fx
 
-from deltaspec.backbone.fingerprint import weights_fingerprint
-from deltaspec.backbone.observe import Observation
+from deltaspec.backbone.recorder import Observation
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.runtime.checkpointing import Recomputation
 from deltaspec.runtime.derived import Derived
+from deltaspec.runtime.first_forwards import FirstForwards
 from deltaspec.runtime.forward_gate import install
 from deltaspec.runtime.guard import Guard
 from deltaspec.runtime.host import Host
+from deltaspec.runtime.outside import is_offloaded, refuse_shards, take_out_of_offloading
 from deltaspec.runtime.owner import ViewOwner
 from deltaspec.runtime.ports import Residency, RowSwitch
 from deltaspec.runtime.program import Program
@@ -24,6 +25,7 @@ from deltaspec.runtime.programs import Programs
 from deltaspec.runtime.proving import FirstForward
 from deltaspec.runtime.shared import Shared
 from deltaspec.runtime.sockets import Forward, Socket
+from deltaspec.runtime.wrapped import Beneath, Wrapped
 
 
 class Active:
@@ -52,10 +54,12 @@ class Active:
         """Program of the active set, once it is known."""
         host = self.host
         self.owner = host.deltas.owner = owner
-        self.guard = Guard(host)
-        self.gate.before, self.gate.traced = self._before_forward, self._before_trace
+        self.guard, self._wrapped = Guard(host), Wrapped()
+        self.gate.before, self.gate.failed = self._before_forward, self._explain
+        self.gate.traced = self._before_trace
         self.gate.after = Recomputation(host.modules.values(), self.state).after
         self.gate.moving = self.owner.before_move
+        self.gate.first = FirstForwards.of(self, host, self.shared)
         install(host.backbone, self.gate)
         self.shared.add_view(self, self.host.deltas)
 
@@ -166,6 +170,8 @@ class Active:
     def _install(self, new: Program) -> None:
         """Put a program in the place of the current one, and the backbone's state with it."""
         with_rows = False
+        if is_offloaded(self.host.deltas, new.names):
+            take_out_of_offloading(self.host.deltas)
         if self.guard.forwards_changed() if self.active else self.guard.changed():
             with_rows = self._follow_others()
             new = self.program(new.names, self.strengths.scaled(new.names))
@@ -215,9 +221,16 @@ class Active:
 
     # What other tools changed
 
-    def _before_forward(self) -> None:
-        if self.active and self.gate.rows is None:
-            self.follow_others()
+    def _before_forward(self) -> Callable[[], None] | None:
+        if not self.active or self.gate.rows is not None or self._wrapped.watching:
+            return None
+        if is_offloaded(self.host.deltas, self.active):
+            take_out_of_offloading(self.host.deltas)
+        self.follow_others()
+        return self._wrapped.watch()
+
+    def _explain(self, error: Exception) -> None:
+        refuse_shards(self.host, [self.shared.planned[name] for name in self.active], error)
 
     def _before_trace(self) -> None:
         if self.active and self.guard.changed():
@@ -246,10 +259,13 @@ class Active:
         with_rows, old, host = self.rows.remove(), self._installed or self._current(), self.host
         assert old.footprint is not None
         self.guard.forget()  # until something is installed
-        for socket in host.sockets.values():
+        sockets = [(fqn, host.sockets[id(m)]) for fqn, m in host.modules.items() if id(m) in host.sockets]
+        for fqn, socket in sockets:
             if socket.is_hidden(acting=socket in old.footprint.sockets):
-                socket.rebase(socket.module.__dict__.get("forward"))
+                top = socket.module.__dict__.get("forward")
+                socket.rebase(top, None if top is None else Beneath(fqn, top))
             socket.leave()
+        self._wrapped.take(sockets)
         self.programs.clear()
         self.rows.forget()
         self._installed = self.program(())
@@ -287,11 +303,10 @@ class Active:
         """Return all that decides which deltas a forward has: (attached, strengths, rows)."""
         return self.active, self.strengths.as_dict(), self.rows.running
 
-    def weights_fingerprint(self) -> str | None:
-        """Digest the backbone's weights and buffers, as they are without any delta."""
+    def kept(self) -> dict[tuple[str, str], Tensor]:
+        """Return the values that buffers will have when nothing is attached, by module's FQN and name."""
         # A forward may have written into buffers since something was attached; then they count as they were.
-        kept = {(fqn, name): value for fqn, name, _, value in self.host.kept_buffers()} if self.acts else {}
-        return weights_fingerprint(self.host.backbone, kept)
+        return {(fqn, name): value for fqn, name, _, value in self.host.kept_buffers()} if self.acts else {}
 
     def require(self, names: Collection[str]) -> None:
         """Have these deltas in memory, loaded if need be. Raise UnknownDeltaError, DeltaSpecError."""

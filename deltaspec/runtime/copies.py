@@ -17,9 +17,10 @@ from deltaspec.backbone.copying import copy_held
 from deltaspec.backbone.reserved import remove
 from deltaspec.deltas.modules import Deltas
 from deltaspec.deltas.modules import beside as delta_beside
-from deltaspec.runtime import forward_gate
+from deltaspec.runtime import forward_gate, verbs
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.host import Host
+from deltaspec.runtime.pickled_alone import unmark
 from deltaspec.runtime.sockets import Socket
 
 
@@ -35,11 +36,13 @@ def bare_copy(host: Host, deltas: Deltas | None = None) -> tuple[nn.Module, dict
     replace |= {id(socket.call): calls[place] for place, socket in host.sockets.items()}
     backbone = clone(host.backbone, replace=replace)
     forward_gate.remove(backbone)
+    verbs.remove(backbone)
     twins = dict(backbone.named_modules(remove_duplicate=False))
     memo: dict[int, Any] = {id(module): twins[fqn] for fqn, module in host.modules.items()}
     sockets = {}
     for place, socket in host.sockets.items():
         twin, call = memo[place], calls[place]
+        unmark(twin)
         if twin.__dict__.get("forward") is call:
             del twin.__dict__["forward"]
             if socket.original is not None:  # it is bound to the module it was put on: bind it to the copy
@@ -66,7 +69,11 @@ def beside(mine: Active) -> Active:
             backbone.get_parameter(name).requires_grad = True
         copies: dict[int, Tensor] = {}
         for fqn, name, buffer, kept in host.kept_buffers():
-            backbone.get_submodule(fqn)._buffers[name] = copies.setdefault(id(buffer), kept.clone())
+            module = backbone.get_submodule(fqn)
+            if (written := module._parameters.get(name)) is not None:
+                written.data = kept.clone()
+            else:
+                module._buffers[name] = copies.setdefault(id(buffer), kept.clone())
     return Active(shared, Host(backbone, deltas, sockets, trained=host.trained), mine.residency, mine.graph)
 
 

@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.runtime.forks import guard
 from deltaspec.runtime.generation import unwatch, watch
+from deltaspec.runtime.pickled_alone import Part
 
 _GATE = "_deltaspec_gate"
 _TRACED = "_deltaspec_traced"
@@ -29,10 +31,12 @@ INSTALLED = (*_COUNTING, "generate")
 _compiling = torch.compiler.is_compiling
 
 
-class ForwardGate:
+class ForwardGate(Part):
     """Keeps the threads of one view apart."""
 
-    __slots__ = ("after", "before", "closed", "lock", "moving", "rows", "running", "traced")
+    __slots__ = (
+        "after", "before", "closed", "failed", "first", "forked", "lock", "moving", "rows", "running", "traced",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -41,19 +45,39 @@ class ForwardGate:
         """How deep each thread is in forwards of the backbone."""
         self.closed = False
         """Whether a forward that starts must ask first: someone switches, or runs rows."""
+        self.forked = False
+        """Whether this is a child process whose parent was in the midst of something here when it forked."""
         self.rows: int | None = None
         """The thread that runs rows."""
-        self.before: Callable[[], None] | None = None
-        """Called before each outermost forward."""
+        self.before: Callable[[], Callable[[], None] | None] | None = None
+        """Called before each outermost forward; what it returns is called after that."""
+        self.failed: Callable[[Exception], None] | None = None
+        """Called with what an outermost forward raised; may raise something clearer in its place."""
         self.traced: Callable[[], None] | None = None
         """Called while torch.compile or torch.export traces a forward; may raise."""
         self.after: Callable[[Any], None] | None = None
         """Called with the output of each outermost forward that autograd records."""
+        self.first: Callable[..., Any] | None = None
+        """Runs an outermost forward in the place of the backbone's class, for as long as it wants to see some."""
         self.moving: Callable[[Any], None] | None = None
         """Called before the backbone is moved or cast, with the function that does it; may raise."""
+        guard(self, 1)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ForwardGate, ()  # a copy of a model runs nothing yet
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardGate:
+        made = memo[id(self)] = ForwardGate()  # a copy of a model runs nothing yet
+        return made
+
+    def after_fork(self, *, torn: bool) -> None:
+        """Forget, in a child process, the threads that are not there any more.
+
+        Where one ran rows, or was `torn` from a lock, nobody knows what this view is like, and it refuses to go on.
+        """
+        me = get_ident()
+        for thread in [thread for thread in self.running if thread != me]:
+            del self.running[thread]
+        self.forked = self.forked or self.rows not in (None, me) or torn
+        if self.forked:
+            self.rows, self.closed = _NOBODY, True
 
     @contextmanager
     def switching(self, *, with_rows: bool = False) -> Iterator[None]:
@@ -72,6 +96,8 @@ class ForwardGate:
 
     def require_none(self) -> None:
         """Raise DeltaSpecError (DS456) where a forward runs. To be called with the lock held and the view closed."""
+        if self.forked:
+            raise _torn()
         if self.running or self.rows is not None:
             inside = get_ident() in self.running or self.rows == get_ident()
             where = "inside a forward" if inside else "while another thread runs a forward"
@@ -86,7 +112,7 @@ class ForwardGate:
             closed, self.closed = self.closed, True
             if self.running or self.rows is not None:
                 self.closed = closed
-                raise _rows_elsewhere(me in self.running or self.rows == me)
+                raise _torn() if self.forked else _rows_elsewhere(me in self.running or self.rows == me)
             self.rows = me
         try:
             yield
@@ -122,7 +148,7 @@ class ForwardGate:
         with self.lock:
             self.running[me] = 1
             if self.rows is not None:
-                raise _rows_elsewhere(False, beside_rows=True)
+                raise _torn() if self.forked else _rows_elsewhere(False, beside_rows=True)
 
 
 def install(backbone: nn.Module, gate: ForwardGate) -> None:
@@ -163,15 +189,21 @@ def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     gate: ForwardGate = self.__dict__[_GATE]
     me, running = get_ident(), gate.running
     depth = running.get(me, 0)
-    if not depth and gate.before is not None:
-        gate.before()
+    then = None if depth or gate.before is None else gate.before()
     try:
         running[me] = depth + 1
         if gate.closed and not depth:
             gate.wait(me)
-        output = type(self)._call_impl(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+        run = type(self)._call_impl if gate.first is None or depth else gate.first
+        output = run(self, *args, **kwargs)
+    except Exception as error:
+        if not depth and gate.failed is not None:
+            gate.failed(error)
+        raise
     finally:
         gate.leave(me, depth)
+        if then is not None:
+            then()
     if gate.after is not None and not depth and torch.is_grad_enabled():
         gate.after(output)
     return output
@@ -183,6 +215,16 @@ def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> Any:
     if moving is not None:
         moving(fn)
     return type(self)._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+
+
+_NOBODY = -1
+"""A thread that there is not."""
+
+
+def _torn() -> DeltaSpecError:
+    message = "this process was forked while another thread changed this view, or ran rows in it: here that never ends"
+    hint = "fork before such threads start, or start processes by spawn"
+    return DeltaSpecError([Diagnostic("DS466", message, file="<model>", suggestion=hint)])
 
 
 _WAY_OUT = "give each thread a view of its own: view = c.view()"

@@ -8,11 +8,14 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from deltaspec.backbone.copying import copy_held
+from deltaspec.backbone.forwards import foreign_part
 from deltaspec.backbone.reserved import home
 from deltaspec.backbone.walk import named
 from deltaspec.deltas.modules import Deltas
+from deltaspec.runtime.buffers import BufferGuard
 from deltaspec.runtime.forward_gate import ForwardGate
-from deltaspec.runtime.frozen import BufferGuard, Flags, tracks_statistics
+from deltaspec.runtime.frozen import Flags, FrozenStatistics, tracks_statistics
+from deltaspec.runtime.pickled_alone import mark
 from deltaspec.runtime.sockets import Forward, Socket
 from deltaspec.runtime.untrained import Untrained
 
@@ -35,6 +38,8 @@ class Host:
         """FQN of the deltas."""
         self.sockets: dict[int, Socket] = dict(sockets or {})
         """The places of the forwards that deltas ever needed, by id of their module."""
+        for socket in self.sockets.values():
+            mark(socket.module)
         self.gate = ForwardGate()
         self._take(self.current_modules())
         self._untrained = None if trained else Untrained(self.modules)
@@ -76,6 +81,7 @@ class Host:
         module = self.modules[fqn]
         if (found := self.sockets.get(id(module))) is None:
             found = self.sockets[id(module)] = Socket(module)
+            mark(module)
         return found
 
     def has_foreign(self, fqn: str) -> bool:
@@ -87,6 +93,11 @@ class Host:
     def own_forward(self, fqn: str) -> Forward:
         """Return the forward that a module has without any delta."""
         return self.socket(fqn).idle
+
+    def frozen_statistics(self, fqn: str) -> Forward:
+        """Return the forward of a module that writes running statistics, such that it does not."""
+        module, original = self.modules[fqn], self.socket(fqn).original
+        return FrozenStatistics(module, fqn, original if foreign_part(module, original) is not None else None)
 
     def freeze(self) -> None:
         """Take the backbone's parameters out of training, and remember the values of its buffers."""
@@ -100,10 +111,13 @@ class Host:
             self._untrained.follow(self.modules)
 
     def kept_buffers(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-        """Yield what buffers will be when nothing is attached: (module's FQN, name, the buffer, its value)."""
-        homes = {id(module._buffers): fqn for fqn, module in self.modules.items()}
-        for place, name, buffer, value in self.buffers.kept():
-            yield homes[id(place)], name, buffer, value
+        """Yield what buffers will be when nothing is attached: (module's FQN, name, the buffer, its value).
+
+        And what parameters will be that forwards write.
+        """
+        names = {id(module): fqn for fqn, module in self.modules.items()}
+        for module, name, tensor, value in self.buffers.kept():
+            yield names[id(module)], name, tensor, value
 
     def trained_in_backbone(self) -> set[str]:
         """Return the names of the backbone parameters that are in training whenever nothing is attached."""

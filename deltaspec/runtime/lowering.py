@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from deltaspec.backbone.attention import Attention, Hook, Router, register
 from deltaspec.backbone.stand_in import stand_in
+from deltaspec.backbone.weight_forms import dtype_of_values, own_values
+from deltaspec.graphs.links import widened
 from deltaspec.graphs.row_ops import toward
 from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import DeltaTensors, Form, MethodParams, Site
@@ -130,7 +132,8 @@ def fold_widely(
 
     They have the wider dtype of the module and the delta; see `rounded`.
     """
-    weights = {name: value for name, value in module._parameters.items() if value is not None} | folded
+    weights = own_values(module) | folded
+    own = _widened(fold.names, own, weights)
     if fold.site.stack is None:
         new = fold.method.fold(fold.site, fold.params, own, weights)
     else:
@@ -143,9 +146,22 @@ def fold_widely(
     return {name: _scaled(before.get(name), value, strength) for name, value in new.items()}
 
 
+def _widened(names: tuple[str, ...], own: Any, weights: dict[str, Tensor]) -> Any:
+    """Return a delta's tensors in a dtype that is no narrower than the module's, as around a module's call."""
+    like = next((value.dtype for value in weights.values() if value.dtype in _REAL), None)
+    tensors = [getattr(own, name) for name in names]
+    if like is None or all(tensor.dtype == like or tensor.dtype == torch.float64 for tensor in tensors):
+        return own
+    wide = [widened(t, torch.promote_types(t.dtype, like)) for t in tensors]
+    return DeltaTensors(names, wide)
+
+
+_REAL = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
 def rounded(module: nn.Module, new: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return new parameters of a module in its dtype."""
-    dtype = next((p.dtype for p in module._parameters.values() if p is not None), None)
+    dtype = dtype_of_values(module)
     return {
         name: value if dtype is None or not value.is_floating_point() or value.dtype == dtype else value.to(dtype)
         for name, value in new.items()

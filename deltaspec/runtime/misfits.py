@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import nn
 
 from deltaspec.backbone.table import Row
+from deltaspec.backbone.weight_forms import own_shape
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.planning.planned import PlannedDelta
 from deltaspec.runtime.host import Host
@@ -31,12 +32,12 @@ def _misfit(row: Row, module: nn.Module | None) -> str | None:
     if row.type not in {kind.__name__ for kind in type(module).__mro__}:
         return f"is a {type(module).__name__} now"
     for parameter in row.parameters:
-        found = getattr(module, parameter.name, None)
-        if not isinstance(found, Tensor):
+        found = own_shape(module, parameter.name)
+        if found is None:
             return f"has no {parameter.name} any more"
-        # A shard, or a packed form, has other dimensions; it still is the same weight.
-        if len(parameter.shape) > 1 and found.dim() == len(parameter.shape) and found.shape != parameter.shape:
-            return f"has {parameter.name} {[*found.shape]} now"
+        # A shard has other dimensions; it still is the same weight.
+        if len(parameter.shape) > 1 and len(found) == len(parameter.shape) and found != parameter.shape:
+            return f"has {parameter.name} {[*found]} now"
     known = {parameter.name for parameter in row.parameters}
     surplus = [name for name in ("weight", "bias") if name not in known and _is_parameter(module, name)]
     return f"has a {surplus[0]} now" if surplus else None

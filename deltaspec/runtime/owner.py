@@ -8,11 +8,12 @@ from typing import Any
 
 from deltaspec.deltas.modules import Delta, beside
 from deltaspec.runtime.host import Host
+from deltaspec.runtime.pickled_alone import Part
 from deltaspec.runtime.ports import Residency, View
 from deltaspec.runtime.shared import Shared
 
 
-class ViewOwner:
+class ViewOwner(Part):
     """The `Owner` of the deltas of one view."""
 
     def __init__(self, view: View, shared: Shared, host: Host, residency: Residency) -> None:

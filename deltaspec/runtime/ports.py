@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
+from torch import Tensor
+
 from deltaspec.deltas.modules import Delta
 from deltaspec.runtime.forward_gate import ForwardGate
 from deltaspec.runtime.host import Host
@@ -24,8 +26,8 @@ class View(Protocol):
     def forget(self, name: str) -> None:
         """Forget all that was made for a delta."""
 
-    def weights_fingerprint(self) -> str | None:
-        """Digest the backbone's weights and buffers, as they are without any delta."""
+    def kept(self) -> dict[tuple[str, str], Tensor]:
+        """Return the values that buffers will have when nothing is attached, by module's FQN and name."""
 
     def rebind(self) -> None:
         """Bind tensors anew."""

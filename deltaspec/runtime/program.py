@@ -14,8 +14,8 @@ from deltaspec.graphs.regions import Region
 from deltaspec.runtime.sockets import Forward, Socket, State, state_of
 
 Exit: TypeAlias = "tuple[Callable[[State], None], State, dict[str, Any], Forward, Forward | None]"
-"""What taking a socket out needs: its `fill` and what it then holds, the module's `__dict__`, what stands there while
-it is in and when it is out."""
+"""What taking a socket out needs: its `fill`, its idle content, the module's `__dict__`; what is there while it is in,
+and when it is out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

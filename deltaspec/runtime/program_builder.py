@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from deltaspec.backbone.forwards import arguments_of, gives_new_tensor
 from deltaspec.backbone.stand_in import Swapped
+from deltaspec.backbone.weight_forms import is_packed
 from deltaspec.deltas.modules import Delta, attribute_name, storage_key
 from deltaspec.deltas.strengths import Strengths
 from deltaspec.graphs.links import Link
@@ -26,7 +27,8 @@ from deltaspec.graphs.regions import Region, RegionKey, region
 from deltaspec.graphs.symbolic import SiteNames, compile_graph, copy_graph, rewrite_site
 from deltaspec.methods.declarations import Form, Site
 from deltaspec.methods.registry import methods
-from deltaspec.runtime.frozen import FrozenStatistics
+from deltaspec.names.escaping import escaped
+from deltaspec.runtime.beside import Beside
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.lowering import Attend, Fold, Lowered
 from deltaspec.runtime.misfits import refuse_misfits
@@ -106,7 +108,7 @@ class ProgramBuilder:
             self._bind_root(program, inline)
         for fqn in self.statistics:
             if fqn not in hosts or fqn in inline:
-                self._write(program, fqn, FrozenStatistics(self.modules[fqn]))
+                self._write(program, fqn, self.host.frozen_statistics(fqn))
         self._put_prompts_in_front(program, names)
         if wrap_root is not None:
             self._write(program, "", wrap_root(self._so_far(program, "")))
@@ -158,11 +160,13 @@ class ProgramBuilder:
         sorted_out = self.sort_out(host, ((placement, given) for placement in inside_out))
         frozen = host in self.statistics and not any(s.buffer for p in placements for s in p.planned.tensors)
         folds, attends = sorted_out.folds, sorted_out.attends
-        if folds or attends:
+        if folds and is_packed(self.modules[host]):
+            base: Any = Beside(self.modules[host], tuple(fold for _, fold, _ in folds), self.own_forward(host))
+        elif folds or attends:
             hooked = tuple(attend for _, attend, _ in attends)
-            base: Any = Lowered(self.modules[host], tuple(fold for _, fold, _ in folds), frozen, hooked)
+            base = Lowered(self.modules[host], tuple(fold for _, fold, _ in folds), frozen, hooked)
         else:
-            base = FrozenStatistics(self.modules[host]) if frozen else self.own_forward(host)
+            base = self.host.frozen_statistics(host) if frozen else self.own_forward(host)
         leading = [(p, fold.scaled, values) for p, fold, values in folds]
         leading += [(p, attend.scaled, values) for p, attend, values in attends]
         return self.bind_region(host, placements, sorted_out, base, leading)
@@ -247,7 +251,7 @@ class ProgramBuilder:
 
     def _names(self, placement: Placement) -> SiteNames:
         """Return where one delta's tensors at a site are registered."""
-        planned, prefix = placement.planned, f"{self.host.home}.{placement.delta}."
+        planned, prefix = placement.planned, f"{self.host.home}.{escaped(placement.delta)}."
         tensors = {s.name: prefix + attribute_name(storage_key(planned.site.row.fqn, s)) for s in planned.tensors}
         probability = methods()[placement.method].dropout(planned.params)
         return SiteNames(tensors, prefix + Delta.dropout_name(probability) if probability else None)
@@ -282,8 +286,10 @@ def _compute(tensors: list[Tensor], module: nn.Module) -> tuple[str | None, bool
 
     The formula computes in it: what the host gives goes through it, and must come back as it was without the delta.
     """
-    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    own = next((p.dtype for p in module.parameters() if p.is_floating_point() and p.element_size() > 1), None)
     delta = next((t.dtype for t in tensors if t.is_floating_point()), None)
+    if own is None and delta is not None and is_packed(module):  # what enters and leaves may have any dtype
+        return str(delta).removeprefix("torch."), False
     if own is None or delta is None or own == delta:
         return None, False
     wide = torch.promote_types(own, delta)

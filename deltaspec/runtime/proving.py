@@ -9,19 +9,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaspec.backbone.observe import Observation, Recorder
+from deltaspec.backbone.recorder import Observation, Recorder
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.registry import methods
+from deltaspec.runtime.forks import guard
 from deltaspec.runtime.placements import Placements
 from deltaspec.runtime.sockets import Forward
 
-_ONE = threading.RLock()
-"""Recording sets a state of the whole process (torch.compiler's stance)."""
+
+class _One:
+    """Recording sets a state of the whole process (torch.compiler's stance): one forward at a time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        guard(self, 0)
+
+    def after_fork(self, *, torn: bool) -> None:
+        """Go on in a child process."""
+
+
+_ONE = _One()
 
 
 def watched(backbone: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Observation]]:
     """Run a forward of a model: (output, what was seen of each module)."""
-    with _ONE:
+    with _ONE.lock:
         recorder = Recorder(backbone)
         with recorder.recording():
             output = forward(*args, **kwargs)

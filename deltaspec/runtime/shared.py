@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from deltaspec.backbone.observe import Observation
+from deltaspec.backbone.recorder import Observation
 from deltaspec.deltas.modules import Deltas
 from deltaspec.deltas.stacks import Stacks
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
@@ -19,6 +19,7 @@ from deltaspec.methods.registry import methods
 from deltaspec.planning.conflicts import Rivals
 from deltaspec.planning.plan import Plan
 from deltaspec.planning.planned import PlannedDelta
+from deltaspec.runtime.forks import guard
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.placements import Placements
 from deltaspec.runtime.ports import View
@@ -34,6 +35,7 @@ class Shared:
 
     def __init__(self, deltas: Deltas, plan: Plan) -> None:
         self.lock = threading.RLock()
+        guard(self, 2)
         self.plan = plan
         self.planned = {planned.name: planned for planned in plan.deltas}
         """Deltas in memory: the plan's, and what was loaded from libraries."""
@@ -54,6 +56,7 @@ class Shared:
         twin = memo[id(self)] = type(self).__new__(type(self))
         memo[id(self.stacks.home)] = deltas
         twin.lock, twin.plan, twin.unproven = threading.RLock(), self.plan, set(self.unproven)
+        guard(twin, 2)
         twin.planned, twin.order = dict(self.planned), dict(self.order)
         memo[id(self.planned)] = twin.planned
         twin.placements = Placements(twin.planned)
@@ -98,6 +101,16 @@ class Shared:
         self.rivals.discard(name)
         self.unproven.discard(name)
         return True
+
+
+    def after_fork(self, *, torn: bool) -> None:
+        """Go on in a child process; views that another thread was in the midst of refuse by themselves."""
+
+    def sweep(self) -> None:
+        """Forget what was kept for deltas that are gone for good."""
+        self.rivals.sweep()
+        self.stacks.forget_kinds()
+
 
     # Views
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from deltaspec.backbone.copying import copy_held
 from deltaspec.backbone.forwards import own_forward
 from deltaspec.backbone.wrappers import reaches
 
@@ -48,9 +49,19 @@ class Socket:
         top = module.__dict__.get("forward")
         self.rebase(None if call is not None and reaches(top, call, module) else top)
 
-    def rebase(self, original: Forward | None) -> None:
-        """Take a forward of another library, or None, for the one that the module has without any delta."""
-        self.original, self.idle = original, own_forward(self.module) if original is None else original
+    def __deepcopy__(self, memo: dict[int, Any]) -> Socket:
+        """Copy together with the model."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        for name in self.__slots__:
+            setattr(twin, name, copy_held(getattr(self, name), self.module, memo))
+        return twin
+
+    def rebase(self, original: Forward | None, run: Forward | None = None) -> None:
+        """Take a forward of another library, or None, for the one that the module has without any delta.
+
+        `run` is what runs it, if not that itself.
+        """
+        self.original, self.idle = original, run or original or own_forward(self.module)
         self.write(self.idle)
 
     @property
@@ -58,6 +69,11 @@ class Socket:
         """What a switch calls, with a state: it replaces the content in one step."""
         setter: Callable[[State], None] = self.call.__setstate__  # type: ignore[attr-defined]  # typeshed leaves it out
         return setter
+
+    @property
+    def content(self) -> Forward:
+        """What runs now."""
+        return functools.partial(self.call.func, *self.call.args, **self.call.keywords)
 
     def write(self, forward: Forward) -> None:
         """Let this run."""

@@ -13,6 +13,7 @@ from deltaspec.names.folding import fold
 from deltaspec.names.patterns import PatternError, compile_glob, compile_regex, fullmatch
 from deltaspec.roles.maps import architectures, fused_parts, fused_role, roles_called
 from deltaspec.selection.atoms import Atom, Index, ParameterAtom
+from deltaspec.selection.clock import ticking
 
 _MOST = 8
 _HINT_SECONDS = 0.2
@@ -138,12 +139,13 @@ def _regex_hint(text: str, index: Index) -> str | None:
     whole = f"(?:{text})" if "|" in text else text
     for pattern in (f".*{whole}", f"{whole}.*", f".*{whole}.*"):
         try:
-            compiled = compile_regex(pattern, probe=False)
-            found = 0
-            for row in index.rows:
-                found += fullmatch(compiled, row.fqn)
-                if process_time() > end:
-                    return None
+            with ticking():
+                compiled = compile_regex(pattern, probe=False)
+                found = 0
+                for row in index.rows:
+                    found += fullmatch(compiled, row.fqn)
+                    if process_time() > end:
+                        return None
         except PatternError:
             return None
         if found:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from deltaspec.backbone.table import ModuleTable, Row
-from deltaspec.diagnostics.findings import Diagnostic, Path
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, Path, in_order
 from deltaspec.diagnostics.wording import counted
 from deltaspec.language.model import DeltaSpec
 from deltaspec.language.selectors import Selector
@@ -20,6 +20,7 @@ from deltaspec.names.paths import below
 from deltaspec.names.patterns import BacktrackingError
 from deltaspec.selection import nearest
 from deltaspec.selection.atoms import Atom, Index, ParameterAtom, atoms, parameter_atoms
+from deltaspec.selection.clock import OverTimeError, timed
 
 Item = tuple[int, str | None]
 """Number of a row and the own name of one of its parameters, or None for the module."""
@@ -41,9 +42,13 @@ class Match:
 def select(
     selector: Selector, table: ModuleTable, selectors: Mapping[str, Selector], spec: DeltaSpec
 ) -> tuple[tuple[Match, ...], list[Diagnostic]]:
-    """Return what a selector matches, each module once and in the table's order, and all findings about it."""
+    """Return what a selector matches, each module once and in the table's order, and all findings about it.
+
+    Raises DeltaSpecError where the regular expressions of what is `timed` take too long together.
+    """
     search = _Search(Index(table), selectors, spec, _names_parameters(selector, selectors))
-    found = search.resolve(selector, False).items
+    with timed():
+        found = search.resolve(selector, False).items
     whole = {number for number, parameter in found if parameter is None}
     apart = (item for item in found if item[1] is None or item[0] not in whole)
     order = sorted(apart, key=lambda item: (item[0], item[1] or ""))
@@ -121,6 +126,8 @@ class _Search:
                 hits = [number for number, row in enumerate(self.index.table.rows) if row.fqn and atom.accepts(row)]
             except BacktrackingError as error:
                 self._find("DS307", f"{atom.text}: {error}", error.suggestion, atom.location)
+                if isinstance(error, OverTimeError):  # what follows would only say so again
+                    raise DeltaSpecError(in_order(self.findings)) from None
                 continue
             for number in hits:
                 found.update(self.members[number])

@@ -35,7 +35,8 @@ class Batch:
         self.rows = self.size = rows
         if rows == 0:
             given = next(_tensors((*args, *kwargs.values())), None)
-            raise DeltaSpecError([_other_size(0 if given is None else given.shape[0], rows)])
+            if given is None or given.shape[0]:
+                raise DeltaSpecError([_other_size(0 if given is None else given.shape[0], rows)])
         self.measure(args, kwargs)
         if self.size != rows:
             raise DeltaSpecError([_other_size(self.size, rows)])
@@ -47,7 +48,7 @@ class Batch:
         """
         main = [kwargs[name] for name in _MAIN if name in kwargs]
         tensors = list(_tensors((*args, *main, *kwargs.values())))
-        if not tensors:
+        if not tensors or not self.rows:
             return
         size = tensors[0].shape[0]
         if size % self.rows:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaspec.backbone.stand_in import no_gradient_of_padding
+from deltaspec.backbone.stand_in import Swapped, no_gradient_of_padding
 from deltaspec.deltas.stacks import Stacks
 from deltaspec.deltas.strengths import Strengths
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.graphs.links import like
 from deltaspec.graphs.row_ops import align, rows_in, rows_out, take
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.checkpointing import tensors_in
-from deltaspec.runtime.frozen import FrozenStatistics
 from deltaspec.runtime.lowering import Fold, Lowered
 from deltaspec.runtime.placements import Placement, host_of
 from deltaspec.runtime.program_builder import Given, ProgramBuilder, call_form
@@ -48,7 +48,7 @@ def bind_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequenc
         slots = [(values[-1], placement) for placement, _, values in sorted_out.attends]
         base = attend_rows(builder, stacks, host, slots)
     else:
-        base = FrozenStatistics(module) if frozen else builder.own_forward(host)
+        base = builder.host.frozen_statistics(host) if frozen else builder.own_forward(host)
     return builder.bind_region(host, placements, sorted_out, base)[0]
 
 
@@ -78,7 +78,7 @@ class HostRows:
         for chosen in dict.fromkeys(rows):
             found = self._forward([entry for entry in chosen if entry is not None])(*args, **kwargs)
             places = [row == chosen for row in rows for _ in range(size // len(rows))]
-            output = found if output is None else _put_rows(output, found, torch.tensor(places))
+            output = found if output is None else _put_rows(output, found, torch.tensor(places, device="cpu"))
         if output is None or not any(tensor.shape[:1] == (size,) for tensor in tensors_in(output)):
             message = f"nothing that {self._host or 'the model'} gives has the {size} rows of the batch as first "
             message += "dimension"
@@ -138,8 +138,11 @@ def _refusal(builder: ProgramBuilder, placement: Placement) -> str | None:
         return f"{placement.method} is not usable for single rows"
     site = placement.planned.site
     kind = type(builder.modules[host_of(site)])
-    if methods()[placement.method].substitutes(site, placement.planned.params) and call_form(kind, site)[0] is None:
-        return f"it runs {site.fqn} on other weights, and that is called with more than the hidden state"
+    if methods()[placement.method].substitutes(site, placement.planned.params):
+        if call_form(kind, site)[0] is None:
+            return f"it runs {site.fqn} on other weights, and that is called with more than the hidden state"
+        if site.row.packed is not None:
+            return f"it runs {site.fqn} on other weights, and those are kept as {site.row.packed.name} codes"
     if any(spec.buffer and spec.name.startswith("running_") for spec in placement.planned.tensors):
         return f"it has statistics of its own for {site.fqn}, which are those of a whole batch"
     if fqn := _sequence_first(builder, site.row.fqn):
@@ -151,7 +154,7 @@ def _refusal(builder: ProgramBuilder, placement: Placement) -> str | None:
 def _is_simple(builder: ProgramBuilder, placement: Placement) -> bool:
     """Return whether a lowered site is its own host, a module that is given the hidden state alone."""
     site = placement.planned.site
-    itself = site.host in (None, site.row.fqn) and site.kind != "other"
+    itself = site.host in (None, site.row.fqn) and site.kind != "other" and site.row.packed is None
     return itself and call_form(type(builder.modules[host_of(site)]), site)[0] is not None
 
 
@@ -181,6 +184,8 @@ class FoldedRows:
         # Where tokens were given their rows, a row by itself is what the module expects; else it is one of a batch.
         one = functools.partial(self._one, alone=entering.dim() == x.dim())
         leaving: Tensor = torch.vmap(one, randomness="different")(entering, tuple(tensors))
+        if torch.is_autocast_enabled(x.device.type):  # under vmap a bias is added by itself, and stays wide
+            leaving = like(leaving, Swapped(self.module)({}, x[:0]))
         return rows_out(x, leaving) if x.is_floating_point() else leaving
 
     def _one(self, x: Tensor, tensors: tuple[Tensor, ...], *, alone: bool) -> Tensor:

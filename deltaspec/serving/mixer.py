@@ -15,10 +15,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from deltaspec.deltas.modules import Deltas
 from deltaspec.deltas.stacks import Kind
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.runtime.active import Active
-from deltaspec.runtime.frozen import FrozenStatistics
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.proving import watched
 from deltaspec.runtime.shared import Shared
@@ -132,7 +132,7 @@ class Mixer:
             made = {host: bind_rows(self._builder, self._stacks, host, given) for host, given in hosts.items()}
             made |= put_prompts_in_front(self._builder, self._stacks, hosts, made)
             for fqn in self._host.statistics:
-                made.setdefault(fqn, FrozenStatistics(builder.modules[fqn]))
+                made.setdefault(fqn, builder.host.frozen_statistics(fqn))
             made[""] = Entering(self, made.get("") or self._host.own_forward(""))
             for host, forward in made.items():
                 self._mixed.setdefault(host, {})[kinds] = forward
@@ -143,6 +143,7 @@ class Mixer:
 
     def prepare(self) -> None:
         """Make the backbone ready for rows, unless it is. Raise DeltaSpecError (DS456) where a forward runs."""
+        self._stacks.watch(self._host.deltas)
         if not self.installed:
             with self._gate.switching():
                 self._active.before_rows()
@@ -207,6 +208,7 @@ class Mixer:
                 rows = self.rows(deltas.deltas)
             self._try(rows.kinds, args, {} if keep else kwargs)
             self._start(rows, args, kwargs, keep)
+            _note_displaced(self._slots, self._host.deltas)
             installed = self.installed
             if not installed:
                 self._active.before_rows()
@@ -242,6 +244,10 @@ class Mixer:
             raise RuntimeError("deltaspec DS444: under torch.compile pass deltas=c.rows([...]), made outside of it")
         if not self.installed or rows.kinds not in self._made:
             raise RuntimeError("deltaspec DS444: the model was detached or moved since: make c.rows([...]) again")
+        if self._stacks.displaced.count:
+            raise RuntimeError("deltaspec DS444: deltas have other tensors than those that a compiled graph reads "
+                               "(functional_call, a parametrization, new parameters): call the model itself with rows, "
+                               "or make c.rows([...]) again where they stay")  # fmt: skip
         self._start(rows, args, kwargs)
         output = forward(*args, **kwargs)
         self._stop()
@@ -283,6 +289,13 @@ class Mixer:
         output, seen = watched(self._host.backbone, forward, *args, **kwargs)
         self._shared.prove_reached(seen, names)
         return output
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _note_displaced(slots: Sequence[Slot], deltas: Deltas) -> None:
+    """Have it known which slots have tensors of this call alone, before parts of the forward are compiled, maybe."""
+    for slot in slots:
+        slot.is_displaced(deltas)
 
 
 def _number(kind: Kind) -> int:

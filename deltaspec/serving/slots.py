@@ -19,7 +19,7 @@ from deltaspec.graphs.row_ops import align
 from deltaspec.serving.assignment import RowDeltas, Rows
 from deltaspec.serving.dispatch import Batch
 
-_NONE = torch.empty(0)
+_NONE = torch.empty(0, device="cpu")
 
 
 class Slot:
@@ -90,10 +90,13 @@ class Slot:
         return self._partial
 
     def is_displaced(self, deltas: Deltas) -> bool:
-        """Return whether some delta here has other tensors than its own for this call; in a compiled graph none has."""
-        if torch.compiler.is_compiling():
-            return False
+        """Return whether some delta here has other tensors than its own for this call.
+
+        In a graph of the whole model none has; one of a part of it is compiled when this is known already.
+        """
         if self._displaced is None:
+            if torch.compiler.is_compiling():
+                return False
             held = (deltas.get(name) for name in self.names)
             self._displaced = any(delta is not None and delta.is_displaced() for delta in held)
         return self._displaced

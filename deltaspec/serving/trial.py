@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltaspec.backbone.inputs import dummy_inputs
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.runtime.frozen import BufferGuard
+from deltaspec.runtime.buffers import BufferGuard
 
 _ROWS = 3
 _CLOSE = 1e-3
@@ -36,9 +36,9 @@ def rows_lead(
 ) -> bool:
     """Return whether a trial could be made that shows it: False for one row, and for a call that goes on from a cache.
 
-    A transformers model is run on inputs of our own; any other one, and one that refuses those, on the call's. A host
-    that these do not reach is judged by the shapes it is given once it is reached. Raises DeltaSpecError (DS442), with
-    all findings, for hosts that are not given the rows along dimension 0.
+    And for rows that hold nothing. A transformers model is run on inputs of our own; any other one, and one that
+    refuses those, on the call's. A host that these do not reach is judged by the shapes it is given once it is reached.
+    Raises DeltaSpecError (DS442), with all findings, for hosts that are not given the rows along dimension 0.
     """
     seen = None
     small = _small_inputs(backbone)
@@ -50,6 +50,8 @@ def rows_lead(
         if any(hasattr(value, "get_seq_length") for value in kwargs.values()):
             return False
         own: Arguments = (args, {**kwargs, **({"use_cache": False} if "use_cache" in kwargs else {})})
+        if _is_empty(own):
+            return False
         used = _told_apart(own)
         try:
             seen = _in_orders(backbone, hosts, forward, used)
@@ -79,15 +81,16 @@ def _small_inputs(backbone: nn.Module) -> dict[str, Tensor] | None:
     if inputs is None:
         return None
     generator = torch.Generator().manual_seed(0)
-    like = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
+    like = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
     vocabulary = int(getattr(getattr(backbone, "config", None), "vocab_size", None) or 100)
     made = {}
     for name, value in inputs.items():
         shape = (_ROWS, *value.shape[1:])
         if value.is_floating_point():
-            made[name] = torch.randn(shape, generator=generator).to(like)
+            made[name] = torch.randn(shape, generator=generator, device="cpu").to(like)
         else:
-            made[name] = torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=generator).to(like.device)
+            drawn = torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=generator, device="cpu")
+            made[name] = drawn.to(like.device)
     return made
 
 
@@ -100,7 +103,7 @@ def _in_orders(
         return {}
     runs = []
     orders = _orders(rows)
-    for order in (torch.arange(rows), *orders):
+    for order in (torch.arange(rows, device="cpu"), *orders):
         args, kwargs = _each(given, functools.partial(_ordered, order))
         with evaluating(backbone), _noting(hosts) as entered:
             forward(*args, **kwargs)
@@ -119,8 +122,9 @@ def _ordered(order: Tensor, x: Tensor) -> Tensor:
 
 def _orders(rows: int) -> list[Tensor]:
     """Return orders such that only a model that keeps rows in place commutes with all of them."""
-    moved_on, swapped = torch.arange(rows).roll(1), torch.arange(rows)
-    swapped[:2] = torch.tensor([1, 0] if rows > 2 else [1, 1])  # two rows have one other order: one in both places
+    kept = torch.arange(rows, device="cpu")
+    moved_on, swapped = kept.roll(1), kept.clone()
+    swapped[:2] = kept[[1, 0] if rows > 2 else [1, 1]]  # two rows have one other order: one in both places
     return [moved_on, swapped]
 
 
@@ -128,6 +132,12 @@ def _size(given: Arguments) -> int:
     sizes: list[int] = []
     _each(given, lambda x: sizes.append(len(x)))
     return sizes[0] if sizes else 1
+
+
+def _is_empty(given: Arguments) -> bool:
+    counts: list[int] = []
+    _each(given, lambda x: counts.append(x.numel()))
+    return bool(counts) and not any(counts)
 
 
 def _each(value: Any, function: Callable[[Tensor], Any]) -> Any:
@@ -159,7 +169,7 @@ def _told_apart(given: Arguments) -> Arguments:
         if not _distinct(x):
             x = torch.stack([row.flatten().roll(number).view_as(row) for number, row in enumerate(x)])
         if x.is_floating_point() and not _distinct(x):
-            x = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+            x = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
         differs.append(_distinct(x))
         return x
 
@@ -173,6 +183,8 @@ def _told_apart(given: Arguments) -> Arguments:
 
 def _distinct(x: Tensor) -> bool:
     numbers = torch.view_as_real(x) if x.is_complex() else x
+    if len(x) > 1 and not x.numel():
+        return False
     return len(x) < 2 or len(torch.unique(numbers.reshape(len(x), -1), dim=0)) == len(x)
 
 

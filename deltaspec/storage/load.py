@@ -3,32 +3,63 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from deltaspec.backbone.values import sharded_as
 from deltaspec.deltas.modules import Deltas
-from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
+from deltaspec.diagnostics.progress import tracked
 from deltaspec.methods.base import Method
 from deltaspec.methods.registry import methods
+from deltaspec.names.prefixes import Prefix
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.active import Active
+from deltaspec.storage.matching import Match, Matcher, Outcome, present_of
 from deltaspec.storage.saved import SavedSet, is_finite, not_finite, without_values
 
 _Read = TypeVar("_Read")
 
 
-def load(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[str]) -> None:
-    """Read the tensors of all saved deltas into the deltas of the same names. All or nothing.
+def load(
+    active: Active,
+    plan: Plan,
+    deltas: Deltas,
+    directory: str | PathLike[str],
+    names: tuple[str, ...] = (),
+    match: Match = "weights",
+) -> Plan:
+    """Read the tensors of saved deltas, by default all, into the deltas of the same names. All or nothing.
 
-    Raises DeltaSpecError (DS521-DS529, DS534) with all findings, the model unchanged: files missing or damaged, another
-    backbone, a delta that the model lacks or has with another method or other params, tensors missing, surplus, of
-    another shape, of a dtype that would lose digits, or not finite; a model on the meta device.
+    Return the plan with what there is to say of them: under which prefix they were found, what `match` let pass.
+
+    Raises DeltaSpecError (DS521-DS529, DS534, DS537) with all findings, the model unchanged: files missing or damaged,
+    another backbone, a delta that the model lacks or has with another method or other params, tensors missing, surplus,
+    of another shape, of a dtype that would lose digits, or not finite; a model on the meta device.
     """
-    settled(directory, lambda saved: fill(active, plan, deltas, saved))
+
+    def read(saved: SavedSet) -> Plan:
+        require_known(names, saved.names)
+        chosen, findings = names or tuple(saved.names), list[Diagnostic]()
+        outcomes = Matcher(present_of(active, plan), match).outcomes(saved, chosen, findings)
+        for name in chosen:
+            if name in known:
+                findings += _other_meaning(saved, name, plan)
+        fill(active, plan, deltas, saved, outcomes, chosen, findings)
+        return remarked(plan, outcomes)
+
+    known = [delta.name for delta in plan.deltas]
+    return settled(directory, read)
+
+
+def remarked(plan: Plan, outcomes: Mapping[str, Outcome]) -> Plan:
+    """Return the plan with what there is to say of deltas that were read."""
+    notes = {name: outcome.notes for name, outcome in outcomes.items()}
+    return plan.with_remarks(notes, {name: outcome.let_pass for name, outcome in outcomes.items()})
 
 
 def settled(directory: str | PathLike[str], read: Callable[[SavedSet], _Read]) -> _Read:
@@ -42,50 +73,61 @@ def settled(directory: str | PathLike[str], read: Callable[[SavedSet], _Read]) -
                 raise
 
 
-def fill(active: Active, plan: Plan, deltas: Deltas, saved: SavedSet) -> None:
-    """Read the tensors of a set into the deltas of the same names. All or nothing, as `load`."""
-    findings = saved.check_backbone(plan.structure, active.weights_fingerprint, plan.model_class)
+def fill(
+    active: Active,
+    plan: Plan,
+    deltas: Deltas,
+    saved: SavedSet,
+    outcomes: Mapping[str, Outcome],
+    names: Sequence[str],
+    findings: list[Diagnostic],
+) -> None:
+    """Read the tensors of a set into the deltas of the same names. All or nothing, as `load`.
+
+    `findings` are those that there are before; what came of the backbone is in `outcomes`.
+    """
     staged: list[tuple[Tensor, Tensor]] = []
     own = [delta.name for delta in plan.deltas]  # those of libraries are no place for other tensors
-    for name in saved.names:
+    for name in tracked(names, "reading deltas", len(names)):
         findings += saved.read(name, "lock")[1]
         if name not in own:
             known = ", ".join(own)
             hint = f"it has: {known}; compile its spec too"
             findings.append(saved.finding("DS524", f"the model has no delta {name!r}", hint))
             continue
-        findings += _other_meaning(saved, name, plan)
         tensors = dict(deltas[name].tensors())
         if any(value.is_meta for value in tensors.values()):
             findings.append(without_values(name, "loaded"))
-        staged += match(saved, name, tensors, findings)
+        staged += match(saved, name, tensors, findings, outcomes.get(name, Outcome()).prefix)
     if findings:
-        raise DeltaSpecError(findings)
+        raise DeltaSpecError(dict.fromkeys(findings))
     with torch.no_grad():
         for target, value in staged:
-            target.copy_(value)
+            target.copy_(sharded_as(target, value))
     active.derived.refresh([delta.name for delta in plan.deltas])
 
 
 def match(
-    saved: SavedSet, name: str, targets: dict[str, Tensor], findings: list[Diagnostic]
+    saved: SavedSet,
+    name: str,
+    targets: dict[str, Tensor],
+    findings: list[Diagnostic],
+    prefix: Prefix = Prefix(),  # noqa: B008  (frozen)
 ) -> list[tuple[Tensor, Tensor]]:
-    """Account for every key of one delta: (target, value) pairs, and a finding for each that does not fit."""
+    """Account for every key of one delta: (target, value) pairs, and a finding for each that does not fit.
+
+    `prefix` is what the saved names read here. Where a file is damaged behind its list of tensors, that is compared.
+    """
     values = saved.tensors(name, findings)
-    if values is None:
-        return []
+    keys = missing_and_surplus(saved, name, targets, findings, prefix)
     file = saved.entry[name]["file"]
 
     def found(code: str, message: str, suggestion: str) -> None:
         findings.append(saved.finding(code, message, suggestion, file))
 
     staged = []
-    for key in sorted(targets.keys() - values.keys()):
-        found("DS525", f"{name}: tensor {key} is missing", "the delta has sites that were not saved: compare the specs")
-    for key in sorted(values.keys() - targets.keys()):
-        found("DS525", f"{name}: tensor {key} fits nowhere", "the model's delta lacks this site: compare the specs")
-    for key in sorted(values.keys() & targets.keys()):
-        value, target = values[key], targets[key]
+    for key in sorted(key for key, old in keys.items() if values and old in values):
+        value, target = (values or {})[keys[key]], targets[key]
         if value.shape != target.shape:
             message = f"{name}: tensor {key} is {list(value.shape)}, the model's is {list(target.shape)}"
             found("DS526", message, "compare the params")
@@ -96,6 +138,35 @@ def match(
         else:
             staged.append((target, value))
     return staged
+
+
+def missing_and_surplus(
+    saved: SavedSet, name: str, targets: Iterable[str], findings: list[Diagnostic], prefix: Prefix
+) -> dict[str, str]:
+    """List the tensors that a file lacks or has too many, also where it is damaged behind its own list of them.
+
+    Return the names that they have there, as `saved_keys`; none where the file has no such list.
+    """
+    there = saved.keys(name)
+    if there is None:
+        return {}
+    keys, file = saved_keys(targets, there, prefix), saved.entry[name]["file"]
+    for key in sorted(key for key, old in keys.items() if old not in there):
+        hint = "the delta has sites that were not saved: compare the specs"
+        findings.append(saved.finding("DS525", f"{name}: tensor {key} is missing", hint, file))
+    for key in sorted(there - set(keys.values())):
+        hint = "the model's delta lacks this site: compare the specs"
+        findings.append(saved.finding("DS525", f"{name}: tensor {key} fits nowhere", hint, file))
+    return keys
+
+
+def saved_keys(here: Iterable[str], there: Collection[str], prefix: Prefix) -> dict[str, str]:
+    """Return the names that a delta's tensors have in a file, by those that they have here.
+
+    What sites share is not named after a module, and has the same name everywhere.
+    """
+    moved = {key: prefix.to_saved(key) for key in here}
+    return {key: name if name is not None and name in there else key for key, name in moved.items()}
 
 
 def _other_meaning(saved: SavedSet, name: str, plan: Plan) -> list[Diagnostic]:

@@ -3,7 +3,7 @@
 Files are named by their content and written first; the manifest is replaced last, in one step. So a crash at any moment
 leaves the old set or the new one. Reading accounts for every key before anything is changed. Nothing is ever unpickled.
 
-    manifest.json                                  what belongs to the set, and the backbone's fingerprints
+    manifest.json                                  what belongs to the set, and the record of the backbone
     french.3f9a1c2b.safetensors                    its tensors
     french.3f9a1c2b.deltaspec.json                 a spec with this delta (and those linked to it by derived ones),
                                                    every parameter written out
@@ -14,16 +14,25 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from deltaspec.backbone.fingerprint import weights_fingerprint
+from deltaspec.backbone.values import is_sharded, unsharded
 from deltaspec.deltas.modules import Deltas
-from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.documents.atomic import alone_in, sync, write_atomically
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
+from deltaspec.diagnostics.progress import tracked
+from deltaspec.documents.atomic import Together, alone_in
+from deltaspec.names.escaping import file_stem
 from deltaspec.planning.lock import lock
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.active import Active
+from deltaspec.storage.changed import as_it_is, changed_since
+from deltaspec.storage.depends import reads, replaced
+from deltaspec.storage.matching import present_of
+from deltaspec.storage.processes import in_first_process
 from deltaspec.storage.saved import (
     ENDINGS,
     FORMAT,
@@ -36,27 +45,84 @@ from deltaspec.storage.saved import (
     without_values,
 )
 
+_Files: TypeAlias = tuple[str, dict[str, bytes], list[str]]
+"""A delta's name, the content of each of its files, and the tensors that it reads though deltas stand for them."""
 
-def save(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[str]) -> None:
-    """Write all deltas of a compiled model to a directory, made if need be; what it held of ours before is replaced.
+
+def save(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[str], names: Iterable[str] = ()) -> None:
+    """Write deltas of a compiled model, by default all, to a directory, made if need be; ours that it held go.
+
+    Those that a derived one is built from come with it. Where tensors are sharded over processes, each must call this
+    at the same time; the first one writes.
 
     Raises DeltaSpecError where a delta holds NaN or infinite values (DS520), or none, on the meta device (DS534), or a
-    derived one is attached and its sources have changed since (DS528), OSError where the directory cannot be written.
+    derived one is attached and its sources have changed since (DS528), or the backbone was changed and a delta could
+    not be restored onto it (DS536); OSError where the directory cannot be written.
     """
-    from safetensors.torch import save as to_bytes
-
-    folder = Path(directory)
+    require_known(names, [planned.name for planned in plan.deltas])
+    chosen = plan.with_sources(names or [planned.name for planned in plan.deltas])
     active.derived.refresh_others(active.active)
-    findings = [_behind(name) for name in active.derived.behind(active.active)]
-    for planned in plan.deltas:
-        tensors = dict(deltas[planned.name].tensors())
+    findings = [_behind(name) for name in active.derived.behind(active.active) if name in chosen]
+    for name in chosen:
+        tensors = dict(deltas[name].tensors())
         if any(value.is_meta for value in tensors.values()):
-            findings.append(without_values(planned.name, "saved"))
+            findings.append(without_values(name, "saved"))
             continue
-        findings += [not_finite(planned.name, key) for key, value in tensors.items() if not is_finite(value.detach())]
+        wrong = [key for key, value in tensors.items() if not is_finite(unsharded(value.detach()))]
+        findings += [not_finite(name, key) for key in wrong]
     if findings:
         raise DeltaSpecError(findings)
-    weights = active.weights_fingerprint()
+    present = present_of(active, plan)
+    new = changed_since(plan, present)
+    plan = as_it_is(plan, chosen, present, active.host, deltas)
+    gone = new | replaced(plan.deltas)
+    read, before = dict[str, list[str]](), dict[str, frozenset[int] | None]()
+    for planned in plan.deltas:
+        if planned.name in chosen and (own := reads(planned, before, gone)):
+            read[planned.name] = own
+        before |= replaced([planned])
+    record = present.record(gone, [name for own in read.values() for name in own], plan.unused)
+    attached = [name for name in active.active if name in chosen]
+    manifest = {
+        "deltaspec": FORMAT,
+        "backbone": {
+            "class": plan.model_class,
+            "structure": plan.structure,
+            "weights": weights_fingerprint(present.backbone, present.kept),
+            "record": record.to_data(),
+        },
+        "attached": attached,
+        "strengths": active.strengths.as_dict(attached),
+    }
+    contents = _contents(plan, deltas, chosen, read)
+    held = [tensor for name in chosen for _, tensor in deltas[name].tensors()]
+
+    def write(contents: Iterator[_Files]) -> None:
+        _write(Path(directory), manifest, tracked(contents, "saving deltas", len(chosen)))
+
+    if any(is_sharded(tensor) for tensor in (*present.tensors.values(), *held)):
+        in_first_process(write, contents)
+    else:
+        write(contents)
+
+
+def _contents(plan: Plan, deltas: Deltas, names: tuple[str, ...], read: dict[str, list[str]]) -> Iterator[_Files]:
+    """Yield the files of each delta, one delta's bytes in memory at a time."""
+    from safetensors.torch import save as to_bytes
+
+    for name in names:
+        part = plan.alone(name, names)
+        values = {key: unsharded(value.detach()) for key, value in deltas[name].tensors()}
+        plain = {key: value.clone().contiguous() for key, value in values.items()}
+        content = {
+            "file": to_bytes(plain, {"format": "pt"}),
+            "spec": _json(part.specs[0].to_data()),
+            "lock": lock(part).encode(),
+        }
+        yield name, content, read.get(name, [])
+
+
+def _write(folder: Path, manifest: dict[str, Any], contents: Iterator[_Files]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -65,37 +131,21 @@ def save(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[s
     with alone_in(folder) as alone:
         before, present, entries, written = file_names(folder), set(os.listdir(folder)), [], set[str]()
         try:
-            for planned in plan.deltas:  # one delta's bytes in memory at a time
-                part = plan.alone(planned.name)
-                tensors = {key: value.detach().clone() for key, value in deltas[planned.name].tensors()}
-                content = {
-                    "file": to_bytes({key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"}),
-                    "spec": _json(part.specs[0].to_data()),
-                    "lock": lock(part).encode(),
-                }
-                stem = f"{planned.name}.{digest(b''.join(content.values()))[:8]}"
-                entry = {"name": planned.name}
-                for field, ending in ENDINGS.items():
-                    entry[field] = f"{stem}.{ending}"
-                    entry[f"{field}_sha256"] = digest(content[field])
-                    write_atomically(folder / entry[field], content[field])
-                    written.add(entry[field])
-                entries.append(entry)
-            attached = [name for name in active.active if any(delta.name == name for delta in plan.deltas)]
-            manifest = {
-                "deltaspec": FORMAT,
-                "backbone": {"class": plan.model_class, "structure": plan.structure, "weights": weights},
-                "attached": attached,
-                "strengths": active.strengths.as_dict(attached),
-                "deltas": entries,
-            }
-            sync(folder)
-            write_atomically(folder / MANIFEST, _json(manifest))
+            with Together(folder) as files:
+                for name, content, reads_too in contents:
+                    stem = f"{file_stem(name)}.{digest(b''.join(content.values()))[:8]}"
+                    entry: dict[str, Any] = {"name": name}
+                    for field, ending in ENDINGS.items():
+                        entry[field] = f"{stem}.{ending}"
+                        entry[f"{field}_sha256"] = digest(content[field])
+                        files.add(entry[field], content[field])
+                        written.add(entry[field])
+                    entries.append(entry | ({"reads": reads_too} if reads_too else {}))
+                files.appear(MANIFEST, _json(manifest | {"deltas": entries}))
         except OSError:  # such as a full disk, which half a set would fill further; the old manifest is in place
             for name in written - present if alone else ():
                 (folder / name).unlink(missing_ok=True)
             raise
-        sync(folder)
         # Others that write here at the same time have files that no manifest names yet.
         for name in strays(folder, written) if alone else before - written:
             (folder / name).unlink(missing_ok=True)

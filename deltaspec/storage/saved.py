@@ -16,7 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from deltaspec.backbone.record import Record
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.names.folding import unfold
 
 
 def is_finite(value: Tensor) -> bool:
@@ -44,9 +46,11 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 ENDINGS = {"file": "safetensors", "spec": "deltaspec.json", "lock": "deltaspec.lock.json"}
 """The files of one delta, by their field in the manifest."""
-_FILE_NAME = re.compile(r"[A-Za-z][\w-]*\.[0-9a-f]{8}\.(safetensors|deltaspec\.json|deltaspec\.lock\.json)", re.ASCII)
+_FILE_NAME = re.compile(r"[\w%-]{1,200}\.[0-9a-f]{8}\.(safetensors|deltaspec\.json|deltaspec\.lock\.json)", re.ASCII)
 _UNFINISHED = re.compile(rf"\.({_FILE_NAME.pattern}|manifest\.json)\.[0-9a-f]{{16}}", re.ASCII)
 """What `write_atomically` calls a file before it is whole."""
+_MOST_HEADER = 100_000_000
+"""Bytes that safetensors allows for the list of tensors in a file."""
 _Content = TypeVar("_Content", bytes, mmap)
 
 
@@ -57,7 +61,7 @@ class SavedSet:
         self.folder = Path(directory)
         self._read = b""
         self.manifest = self._read_manifest()
-        self.entries: list[dict[str, str]] = self.manifest["deltas"]
+        self.entries: list[dict[str, Any]] = self.manifest["deltas"]
         self.entry = {entry["name"]: entry for entry in self.entries}
         """Entries by the names of the deltas."""
         self.names = list(self.entry)
@@ -94,20 +98,49 @@ class SavedSet:
         except OSError:
             return False
 
-    def check_backbone(
-        self, structure: str, weights_of: Callable[[], str | None], model_class: str
-    ) -> list[Diagnostic]:
-        """Compare the saved fingerprints with these; that of the weights is asked for only where it counts."""
-        saved = self.manifest["backbone"]
-        if saved["structure"] != structure:
-            message = f"was saved for another backbone: {saved['class']}, whose structure differs from this "
-            message += model_class
-            return [self.finding("DS523", message, "load the model that the deltas were trained on")]
-        weights = weights_of()
-        if saved["weights"] is not None and weights is not None and saved["weights"] != weights:
-            message = "was saved for a backbone of this structure with other weights"
-            return [self.finding("DS523", message, "load the checkpoint (and dtype) that the deltas were trained on")]
-        return []
+    @property
+    def has_record(self) -> bool:
+        """Whether it says what its deltas depend on; earlier versions kept digests alone."""
+        return "record" in self.manifest["backbone"]
+
+    def record(self) -> Record:
+        """Read the record of the backbone that the deltas were saved for. Raises DeltaSpecError (DS522)."""
+        try:
+            return Record.from_data(self.manifest["backbone"]["record"])
+        except (ValueError, RecursionError) as error:
+            raise DeltaSpecError([self.finding("DS522", f"is not a manifest: {error}", "save again")]) from error
+
+    def groups(self, name: str) -> list[tuple[list[str], dict[str, Any]]]:
+        """Return a delta's sites in the model that it was saved from, by the params that an override gave them.
+
+        Raises DeltaSpecError where its lock, which says so, is damaged.
+        """
+        content, problems = self.read(name, "lock")
+        if content is None:
+            raise DeltaSpecError(problems)
+        try:
+            groups = json.loads(content)["deltas"][name]["groups"]
+            return [(unfold(group["at"]), dict(group["params"])) for group in groups]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            problem = self.finding("DS522", f"is no lock: {error}", "save again", self.entry[name]["lock"])
+            raise DeltaSpecError([problem]) from error
+
+    def sites(self, name: str) -> tuple[list[str], list[Diagnostic]]:
+        """Return the FQNs of a delta's sites in the model that it was saved from: (names, findings)."""
+        try:
+            return [site for sites, _ in self.groups(name) for site in sites], []
+        except DeltaSpecError as error:
+            return [], list(error.diagnostics)
+
+    def keys(self, name: str) -> set[str] | None:
+        """Return the names of the tensors that a file says it has, also where it is damaged behind that."""
+        try:
+            with (self.folder / self.entry[name]["file"]).open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(length, _MOST_HEADER)))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return set(header) - {"__metadata__"} if isinstance(header, dict) else None
 
     def tensors(self, name: str, findings: list[Diagnostic]) -> dict[str, Tensor] | None:
         """Read a delta's tensors, its digest checked; None, with a finding, where that fails."""
@@ -195,6 +228,10 @@ def _manifest_problem(data: Any) -> str | None:
     backbone, deltas, attached = data.get("backbone"), data.get("deltas"), data.get("attached")
     if not isinstance(backbone, dict) or not {"class", "structure", "weights"} <= backbone.keys():
         return "it names no backbone"
+    if not isinstance(backbone["class"], str) or not isinstance(backbone["structure"], str):
+        return "it names no backbone"
+    if not isinstance(backbone["weights"], str | None):
+        return "its digest of the backbone's weights is malformed"
     if not isinstance(deltas, list) or not all(_is_entry(entry) for entry in deltas):
         return "its list of deltas is malformed"
     names = [entry["name"] for entry in deltas]
@@ -218,5 +255,8 @@ def _is_entry(entry: Any) -> bool:
     """Return whether a manifest's entry is whole, and names files as `save` does: so they are in the directory."""
     fields = ("name", *(f"{field}{part}" for field in ENDINGS for part in ("", "_sha256")))
     if not isinstance(entry, dict) or not all(isinstance(entry.get(field), str) for field in fields):
+        return False
+    reads = entry.get("reads", [])
+    if not isinstance(reads, list) or not all(isinstance(name, str) for name in reads):
         return False
     return all(_FILE_NAME.fullmatch(entry[field]) for field in ENDINGS)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from deltaspec.backbone.clone import norm_limited
 from deltaspec.backbone.copying import deep_copy
+from deltaspec.backbone.unpacking import copies_of_codes, tell_unpacked, unpacked
+from deltaspec.backbone.weight_forms import is_packed, own_values
 from deltaspec.deltas.modules import storage_key
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.declarations import DeltaTensors
@@ -43,7 +45,8 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
     strengths = active.strengths.as_dict(names)
     active.derived.refresh(name for name in names if name not in active.active)
     training = host.trained_in_backbone()
-    plain = deep_copy(without_deltas(host), {})
+    bare = without_deltas(host)
+    plain = deep_copy(bare, copies_of_codes(bare))
     copies: dict[int, nn.Parameter] = {}
     changes: dict[str, list[tuple[str, PlannedSite]]] = {}
     for name in names:
@@ -56,15 +59,29 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
             held, tensor_names = host.deltas[name], tuple(spec.name for spec in planned.tensors)
             own = DeltaTensors(tensor_names, [held.tensor(storage_key(fqn, spec)) for spec in planned.tensors])
             fold = Fold((), methods()[shared.planned[name].method], planned.params, planned.site, tensor_names)
-            strength = torch.tensor(strengths[name]) if name in strengths else None
+            strength = torch.tensor(strengths[name], device="cpu") if name in strengths else None
             folded |= fold_widely(module, fold, own, folded, strength)
-        for name, value in rounded(module, folded).items():
+        values = rounded(module, folded)
+        if is_packed(module) and "weight" in values:
+            _unpack(plain, module, values)
+            continue
+        for name, value in values.items():
             _put(module, name, value, copies)
             if any(p.name == name and p.tied for p in row.parameters):
                 _mark_untied(plain, fqn, name)
     for name, parameter in plain.named_parameters():
         parameter.requires_grad = parameter.requires_grad or name in training
     return plain
+
+
+def _unpack(plain: nn.Module, module: nn.Module, folded: dict[str, Tensor]) -> None:
+    """Put a module of plain values in the place of one that keeps codes; folded ones would not survive rounding."""
+    twin = unpacked(module, own_values(module) | folded)
+    for parent in plain.modules():
+        for name, child in parent._modules.items():
+            if child is module:
+                parent._modules[name] = twin
+    tell_unpacked(plain)
 
 
 def _put(module: nn.Module, name: str, value: Tensor, copies: dict[int, nn.Parameter]) -> None:
@@ -114,25 +131,32 @@ def _untie(plain: nn.Module) -> None:
 def _refuse(shared: Shared, host: Host, names: Collection[str]) -> None:
     findings = []
     for delta in (shared.planned[name] for name in names):
-        reason = None
+        reason, way = "", ""
         if methods()[delta.method].promises.weight is None:
             reason = f"{delta.method} is not expressible in weights"
-        else:
-            for planned in delta.sites:
-                row = planned.site.row
-                module = host.backbone.get_submodule(row.fqn)
-                if row.kind in ("linear", "conv1d", "embedding", "conv") and not row.has_parameter("weight"):
-                    reason = f"the weight of {planned.fqn} ({row.type}) is computed, not a parameter"
-                    break
-                if any(spec.name == "bias" for spec in planned.tensors) and "bias" not in module._parameters:
-                    reason = f"{planned.fqn} ({planned.site.row.type}) has no place for a bias"
-                    break
-                if norm_limited(module) and not methods()[delta.method].folds(planned.site, planned.params):
-                    reason = f"{planned.fqn} ({row.type}) limits its rows to a norm: longer ones have no place in it"
-                    break
-        if reason is not None:
+        for planned in () if reason else delta.sites:
+            reason, way = _no_place(host.backbone.get_submodule(planned.site.row.fqn), delta.method, planned)
+            if reason:
+                break
+        if reason:
             rest = [n for n in names if n != delta.name]
             hint = f"merge the others: c.merge({', '.join(map(repr, rest))})" if rest else "keep it attached instead"
-            findings.append(Diagnostic("DS435", f"{delta.name!r} cannot be merged: {reason}", suggestion=hint))
+            findings.append(Diagnostic("DS435", f"{delta.name!r} cannot be merged: {reason}", suggestion=hint + way))
     if findings:
         raise DeltaSpecError(findings)
+
+
+def _no_place(module: nn.Module, method: str, planned: PlannedSite) -> tuple[str, str]:
+    """Return why a module has no place for what a delta makes of its parameters, and another way; empty: it has one."""
+    row, changed = planned.site.row, {spec.name for spec in planned.tensors}
+    if row.kind in ("linear", "conv1d", "embedding", "conv") and not row.has_parameter("weight"):
+        reason = f"the weight of {planned.fqn} ({row.type}) is computed, not a parameter"
+        return reason, ", or compile after taking off what computes it (a norm, a mask, a parametrisation)"
+    if row.packed is not None and not row.packed.readable and changed != {"bias"}:
+        reason = f"only its class can read the {row.packed.name} codes of {planned.fqn} ({row.type})"
+        return reason, ", or restore it onto the model without quantisation, and merge it there"
+    if "bias" in changed and "bias" not in module._parameters:
+        return f"{planned.fqn} ({row.type}) has no place for a bias", ""
+    if norm_limited(module) and not methods()[method].folds(planned.site, planned.params):
+        return f"{planned.fqn} ({row.type}) limits its rows to a norm: longer ones have no place in it", ""
+    return "", ""

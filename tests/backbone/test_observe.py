@@ -9,7 +9,8 @@ from readers import INPUTS, Reader, build
 
 from deltaspec.backbone.clone import clone
 from deltaspec.backbone.inputs import dummy_inputs
-from deltaspec.backbone.observe import Observation, observe
+from deltaspec.backbone.observe import observe
+from deltaspec.backbone.recorder import Observation
 from deltaspec.contract.snapshot import differences, snapshot
 
 

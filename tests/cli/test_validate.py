@@ -49,7 +49,8 @@ def test_findings(specs):
         'specs/sub dir/bad.deltaspec.yml:3:23: error[DS206] unknown method "lorra"',
         '  = help: did you mean "lora"?',
         'specs/sub dir/bad.deltaspec.yml:4:12: error[DS208] "x: 100%, y" is not a name',
-        "  = help: names are letters, digits, - and _, at most 64, and begin with a letter",
+        "  = help: names are letters, digits, - and _, with . and / between them: french, user/lora, 1_task",
+        "skipped, since hidden: specs/.hidden",
         "3 files, 2 findings",
     ]
 
@@ -94,7 +95,9 @@ def test_github(specs):
         "::error file=specs/sub dir/bad.deltaspec.yml,line=3,col=23,title=DS206 unknown method::"
         'unknown method "lorra"%0Ahelp: did you mean "lora"?',
         "::error file=specs/sub dir/bad.deltaspec.yml,line=4,col=12,title=DS208 malformed name or text::"
-        '"x: 100%25, y" is not a name%0Ahelp: names are letters, digits, - and _, at most 64, and begin with a letter',
+        '"x: 100%25, y" is not a name%0A'
+        "help: names are letters, digits, - and _, with . and / between them: french, user/lora, 1_task",
+        "skipped, since hidden: specs/.hidden",
         "3 files, 2 findings",
     ]
 
@@ -211,3 +214,89 @@ def test_an_internal_error_is_no_finding(specs, monkeypatch):
 
     monkeypatch.setattr("deltaspec.cli.validate.validate", broken)
     assert run("specs").exit_code == 2
+
+
+def test_standard_input(specs):
+    def piped(text, *arguments):
+        return CliRunner().invoke(main, ["validate", "-", *arguments], input=text)
+
+    assert piped(GOOD).output == "1 file, 0 findings\n"
+    assert piped(BAD).output.startswith('<stdin>:3:23: error[DS206] unknown method "lorra"')
+    found = json.loads(piped(BAD, "--format", "sarif").output)["runs"][0]["results"][0]["locations"][0]
+    assert found["physicalLocation"]["artifactLocation"]["uri"] == "%3Cstdin%3E"
+    assert piped("a" * (1 << 20) + "a").output.startswith("<stdin>: error[DS102]")
+    assert piped(b"\xff").output.startswith("<stdin>:1:1: error[DS103]")
+
+
+def test_a_folder_says_what_it_skipped(specs):
+    Path("linked").symlink_to("specs", target_is_directory=True)
+    Path("empty/.git").mkdir()
+    skipped = ["skipped, since hidden: empty/.git, specs/.hidden", "skipped, since linked: linked"]
+    assert run(".").output.splitlines()[-3:-1] == skipped
+    assert json.loads(run(".", "--format", "json").output)["skipped"] == skipped
+    (notified,) = json.loads(run(".", "--format", "sarif").output)["runs"][0]["invocations"]
+    assert [note["message"]["text"] for note in notified["toolExecutionNotifications"]] == skipped
+    refused = run("empty")
+    assert refused.exit_code == 2 and "skipped, since hidden: empty/.git" in refused.output
+
+
+def test_a_folder_that_cannot_be_read_is_named(specs, monkeypatch):
+    scan = os.scandir
+
+    def denied(path):
+        if str(path).endswith("sub dir"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    result = run("specs")
+    assert "skipped, since unreadable (Permission denied): specs/sub dir" in result.output.splitlines()
+
+
+@pytest.mark.parametrize("where", [".", "specs", "specs/sub dir", "/"])
+def test_paths_are_those_of_the_repository_wherever_the_command_runs(specs, monkeypatch, where):
+    Path(".git").mkdir()
+    for argument in (str(specs / "specs"), os.path.relpath(specs / "specs", where if where == "/" else specs / where)):
+        monkeypatch.chdir(specs)
+        os.chdir(where)
+        found = json.loads(run(argument, "--format", "sarif").output)["runs"][0]["results"][0]["locations"][0]
+        uri = found["physicalLocation"]["artifactLocation"]
+        assert uri == {"uri": "specs/sub%20dir/bad.deltaspec.yml", "uriBaseId": "%SRCROOT%"}
+        assert run(argument, "--format", "github").output.startswith("::error file=specs/sub dir/bad.deltaspec.yml,")
+
+
+SPITEFUL = 'deltaspec: 1\ndeltas: [{name: d, method: !a%0a::error::%1b[31m x, "k\\u202e\\u200b": 1, "\\u00e9": 2}]\n'
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("output_format", ["text", "json", "github", "sarif"])
+def test_what_is_printed_acts_on_no_terminal_in_any_code_page(specs, encoding, output_format):
+    Path("::error::é\u202e\x1b[31m.deltaspec.yaml").write_text(SPITEFUL, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "deltaspec", "validate", ".", "--format", output_format]
+    done = subprocess.run(command, capture_output=True, timeout=60, env=environment)
+    assert done.returncode == 1 and not done.stderr
+    text = done.stdout.decode(encoding)
+    assert all(c.isprintable() or c == "\n" for c in text)
+    if output_format in ("json", "sarif"):
+        assert text.isascii() and "\\u001b" not in text and json.loads(text)
+    if output_format == "text":
+        assert not any(line.startswith("::") for line in text.splitlines())
+
+
+def test_a_parameter_is_a_glob_of_its_own(specs):
+    for word in ("w[0-9]", "**x", "wei?ht", "a..b", "a b"):
+        Path("p.deltaspec.yaml").write_text(
+            f"deltaspec: 1\ndeltas: [{{name: d, method: lora, target: {{parameter: '{word}'}}}}]\n"
+        )
+        result = run("p.deltaspec.yaml")
+        assert result.exit_code == 1 and f'error[DS216] parameter "{word}": ' in result.output
+        assert "regex" not in result.output
+
+
+def test_a_spec_may_name_its_schema(specs):
+    text = '{"$schema": "deltaspec-v1.schema.json", "deltaspec": 1, "deltas": [{"name": "d", "method": "lora"}]}'
+    Path("s.deltaspec.json").write_text(text)
+    assert run("s.deltaspec.json").output == "1 file, 0 findings\n"
+    Path("s.deltaspec.json").write_text(text.replace('"deltaspec-v1.schema.json"', "3"))
+    assert "error[DS203] $schema must be text, not 3" in run("s.deltaspec.json").output

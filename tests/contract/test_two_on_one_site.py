@@ -1,6 +1,7 @@
 """Two weight-expressible deltas on one site: attached, merged and bypassed they compute the same, or are refused."""
 
 import itertools
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ PARAMS = {
     "bat": ("miss", {"variant": "bat", "rank": 4}),
 }
 """Every method that merges, and variants that compute from the weight or start elsewhere."""
-READERS = {"dora", "bat", "boft", "hira"}
-FOLDING = {"bat", "hira"}  # these always fold: behind each other, they do see the weight
+NEED_BASE = {"dora", "hira"}
+FOLDING = {"bat", "hira"}  # these always fold: behind one, bat does see the weight
+BIASED = {"bitfit", "ia3", "norm", "road", "ssf"}  # these change the bias, too, which boft computes from
 
 
 class Bypassed(nn.Module):
@@ -48,7 +50,8 @@ def stack(model, inputs, first, second, target):
 def test_attached_is_merged(first, second):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 8)).double(), torch.randn(3, 8).double()
-    if second in READERS and not {first, second} <= FOLDING:
+    unseen = second == "bat" and first not in FOLDING
+    if second in NEED_BASE or unseen or (second == "boft" and first in BIASED):
         with pytest.raises(
             DeltaSpecError, match="DS406.* computes from weights that delta 'd0' before it changes"
         ) as caught:
@@ -73,6 +76,22 @@ def test_on_a_convolution(first, second):
         return
     compiled = stack(model, x, first, second, "0")
     torch.testing.assert_close(compiled(x), compiled.merge()(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["embedding", "conv"])
+@pytest.mark.parametrize("kind", ["hira", "dora"])
+def test_factors_of_the_backbones_weight_are_of_that_alone(kind, target):
+    """Wherever they work, two of them would not both be."""
+    torch.manual_seed(0)
+    layers = {"embedding": nn.Embedding(9, 8), "turn": nn.Flatten(1), "shape": nn.Unflatten(1, (8, 3))}
+    model = nn.Sequential(OrderedDict(layers | {"conv": nn.Conv1d(8, 8, 2)}))
+    with pytest.raises(DeltaSpecError, match="DS406.* computes from weights"):
+        stack(model, torch.zeros(2, 3, dtype=torch.long), kind, kind, target)
+    deltas = [{"name": n, "method": PARAMS[kind][0], "params": PARAMS[kind][1], "target": target} for n in "ab"]
+    spec = {"deltaspec": 1, "deltas": [deltas[0], deltas[1] | {"attached": False}]}
+    compiled = deltaspec.compile(model, spec, example_inputs=torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(DeltaSpecError, match="DS436"):
+        compiled.attach("b")
 
 
 @pytest.mark.parametrize(("first", "second"), [("lora", "hra"), ("dora", "lora"), ("hira", "loha"), ("oft", "road")])

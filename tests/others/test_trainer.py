@@ -56,10 +56,33 @@ def test_trainer_trains_and_saves(tmp_path, whole):
     assert differences(before, snapshot(model, identity=True)) == []
     assert (tmp_path / "checkpoint-1").is_dir() and (tmp_path / "end").is_dir()
     compiled.save(tmp_path / "deltas")
-    back = deltaspec.restore(model, tmp_path / "deltas")
-    assert torch.equal(logits(back, "bert"), logits(compiled, "bert"))
+    for saved in ("deltas", "end", "checkpoint-2"):
+        back = deltaspec.restore(model, tmp_path / saved)
+        assert torch.equal(logits(back, "bert"), logits(compiled, "bert"))
     compiled.detach()
     assert torch.equal(logits(compiled, "bert"), logits(model, "bert"))
+
+@pytest.mark.parametrize("whole", [True, False], ids=["compiled", "backbone"])
+def test_checkpoints_of_tied_models_hold_the_deltas_and_resume(tmp_path, whole):
+    model = ARCHITECTURES["gpt2"].model()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    rows = [{"input_ids": row, "labels": row} for row in ids(8, 6)]
+
+    def trained(**options):
+        compiled = deltaspec.compile(model, spec("gpt2"))
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=4, learning_rate=0.05, save_steps=1, report_to=[],
+            use_cpu=True, disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        trainer = Trainer(model=compiled if whole else compiled.backbone, args=arguments, train_dataset=rows)
+        trainer.train(**options)
+        return compiled.eval()
+
+    first = trained()
+    assert not (logits(first, "gpt2") == logits(model, "gpt2")).all()
+    assert torch.equal(logits(deltaspec.restore(model, tmp_path / "checkpoint-2"), "gpt2"), logits(first, "gpt2"))
+    resumed = trained(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert torch.allclose(logits(resumed, "gpt2"), logits(first, "gpt2"), atol=1e-6)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

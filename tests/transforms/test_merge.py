@@ -6,9 +6,11 @@ import io
 from contextlib import nullcontext
 from typing import Any
 
+import packed_bases
 import pytest
 import torch
 from models import ARCHITECTURES, VOCABULARY, ids
+from packed_bases import UNREADABLE
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5ForConditionalGeneration
 
@@ -268,3 +270,16 @@ def test_embeddings_with_options_keep_the_contract(method, options):
         merging = nullcontext() if method == "hira" else pytest.raises(DeltaSpecError, match="DS435.*limits its rows")
         with merging:
             deltaspec.compile(model, spec, example_inputs=tokens).merge()
+
+
+@pytest.mark.parametrize("form", UNREADABLE)
+def test_codes_that_only_their_class_can_read_stay_what_they_are(form: str) -> None:
+    spec = {"deltaspec": 1, "deltas": [{**delta, "target": {"path": ["a", "b"]}} for delta in (LOW, BIAS)]}
+    compiled = deltaspec.compile(packed_bases.net(UNREADABLE[form]), spec, example_inputs=packed_bases.inputs())
+    with pytest.raises(DeltaSpecError, match="only its class can read") as error:
+        compiled.merge("low")
+    assert error.value.diagnostics[0].code == "DS435"
+    with torch.no_grad():
+        next(compiled.deltas["bias"].parameters()).add_(1.0)
+    merged, _ = compiled.merge("bias"), compiled.only("bias")
+    assert torch.allclose(merged(packed_bases.inputs()), compiled(packed_bases.inputs()), atol=1e-6)

@@ -29,10 +29,13 @@ def add_product(y: Tensor, h: Tensor, weight: Tensor, scale: float, strength: Te
     if strength is not None:
         h = h * strength
     if _is_plain(y, h, weight):
-        if y.dim() == 2:
-            return torch.addmm(y, h, weight.t(), alpha=scale)
-        rows = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), weight.t(), alpha=scale)
-        return rows.view(y.shape)
+        flat = y.dim() == 2
+        rows, narrow = (y, h) if flat else (y.flatten(0, -2), h.flatten(0, -2))
+        rows = torch.addmm(rows, narrow, weight.t(), alpha=scale)
+        if rows.dtype is y.dtype:  # not so under autocast
+            return rows if flat else rows.view(y.shape)
+    if torch.compiler.is_compiling():  # they lose an `alpha`: see `keep_scales.py`
+        return y + F.linear(h * scale, weight)
     return torch.add(y, F.linear(h, weight), alpha=scale)
 
 

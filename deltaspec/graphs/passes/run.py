@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from deltaspec.graphs.passes import fuse_addition, fuse_rows, share_inputs, share_products
+from deltaspec.graphs.passes import fuse_addition, fuse_rows, keep_scales, share_inputs, share_products
 from deltaspec.graphs.passes.scope import Scope
 
 
@@ -29,3 +29,4 @@ def run_passes(
     if modules is not None:
         share_inputs.run(scope, modules)
     fuse_rows.run(scope)
+    keep_scales.run(graph)

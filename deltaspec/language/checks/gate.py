@@ -17,6 +17,7 @@ from deltaspec.language.schema.accept import matches
 from deltaspec.language.schema.generate import schema
 from deltaspec.language.selectors import NAME
 from deltaspec.methods.base import Method
+from deltaspec.names.escaping import DELTA_NAME
 
 _TYPES = {
     "string": "text", "integer": "an integer", "number": "a number", "boolean": "true or false", "array": "a list",
@@ -81,7 +82,8 @@ def _diagnose(error: Any, document: Document, methods: Mapping[str, Method]) -> 
         for key in error.instance:
             if key not in known:
                 message = f"unknown key {show_value(key)}"
-                hint = unknown_key_hint(key, path, known, error.instance, method)
+                offered = tuple(name for name in known if not name.startswith("$"))
+                hint = unknown_key_hint(key, path, offered, error.instance, method)
                 yield document.diagnostic("DS201", message, (*path, key), hint, key=True)
         return
     if error.validator == "required":
@@ -158,6 +160,8 @@ def _empty(error: Any, path: Path) -> _Finding:
 
 
 def _pattern(error: Any, path: Path) -> _Finding:
+    if error.validator_value == DELTA_NAME:
+        return "DS208", f"{show_value(error.instance)} is not a name", _DELTA_NAME_HINT
     if error.validator_value == NAME:
         return "DS208", f"{show_value(error.instance)} is not a name", _NAME_HINT
     if path[-1] == "budget":
@@ -203,6 +207,7 @@ def _label(path: Path) -> str:
 
 
 _NAME_HINT = "names are letters, digits, - and _, at most 64, and begin with a letter"
+_DELTA_NAME_HINT = "names are letters, digits, - and _, with . and / between them: french, user/lora, 1_task"
 _MISSING = {
     "deltaspec": "begin with: deltaspec: 1",
     "deltas": "list at least one delta: deltas: [{name: …, method: lora}]",

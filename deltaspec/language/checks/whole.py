@@ -25,7 +25,7 @@ MAX_CHAIN = 16
 MAX_REGEXES = 200
 _PROBE_BUDGET = 0.5
 _POSITIVE = ("path", "regex", "type", "role", "layers", "shape", "parameter", "ref", "any", "all")
-_PATTERN_ATOMS = ("path", "regex")
+_PATTERN_ATOMS = ("path", "regex", "parameter")
 
 
 def check(
@@ -126,8 +126,8 @@ def _atoms(document: Document, selectors: list[tuple[Path, Any]], named: Mapping
                 place = (*path, key, index) if isinstance(texts, list) else (*path, key)
                 if not isinstance(text, str):
                     continue
-                if key == "path":
-                    yield from _pattern(document, place, text, compile_glob)
+                if key != "regex":
+                    yield from _pattern(document, place, text, compile_glob, key)
                     continue
                 regexes += 1
                 if regexes > MAX_REGEXES:
@@ -146,7 +146,9 @@ def _atoms(document: Document, selectors: list[tuple[Path, Any]], named: Mapping
             yield document.diagnostic("DS212", f"no selector is named {show_value(ref)}", (*path, "ref"), hint)
 
 
-def _pattern(document: Document, path: Path, text: str, compiler: Callable[[str], object]) -> Iterator[Diagnostic]:
+def _pattern(
+    document: Document, path: Path, text: str, compiler: Callable[[str], object], key: str = "path"
+) -> Iterator[Diagnostic]:
     if not text or len(text) > 500:
         return  # the schema says so
     try:
@@ -154,8 +156,10 @@ def _pattern(document: Document, path: Path, text: str, compiler: Callable[[str]
     except PatternError as error:
         glob = compiler is compile_glob
         code = "DS216" if glob else "DS218" if isinstance(error, BacktrackingError) else "DS217"
-        what = "path" if glob else "regular expression"
-        yield document.diagnostic(code, f"{what} {show_value(text)}: {error}", path, error.suggestion)
+        what, hint = key if glob else "regular expression", error.suggestion
+        if key == "parameter" and hint is not None:  # `regex` matches names of modules only
+            hint = hint.replace("a path", "a name or path").removesuffix("; use regex: for more")
+        yield document.diagnostic(code, f"{what} {show_value(text)}: {error}", path, hint)
 
 
 def _references(document: Document, named: Mapping[str, Any]) -> Iterator[Diagnostic]:

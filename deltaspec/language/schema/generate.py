@@ -58,7 +58,7 @@ def schema(methods: Mapping[str, Method], known: Collection[str] | None = None) 
 
 def schema_text(with_plugins: bool = False) -> str:
     """Generate the schema as the text of a file: deltaspec's own methods, or all that are installed."""
-    return dumps(schema(methods() if with_plugins else builtin_methods()), indent=2, ensure_ascii=False) + "\n"
+    return dumps(schema(methods() if with_plugins else builtin_methods()), indent=2) + "\n"
 
 
 class _Described(GenerateJsonSchema):

@@ -76,6 +76,10 @@ class Boft(Method):
         return site.kind == "conv"
 
     def reads_weight(self, site: Site, params: BoftParams) -> bool:
+        """Return True for convolutions, whose weight it turns."""
+        return site.kind == "conv"
+
+    def reads_bias(self, site: Site, params: BoftParams) -> bool:
         """Return True: it scales the output without the bias."""
         return True
 

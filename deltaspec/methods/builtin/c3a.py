@@ -10,6 +10,7 @@ from pydantic import Field
 
 from deltaspec.methods.base import Method, Tensors, Weights
 from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods.shared.precision import single
 from deltaspec.methods.shared.weights import fold_update, refuse_weight, weight_shape
 
 if TYPE_CHECKING:
@@ -89,10 +90,13 @@ def _convolve(x: Tensor, kernels: Tensor) -> Tensor:
     """Multiply x, `[…, in]`, with the circulant blocks; divided by `in`, as in the reference implementation."""
     import torch
 
-    pieces = x.reshape(*x.shape[:-1], kernels.shape[1], kernels.shape[2])
-    spectrum = torch.einsum("...nb,mnb->...mb", torch.fft.ifft(pieces), torch.fft.fft(kernels))
+    if not x.numel():  # which a transform does not take
+        unit = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        return x @ _convolve(unit, kernels)
+    pieces = single(x).reshape(*x.shape[:-1], kernels.shape[1], kernels.shape[2])
+    spectrum = torch.einsum("...nb,mnb->...mb", torch.fft.ifft(pieces), torch.fft.fft(single(kernels)))
     convolved: Tensor = torch.fft.fft(spectrum).real
-    return convolved.flatten(-2) / x.shape[-1]
+    return (convolved.flatten(-2) / x.shape[-1]).to(x.dtype)
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from deltaspec.methods.base import Method, Tensors, Weights
 from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods.shared.precision import single
 from deltaspec.methods.shared.weights import fold_update, refuse_weight, weight_shape
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Fourierft(Method):
 def _update(coefficients: Tensor, frequencies: Tensor, out_width: int, in_width: int, scale: float) -> Tensor:
     import torch
 
-    spectrum = coefficients.new_zeros(out_width * in_width).index_put((frequencies,), coefficients)
+    wide = single(coefficients)
+    spectrum = wide.new_zeros(out_width * in_width).index_put((frequencies,), wide)
     update: Tensor = torch.fft.ifft2(spectrum.reshape(out_width, in_width)).real
-    return update * scale
+    return (update * scale).to(coefficients.dtype)

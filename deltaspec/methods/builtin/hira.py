@@ -55,6 +55,10 @@ class Hira(Method):
         """Return True: it scales the entries of the weight."""
         return True
 
+    def needs_base(self, site: Site, params: HiraParams) -> bool:
+        """Return True: its factors are of the backbone's entries, also beside another one."""
+        return True
+
     def fold(self, site: Site, params: HiraParams, t: Any, weights: Weights) -> Tensors:
         """Scale the weight's entries."""
         import torch

@@ -189,6 +189,10 @@ class Lora(Method):
         """Return True for DoRA, which divides by the norm of the weight."""
         return params.use_dora
 
+    def needs_base(self, site: Site, params: LoraParams) -> bool:
+        """Return True for DoRA, whose magnitude starts as the norm of the backbone's weight."""
+        return params.use_dora
+
     def apply(self, form: Form, params: LoraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute base(x) + scale · (up(down(drop(x))) + bias); with `keeps_start` less the start's update."""
         import torch

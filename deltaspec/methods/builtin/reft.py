@@ -13,11 +13,12 @@ from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, R
 from deltaspec.methods.shared.activations import Activation, activate
 from deltaspec.methods.shared.bottleneck import refuse_serial
 from deltaspec.methods.shared.positions import CACHES, MASK, edges, real_tokens
+from deltaspec.methods.shared.precision import single
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.shapes import hidden_width
 
 if TYPE_CHECKING:
-    from torch import Generator
+    from torch import Generator, Tensor
 
 Count = Annotated[int, Field(ge=1, le=65536)]
 
@@ -147,17 +148,17 @@ def _edit(t: Any, end: str, h: Any, params: ReftParams) -> Any:
 
     rotation, source, bias = (getattr(t, end + name) for name in ("rotation", "source", "bias"))
     if params.form == "loreft":
-        rotation = _orthonormal(rotation)
+        rotation = t.call(_orthonormal, rotation)
         change = activate(params.activation, F.linear(h, source, bias)) - F.linear(h, rotation)
     else:
         change = activate(params.activation, F.linear(h, source, bias))
     return F.linear(t.dropout(change), rotation.t())
 
 
-def _orthonormal(rows: Any) -> Any:
+def _orthonormal(rows: Tensor) -> Tensor:
     """Make rows orthonormal by Gram and Schmidt; orthonormal rows stay what they are, up to round-off."""
     import torch
 
-    factors = torch.linalg.qr(rows.t())
+    columns, triangle = torch.linalg.qr(single(rows).t())
     # QR leaves the columns' signs open; with those of R's diagonal it is the Gram-Schmidt process.
-    return (factors[0] * torch.diagonal(factors[1]).sign()).t()
+    return (columns * torch.diagonal(triangle).sign()).t().to(rows.dtype)

@@ -9,6 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from deltaspec.methods.declarations import Refusal, Site
+from deltaspec.methods.shared.precision import single
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,9 +49,10 @@ def cayley(blocks: Tensor) -> Tensor:
     """Return (I - Q)(I + Q)⁻¹ of skew-symmetric blocks Q: orthogonal."""
     import torch
 
-    identity = torch.eye(blocks.shape[-1], device=blocks.device, dtype=blocks.dtype)
-    solved: Tensor = torch.linalg.solve(identity + blocks, identity - blocks, left=False)
-    return solved
+    wide = single(blocks)
+    identity = torch.eye(wide.shape[-1], device=wide.device, dtype=wide.dtype)
+    solved: Tensor = torch.linalg.solve(identity + wide, identity - wide, left=False)
+    return solved.to(blocks.dtype)
 
 
 def cayley_neumann(blocks: Tensor, terms: int) -> Tensor:
@@ -72,7 +74,7 @@ def rotate(x: Tensor, blocks: Tensor) -> Tensor:
     """Multiply x, `[…, width]`, by a block-diagonal matrix, `[blocks, size, size]`; a single block serves all."""
     import torch
 
-    pieces = x.reshape(*x.shape[:-1], -1, blocks.shape[-1])
+    pieces = x.unflatten(-1, (-1, blocks.shape[-1]))
     if blocks.shape[0] == 1:
         return (pieces @ blocks[0]).flatten(-2)
     rotated: Tensor = torch.einsum("...rk,rkc->...rc", pieces, blocks)

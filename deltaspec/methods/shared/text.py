@@ -24,18 +24,20 @@ def ids_of(text: str, tokenizer: str) -> list[int]:
         reason = "transformers, which reads tokenizers, is not installed"
         raise TextError(reason, "pip install 'deltaspec[transformers]'") from None
     from deltaspec.backbone.loading import reachable
+    from deltaspec.backbone.untrusted import no_code
 
     path = os.path.expanduser(tokenizer)
     local = os.path.isdir(path)
     try:
         load = transformers.AutoTokenizer.from_pretrained
-        try:
-            made = load(path, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError):
-            is_path = local or "\\" in tokenizer or tokenizer.startswith((".", "/", "~"))
-            if is_path or not reachable():
-                raise
-            made = load(tokenizer, trust_remote_code=False)
+        with no_code():
+            try:
+                made = load(path, trust_remote_code=False, local_files_only=True)
+            except (OSError, ValueError):
+                is_path = local or "\\" in tokenizer or tokenizer.startswith((".", "/", "~"))
+                if is_path or not reachable():
+                    raise
+                made = load(tokenizer, trust_remote_code=False)
         ids = made(text)["input_ids"]
     except Exception as error:  # whatever a tokenizer's files or the hub's client raise
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
