@@ -37,8 +37,12 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
 
     Weights are folded in float32 where the delta is float32, and rounded once. Tied parameters that a delta changes at
     one end only are untied in the result. Raises DeltaSpecError (DS435) where a delta cannot be expressed in weights,
-    (DS436) where two exclude each other, (DS520) where a delta or a merged weight has NaN or infinite values.
+    (DS436) where two exclude each other, (DS520) where a delta or a merged weight has NaN or infinite values, (DS417)
+    where there is none to fold in, and the backbone cannot have changed.
     """
+    if not names and not host.trained:
+        message, hint = "nothing is attached, so nothing would be merged", "attach deltas first, or name them"
+        raise DeltaSpecError([Diagnostic("DS417", message, file="<model>", suggestion=hint)])
     names = tuple(sorted(set(names), key=shared.order.__getitem__))
     active.require(names)
     refuse_meta(host.deltas, names, "merged")
