@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.offload import value_of
+from deltaspec.backbone.weight_forms import dequantised, packed_form
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ def values_of(tensor: Tensor, module: nn.Module | None = None, name: str = "") -
     tensor = unsharded(tensor)
     bits = quantised_bits(tensor)
     if bits is not None:
-        return Values(_dequantised(tensor), bits)
+        return Values(dequantised(tensor, module), bits)
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return Values(None, 8)  # codes whose meaning is elsewhere
     return Values(tensor)
@@ -64,27 +63,9 @@ def sharded_as(target: Tensor, value: Tensor) -> Tensor:
 
 def quantised_bits(tensor: Tensor) -> int | None:
     """Return how many bits each value has in a quantised tensor (torchao, quanto, bitsandbytes); None for others."""
-    kind = type(tensor).__name__.lower()
-    if getattr(tensor, "quant_state", None) is not None or "4bit" in kind or "int4" in kind:
-        return 4
-    if getattr(tensor, "SCB", None) is not None or "int8params" in kind:
-        return 8
-    if "dequantize" not in vars(type(tensor)) or type(tensor) in (Tensor, nn.Parameter):
+    form = packed_form(tensor)
+    if form is None or not form.readable:
         return None
-    span = getattr(tensor, "quant_max", None)
-    return 4 if isinstance(span, int | float) and span <= 15 else 8
-
-
-def _dequantised(tensor: Any) -> Tensor | None:
-    if (state := getattr(tensor, "quant_state", None)) is not None:
-        unpack: Any = import_module("bitsandbytes.functional")  # it made the tensor, so it is there
-        found: Tensor = unpack.dequantize_4bit(tensor.data, state)
-        return found
-    if (scales := getattr(tensor, "SCB", None)) is not None:
-        codes: Tensor = tensor.data
-        wide: Tensor = scales
-        return codes.to(torch.float32) * wide.to(torch.float32)[:, None] / 127
-    if "dequantize" in vars(type(tensor)):
-        plain: Tensor = tensor.dequantize()
-        return plain
-    return None
+    kind, span = type(tensor).__name__.lower(), getattr(tensor, "quant_max", None)
+    narrow = isinstance(span, int | float) and span <= 15
+    return 4 if narrow or any(word in kind for word in ("4bit", "int4", "qbits")) else 8

@@ -119,7 +119,7 @@ def sizes(module: nn.Module) -> Iterator[tuple[Tensor, int]]:
             yield parameter, 0 if is_lazy(parameter) else parameter.numel()
 
 
-def values_of(module: nn.Module, name: str = "weight") -> Tensor:
+def own_value(module: nn.Module, name: str = "weight") -> Tensor:
     """Return the values of an own tensor: the parameter itself, what codes stand for, or what is computed for it.
 
     Raises TypeError for codes that only their module can read: plans refuse what would ask for them.
@@ -140,7 +140,7 @@ def own_values(module: nn.Module) -> dict[str, Tensor]:
     own: dict[str, Tensor] = {name: value for name, value in module._parameters.items() if value is not None}
     if (packed := packed_weight(module)) is None:
         return own
-    values = {"weight": values_of(module)} if packed[0].readable else {}
+    values = {"weight": own_value(module)} if packed[0].readable else {}
     return values | {name: value for name, value in own.items() if name == "bias"}
 
 
@@ -155,11 +155,19 @@ def dtype_of_values(module: nn.Module) -> torch.dtype | None:
     return next((parameter.dtype for parameter in own if parameter.dtype in _VALUES), None)
 
 
-def _dequantised(module: Any, codes: Any) -> Tensor:
-    name = type(codes).__name__
+def _dequantised(module: Any, codes: Tensor) -> Tensor:
     if module._parameters.get("weight") is not codes:
         offered: Tensor = module.weight  # a property of its class
         return offered
+    return dequantised(codes, module)
+
+
+def dequantised(codes: Any, module: Any = None) -> Tensor:
+    """Return the values of a tensor of codes that can be read, as its library computes them.
+
+    bitsandbytes keeps scales in the module, where they are not in the tensor.
+    """
+    name = type(codes).__name__
     if name not in ("Params4bit", "Int8Params"):
         values: Tensor = codes.dequantize()
         return values

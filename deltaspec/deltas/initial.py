@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaspec.backbone.weight_forms import packed_weight, values_of
+from deltaspec.backbone.weight_forms import own_value, packed_weight
 from deltaspec.deltas.defaults import usual_defaults
 from deltaspec.deltas.modules import Delta, attribute_name, storage_key
 from deltaspec.methods.base import Method
@@ -90,7 +90,7 @@ class _Weights(Mapping[str, Tensor]):
         return any(parameter.is_meta for parameter in self.module.parameters(recurse=False))
 
     def __getitem__(self, name: str) -> Tensor:
-        own = values_of(self.module, self._own[name]).detach()
+        own = own_value(self.module, self._own[name]).detach()
         return own.to("cpu", torch.float64 if own.dtype == torch.float64 else torch.float32)
 
     def __iter__(self) -> Iterator[str]:

@@ -102,7 +102,6 @@ class Shared:
         self.unproven.discard(name)
         return True
 
-
     def after_fork(self, *, torn: bool) -> None:
         """Go on in a child process; views that another thread was in the midst of refuse by themselves."""
 
@@ -110,7 +109,6 @@ class Shared:
         """Forget what was kept for deltas that are gone for good."""
         self.rivals.sweep()
         self.stacks.forget_kinds()
-
 
     # Views
 

@@ -117,7 +117,7 @@ class Fitter:
             name, here = pair
             sample, rows = self._record.tensors[name], self._record.replaced.get(name, frozenset())
             values = self._present.values(here)
-            now = self._present.tensors[here].shape if values.plain is None else values.plain.shape
+            now = self._present.shape(here) if values.plain is None else values.plain.shape
             bits = min((bits for bits in (sample.bits, values.bits) if bits is not None), default=None)
             both = None
             if self._alike(sample.shape, tuple(now)) and (all_rows or rows is not None):
@@ -143,11 +143,11 @@ class Fitter:
                 if _owner(here) in present.modules and not self._is_unused(name, here):
                     fit.structure.append(f"{here} is missing")
                 continue
-            sample, tensor = record.tensors[name], present.tensors[here]
+            sample, now = record.tensors[name], present.shape(here)
             both, bits = self._sample(pair, all_rows)
-            if bits is None and not self._alike(sample.shape, tuple(tensor.shape)):
+            if bits is None and not self._alike(sample.shape, now):
                 if not self._is_unused(name, here):
-                    fit.structure.append(f"{here} is {list(tensor.shape)}, was {list(sample.shape)}")
+                    fit.structure.append(f"{here} is {list(now)}, was {list(sample.shape)}")
             elif both is None:
                 unknown.append(here)
             else:
