@@ -51,7 +51,7 @@ def install(built: Built) -> None:
                 whole = _push if name in _PUSHING else _save
                 put(module, name, functools.partial(whole if module is backbone else _part, built, name, module))
         for name in ADAPTERS:
-            if hasattr(kind, name):
+            if "peft" in getattr(getattr(kind, name, None), "__module__", ""):  # not a method of the user's own
                 put(module, name, functools.partial(_refuse_adapter, name))
     if getattr(backbone, "is_quantized", False):
         # Trainer trains a quantised model only where this attribute is true, and asks nothing else by it.
