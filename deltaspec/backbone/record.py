@@ -14,16 +14,9 @@ from deltaspec.backbone.fingerprint import structure_fingerprint
 from deltaspec.backbone.reserved import find
 from deltaspec.backbone.sample import Sample, Types, read, take
 from deltaspec.backbone.tabulate import class_of, tabulate
-from deltaspec.backbone.values import Values, quantised_bits, values_of
+from deltaspec.backbone.values import Values, values_of
 from deltaspec.backbone.walk import named, own
-from deltaspec.backbone.weight_forms import (
-    is_packed,
-    own_value,
-    packed_weight,
-    plain_class,
-    shape_of_values,
-    unpacked_class,
-)
+from deltaspec.backbone.weight_forms import is_packed, packed_weight, plain_class, shape_of_values, unpacked_class
 from deltaspec.names.folding import fold, unfold
 from deltaspec.names.paths import below, is_inside
 
@@ -127,9 +120,9 @@ class Present:
 
     @cached_property
     def modules(self) -> dict[str, str]:
-        """Class names of its modules, by FQN, as they are where nothing is packed."""
-        kinds = {f: unpacked_class(m) if is_packed(m) else class_of(m) for f, m in self._modules.items()}
-        return {fqn: kind.__name__ for fqn, kind in kinds.items()}
+        """Class names of its modules, by FQN."""
+        kinds = ((n, unpacked_class(m) if is_packed(m) else class_of(m)) for n, m in self._modules.items())
+        return {fqn: kind.__name__ for fqn, kind in kinds}
 
     @cached_property
     def unused(self) -> frozenset[str]:
@@ -149,26 +142,11 @@ class Present:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Its parameters and saved floating-point buffers, by FQN."""
+        """Its parameters and saved floating-point buffers, by FQN; codes under the name of what they stand for."""
         return {below(fqn, name): tensor for fqn, name, tensor in self._own()}
 
-    def values(self, tensor: str) -> Values:
-        """Return the values of one of its tensors. Sharded ones need all processes to ask."""
-        fqn, _, name = tensor.rpartition(".")
-        module, codes = self._modules[fqn], self.tensors[tensor]
-        packed = packed_weight(module) if name == "weight" else None
-        if packed is None:
-            return values_of(codes, module, name)
-        bits = quantised_bits(codes) or 8
-        if not packed[0].readable and codes.is_floating_point():  # float8 agrees with itself
-            return values_of(codes, module, name)
-        if codes.is_meta or not packed[0].readable:
-            return Values(None, bits)
-        plain = own_value(module).detach()
-        return Values(plain.t() if self.is_turned(tensor) else plain, bits)
-
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """Return the shape of a tensor's values in the model whose weights are not packed."""
+        """Return the shape of the values of one of its tensors, in the model whose weights are not packed."""
         fqn, _, name = tensor.rpartition(".")
         packed = packed_weight(self._modules[fqn]) if name == "weight" else None
         if packed is None:
@@ -176,10 +154,17 @@ class Present:
         shape = shape_of_values(self._modules[fqn], *packed)
         return shape[::-1] if self.is_turned(tensor) else shape
 
+    def values(self, tensor: str) -> Values:
+        """Return the values of one of its tensors. Sharded ones need all processes to ask."""
+        fqn, _, name = tensor.rpartition(".")
+        found = values_of(self._modules[fqn], name, self.tensors[tensor])
+        return replace(found, plain=found.plain.t()) if found.plain is not None and self.is_turned(tensor) else found
+
     def is_turned(self, tensor: str) -> bool:
         """Return whether a weight is packed as the transpose of what it was: a Conv1D's, as bitsandbytes keeps it."""
-        module = self._modules[tensor.rpartition(".")[0]]
-        return is_packed(module) and unpacked_class(module) is not plain_class(module)
+        fqn, _, name = tensor.rpartition(".")
+        module = self._modules[fqn]
+        return name == "weight" and is_packed(module) and unpacked_class(module) is not plain_class(module)
 
     def record(
         self, replaced: Mapping[str, frozenset[int] | None], reads: Iterable[str], unused: frozenset[str]
@@ -196,7 +181,8 @@ class Present:
         for fqn, module in self._modules.items():
             if (packed := packed_weight(module)) is not None:  # scales and the like are part of the codes
                 yield fqn, "weight", packed[1]
-                yield from ((fqn, name, bias) for name, bias in own(module._parameters) if name == "bias")
+                if (bias := module._parameters.get("bias")) is not None:
+                    yield fqn, "bias", bias
                 continue
             for name, parameter in own(module._parameters):
                 yield fqn, name, parameter

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltaspec.backbone.offload import value_of
-from deltaspec.backbone.weight_forms import dequantised, packed_form
+from deltaspec.backbone.table import Packed
+from deltaspec.backbone.weight_forms import packed_weight
+from deltaspec.backbone.weight_forms import values_of as unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,23 +23,21 @@ class Values:
     """Bits of each value, where they are quantised; None where they are floats."""
 
 
-def values_of(tensor: Tensor, module: nn.Module | None = None, name: str = "") -> Values:
-    """Return a tensor's values; `module` and `name` say where it stands, so that offloaded ones are found.
+def values_of(module: nn.Module, name: str, tensor: Tensor) -> Values:
+    """Return the values of a module's own tensor, which stands there under a name.
 
     Every process that holds a part of a sharded tensor must ask at the same time.
     """
-    tensor = tensor.detach()
-    if module is not None:
-        tensor = value_of(module, name, tensor)
-    if tensor.is_meta:
-        return Values(None)
-    tensor = unsharded(tensor)
-    bits = quantised_bits(tensor)
-    if bits is not None:
-        return Values(dequantised(tensor, module), bits)
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return Values(None, 8)  # codes whose meaning is elsewhere
-    return Values(tensor)
+    packed = packed_weight(module) if name == "weight" else None
+    if packed is not None:
+        form, codes = packed
+        if not form.readable and codes.is_floating_point() and not codes.is_meta:  # float8 agrees with itself
+            return Values(codes.detach())
+        if codes.is_meta:
+            return Values(None, _bits(form))
+        return Values(unpacked(module).detach() if form.readable else None, _bits(form))
+    tensor = value_of(module, name, tensor.detach())
+    return Values(None if tensor.is_meta else unsharded(tensor))
 
 
 def unsharded(tensor: Tensor) -> Tensor:
@@ -61,11 +61,6 @@ def sharded_as(target: Tensor, value: Tensor) -> Tensor:
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
 
 
-def quantised_bits(tensor: Tensor) -> int | None:
-    """Return how many bits each value has in a quantised tensor (torchao, quanto, bitsandbytes); None for others."""
-    form = packed_form(tensor)
-    if form is None or not form.readable:
-        return None
-    kind, span = type(tensor).__name__.lower(), getattr(tensor, "quant_max", None)
-    narrow = isinstance(span, int | float) and span <= 15
-    return 4 if narrow or any(word in kind for word in ("4bit", "int4", "qbits")) else 8
+def _bits(form: Packed) -> int:
+    """Return how many bits a code has, about: 8 where its name says so, else as few as are common."""
+    return 8 if "8" in form.name.replace("uint8", "") or "QBytes" in form.name else 4

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
+from deltaspec.backbone.offload import brought, value_of
 from deltaspec.backbone.table import Packed
 
 _VALUES = frozenset(
@@ -119,7 +120,7 @@ def sizes(module: nn.Module) -> Iterator[tuple[Tensor, int]]:
             yield parameter, 0 if is_lazy(parameter) else parameter.numel()
 
 
-def own_value(module: nn.Module, name: str = "weight") -> Tensor:
+def values_of(module: nn.Module, name: str = "weight") -> Tensor:
     """Return the values of an own tensor: the parameter itself, what codes stand for, or what is computed for it.
 
     Raises TypeError for codes that only their module can read: plans refuse what would ask for them.
@@ -127,7 +128,7 @@ def own_value(module: nn.Module, name: str = "weight") -> Tensor:
     packed = packed_weight(module) if name == "weight" else None
     if packed is None:
         found = module._parameters.get(name)
-        return _computed(module, name) if found is None else found
+        return _computed(module, name) if found is None else value_of(module, name, found)
     form, codes = packed
     if not form.readable:
         raise TypeError(f"nothing says what values the {form.name} of this {type(module).__name__} stands for")
@@ -137,10 +138,10 @@ def own_value(module: nn.Module, name: str = "weight") -> Tensor:
 
 def own_values(module: nn.Module) -> dict[str, Tensor]:
     """Return the values of all own parameters, by own name, of those that can be read."""
-    own: dict[str, Tensor] = {name: value for name, value in module._parameters.items() if value is not None}
+    own = {name: brought(module, name, value) for name, value in module._parameters.items() if value is not None}
     if (packed := packed_weight(module)) is None:
         return own
-    values = {"weight": own_value(module)} if packed[0].readable else {}
+    values = {"weight": values_of(module)} if packed[0].readable else {}
     return values | {name: value for name, value in own.items() if name == "bias"}
 
 
@@ -155,19 +156,11 @@ def dtype_of_values(module: nn.Module) -> torch.dtype | None:
     return next((parameter.dtype for parameter in own if parameter.dtype in _VALUES), None)
 
 
-def _dequantised(module: Any, codes: Tensor) -> Tensor:
+def _dequantised(module: Any, codes: Any) -> Tensor:
+    name = type(codes).__name__
     if module._parameters.get("weight") is not codes:
         offered: Tensor = module.weight  # a property of its class
         return offered
-    return dequantised(codes, module)
-
-
-def dequantised(codes: Any, module: Any = None) -> Tensor:
-    """Return the values of a tensor of codes that can be read, as its library computes them.
-
-    bitsandbytes keeps scales in the module, where they are not in the tensor.
-    """
-    name = type(codes).__name__
     if name not in ("Params4bit", "Int8Params"):
         values: Tensor = codes.dequantize()
         return values

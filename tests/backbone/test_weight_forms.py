@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from deltaspec.backbone.tabulate import tabulate
-from deltaspec.backbone.weight_forms import dtype_of_values, is_packed, own_value, own_values, packed_weight
+from deltaspec.backbone.weight_forms import dtype_of_values, is_packed, own_values, packed_weight, values_of
 
 
 @pytest.mark.parametrize("form", [*UNREADABLE.values(), Offered])
@@ -26,12 +26,12 @@ def test_a_packed_model_has_the_sizes_of_the_plain_one(form):
 def test_values_are_those_that_the_layer_computes_with():
     module = net(Offered).a
     given = torch.eye(module.in_features)
-    assert torch.allclose(own_value(module), (module(given) - module.bias).t(), atol=1e-6)
+    assert torch.allclose(values_of(module), (module(given) - module.bias).t(), atol=1e-6)
     assert own_values(module).keys() == {"weight", "bias"} and dtype_of_values(module) == torch.float32
     hidden = net(UNREADABLE["parameter"]).a
     assert own_values(hidden).keys() == {"bias"}
     with pytest.raises(TypeError, match="packed uint8"):
-        own_value(hidden)
+        values_of(hidden)
 
 
 def test_plain_modules_are_not_packed():
@@ -53,6 +53,6 @@ def test_a_computed_weight_is_computed_anew(make):
             parameter.mul_(1.5)  # as loading does: hooks compute at the next forward
         given = torch.eye(4)
         wanted = (module(given) - module(torch.zeros(4, 4))).t()
-        assert torch.allclose(own_value(module), wanted, atol=1e-6)
+        assert torch.allclose(values_of(module), wanted, atol=1e-6)
     row = tabulate(nn.ModuleDict({"m": module})).rows[1]
     assert "weight" in (*row.computed, *row.parametrised)

@@ -16,7 +16,7 @@ from transformers import (
 
 import deltaspec
 from deltaspec.backbone.loading import model_from
-from deltaspec.backbone.weight_forms import own_value
+from deltaspec.backbone.weight_forms import values_of
 from deltaspec.methods.registry import methods
 
 WHY = "not installed: make test-quantised"
@@ -105,12 +105,12 @@ def test_values_are_those_that_the_libraries_say():
     four.load_state_dict(plain.state_dict())
     four.to("cpu")
     wanted = bitsandbytes.functional.dequantize_4bit(four.weight.data, four.weight.quant_state)
-    assert torch.equal(own_value(four), wanted) and 0 < (wanted - plain.weight).abs().max() < 0.05
+    assert torch.equal(values_of(four), wanted) and 0 < (wanted - plain.weight).abs().max() < 0.05
     eight = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
     eight.load_state_dict(plain.state_dict())
     eight.to("cpu")
     for _ in range(2):  # the first forward moves its codes elsewhere
-        assert (own_value(eight) - plain.weight).abs().max() < 2e-3
+        assert (values_of(eight) - plain.weight).abs().max() < 2e-3
         eight(torch.randn(2, 64))
 
 
