@@ -63,10 +63,8 @@ class CompiledModel(Face, torch.fx.GraphModule):
         # The graph calls `entry` only, so GraphModule took only that; the keys are to be the backbone's.
         self.add_module("backbone", backbone)
         self.training = backbone.training
-        self.__dict__["_built"] = built
-        self.__dict__.update({f"_{name}": part for name, part in built._asdict().items()})
-        self.__dict__["capture"] = capture
-        self.__dict__["capture_reason"] = capture_reason
+        self.__dict__.update({f"_{name}": part for name, part in built._asdict().items()}, _built=built)
+        self.__dict__.update(capture=capture, capture_reason=capture_reason)
         self.register_load_state_dict_pre_hook(take_backbone_names)  # type: ignore[no-untyped-call]
         install(built)
 
