@@ -81,9 +81,7 @@ class Wrapped:
             for socket in called & reached:
                 self._open[socket][1].add(socket.module.training)
             if missed := [fqn for socket, fqn in watched if socket in called - reached]:
-                message = (
-                    f"deltas at {missed[0]} are bypassed: a forward that was put around theirs does not call it"
-                )
+                message = f"deltas at {missed[0]} are bypassed: a forward that was put around theirs does not call it"
                 raise DeltaSpecError([Diagnostic("DS437", message, file="<model>", suggestion=_HINT)])
 
         return after

@@ -62,6 +62,7 @@ def test_trainer_trains_and_saves(tmp_path, whole):
     compiled.detach()
     assert torch.equal(logits(compiled, "bert"), logits(model, "bert"))
 
+
 @pytest.mark.parametrize("whole", [True, False], ids=["compiled", "backbone"])
 def test_checkpoints_of_tied_models_hold_the_deltas_and_resume(tmp_path, whole):
     model = ARCHITECTURES["gpt2"].model()
