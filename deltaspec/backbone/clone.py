@@ -9,6 +9,7 @@ from torch import nn
 
 from deltaspec.backbone.copying import PLAIN, deep_copy, not_copied
 from deltaspec.backbone.holding import subtree
+from deltaspec.backbone.offload import shared_maps
 
 
 def clone(
@@ -33,6 +34,7 @@ def clone(
             for buffer in module._buffers.values():
                 if buffer is not None:
                     memo[id(buffer)] = torch.empty_like(buffer, device=device)
+        memo |= {id(held): held for held in shared_maps(module)}
         for value in module.__dict__.values():
             # weight_norm and the like keep a computed tensor as a plain attribute, which deepcopy refuses.
             if type(value) not in PLAIN and isinstance(value, torch.Tensor) and not value.is_leaf:

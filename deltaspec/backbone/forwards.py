@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaspec.backbone.holding import COMPILED
-from deltaspec.backbone.offload import is_hooked
+from deltaspec.backbone.offload import before_hook
 
 
 @cache
@@ -40,9 +40,8 @@ def foreign_forward(module: nn.Module) -> Callable[..., Any] | None:
 
 def foreign_part(module: nn.Module, found: Callable[..., Any] | None) -> Callable[..., Any] | None:
     """Return what `foreign_forward` returns where this is, or was, the module's instance-level forward."""
-    attributes = module.__dict__
-    if found is not None and is_hooked(module):
-        found = attributes.get("_old_forward", found)
+    if found is not None:
+        found = before_hook(module, found)
     while hasattr(found, COMPILED):
         found = getattr(found, COMPILED)
     own = isinstance(found, MethodType) and found.__self__ is module and found.__func__ is type(module).forward

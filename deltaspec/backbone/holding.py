@@ -81,15 +81,16 @@ def subtree(root: nn.Module, replaced: dict[int, Any]) -> list[nn.Module]:
 class Reach:
     """Tells whether values lead to parts of a model: its modules, parameters and buffers, by identity."""
 
-    def __init__(self, modules: Iterable[nn.Module], more: Iterable[int] = ()) -> None:
+    def __init__(self, modules: Iterable[nn.Module], memo: dict[Any, Any]) -> None:
+        """Take what `memo` replaces for part of the model; what it keeps as it is leads to no part."""
         modules = list(modules)
-        self.own = {*more, *map(id, modules)}
-        """Identities of the model's parts, and `more`."""
+        self._free: dict[int, Any] = {key: kept for key, kept in memo.items() if key == id(kept)}
+        """What leads to no part of the model, of what was looked through."""
+        self.own = {*(memo.keys() - self._free.keys()), *map(id, modules)}
+        """Identities of the model's parts."""
         for module in modules:
             tensors = (*module._parameters.values(), *module._buffers.values())
             self.own.update(id(tensor) for tensor in tensors if tensor is not None)
-        self._free: dict[int, Any] = {}
-        """What was looked through, and leads to none."""
 
     def leads_there(self, value: Any, stop: set[int] | None = None) -> bool:
         """Return whether a value is part of the model or leads to one; not through what is in `stop`."""

@@ -15,6 +15,7 @@ from deltaspec.backbone.attention import record_shapes
 from deltaspec.backbone.clone import clone, hollow
 from deltaspec.backbone.flow import Fate, fates
 from deltaspec.backbone.inputs import Call, call_arguments, dummy_inputs, moved_to, one_token, other_calls
+from deltaspec.backbone.offload import unhook
 from deltaspec.backbone.recorder import Observation, Recorder, common
 from deltaspec.backbone.writes import OwnOnWrite, is_published
 from deltaspec.names.paths import below, is_inside
@@ -148,6 +149,8 @@ def _prepared(
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """Return a copy of the model that can be run, and its arguments."""
     twin = hollow(model) if device == "cpu" else clone(model, device=device)
+    if device is not None:
+        unhook(twin)
     for module in twin.modules():
         module.training = False
     choose_experts: Any = getattr(twin, "set_experts_implementation", None)

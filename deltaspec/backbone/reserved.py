@@ -27,7 +27,14 @@ def place(backbone: nn.Module, deltas: Reserved) -> None:
 
 
 def refuse_backbone(model: nn.Module) -> None:
-    """Raise DeltaSpecError for a model that holds deltas already, or something else under their name."""
+    """Raise DeltaSpecError for a model that holds deltas already, or something else under their name, and for what
+    torch.compile made of one.
+    """
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        message = "torch.compile stands around the model, and a copy of it would run the original"
+        raise DeltaSpecError(
+            [Diagnostic("DS415", message, "<model>", suggestion="compile the result: torch.compile(c)")]
+        )
     if any(isinstance(module, Reserved) for module in model.modules()):
         message = f"{type(model).__name__} is compiled already"
         hint = "add deltas to what was compiled: c.add(spec); or compile the original model, with all specs at once"

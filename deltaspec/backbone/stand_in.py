@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaspec.backbone.offload import brought, is_hooked
 from deltaspec.backbone.weight_forms import is_plain, plain_class
 
 
 def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
     """Make a shallow copy of a module, without its instance-level forward, that holds `tensors` by own name.
 
-    In the place of a weight that is kept as codes, or computed, it holds plain values, which torch's class runs on.
+    What is offloaded is brought. In the place of a weight that is kept as codes, or computed, it holds plain values,
+    which torch's class runs on.
     """
     kind = plain_class(module) if "weight" in tensors and not is_plain(module) else module.__class__
     shadow: nn.Module = kind.__new__(kind)
@@ -21,6 +23,9 @@ def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
     attributes.update(module.__dict__)
     attributes.pop("forward", None)
     attributes["_parameters"] = {**module._parameters}
+    for name, parameter in module._parameters.items() if is_hooked(module) else ():
+        if parameter is not None and name not in tensors:
+            attributes["_parameters"][name] = brought(module, name, parameter)
     attributes["_buffers"] = {**module._buffers}
     attributes["_modules"] = {**module._modules}
     if "weight" in tensors:  # what a hook computed for it
@@ -40,6 +45,29 @@ def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
     return shadow
 
 
+_REGISTRIES = nn.Module().__dict__.keys() | {"forward", "sparse", "weight", "_flat_weights"}
+
+
+def keep_state(module: nn.Module, shadow: nn.Module) -> None:
+    """Give a module what a forward of its stand-in left in attributes: recurrent states, caches, counts.
+
+    Dynamo knows no way to do that, so a compiled forward leaves none.
+    """
+    if _compiling():
+        return
+    attributes = module.__dict__
+    for name, value in shadow.__dict__.items():
+        if name not in _REGISTRIES and (name not in attributes or attributes[name] is not value):
+            attributes[name] = value
+    for name, child in shadow._modules.items():
+        below = module._modules.get(name)
+        if child is not None and below is not None and child is not below:
+            keep_state(below, child)
+
+
+_compiling = torch.compiler.is_compiling
+
+
 class Swapped:
     """The module's own forward, with parameters given at each call."""
 
@@ -48,7 +76,10 @@ class Swapped:
 
     def __call__(self, parameters: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
-        return stand_in(self.module, parameters).forward(*args, **kwargs)
+        shadow = stand_in(self.module, parameters)
+        output = shadow.forward(*args, **kwargs)
+        keep_state(self.module, shadow)
+        return output
 
 
 def no_gradient_of_padding(module: nn.Module, x: Tensor, leaving: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
+from deltaspec.backbone.offload import brought, value_of
 from deltaspec.backbone.table import Packed
 
 _VALUES = frozenset(
@@ -127,7 +128,7 @@ def values_of(module: nn.Module, name: str = "weight") -> Tensor:
     packed = packed_weight(module) if name == "weight" else None
     if packed is None:
         found = module._parameters.get(name)
-        return _computed(module, name) if found is None else found
+        return _computed(module, name) if found is None else value_of(module, name, found)
     form, codes = packed
     if not form.readable:
         raise TypeError(f"nothing says what values the {form.name} of this {type(module).__name__} stands for")
@@ -137,7 +138,7 @@ def values_of(module: nn.Module, name: str = "weight") -> Tensor:
 
 def own_values(module: nn.Module) -> dict[str, Tensor]:
     """Return the values of all own parameters, by own name, of those that can be read."""
-    own: dict[str, Tensor] = {name: value for name, value in module._parameters.items() if value is not None}
+    own = {name: brought(module, name, value) for name, value in module._parameters.items() if value is not None}
     if (packed := packed_weight(module)) is None:
         return own
     values = {"weight": values_of(module)} if packed[0].readable else {}

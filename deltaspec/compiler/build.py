@@ -13,6 +13,7 @@ from deltaspec.backbone.reserved import place
 from deltaspec.deltas.initial import build_delta
 from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.graphs.fixed import fixed_in
 from deltaspec.graphs.symbolic import reads_around_calls, trace
 from deltaspec.library.libraries import Libraries
 from deltaspec.planning.plan import Plan
@@ -68,13 +69,15 @@ def build(
     backbone = clone(model, own=trained)
     graph, reason = None, "asked for"
     if capture != "modules":
-        graph, why = trace(backbone, *places(plan))
+        graph, why = trace(backbone, *places(plan), fixes=capture == "symbolic")
         if graph is None and capture == "symbolic":
             message = f"{type(model).__name__} cannot be captured as symbolic: {why}"
             hint = 'use capture="modules" (or "auto"), which runs the model\'s own code'
             raise DeltaSpecError([Diagnostic("DS432", message, suggestion=hint)])
         if capture == "auto":
             capture, reason = ("modules" if graph is None else "symbolic"), why
+        elif fixed := fixed_in(graph):
+            reason = f"asked for; the trace fixes {', '.join(fixed)}"
         if graph is not None and not reads_around_calls(graph, backbone, places(plan)[0]):
             plan = replace(plan, proven=True)  # the trace calls every site
     deltas = Deltas()

@@ -8,7 +8,6 @@ from os import PathLike
 from types import MappingProxyType
 from typing import Any, Self
 
-import safetensors.torch  # noqa: F401 - `save` needs it: a process forked while a thread imports it waits for ever
 import torch
 from torch import nn
 
@@ -296,7 +295,7 @@ class CompiledModel(Face, torch.fx.GraphModule):
         plain = without_deltas(self._host)
         for name in self._host.trained_in_backbone():
             plain.get_parameter(name).requires_grad = True
-        asked = self.capture if self.capture_reason == "asked for" else "auto"
+        asked = self.capture if self.capture_reason.startswith("asked for") else "auto"
         twin = CompiledModel(*build(plain, plan, asked, trained=self._host.trained))
         copy_tensors(self.plan, plan, self.deltas, twin.deltas)
         twin.only(*self.attached)

@@ -12,6 +12,7 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.library.libraries import Libraries
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.host import Host
+from deltaspec.runtime.interrupts import surely
 
 
 class Restore:
@@ -28,7 +29,7 @@ class Restore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._active.activate(self._before, strengths=self._strengths)
+        surely(lambda: self._active.activate(self._before, strengths=self._strengths))
 
 
 class DeltasView(Mapping[str, Delta]):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from deltaspec.backbone.offload import device_of, value_of
 from deltaspec.backbone.weight_forms import packed_weight, values_of
 from deltaspec.deltas.defaults import usual_defaults
 from deltaspec.deltas.modules import Delta, attribute_name, storage_key
@@ -29,13 +29,13 @@ def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module, *, drawn:
     or a text, for a delta that gets its values from a file.
     """
     delta = Delta(planned.name)
-    fallback = next(itertools.chain(backbone.parameters(), backbone.buffers()), None)
+    fallback = _first_held(backbone)
     method = methods()[planned.method]
     generator = torch.Generator()  # one for all, seeded anew for each
     for planned_site in planned.sites:
         site, params = planned_site.site, planned_site.params
         weights = _Weights(backbone, site)
-        home = weights.home(fallback)
+        home = weights.home() or _first_held(weights.module) or fallback
         given: Mapping[str, Tensor] = {}
         if drawn and type(method).initialise is not Method.initialise and not weights.are_meta():
             _reseeded(generator, f"{seed}\0{planned.name}\0{site.fqn}")
@@ -58,14 +58,43 @@ def build_delta(planned: PlannedDelta, seed: int, backbone: nn.Module, *, drawn:
     return delta
 
 
-def _tensor(backbone: nn.Module, fqn: str) -> Tensor:
-    """Return a parameter or buffer by its name. Raises KeyError."""
+def _first_held(module: nn.Module) -> Home | None:
+    """Return the place of the first parameter, or else the first buffer, at or below a module."""
+    for below in module.modules():
+        if (name := next((n for n, p in below._parameters.items() if p is not None), None)) is not None:
+            return Home.of(below, name)
+    found = next(module.buffers(), None)
+    return None if found is None else Home(found.device, found.dtype)
+
+
+def _owner(backbone: nn.Module, fqn: str) -> tuple[Any, str]:
+    """Return the module that holds a parameter or buffer, and its own name. Raises KeyError."""
     *path, name = fqn.split(".")
     module: Any = backbone
     for part in path:
         module = module._modules[part]
+    return module, name
+
+
+def _tensor(backbone: nn.Module, fqn: str) -> Tensor:
+    """Return a parameter or buffer by its name. Raises KeyError."""
+    module, name = _owner(backbone, fqn)
     found: Tensor | None = module._parameters.get(name)
     return module._buffers[name] if found is None else found
+
+
+class Home(NamedTuple):
+    """The place and kind of the numbers of a site."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> Home:
+        """Return those of a parameter, where it is in a forward."""
+        parameter = module._parameters[name]
+        assert parameter is not None
+        return cls(device_of(module, name, parameter), parameter.dtype)
 
 
 class _Weights(Mapping[str, Tensor]):
@@ -79,15 +108,18 @@ class _Weights(Mapping[str, Tensor]):
         self._own = {parameter.name: parameter.fqn.rpartition(".")[2] for parameter in site.row.parameters}
         self._own |= {name: name for name in (*site.row.computed, *site.row.parametrised) if name not in self._own}
 
-    def home(self, fallback: Tensor | None) -> Tensor | None:
-        """Return the tensor by whose device and dtype the site's own go."""
-        held = (self.module._parameters.get(name) for name in self._own.values())
+    def home(self) -> Home | None:
+        """Return the device and dtype by which the site's own go; None where it has no parameter."""
+        held = (name for name in self._own.values() if self.module._parameters.get(name) is not None)
+        if (name := next(held, None)) is not None:
+            return Home.of(self.module, name)
         packed = packed_weight(self.module)
-        return next((parameter for parameter in held if parameter is not None), packed[1] if packed else fallback)
+        return None if packed is None else Home(packed[1].device, packed[1].dtype)
 
     def are_meta(self) -> bool:
         """Return whether a parameter has no values."""
-        return any(parameter.is_meta for parameter in self.module.parameters(recurse=False))
+        own = (value_of(self.module, name, p) for name, p in self.module._parameters.items() if p is not None)
+        return any(value.is_meta for value in own)
 
     def __getitem__(self, name: str) -> Tensor:
         own = values_of(self.module, self._own[name]).detach()
@@ -111,15 +143,17 @@ def _reseeded(generator: torch.Generator, identity: str) -> torch.Generator:
 
 
 def _initial(
-    spec: TensorSpec, identity: str, generator: torch.Generator, backbone: nn.Module, home: Tensor | None
+    spec: TensorSpec, identity: str, generator: torch.Generator, backbone: nn.Module, home: Home | None
 ) -> Tensor:
     """Make one tensor. Drawn in float32 on the CPU, whatever the target, so that every machine draws the same."""
     if spec.init.kind == "copy":
         assert spec.init.source is not None
-        source = _tensor(backbone, spec.init.source).detach()
+        held, (module, name) = _tensor(backbone, spec.init.source), _owner(backbone, spec.init.source)
+        source, place = value_of(module, name, held).detach(), device_of(module, name, held)
         if spec.init.rows is None:
-            return source.to(_dtype(spec, source) if source.is_floating_point() else source.dtype, copy=True)
-        return source[list(spec.init.rows)].to(_dtype(spec, home))
+            dtype = _dtype(spec, Home(place, source.dtype)) if source.is_floating_point() else source.dtype
+            return source.to(place, dtype, copy=True)
+        return source[list(spec.init.rows)].to(place, _dtype(spec, home))
     device = torch.device("cpu") if home is None else home.device
     dtype = _dtype(spec, home)
     if device.type == "meta" or spec.init.kind == "zeros":
@@ -148,11 +182,11 @@ def draw(init: Init, shape: tuple[int, ...], generator: torch.Generator) -> Tens
     return empty.uniform_(-bound, bound, generator=generator)
 
 
-def _dtype(spec: TensorSpec, home: Tensor | None) -> torch.dtype:
+def _dtype(spec: TensorSpec, home: Home | None) -> torch.dtype:
     if spec.dtype is not None:
         found: torch.dtype = getattr(torch, spec.dtype)
         return found
-    if home is not None and home.is_floating_point() and home.dtype in (torch.float32, torch.float64):
+    if home is not None and home.dtype in (torch.float32, torch.float64):
         return home.dtype
     # Half precision and quantised backbones are trained through float32 deltas: updates below half precision's step
     # vanish.

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from deltaspec.backbone.clone import clone
-from deltaspec.backbone.forwards import arguments_of
+from deltaspec.backbone.forwards import arguments_of, foreign_forward
+from deltaspec.graphs.fixed import copied, fixed_in, keep, noting, refusing_changes
 from deltaspec.graphs.lifted import executed
 from deltaspec.graphs.links import Inputs, Link
 from deltaspec.graphs.regions import hidden_out, with_hidden_out
@@ -29,14 +30,19 @@ class _Tracer(fx.Tracer):
         return module_qualified_name in self._sites or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -> tuple[fx.Graph | None, str]:
+def trace(
+    backbone: nn.Module, sites: Collection[str], hosts: Collection[str], *, fixes: bool = True
+) -> tuple[fx.Graph | None, str]:
     """Trace a detached backbone with its sites as leaves: (graph, why it is good) or (None, why not).
 
-    Tracing burns in `self.training`, whether optional arguments were given, and hooks; so the graph is only taken where
-    training and evaluation mode trace to the same code, forward has no optional arguments and writes nothing into its
-    modules, and no traced-through module has hooks. The trace is made on a structural copy: torch.fx stores the
-    constants it meets on the module it traces.
+    `fixes`: the graph may fix attributes that are no tensors (see `fixed_in`). Tracing burns in `self.training`,
+    whether optional arguments were given, and hooks; so the graph is only taken where training and evaluation mode
+    trace to the same code, forward has no optional arguments and writes nothing into its modules, and no traced-through
+    module has hooks. The trace is made on a structural copy: torch.fx stores the constants it meets on the module it
+    traces.
     """
+    if foreign_forward(backbone) is not None:
+        return None, "a forward was put onto it, which a trace would leave out"
     parameters = arguments_of(type(backbone).forward)
     stars = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     if optional := [p.name for p in parameters if p.default is not p.empty or p.kind in stars]:
@@ -48,7 +54,8 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
         for module in twin.modules():
             module.training = mode
         try:
-            graphs.append(_Tracer(sites).trace(twin))
+            with noting(twin) as fixed:
+                graphs.append(_Tracer(sites).trace(twin))
         except Exception as error:  # whatever a stranger's forward raises on proxies; the reason is kept for the user
             reason = str(error).splitlines()[0] if str(error) else ""
             return None, f"it does not trace: {type(error).__name__}: {reason}"
@@ -58,6 +65,9 @@ def trace(backbone: nn.Module, sites: Collection[str], hosts: Collection[str]) -
     if training != evaluation:
         return None, "its traces in training and in evaluation mode differ"
     graph = graphs[1]
+    keep(graph, fixed)
+    if fixed and not fixes:
+        return None, f"its forward reads {', '.join(fixed_in(graph))}, which a trace would fix"
     held = backbone.named_parameters(remove_duplicate=False), backbone.named_buffers(remove_duplicate=False)
     own = {name for named in held for name, _ in named}
     if constants := [str(node.target) for node in graph.nodes if node.op == "get_attr" and node.target not in own]:
@@ -109,14 +119,15 @@ def compile_graph(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
     """Turn a graph over the backbone into a function of (backbone, inputs) and its source."""
     graph.lint()
     generated = graph.python_code("self")
-    return executed(generated.src, generated.globals, "region of the whole model")
+    function, code = executed(generated.src, generated.globals, "region of the whole model")
+    return refusing_changes(graph, function), code
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """Copy a graph, so that it can be rewritten."""
     new = fx.Graph()
     new.output(new.graph_copy(graph, {}))
-    return new
+    return copied(graph, new)
 
 
 def rewrite_site(

@@ -25,6 +25,8 @@ from deltaspec.runtime.programs import Programs
 from deltaspec.runtime.proving import FirstForward
 from deltaspec.runtime.shared import Shared
 from deltaspec.runtime.sockets import Forward, Socket
+from deltaspec.runtime.tasks import Tasks
+from deltaspec.runtime.unplaced import refuse_unplaced
 from deltaspec.runtime.wrapped import Beneath, Wrapped
 
 
@@ -55,6 +57,7 @@ class Active:
         host = self.host
         self.owner = host.deltas.owner = owner
         self.guard, self._wrapped = Guard(host), Wrapped()
+        self.tasks = Tasks(self.state)
         self.gate.before, self.gate.failed = self._before_forward, self._explain
         self.gate.traced = self._before_trace
         self.gate.after = Recomputation(host.modules.values(), self.state).after
@@ -99,6 +102,7 @@ class Active:
         if new is None:
             return False
         if new.names == self.active and (names or not self.rows.installed) and not self.strengths:
+            self.tasks.note()
             return True
         gate = self.gate
         with gate.lock:
@@ -108,12 +112,10 @@ class Active:
                     gate.require_none()
                 if self.strengths:
                     return False
-                if new.names == self.active:
-                    self._remove_rows()
-                else:
-                    self._install(new)
+                self._exchange(new, {})
             finally:
                 gate.closed = closed
+        self.tasks.note()
         # Another view may have dropped a delta of a library just before this one claimed it by `active`.
         return not self.residency.opened or self.programs.ready.get(names) is new
 
@@ -133,17 +135,46 @@ class Active:
             wanted = tuple(sorted(set(names), key=shared.order.__getitem__))
             scaled = tuple(name for name in wanted if values.get(name, 1.0) != 1.0)
             shared.refuse_strengths(scaled)
+            self._refuse_unplaced(wanted)
             new = self.program(wanted, scaled)
             self.derived.refresh(name for name in wanted if name not in self.active or name in anew)
-            old = self._current()
-            self.strengths.set({name: values[name] for name in scaled})
-            if new is not old:
-                self._install(new)
-            elif not wanted:
-                self._remove_rows()
+            self._exchange(new, {name: values[name] for name in scaled})
+            self.tasks.note()
             if self.derived.names.isdisjoint(wanted) and not scaled:
                 self.programs.ready[names] = self.programs.ready[wanted] = new
                 self.programs.limit(len(shared.planned), self.active)
+
+    def _exchange(self, new: Program, strengths: Mapping[str, float]) -> None:
+        """Put a program and strengths in the place of the current ones, or leave these, whatever comes between."""
+        old, names, before = self._current(), self.active, self.strengths.as_dict()
+        try:
+            if strengths or before:
+                self.strengths.set(strengths)
+            if new is not old:
+                self._install(new)
+            elif not names:
+                self._remove_rows()
+        except BaseException:
+            self._repair(names, before)
+            raise
+
+    def _repair(self, names: tuple[str, ...], strengths: Mapping[str, float]) -> None:
+        """Attach what was attached before a switch that ended halfway, by an interrupt say, whatever it has done."""
+        host, with_rows = self.host, self.rows.installed
+        self.rows.remove()
+        self.guard.forget()
+        for socket in host.sockets.values():
+            socket.leave()
+        self.strengths.set(strengths)
+        self.active, self._installed = names, self.program(())
+        acts = bool(names) or with_rows
+        if host.flags.frozen != acts:
+            host.freeze() if acts else host.flags.thaw()
+        elif acts:
+            host.flags.freeze()
+        self.follow_others()
+        if with_rows and not self.rows.installed:
+            self.rows.install()
 
     def follow(self, other: Active) -> None:
         """Attach what is attached in another view, as it is."""
@@ -241,17 +272,23 @@ class Active:
     # What other tools changed
 
     def _before_forward(self) -> Callable[[], None] | None:
+        self.tasks.check()
         if not self.active or self.gate.rows is not None or self._wrapped.watching:
             return None
         if is_offloaded(self.host.deltas, self.active):
             take_out_of_offloading(self.host.deltas)
         self.follow_others()
+        self._refuse_unplaced(self.active)
         return self._wrapped.watch()
 
     def _explain(self, error: Exception) -> None:
         refuse_shards(self.host, [self.shared.planned[name] for name in self.active], error)
 
+    def _refuse_unplaced(self, names: Iterable[str]) -> None:
+        refuse_unplaced(self.host.deltas, names, self.shared.planned, self.host.modules)
+
     def _before_trace(self) -> None:
+        self._refuse_unplaced(self.active)
         if self.active and self.guard.changed():
             message = "forwards or modules were changed since the last switch, and a trace can install nothing"
             hint = "call the model once before torch.compile traces it anew"

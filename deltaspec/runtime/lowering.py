@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.attention import Attention, Hook, Router, register
-from deltaspec.backbone.stand_in import stand_in
+from deltaspec.backbone.stand_in import keep_state, stand_in
 from deltaspec.backbone.weight_forms import dtype_of_values, own_values
 from deltaspec.graphs.links import widened
 from deltaspec.graphs.row_ops import toward
@@ -122,7 +122,9 @@ class Lowered:
             start += attend.scaled
         if hooks:
             self.router.route(shadow, hooks)
-        return self.code(shadow, *args, **kwargs)
+        output = self.code(shadow, *args, **kwargs)
+        keep_state(self.host, shadow)
+        return output
 
 
 def fold_widely(

@@ -20,7 +20,7 @@ class Part:
 
     __slots__ = ("__weakref__",)
 
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
+    def __reduce_ex__(self, _: object) -> NoReturn:
         message = "c.backbone, or a part of it, cannot be pickled without its compiled model"
         hint = "pickle the compiled model (a net may hold c in the place of c.backbone), or write it with c.save(dir)"
         raise DeltaSpecError([Diagnostic("DS465", message, "<model>", suggestion=hint)])
