@@ -30,7 +30,7 @@ def refuse_backbone(model: nn.Module) -> None:
     """Raise DeltaSpecError for a model that holds deltas already, or something else under their name, and for what
     torch.compile made of one.
     """
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
         message = "torch.compile stands around the model, and a copy of it would run the original"
         raise DeltaSpecError(
             [Diagnostic("DS415", message, "<model>", suggestion="compile the result: torch.compile(c)")]
