@@ -61,6 +61,8 @@ def changed_since(plan: Plan, present: Present, host: Host) -> dict[str, frozens
     found: dict[str, frozenset[int] | None] = {}
     for name in present.tensors:
         shape, old = present.shape(name), before.get(name)
+        if old is not None and present.is_turned(name):
+            old = old[::-1]
         if name.rpartition(".")[0] not in came and old is not None and shape[1:] == old[1:]:
             rows = range(old[0], shape[0]) if shape else range(0)
             if rows:
