@@ -26,6 +26,8 @@ def test_where_names_are_found(sites, expected):
 
 
 def test_names_that_are_nowhere():
-    assert prefixes(["layer.2.q"], HERE) == []
+    assert prefixes(["layer.2.q"], HERE) == []  # no other layer is taken for it
+    assert prefixes(["1.q"], ["", "0", "0.q"]) == []
+    assert prefixes(["0.q"], ["", "q"]) == [Prefix("0", "")]
     assert Prefix("model", "bert").to_here("other.q") is None
     assert Prefix("model", "bert").to_here("model") == "bert"
