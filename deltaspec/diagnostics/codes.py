@@ -105,11 +105,11 @@ CODES: dict[str, str] = {
     "DS459": "model that is sharded in a way that deltas cannot follow",
     "DS465": "part of a compiled model that is pickled without it",
     "DS466": "view that another thread was changing when this process was forked",
+    "DS468": "delta that is no part of a forward's graph",
+    "DS469": "attribute that changed since a trace fixed it",
     "DS475": "verb of PEFT on a compiled model",
     "DS476": "standard save that would leave deltas out",
     "DS477": "state dict with other values of deltas",
-    "DS468": "delta that is no part of a forward's graph",
-    "DS469": "attribute that changed since a trace fixed it",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",
