@@ -16,6 +16,7 @@ CALLED = {
     "__dir__": "Python",
     "__signature__": "inspect.signature",
     "control": "transformers, by keyword: an argument of callbacks",
+    "_get_name": "torch: repr of a module",
     "extra_repr": "torch: repr of a module",
     "get_command": "click",
     "model_config": "pydantic",

@@ -12,13 +12,15 @@ from deltaspec.backbone.holding import subtree
 from deltaspec.backbone.offload import shared_maps
 
 
-def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any] | None = None) -> nn.Module:
+def clone(
+    model: nn.Module, *, device: str | None = None, replace: dict[int, Any] | None = None, own: bool = False
+) -> nn.Module:
     """Copy a model's structure in milliseconds; ties between parameters are kept.
 
     Parameters become new `Parameter`s on the same storage (same device, dtype, `requires_grad`, no `.grad`); buffers
     are copied, so that BatchNorm in training mode cannot reach the original. With `device="meta"` both become empty
-    meta tensors instead. `replace` maps `id(object)` to what stands for it in the copy. Raises DeltaSpecError (DS430)
-    where the model holds something that cannot be copied.
+    meta tensors instead; with `own` parameters are copied, too. `replace` maps `id(object)` to what stands for it in
+    the copy. Raises DeltaSpecError (DS430) where the model holds something that cannot be copied.
     """
     memo: dict[int, Any] = dict(replace or {})
     modules = subtree(model, memo)
@@ -27,7 +29,7 @@ def clone(model: nn.Module, *, device: str | None = None, replace: dict[int, Any
             if parameter is not None and id(parameter) not in memo:
                 if parameter.is_inference():
                     raise not_copied(model, "its parameters were made under torch.inference_mode")
-                memo[id(parameter)] = _share(parameter, device)
+                memo[id(parameter)] = _twin(parameter, parameter.detach().clone()) if own else _share(parameter, device)
         if device is not None:
             for buffer in module._buffers.values():
                 if buffer is not None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from deltaspec.backbone.reserved import find
 from deltaspec.backbone.table import ModuleTable, ParameterInfo, Row
-from deltaspec.backbone.values import is_sharded, quantised_bits
+from deltaspec.backbone.values import is_sharded
+from deltaspec.backbone.weight_forms import packed_form
 from deltaspec.names.paths import below, is_inside
 
 SAMPLE = 256
@@ -27,7 +28,7 @@ def weights_fingerprint(backbone: nn.Module, kept: Mapping[tuple[str, str], Tens
     """
     digest = hashlib.sha256()
     for name, tensor in _tensors(backbone, kept or {}):
-        if tensor.is_meta or is_sharded(tensor) or quantised_bits(tensor) is not None:
+        if tensor.is_meta or is_sharded(tensor) or packed_form(tensor) is not None:
             return None
         digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
         digest.update(_sample(tensor.detach()))

@@ -16,6 +16,7 @@ from deltaspec.backbone.sample import Sample, Types, read, take
 from deltaspec.backbone.tabulate import class_of, tabulate
 from deltaspec.backbone.values import Values, values_of
 from deltaspec.backbone.walk import named, own
+from deltaspec.backbone.weight_forms import is_packed, packed_weight, shape_of_values, unpacked_class
 from deltaspec.names.folding import fold, unfold
 from deltaspec.names.paths import below, is_inside
 
@@ -120,7 +121,8 @@ class Present:
     @cached_property
     def modules(self) -> dict[str, str]:
         """Class names of its modules, by FQN."""
-        return {fqn: class_of(module).__name__ for fqn, module in self._modules.items()}
+        kinds = ((n, unpacked_class(m) if is_packed(m) else class_of(m)) for n, m in self._modules.items())
+        return {fqn: kind.__name__ for fqn, kind in kinds}
 
     @cached_property
     def unused(self) -> frozenset[str]:
@@ -140,27 +142,38 @@ class Present:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Its parameters and saved floating-point buffers, by FQN."""
+        """Its parameters and saved floating-point buffers, by FQN; codes under the name of what they stand for."""
         return {below(fqn, name): tensor for fqn, name, tensor in self._own()}
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Return the shape of the values of one of its tensors."""
+        fqn, _, name = tensor.rpartition(".")
+        packed = packed_weight(self._modules[fqn]) if name == "weight" else None
+        return tuple(self.tensors[tensor].shape) if packed is None else shape_of_values(self._modules[fqn], *packed)
 
     def values(self, tensor: str) -> Values:
         """Return the values of one of its tensors. Sharded ones need all processes to ask."""
         fqn, _, name = tensor.rpartition(".")
-        return values_of(self.tensors[tensor], self._modules[fqn], name)
+        return values_of(self._modules[fqn], name, self.tensors[tensor])
 
     def record(
         self, replaced: Mapping[str, frozenset[int] | None], reads: Iterable[str], unused: frozenset[str]
     ) -> Record:
         """Make the record: without values of what deltas replace, but with those that some of them read."""
         read_too, samples = set(reads), {}
-        for name, tensor in self.tensors.items():
+        for name in self.tensors:
             gone = name in replaced and replaced[name] is None and name not in read_too
             known = Values(None) if gone else self.values(name)
-            samples[name] = take(tuple(tensor.shape), known)
+            samples[name] = take(self.shape(name), known)
         return Record(self.modules, samples, self.vocabulary, replaced, unused)
 
     def _own(self) -> Iterator[tuple[str, str, Tensor]]:
         for fqn, module in self._modules.items():
+            if (packed := packed_weight(module)) is not None:  # scales and the like are part of the codes
+                yield fqn, "weight", packed[1]
+                if (bias := module._parameters.get("bias")) is not None:
+                    yield fqn, "bias", bias
+                continue
             for name, parameter in own(module._parameters):
                 yield fqn, name, parameter
             for name, buffer in own(module._buffers):

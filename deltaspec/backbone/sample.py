@@ -55,10 +55,7 @@ class Sample:
 
 def take(shape: tuple[int, ...], values: Values) -> Sample:
     """Sample a tensor of this shape."""
-    plain = values.plain
-    if plain is None or tuple(plain.shape) != shape:  # codes in a shape of their own
-        return Sample(shape if plain is None else tuple(plain.shape), _at(plain, None), values.bits)
-    return Sample(shape, _at(plain, None), values.bits)
+    return Sample(shape, _at(values.plain, None), values.bits)
 
 
 def read(text: str) -> Sample:

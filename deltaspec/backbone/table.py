@@ -89,7 +89,8 @@ class Row:
     arguments: tuple[str, ...] = ()
     """Names of the arguments that its forward takes by name."""
     transposed: bool = False
-    """Whether stacked parameters are `[experts, in, out]` (transformers' `is_transposed`), not `[experts, out, in]`."""
+    """Whether stacked parameters are `[experts, in, out]` (transformers' `is_transposed`, Llama 4), not
+    `[experts, out, in]`."""
     parts: Parts | None = None
     """Parts of its output, where it is a fused projection and the layout is known."""
     faithful: bool = True

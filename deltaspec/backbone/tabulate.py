@@ -32,6 +32,8 @@ _WIDTHS = {
     "conv": ("in_channels", "out_channels"),
 }  # fmt: skip
 """Names under which modules of a kind hold their widths."""
+_IN_OUT = frozenset({"Llama4TextExperts"})
+"""Classes whose stacked parameters are `[experts, in, out]` though nothing on them says so."""
 _NORM_NAME = re.compile(r".*Norm(\dd)?")
 
 
@@ -118,7 +120,8 @@ def _row(
         entrance=entrance,
         computed=tuple(name for name, value in attributes if isinstance(value, Tensor)),
         arguments=_arguments(kind_of.forward),
-        transposed=(module.__dict__.get("is_transposed") or getattr(kind_of, "is_transposed", None)) is True,
+        transposed=not _IN_OUT.isdisjoint(bases)
+        or (module.__dict__.get("is_transposed") or getattr(kind_of, "is_transposed", None)) is True,
         parts=None if node.map is None or out is None else node.map.parts_of(node.roles, node.config, out),
         faithful=faithful,
         fixed=not (known and faithful) and foreign_forward(module) is not None,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.offload import value_of
+from deltaspec.backbone.table import Packed
+from deltaspec.backbone.weight_forms import packed_weight
+from deltaspec.backbone.weight_forms import values_of as unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,23 +23,17 @@ class Values:
     """Bits of each value, where they are quantised; None where they are floats."""
 
 
-def values_of(tensor: Tensor, module: nn.Module | None = None, name: str = "") -> Values:
-    """Return a tensor's values; `module` and `name` say where it stands, so that offloaded ones are found.
+def values_of(module: nn.Module, name: str, tensor: Tensor) -> Values:
+    """Return the values of a module's own tensor, which stands there under a name.
 
     Every process that holds a part of a sharded tensor must ask at the same time.
     """
-    tensor = tensor.detach()
-    if module is not None:
-        tensor = value_of(module, name, tensor)
-    if tensor.is_meta:
-        return Values(None)
-    tensor = unsharded(tensor)
-    bits = quantised_bits(tensor)
-    if bits is not None:
-        return Values(_dequantised(tensor), bits)
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return Values(None, 8)  # codes whose meaning is elsewhere
-    return Values(tensor)
+    packed = packed_weight(module) if name == "weight" else None
+    if packed is not None:
+        form = packed[0]
+        return Values(unpacked(module).detach() if form.readable else None, _bits(form))
+    tensor = value_of(module, name, tensor.detach())
+    return Values(None if tensor.is_meta else unsharded(tensor))
 
 
 def unsharded(tensor: Tensor) -> Tensor:
@@ -62,29 +57,6 @@ def sharded_as(target: Tensor, value: Tensor) -> Tensor:
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
 
 
-def quantised_bits(tensor: Tensor) -> int | None:
-    """Return how many bits each value has in a quantised tensor (torchao, quanto, bitsandbytes); None for others."""
-    kind = type(tensor).__name__.lower()
-    if getattr(tensor, "quant_state", None) is not None or "4bit" in kind or "int4" in kind:
-        return 4
-    if getattr(tensor, "SCB", None) is not None or "int8params" in kind:
-        return 8
-    if "dequantize" not in vars(type(tensor)) or type(tensor) in (Tensor, nn.Parameter):
-        return None
-    span = getattr(tensor, "quant_max", None)
-    return 4 if isinstance(span, int | float) and span <= 15 else 8
-
-
-def _dequantised(tensor: Any) -> Tensor | None:
-    if (state := getattr(tensor, "quant_state", None)) is not None:
-        unpack: Any = import_module("bitsandbytes.functional")  # it made the tensor, so it is there
-        found: Tensor = unpack.dequantize_4bit(tensor.data, state)
-        return found
-    if (scales := getattr(tensor, "SCB", None)) is not None:
-        codes: Tensor = tensor.data
-        wide: Tensor = scales
-        return codes.to(torch.float32) * wide.to(torch.float32)[:, None] / 127
-    if "dequantize" in vars(type(tensor)):
-        plain: Tensor = tensor.dequantize()
-        return plain
-    return None
+def _bits(form: Packed) -> int:
+    """Return how many bits a code has, about: 8 where its name says so, else as few as are common."""
+    return 8 if "8" in form.name.replace("uint8", "") or "QBytes" in form.name else 4

@@ -33,9 +33,14 @@ class Built(NamedTuple):
     rows: Mixer
 
 
-def assemble(backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | None) -> Built:
-    """Make the parts of a compiled model of a backbone that holds its deltas already; nothing is attached yet."""
-    shared, host = Shared(deltas, plan), Host(backbone, deltas)
+def assemble(
+    backbone: nn.Module, deltas: Deltas, plan: Plan, graph: fx.Graph | None, *, trained: bool = False
+) -> Built:
+    """Make the parts of a compiled model of a backbone that holds its deltas already; nothing is attached yet.
+
+    `trained`: the backbone itself may be trained, too.
+    """
+    shared, host = Shared(deltas, plan), Host(backbone, deltas, trained=trained)
     libraries = Libraries(shared)
     return with_rows(Active(shared, host, libraries, graph), shared, libraries)
 
@@ -53,12 +58,15 @@ def places(plan: Plan) -> tuple[set[str], set[str]]:
 
 
 @torch.inference_mode(False)  # parameters made in inference mode could never be trained, nor loaded outside of it
-def build(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: bool = True) -> tuple[Built, str, str]:
+def build(
+    model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: bool = True, trained: bool = False
+) -> tuple[Built, str, str]:
     """Compile a valid plan onto a clone of the model it was made for; `drawn` as for `build_delta`.
 
+    `trained`: the clone has weights of its own, which may be trained.
     Return the parts, how the model was captured, and why so.
     """
-    backbone = clone(model)
+    backbone = clone(model, own=trained)
     graph, reason = None, "asked for"
     if capture != "modules":
         graph, why = trace(backbone, *places(plan), fixes=capture == "symbolic")
@@ -77,7 +85,7 @@ def build(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: bool = 
         deltas.add(build_delta(planned, planned.seed, backbone, drawn=drawn))
     deltas.train(model.training)
     place(backbone, deltas)
-    built = assemble(backbone, deltas, plan, graph)
+    built = assemble(backbone, deltas, plan, graph, trained=trained)
     built.active.activate(planned.name for planned in plan.deltas if planned.attached)
     built.active.derived.refresh_others(built.active.active)
     return built, capture, reason

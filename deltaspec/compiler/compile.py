@@ -19,7 +19,12 @@ Spec: TypeAlias = "str | PathLike[str] | Mapping[str, Any] | DeltaSpec"
 
 
 def compile(
-    model: nn.Module, spec: Spec, *more_specs: Spec, capture: str = "auto", example_inputs: Any = None
+    model: nn.Module,
+    spec: Spec,
+    *more_specs: Spec,
+    capture: str = "auto",
+    example_inputs: Any = None,
+    train_backbone: bool = False,
 ) -> CompiledModel:
     """Compile one or several specs onto a model; the model is not changed.
 
@@ -30,10 +35,15 @@ def compile(
     a tuple, or one tensor), for one forward on meta tensors that proves that each site is reached; transformers models
     need none.
 
+    While nothing is attached, the backbone's parameters require gradients as the model's do, and a backward that
+    reaches them raises DeltaSpecError (DS416): it would train your model. `train_backbone=True` lets them be trained
+    then: the result has weights of its own from the start (which take their memory again), and the model's stay.
+
     Raises DeltaSpecError with all findings, before anything is made.
     """
     refuse_unusable(model, capture)
-    return compile_plan(model, plan(model, spec, *more_specs, example_inputs=example_inputs), capture)
+    planned = plan(model, spec, *more_specs, example_inputs=example_inputs)
+    return CompiledModel(*build(model, planned, capture, trained=train_backbone))
 
 
 def compile_plan(model: nn.Module, plan: Plan, capture: str = "auto", *, drawn: bool = True) -> CompiledModel:

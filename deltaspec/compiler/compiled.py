@@ -8,14 +8,13 @@ from os import PathLike
 from types import MappingProxyType
 from typing import Any, Self
 
-import safetensors.torch  # noqa: F401 - `save` needs it: a process forked while a thread imports it waits for ever
 import torch
 from torch import nn
 
 from deltaspec.backbone.copying import copy_held, deep_copy
 from deltaspec.compiler.build import Built, build, with_rows
 from deltaspec.compiler.face import Face, attribute, take_backbone_names
-from deltaspec.compiler.handles import DeltasView, Restore
+from deltaspec.compiler.handles import DeltasView, Restore, trainable
 from deltaspec.compiler.pickling import rebuild, reduced
 from deltaspec.compiler.standard_verbs import install
 from deltaspec.deltas.modules import Delta
@@ -99,12 +98,13 @@ class CompiledModel(Face, torch.fx.GraphModule):
         return MappingProxyType(self._active.program(self.attached).regions)
 
     def trainable_parameters(self, *names: str) -> Iterator[nn.Parameter]:
-        """Yield the parameters of these deltas; by default those that training would change now, of what is attached.
+        """Return the parameters of these deltas; by default those that training would change now, of what is attached.
 
-        Deltas that train together, a row each (see `rows`), need not be attached: name them.
+        Deltas that train together, a row each (see `rows`), need not be attached: name them. With nothing attached,
+        these are the backbone's where it may be trained (`compile(..., train_backbone=True)`); else there are none, and
+        that raises DeltaSpecError (DS418).
         """
-        for name in self._known(names) if names else self.attached:
-            yield from (p for p in self.deltas[name].parameters() if p.requires_grad)
+        return trainable(self._host, self.deltas, self._known(names) if names else self.attached)
 
     # Attach and detach
 
@@ -239,7 +239,11 @@ class CompiledModel(Face, torch.fx.GraphModule):
         return self
 
     def merge(self, *names: str) -> nn.Module:
-        """Return a new plain model of the original class with these deltas, or all attached ones, folded in."""
+        """Return a new plain model of the original class with these deltas, or all attached ones, folded in.
+
+        With nothing attached, and no name given, there is nothing to fold in: that raises DeltaSpecError (DS417),
+        unless the backbone may have been trained (`compile(..., train_backbone=True)`).
+        """
         return merge(self._active, self._shared, self._host, self._known(names) if names else self.attached)
 
     def simplified(self, *names: str) -> CompiledModel:
@@ -255,7 +259,7 @@ class CompiledModel(Face, torch.fx.GraphModule):
         for name in self._host.trained_in_backbone():
             plain.get_parameter(name).requires_grad = True
         asked = self.capture if self.capture_reason.startswith("asked for") else "auto"
-        twin = CompiledModel(*build(plain, plan, asked))
+        twin = CompiledModel(*build(plain, plan, asked, trained=self._host.trained))
         copy_tensors(self.plan, plan, self.deltas, twin.deltas)
         twin.only(*self.attached)
         return twin

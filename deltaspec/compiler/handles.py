@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 
+from torch import nn
+
 from deltaspec.deltas.modules import Delta, Deltas
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.library.libraries import Libraries
 from deltaspec.runtime.active import Active
+from deltaspec.runtime.host import Host
+from deltaspec.runtime.interrupts import surely
 
 
 class Restore:
@@ -24,7 +29,7 @@ class Restore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._active.activate(self._before, strengths=self._strengths)
+        surely(lambda: self._active.activate(self._before, strengths=self._strengths))
 
 
 class DeltasView(Mapping[str, Delta]):
@@ -46,3 +51,17 @@ class DeltasView(Mapping[str, Delta]):
 
     def __repr__(self) -> str:
         return f"<deltas: {', '.join(self)}>"
+
+
+def trainable(host: Host, deltas: Mapping[str, Delta], names: tuple[str, ...]) -> Iterator[nn.Parameter]:
+    """Return the parameters of these deltas that require gradients; with none, those of a backbone that may be trained.
+
+    Raises DeltaSpecError (DS418) where there is neither.
+    """
+    if names:
+        return (p for name in names for p in deltas[name].parameters() if p.requires_grad)
+    if host.trained:
+        own = (p for module in host.modules.values() for p in module._parameters.values() if p is not None)
+        return iter({id(p): p for p in own if p.requires_grad}.values())
+    message, hint = "nothing is attached, so there is nothing to train", "attach deltas first, or name them"
+    raise DeltaSpecError([Diagnostic("DS418", message, file="<model>", suggestion=hint)])

@@ -17,8 +17,9 @@ from deltaspec.runtime.copies import bare_copy
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def reduced(built: Built) -> tuple[nn.Module, Plan, dict[str, float]]:
-    """Return what a pickle holds: the backbone without its installed forwards, the plan, and what is attached.
+def reduced(built: Built) -> tuple[nn.Module, Plan, dict[str, float], bool]:
+    """Return what a pickle holds: the backbone without its installed forwards, the plan, what is attached, and whether
+    the backbone may be trained.
 
     Raise DeltaSpecError where a delta of a library is attached (DS533), or a module has a hook's forward (DS433).
     """
@@ -33,7 +34,7 @@ def reduced(built: Built) -> tuple[nn.Module, Plan, dict[str, float]]:
     twin, _ = bare_copy(host)
     for name in host.trained_in_backbone():
         twin.get_parameter(name).requires_grad = True
-    return twin, shared.plan, {name: active.strengths[name] for name in active.active}
+    return twin, shared.plan, {name: active.strengths[name] for name in active.active}, host.trained
 
 
 def rebuild(
@@ -41,6 +42,7 @@ def rebuild(
     backbone: nn.Module,
     plan: Plan,
     strengths: Mapping[str, float],
+    trained: bool,
     capture: str,
     reason: str,
     training: bool,
@@ -49,7 +51,7 @@ def rebuild(
     found = find(backbone)
     assert found is not None
     graph = trace(backbone, *places(plan))[0] if capture == "symbolic" else None
-    built = assemble(backbone, found[1], plan, graph)
+    built = assemble(backbone, found[1], plan, graph, trained=trained)
     built.active.activate(strengths, strengths=strengths)
     compiled = kind(built, capture, reason)
     compiled.training = training

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltaspec.backbone.reserved import Reserved
 from deltaspec.methods.declarations import TensorSpec
-from deltaspec.names.escaping import escaped, unescaped
+from deltaspec.names.escaping import dotted, escaped, flat, unescaped
 
 
 def storage_key(site: str, spec: TensorSpec) -> str:
@@ -19,8 +19,8 @@ def storage_key(site: str, spec: TensorSpec) -> str:
 
 
 def attribute_name(key: str) -> str:
-    """Turn a storage key into a parameter name: torch allows no dots in one."""
-    return key.replace(".", "/")
+    """Turn a storage key into a parameter name: torch allows no dots in one, and accelerate names files by it."""
+    return flat(key)
 
 
 class OwnTensors:
@@ -41,10 +41,10 @@ class OwnTensors:
 
 
 class Delta(nn.Module):
-    """The tensors of one delta, flat: `encoder/layer/0/attention/self/query/down`.
+    """The tensors of one delta, flat: `encoder~layer~0~attention~self~query~down`.
 
-    Flat, because a module per path segment would outweigh the tensors of a small delta; with slashes, because
-    torch allows no dots in a parameter's name.
+    Flat, because a module per path segment would outweigh the tensors of a small delta; with tildes, because torch
+    allows no dots in a parameter's name, and what is offloaded to a disk no slashes.
     """
 
     own_tensors: OwnTensors
@@ -61,7 +61,7 @@ class Delta(nn.Module):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (storage key, tensor) for all tensors, buffers included, as forwards read them."""
         for name in self._own_places():
-            yield name.replace("/", "."), self._read(name)
+            yield dotted(name), self._read(name)
 
     def _read(self, name: str) -> Tensor:
         found: Tensor | None = self._parameters.get(name)
@@ -151,6 +151,7 @@ class Deltas(Reserved):
     def __init__(self) -> None:
         super().__init__()
         self.owner: Owner | None = None
+        self._register_load_state_dict_pre_hook(_with_names_of_today)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     def own(self) -> None:
@@ -217,6 +218,12 @@ def beside(delta: Delta, training: bool) -> Delta:
     delta.own_tensors.views.update((delta, twin))
     twin._non_persistent_buffers_set = delta._non_persistent_buffers_set
     return twin
+
+
+def _with_names_of_today(state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename what earlier versions called `encoder/layer/0/…`, in a state that is about to be loaded."""
+    for key in [key for key in state if key.startswith(prefix) and "/" in key]:
+        state[prefix + key[len(prefix) :].replace("/", "~")] = state.pop(key)
 
 
 def _after_load(deltas: nn.Module, _: Any) -> None:

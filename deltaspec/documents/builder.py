@@ -62,6 +62,11 @@ class Builder:
         self._findings.append(Diagnostic(code, message, self.name, line, column, suggestion))
         raise DeltaSpecError(in_order(self._findings))
 
+    def stop_at(self, code: str) -> None:
+        """Raise all findings so far, where one of them has this code."""
+        if any(finding.code == code for finding in self._findings):
+            raise DeltaSpecError(in_order(self._findings))
+
     @property
     def at_start(self) -> bool:
         """Whether nothing was built yet."""

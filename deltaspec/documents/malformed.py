@@ -7,7 +7,7 @@ from typing import NoReturn
 from yaml import YAMLError
 
 from deltaspec.documents.builder import Builder
-from deltaspec.documents.slips import Slip, above, conflict, in_line, last_quoted, unclosed
+from deltaspec.documents.slips import Slip, above, conflict, in_line, in_plain, last_quoted, look_alike, unclosed
 
 _Place = tuple[int, int]
 """Line and column, from 0."""
@@ -58,7 +58,12 @@ def _quote(lines: list[str], at: _Place, start: _Place, problem: str, context: s
         return None
     if last[0][0] < last[1][0]:
         return Slip(last[0][0], last[0][1], *_UNCLOSED)
-    if (rest := _line(lines, at[0])[at[1] :]) and rest[0] not in "]}:":
+    rest = _line(lines, at[0])[at[1] :]
+    if "flow" not in context and rest.startswith(":") and rest[1:].strip():
+        return Slip(at[0], at[1] + 1, "a space is missing after the colon", f"write : {rest[1:].strip()[:40]}")
+    if (odd := look_alike(rest[:1])) is not None:
+        return odd._replace(line=at[0], column=at[1])
+    if rest and rest[0] not in "]}:":
         comment = in_line(lines, at[0]) if rest.startswith(("//", "/*")) else None
         return comment or Slip(*at, "text after the quote that ends the value", _INSIDE)
     return None
@@ -95,6 +100,8 @@ def _key(lines: list[str], at: _Place, start: _Place, problem: str) -> Slip | No
         if number < len(lines) and (slip := in_line(lines, number)) is not None:
             return slip
     if unfinished:
+        if (found := in_plain(_line(lines, start[0])[start[1] :], True)) is not None:
+            return Slip(start[0], start[1] + found[0], found[1], found[2])
         shown = _line(lines, start[0])[start[1] :].strip()[:40]
         return Slip(*start, f"a key without a colon: {shown}", "write key: value, with a colon and a space")
     first = next((number for number in run if ":" not in lines[number]), at[0])
@@ -116,6 +123,8 @@ def _structure(lines: list[str], at: _Place, start: _Place, problem: str, contex
         if not line.strip() and (open_at := unclosed(lines)) is not None:
             start = open_at
         opening = _line(lines, start[0])[start[1] : start[1] + 1]
+        if at[0] == start[0] and opening in ("[", "{") and line[at[1] : at[1] + 1] in ("]", "}"):
+            return Slip(*start, f"the {opening} that opens here is not closed", f"close it before the {line[at[1]]}")
         if at[0] == start[0] or opening not in ("[", "{"):
             return in_line(lines, at[0]) if line else None
         if lines[start[0]].rstrip().endswith((",", "[", "{")) and line.strip():

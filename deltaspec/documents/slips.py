@@ -19,7 +19,7 @@ _ODD_EDGE = re.compile(r"^[A-Za-z_-]*:?([^\S ])|([^\S ])$")
 _DOUBLE, _SINGLE = "\u201c\u201d\u201e\u201f", "\u2018\u2019\u201a\u201b"
 _WIDE = "\uff1a\uff0c\uff5b\uff5d\uff3b\uff3d\uff03"
 _LOOKS_LIKE = dict.fromkeys(_DOUBLE, '"') | dict.fromkeys(_SINGLE, "'") | dict(zip(_WIDE, ":,{}[]#", strict=True))
-_LIST_MARK = re.compile(r"\s*([•‣·–—−*-])(?=\s|\w)")
+_LIST_MARK = re.compile(r"\s*([•‣·–—−*-])(?=[\s\w\"'{\[])")
 _NO_SPACE = re.compile(r"\s*(?:- +)*([A-Za-z_$][\w$-]*):(?=[^\s:/])")
 _COMPLETE = re.compile(r"\s*(?:- +)*[^\s#][^#]*?:(?:\s|$)")
 _AS_COMMENT = "a comment begins with #; quote it, if it is text"
@@ -74,6 +74,8 @@ def in_plain(text: str, is_key: bool) -> tuple[int, str, str] | None:
     if len(text) > 1 and text[0] in _DOUBLE + _SINGLE and text[-1] in _DOUBLE + _SINGLE:
         mark = _LOOKS_LIKE[text[0]]
         return 0, f"{_called(text[0])} does not quote", f"write {mark}{text[1:-1][:60]}{mark}"
+    if re.match(r"-[\"'{\[]", text) or (is_key and re.match(r"-\w", text)):
+        return 0, "a space is missing after the -", "begin each item with a hyphen and a space: - name: …"
     if is_key and (found := _NO_SPACE.match(text)) is not None:
         return found.end(), "a space is missing after the colon", f"write {found[1]}: {text[found.end() :][:40]}"
     return None

@@ -33,6 +33,7 @@ def feed(text: str, builder: Builder) -> None:
         for event in yaml.parse(text, Loader=_LOADER):
             _take(event, builder)
     except yaml.YAMLError as error:
+        builder.stop_at("DS105")  # what was found already is the cause
         explain(error, lines, builder)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deltaspec.backbone.observations import Observations
 from deltaspec.backbone.table import ModuleTable
 from deltaspec.backbone.tabulate import tabulate
+from deltaspec.deltas.finite import is_finite
 from deltaspec.deltas.initial import build_delta
 from deltaspec.deltas.stack import Layout
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
@@ -25,7 +26,6 @@ from deltaspec.planning.resolve import resolve
 from deltaspec.runtime.copies import without_deltas
 from deltaspec.runtime.shared import Shared
 from deltaspec.storage.load import match, missing_and_surplus, saved_keys
-from deltaspec.storage.saved import is_finite
 from deltaspec.storage.specs import moved
 
 

@@ -15,6 +15,7 @@ DELTA_NAME = "^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$"
 MOST = 128
 """Characters of such a name at most."""
 _OTHER = re.compile(r"[^A-Za-z0-9_-]", re.ASCII)
+_MARKS = re.compile(r"[~%/\\]")
 _DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(10))})
 """Names that are no files on Windows, whatever follows them behind a dot."""
 _LONG = 150
@@ -28,6 +29,17 @@ def escaped(name: str) -> str:
 def unescaped(text: str) -> str:
     """Return the name that was escaped."""
     return unquote(text)
+
+
+def flat(name: str) -> str:
+    """Write a dotted name as one part of another, `encoder~layer~0`: that is no path on a disk, either."""
+    return _MARKS.sub(lambda found: f"%{ord(found[0]):02X}", name).replace(".", "~")
+
+
+def dotted(part: str) -> str:
+    """Return the dotted name that was written flat."""
+    name = part.replace("~", ".")
+    return unquote(name) if "%" in name else name
 
 
 def file_stem(name: str) -> str:

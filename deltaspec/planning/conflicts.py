@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -46,6 +45,11 @@ class _Weights:
         """Modules whose weight it changes either way."""
         return self.called | self.folded
 
+    @property
+    def clashes(self) -> bool:
+        """Whether there may be a delta that must not come before it: what only adds, as most do, has none."""
+        return bool(self.reads) or self.replaced is not None
+
     def misses(self, before: _Weights) -> frozenset[str]:
         """Return the sites at which it would not see what a delta before it does to the weight; both fold, it does."""
         if not (self.reads or self.biases or self.bases):
@@ -87,7 +91,7 @@ def conflicts(specs: Sequence[DeltaSpec], deltas: Sequence[PlannedDelta]) -> lis
     for (spec, index), delta in zip(places, deltas, strict=True):
         if delta.attached and _changes_weights(delta):
             after = _weights(delta)
-            for name, before in earlier:
+            for name, before in earlier if after.clashes else ():
                 for clash, names in _clashes(before, after):
                     # Where the one that comes first could not come behind either, another order is no way out.
                     stuck = before.misses(after) if before.replaced is None else before.sites
@@ -157,7 +161,8 @@ class Rivals:
         """Raise DeltaSpecError (DS436) where two of these deltas, in order of application, cannot act at once."""
         findings = []
         weighty = [name for name in names if name in self._weights]
-        for a, b in itertools.combinations(weighty, 2):
+        sensitive = [place for place, name in enumerate(weighty) if self._weights[name].clashes]
+        for a, b in ((a, weighty[place]) for place in sensitive for a in weighty[:place]):
             for clash, where in _clashes(self._weights[a], self._weights[b]):
                 message = f"delta {b!r} {clash} the weight of {min(where)}, which delta {a!r} before it changes"
                 if clash == "both replace":

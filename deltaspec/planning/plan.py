@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from deltaspec.language.load import load
 from deltaspec.language.model import DeltaEntry, DeltaSpec
 from deltaspec.planning.planned import PlannedDelta, PlannedDeltas
 from deltaspec.planning.text import coloured, plain, plan_data
@@ -54,16 +53,19 @@ class Plan(PlannedDeltas):
 
         `among` leaves out what it does not name.
         """
-        data = self.document(name, among)
-        return self._part(tuple(self[delta["name"]] for delta in data["deltas"]), load(data))
+        spec = self._spec(name, among)
+        return self._part(tuple(self[delta.name] for delta in spec.deltas), spec)
 
     def document(self, name: str, among: Collection[str] | None = None) -> dict[str, Any]:
         """Return the resolved spec of that plan."""
+        return self._spec(name, among).to_data()
+
+    def _spec(self, name: str, among: Collection[str] | None) -> DeltaSpec:
         spec, part = self._spec_of[name]
         deltas = tuple(delta for delta in spec.deltas[part] if among is None or delta.name in among)
         used = _used(deltas, spec)
         selectors = {name: selector for name, selector in spec.selectors.items() if name in used}
-        return spec.model_copy(update={"deltas": deltas, "selectors": selectors, "expect": None}).to_data()
+        return spec.model_copy(update={"deltas": deltas, "selectors": selectors, "expect": None})
 
     def with_remarks(self, notes: Mapping[str, Sequence[str]], let_pass: Mapping[str, Sequence[str]]) -> Plan:
         """Return the plan with notes on deltas, and what was let pass when they were read, by their names."""

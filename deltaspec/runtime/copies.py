@@ -74,7 +74,7 @@ def beside(mine: Active) -> Active:
                 written.data = kept.clone()
             else:
                 module._buffers[name] = copies.setdefault(id(buffer), kept.clone())
-    return Active(shared, Host(backbone, deltas, sockets), mine.residency, mine.graph)
+    return Active(shared, Host(backbone, deltas, sockets, trained=host.trained), mine.residency, mine.graph)
 
 
 def _unbound() -> None:

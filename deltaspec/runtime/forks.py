@@ -25,6 +25,17 @@ class Guarded(Protocol):
         """Go on in the child. `torn`: some other thread of the parent kept a lock, and is not there any more."""
 
 
+class ForkLock:
+    """A lock for what the whole process does one at a time, and no fork may be in the midst of."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        guard(self, 0)
+
+    def after_fork(self, *, torn: bool) -> None:
+        """Go on in the child: views refuse by themselves where they must."""
+
+
 _guarded: tuple[weakref.WeakSet[Guarded], ...] = (weakref.WeakSet(), weakref.WeakSet(), weakref.WeakSet())
 _mine = threading.local()
 """What the thread that forks has taken."""
@@ -33,7 +44,7 @@ _mine = threading.local()
 def guard(what: Guarded, order: int) -> None:
     """Let forks wait for the lock of this for as long as it lives.
 
-    `order` is that in which a thread takes several: recorded forwards (0), then views (1), then what they share (2).
+    `order` is that in which a thread takes several: those of the process (0), then views (1), then what they share (2).
     """
     _guarded[order].add(what)
 

@@ -21,6 +21,7 @@ from torch import nn
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.runtime.forks import guard
 from deltaspec.runtime.generation import unwatch, watch
+from deltaspec.runtime.interrupts import surely
 from deltaspec.runtime.pickled_alone import Part
 
 _GATE = "_deltaspec_gate"
@@ -107,18 +108,23 @@ class ForwardGate(Part):
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Let only this thread run forwards inside: they have rows. Raises DeltaSpecError (DS445) where one runs."""
-        me = get_ident()
-        with self.lock:
-            closed, self.closed = self.closed, True
-            if self.running or self.rows is not None:
-                self.closed = closed
-                raise _torn() if self.forked else _rows_elsewhere(me in self.running or self.rows == me)
-            self.rows = me
+        me, mine = get_ident(), False
         try:
+            with self.lock:
+                closed, self.closed = self.closed, True
+                if self.running or self.rows is not None:
+                    self.closed = closed
+                    raise _torn() if self.forked else _rows_elsewhere(me in self.running or self.rows == me)
+                mine = True
+                self.rows = me
             yield
         finally:
-            with self.lock:
-                self.rows, self.closed = None, False
+            if mine:
+                surely(self._open)
+
+    def _open(self) -> None:
+        with self.lock:
+            self.rows, self.closed = None, False
 
     @contextmanager
     def forwards(self) -> Iterator[None]:

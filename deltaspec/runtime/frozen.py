@@ -63,6 +63,8 @@ class Flags:
         self._names: list[str] = []
         self._found: list[nn.Parameter] = []
         """The same as three columns, to be compared quickly."""
+        self.frozen = False
+        """Whether all are out of training, or about to be."""
         self.moved = True
         """Whether parameters may have been replaced (cast, loaded, copied) since they were found."""
 
@@ -70,7 +72,9 @@ class Flags:
         """Freeze all, and remember which were in training."""
         if self.moved or self._is_stale():
             self._find()
-        self._thawed = [parameter for parameter in self._distinct if parameter.requires_grad]
+        if not self.frozen:  # else this was interrupted
+            self._thawed = [parameter for parameter in self._distinct if parameter.requires_grad]
+        self.frozen = True
         for parameter in self._thawed:
             parameter.requires_grad = False
 
@@ -78,7 +82,7 @@ class Flags:
         """Put those back that were in."""
         for parameter in self.thawed():
             parameter.requires_grad = True
-        self._thawed = []
+        self.frozen, self._thawed = False, []
 
     def thawed(self) -> list[nn.Parameter]:
         """Return the parameters that were in training before all were taken out."""

@@ -17,14 +17,23 @@ from deltaspec.runtime.forward_gate import ForwardGate
 from deltaspec.runtime.frozen import Flags, FrozenStatistics, tracks_statistics
 from deltaspec.runtime.pickled_alone import mark
 from deltaspec.runtime.sockets import Forward, Socket
+from deltaspec.runtime.untrained import Untrained
 
 
 class Host:
     """A backbone clone: its modules, their own forwards, training flags and buffers, and the gate of its forwards."""
 
-    def __init__(self, backbone: nn.Module, deltas: Deltas, sockets: Mapping[int, Socket] | None = None) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        deltas: Deltas,
+        sockets: Mapping[int, Socket] | None = None,
+        *,
+        trained: bool = False,
+    ) -> None:
         """`sockets` are those that wrappers of other libraries lead to already, by id of their module."""
-        self.backbone, self.deltas = backbone, deltas
+        self.backbone, self.deltas, self.trained = backbone, deltas, trained
+        """`trained`: the backbone has weights of its own, and may be trained while nothing is attached."""
         self.home = home(backbone)
         """FQN of the deltas."""
         self.sockets: dict[int, Socket] = dict(sockets or {})
@@ -33,6 +42,7 @@ class Host:
             mark(socket.module)
         self.gate = ForwardGate()
         self._take(self.current_modules())
+        self._untrained = None if trained else Untrained(self.modules)
 
     def _take(self, modules: dict[str, nn.Module]) -> None:
         self.modules = modules
@@ -60,6 +70,8 @@ class Host:
         self.flags.thaw()
         kept = {id(module) for module in modules.values()}
         self.sockets = {place: socket for place, socket in self.sockets.items() if place in kept}
+        if self._untrained is not None:
+            self._untrained.leave(modules, self.modules)
         self._take(modules)
         if acts:
             self.freeze()
@@ -95,6 +107,8 @@ class Host:
     def follow_moves(self) -> None:
         """Look for parameters and buffers anew, which may have been moved, cast or replaced."""
         self.flags.moved = self.buffers.moved = True
+        if self._untrained is not None:
+            self._untrained.follow(self.modules)
 
     def kept_buffers(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
         """Yield what buffers will be when nothing is attached: (module's FQN, name, the buffer, its value).

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from types import MethodType
 from typing import Any, TypeAlias
 
@@ -36,6 +37,9 @@ from deltaspec.runtime.program import Program
 from deltaspec.runtime.prompts import Following, Front, Prompted
 from deltaspec.runtime.sockets import Forward
 
+_LONGEST = 64
+"""Links of one region at most: emitting a chain takes some frames a link. More are regions around regions."""
+
 Given: TypeAlias = "Callable[[Placement, list[Tensor]], tuple[list[Any], list[Any]]]"
 """From a placement and its tensors to what its region gets for them, and its strength, if it acts by one."""
 
@@ -50,8 +54,8 @@ class SortedOut:
     """Deltas that work inside the attention function."""
     links: list[Link] = field(default_factory=list)
     """Deltas that work around the host's call."""
-    arguments: list[Any] = field(default_factory=list)
-    """Arguments of all links."""
+    arguments: list[list[Any]] = field(default_factory=list)
+    """Arguments of each link."""
 
 
 class ProgramBuilder:
@@ -93,7 +97,8 @@ class ProgramBuilder:
         inline: dict[str, list[Placement]] = {}
         for host in hosts:
             placements = self._at(host, names)
-            if host in self._traced and not any(_needs_own_region(v) or v.delta in scaled for v in placements):
+            alone = len(placements) > _LONGEST or any(_needs_own_region(v) or v.delta in scaled for v in placements)
+            if host in self._traced and not alone:
                 inline[host] = placements
                 continue
             forward, built = self.bind(host, placements, scaled)
@@ -183,7 +188,7 @@ class ProgramBuilder:
                 found.attends.append((placement, attend, [*values, *strength]))
             else:
                 found.links.append(replace(link, scaled=bool(strength) and not per_row, per_row=per_row))
-                found.arguments += [*values, *dropout, *strength]
+                found.arguments.append([*values, *dropout, *strength])
         return found
 
     def bind_region(
@@ -196,7 +201,8 @@ class ProgramBuilder:
     ) -> tuple[Forward, Region]:
         """Bind the function of a host's region to what it calls, arguments of that, and those of its links.
 
-        `leading` are those arguments, by delta: (its placement, whether its strength is last, the arguments).
+        `leading` are those arguments, by delta: (its placement, whether its strength is last, the arguments). Of a
+        long chain the outermost region is returned.
         """
         module, kind = self.modules[host], type(self.modules[host])
         argument, hidden = call_form(kind, placements[0].planned.site)
@@ -205,10 +211,15 @@ class ProgramBuilder:
         lowered = tuple(
             (*(s.buffer for s in p.planned.tensors), *([None] if scaled else [])) for p, scaled, _ in leading
         )
-        built = region(RegionKey(tuple(sorted_out.links), argument, hidden, lowered, named, owned))
         inside = [value for _, _, values in leading for value in values]
-        swapped = [Swapped(module)] if "swapped" in built.bound else []
-        return functools.partial(built.function, base, *inside, *sorted_out.arguments, *swapped), built
+        links, arguments = tuple(sorted_out.links), sorted_out.arguments
+        for first in range(0, max(len(links), 1), _LONGEST):
+            part = slice(first, first + _LONGEST)
+            built = region(RegionKey(links[part], argument, hidden, lowered, named, owned))
+            swapped = [Swapped(module)] if "swapped" in built.bound else []
+            base = functools.partial(built.function, base, *inside, *chain.from_iterable(arguments[part]), *swapped)
+            inside, lowered, owned = [], (), False  # those are in the first; what a region gives may be kept in it
+        return base, built
 
     def _bind_root(self, program: Program, inline: dict[str, list[Placement]]) -> None:
         """Rewrite the whole model's graph at these sites and make it the backbone's forward."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,23 +11,12 @@ from torch import nn
 from deltaspec.backbone.recorder import Observation, Recorder
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.registry import methods
-from deltaspec.runtime.forks import guard
+from deltaspec.runtime.forks import ForkLock
 from deltaspec.runtime.placements import Placements
 from deltaspec.runtime.sockets import Forward
 
-
-class _One:
-    """Recording sets a state of the whole process (torch.compiler's stance): one forward at a time."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        guard(self, 0)
-
-    def after_fork(self, *, torn: bool) -> None:
-        """Go on in a child process."""
-
-
-_ONE = _One()
+_ONE = ForkLock()
+"""Recording sets a state of the whole process (torch.compiler's stance)."""
 
 
 def watched(backbone: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Observation]]:

@@ -17,9 +17,10 @@ import torch
 
 from deltaspec.deltas.modules import Deltas
 from deltaspec.deltas.stacks import Kind
-from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.host import Host
+from deltaspec.runtime.interrupts import surely
 from deltaspec.runtime.proving import watched
 from deltaspec.runtime.shared import Shared
 from deltaspec.runtime.sockets import Forward, Socket
@@ -146,8 +147,23 @@ class Mixer:
         self._stacks.watch(self._host.deltas)
         if not self.installed:
             with self._gate.switching():
-                self._active.before_rows()
-                self.install()
+                try:
+                    self._active.before_rows()
+                    self.install()
+                except BaseException:
+                    surely(self._withdraw)
+                    raise
+
+    def end(self) -> None:
+        """Leave a forward with rows, which installed its own forwards: also one that an interrupt left."""
+        self._stop()
+        self._withdraw()
+
+    def _withdraw(self) -> None:
+        """Take the dispatchers out, however far they were put in, and put the backbone's state back."""
+        self.remove()
+        if self._host.flags.frozen:
+            self._active.after_rows()
 
     def forget(self) -> None:
         """Forget all that holds tensors, after they moved; nothing is installed."""
@@ -207,18 +223,16 @@ class Mixer:
             else:
                 rows = self.rows(deltas.deltas)
             self._try(rows.kinds, args, {} if keep else kwargs)
-            self._start(rows, args, kwargs, keep)
-            _note_displaced(self._slots, self._host.deltas)
             installed = self.installed
-            if not installed:
-                self._active.before_rows()
-                self.install()
             try:
+                self._start(rows, args, kwargs, keep)
+                _note_displaced(self._slots, self._host.deltas)
+                if not installed:
+                    self._active.before_rows()
+                    self.install()
                 yield
             finally:
-                self._stop()
-                if not installed and self.remove():
-                    self._active.after_rows()
+                surely(self._stop if installed else self.end)
 
     def _try(self, kinds: Kinds, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Have it shown, once a host, that the rows are where they are looked for; on the call's inputs, if need be."""
@@ -264,10 +278,6 @@ class Mixer:
             return all(stacks.of(name).names[name] == place for name, place in rows.places.items())
 
     def _start(self, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool = False) -> None:
-        if self.running is not None:
-            message = "a forward with rows runs already in this model"
-            hint = "give each thread a view of its own: view = c.view()"
-            raise DeltaSpecError([Diagnostic("DS445", message, suggestion=hint)])
         self.batch.begin(len(rows), args, kwargs)
         for slot in self._slots[: len(rows.kinds)]:
             slot.fill(rows, keep)

@@ -58,8 +58,8 @@ def changed_since(plan: Plan, present: Present) -> dict[str, frozenset[int] | No
         return {}
     before = {p.fqn: p.shape for row in plan.table.rows for p in (*row.parameters, *row.buffers)}
     found: dict[str, frozenset[int] | None] = {}
-    for name, tensor in present.tensors.items():
-        shape, old = tuple(tensor.shape), before.get(name)
+    for name in present.tensors:
+        shape, old = present.shape(name), before.get(name)
         if old is not None and shape[1:] == old[1:]:
             rows = range(old[0], shape[0]) if shape else range(0)
             if rows:

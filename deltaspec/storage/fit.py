@@ -98,6 +98,9 @@ class Fitter:
             found.types = Types.of(None if one is None else one.now for one in sampled)
             found.structure += self._modules(prefix, parts, needed)
             self._compare(found, pairs)
+            owners, recorded = {_owner(here) for _, here in pairs}, {here for _, here in pairs}
+            if new := [n for n in self._present.tensors if _owner(n) in owners and n not in recorded]:
+                found.structure.append(f"{shown(new)} {'is' if len(new) == 1 else 'are'} new")
             if left := dict.fromkeys(_owner(name) for name in names[len(needed) :]):
                 found.notes.append(f"not compared, since this is no {self._record.model_class}: {shown(left)}")
             if prefix.changes:
@@ -117,10 +120,9 @@ class Fitter:
             name, here = pair
             sample, rows = self._record.tensors[name], self._record.replaced.get(name, frozenset())
             values = self._present.values(here)
-            now = self._present.tensors[here].shape if values.plain is None else values.plain.shape
             bits = min((bits for bits in (sample.bits, values.bits) if bits is not None), default=None)
             both = None
-            if self._alike(sample.shape, tuple(now)) and (all_rows or rows is not None):
+            if self._alike(sample.shape, self._present.shape(here)) and (all_rows or rows is not None):
                 both = again(sample, values, None if all_rows else rows)
             found = self._sampled[pair, all_rows] = both, bits
         return found
@@ -143,11 +145,11 @@ class Fitter:
                 if _owner(here) in present.modules and not self._is_unused(name, here):
                     fit.structure.append(f"{here} is missing")
                 continue
-            sample, tensor = record.tensors[name], present.tensors[here]
-            both, bits = self._sample(pair, all_rows)
-            if bits is None and not self._alike(sample.shape, tuple(tensor.shape)):
+            was, now = record.tensors[name].shape, present.shape(here)
+            both, _ = self._sample(pair, all_rows)
+            if not self._alike(was, now):
                 if not self._is_unused(name, here):
-                    fit.structure.append(f"{here} is {list(tensor.shape)}, was {list(sample.shape)}")
+                    fit.structure.append(f"{here} is {list(now)}, was {list(was)}")
             elif both is None:
                 unknown.append(here)
             else:
@@ -179,7 +181,7 @@ class Fitter:
             if here not in present.modules:
                 if not self._is_unused(name + ".", here + "."):
                     missing.append(here)
-            elif _kind(now := present.modules[here]) != _kind(kind) and not self._is_quantised(name, here):
+            elif _kind(now := present.modules[here]) != _kind(kind):
                 others.setdefault(f"a {now}, was a {kind}", []).append(here)
         recorded = {self._here(prefix, name) for name in record.modules}
         within = [prefix.here] if parts is None else [self._here(prefix, part) for part in parts]
@@ -204,14 +206,10 @@ class Fitter:
             whole[_owner(name)] = whole.get(_owner(name), True) and gone
         return {name for name, gone in whole.items() if gone}
 
-    def _is_quantised(self, name: str, here: str) -> bool:
-        """Return whether the tensors of a module are quantised on one side: then its class may be another."""
-        own = [n for n in self._record.tensors if _owner(n) == name and here + n[len(name) :] in self._present.tensors]
-        return any(self._sample((n, here + n[len(name) :]))[1] is not None for n in own)
-
     def _forms(self, pairs: Iterable[Pair], types: Types) -> Iterator[str]:
         """Return in which form the weights are, where it is another than when the deltas were saved."""
-        quantised = [p[1] for p in pairs if p[1] in self._present.tensors and self._sample(p)[1] is not None]
+        known = [(pair[1], *self._sample(pair)) for pair in pairs if pair[1] in self._present.tensors]
+        quantised = [here for here, both, bits in known if both is not None and bits is not None]
         if quantised:
             yield f"compared as far as quantised values allow it: {shown(quantised)}"
         before, now = set(self._record.types.coarsest.values()), set(types.coarsest.values())

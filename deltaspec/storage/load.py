@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deltaspec.backbone.values import sharded_as
+from deltaspec.deltas.finite import is_finite, not_finite
 from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.diagnostics.progress import tracked
@@ -20,7 +21,7 @@ from deltaspec.names.prefixes import Prefix
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.active import Active
 from deltaspec.storage.matching import Match, Matcher, Outcome, present_of
-from deltaspec.storage.saved import SavedSet, is_finite, not_finite, without_values
+from deltaspec.storage.saved import SavedSet, without_values
 
 _Read = TypeVar("_Read")
 

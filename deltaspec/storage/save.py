@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+
 from deltaspec.backbone.fingerprint import weights_fingerprint
 from deltaspec.backbone.values import is_sharded, unsharded
+from deltaspec.deltas.finite import is_finite, not_finite
 from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.diagnostics.progress import tracked
@@ -29,6 +32,7 @@ from deltaspec.names.escaping import file_stem
 from deltaspec.planning.lock import lock
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.active import Active
+from deltaspec.runtime.forks import ForkLock
 from deltaspec.storage.changed import as_it_is, changed_since
 from deltaspec.storage.depends import reads, replaced
 from deltaspec.storage.matching import present_of
@@ -39,8 +43,6 @@ from deltaspec.storage.saved import (
     MANIFEST,
     digest,
     file_names,
-    is_finite,
-    not_finite,
     strays,
     without_values,
 )
@@ -106,10 +108,24 @@ def save(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[s
         write(contents)
 
 
+_IMPORTS = ForkLock()
+
+
+def _serialiser() -> Callable[[dict[str, torch.Tensor], dict[str, str]], bytes]:
+    """Return what writes safetensors, with all imported that it imports when it is first called.
+
+    A process that is forked while another thread imports would wait for that for ever.
+    """
+    with _IMPORTS.lock:
+        from safetensors.torch import save as to_bytes
+
+        to_bytes({"": torch.empty(0, device="cpu")}, {})
+    return to_bytes
+
+
 def _contents(plan: Plan, deltas: Deltas, names: tuple[str, ...], read: dict[str, list[str]]) -> Iterator[_Files]:
     """Yield the files of each delta, one delta's bytes in memory at a time."""
-    from safetensors.torch import save as to_bytes
-
+    to_bytes = _serialiser()
     for name in names:
         part = plan.alone(name, names)
         values = {key: unsharded(value.detach()) for key, value in deltas[name].tensors()}

@@ -13,26 +13,11 @@ from pathlib import Path
 from sys import float_info
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from deltaspec.backbone.record import Record
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.names.folding import unfold
-
-
-def is_finite(value: Tensor) -> bool:
-    """Return whether no value is NaN or infinite."""
-    if not value.is_floating_point() or not value.numel():
-        return True
-    low, high = value.aminmax()  # NaN comes through, and one pass is enough
-    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
-
-
-def not_finite(delta: str, key: str, file: str = "<model>") -> Diagnostic:
-    """Return the finding about a tensor that is not finite, in the model or in a file."""
-    code, hint = "DS520" if file == "<model>" else "DS527", "the training diverged: go back to an earlier state"
-    return Diagnostic(code, f"{delta}: tensor {key} has NaN or infinite values", file=file, suggestion=hint)
 
 
 def without_values(delta: str, done: str) -> Diagnostic:

@@ -14,10 +14,12 @@ from deltaspec.backbone.copying import deep_copy
 from deltaspec.backbone.offload import is_elsewhere, put
 from deltaspec.backbone.unpacking import copies_of_codes, tell_unpacked, unpacked
 from deltaspec.backbone.weight_forms import is_packed, own_values
+from deltaspec.deltas.finite import is_finite, not_finite
 from deltaspec.deltas.modules import storage_key
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
+from deltaspec.names.paths import below
 from deltaspec.planning.planned import PlannedSite
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.copies import without_deltas
@@ -35,8 +37,12 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
 
     Weights are folded in float32 where the delta is float32, and rounded once. Tied parameters that a delta changes at
     one end only are untied in the result. Raises DeltaSpecError (DS435) where a delta cannot be expressed in weights,
-    (DS436) where two exclude each other.
+    (DS436) where two exclude each other, (DS520) where a delta or a merged weight has NaN or infinite values, (DS417)
+    where there is none to fold in, and the backbone cannot have changed.
     """
+    if not names and not host.trained:
+        message, hint = "nothing is attached, so nothing would be merged", "attach deltas first, or name them"
+        raise DeltaSpecError([Diagnostic("DS417", message, file="<model>", suggestion=hint)])
     names = tuple(sorted(set(names), key=shared.order.__getitem__))
     active.require(names)
     refuse_meta(host.deltas, names, "merged")
@@ -44,10 +50,12 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
     shared.rivals.refuse(names)
     strengths = active.strengths.as_dict(names)
     active.derived.refresh(name for name in names if name not in active.active)
+    _require_finite(host, names)
     training = host.trained_in_backbone()
     bare = without_deltas(host)
     plain = deep_copy(bare, copies_of_codes(bare))
-    copies: dict[int, nn.Parameter] = {}
+    copies: dict[tuple[str, ...], list[nn.Parameter]] = {}
+    ties: list[tuple[str, str]] = []
     changes: dict[str, list[tuple[str, PlannedSite]]] = {}
     for name in names:
         for planned in shared.planned[name].sites:
@@ -62,16 +70,41 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
             strength = torch.tensor(strengths[name], device="cpu") if name in strengths else None
             folded |= fold_widely(module, fold, own, folded, strength)
         values = rounded(module, folded)
+        _require_as_finite(fqn, module, values)
         if is_packed(module) and "weight" in values:
             _unpack(plain, module, values)
             continue
         for name, value in values.items():
-            _put(module, name, value, copies)
-            if any(p.name == name and p.tied for p in row.parameters):
-                _mark_untied(plain, fqn, name)
+            places = next((tuple(sorted((p.fqn, *p.tied))) for p in row.parameters if p.name == name and p.tied), ())
+            _put(module, name, value, copies.setdefault(places, []) if places else [])
+            ties += [(fqn, name)] if places else []
+    for fqn, name in ties:
+        _mark_untied(plain, fqn, name)
     for name, parameter in plain.named_parameters():
         parameter.requires_grad = parameter.requires_grad or name in training
     return plain
+
+
+def _require_finite(host: Host, names: Collection[str]) -> None:
+    findings = [
+        not_finite(name, key)
+        for name in names
+        for key, value in host.deltas[name].tensors()
+        if not value.is_meta and not is_finite(value)
+    ]
+    if findings:
+        raise DeltaSpecError(findings)
+
+
+def _require_as_finite(fqn: str, module: nn.Module, merged: dict[str, Tensor]) -> None:
+    """Raise DeltaSpecError (DS520) where a merged tensor is not finite, though the module's own is."""
+    for name, value in merged.items():
+        own = module._parameters.get(name)
+        if value.is_meta or is_finite(value) or not (own is None or is_finite(own)):
+            continue
+        message = f"{below(fqn, name)} would have NaN or infinite values, in {str(value.dtype).removeprefix('torch.')}"
+        hint = "merge into a model of a wider dtype: load the backbone in float32, or bfloat16"
+        raise DeltaSpecError([Diagnostic("DS520", message, file="<model>", suggestion=hint)])
 
 
 def _unpack(plain: nn.Module, module: nn.Module, folded: dict[str, Tensor]) -> None:
@@ -84,8 +117,11 @@ def _unpack(plain: nn.Module, module: nn.Module, folded: dict[str, Tensor]) -> N
     tell_unpacked(plain)
 
 
-def _put(module: nn.Module, name: str, value: Tensor, copies: dict[int, nn.Parameter]) -> None:
-    """Set an own tensor of a module; a delta tensor that serves several tied places becomes one parameter again."""
+def _put(module: nn.Module, name: str, value: Tensor, copies: list[nn.Parameter]) -> None:
+    """Set an own tensor of a module; equal values at places that were tied become one parameter again.
+
+    `copies`: what was put there before.
+    """
     if name in module._buffers:
         module._buffers[name] = value.detach().clone()
         return
@@ -94,9 +130,11 @@ def _put(module: nn.Module, name: str, value: Tensor, copies: dict[int, nn.Param
         return
     before = module._parameters[name]
     trained = before is None or before.requires_grad
-    if id(value) not in copies or not isinstance(value, nn.Parameter):
-        copies[id(value)] = nn.Parameter(value.detach().clone(), requires_grad=trained)
-    module._parameters[name] = copies[id(value)]
+    made = next((copy for copy in copies if copy.dtype == value.dtype and torch.equal(copy, value)), None)
+    if made is None:
+        made = nn.Parameter(value.detach().clone(), requires_grad=trained)
+        copies.append(made)
+    module._parameters[name] = made
 
 
 def _mark_untied(plain: nn.Module, fqn: str, name: str) -> None:

@@ -120,6 +120,8 @@ OF_ONE_DELTA = [
     ('name: d, method: lora, target: "**fc2"', 's:2:42: error[DS216] path "**fc2": ** must be a whole segment, not a part of **fc2', "write *fc2, or **.fc2"),
     ('name: d, method: lora, target: "a..b"', 's:2:42: error[DS216] path "a..b": an empty segment (a dot too many)', "segments are separated by one dot each"),
     ('name: d, method: lora, target: "a.[0-9].b"', 's:2:42: error[DS216] path "a.[0-9].b": [ means nothing in a path', "a path knows only * and **; use regex: for more"),
+    ('name: d, method: lora, target: role:attn.q', 's:2:42: error[DS216] path "role:attn.q": it is no name of a module', "a space is missing after the colon: write role: attn.q"),
+    ('name: d, method: lora, params: rank:8', 's:2:42: error[DS203] params must be a mapping, not the text "rank:8"', "a space is missing after the colon: write rank: 8"),
     ('name: d, method: lora, target: {regex: "(a"}', 's:2:50: error[DS217] regular expression "(a": missing ) (character 3)', None),
     ('name: d, method: lora, target: {regex: "*.q"}', 's:2:50: error[DS217] regular expression "*.q": nothing to repeat (character 1)', "begin with .* to match any start"),
     ('name: d, method: lora, target: {regex: "(a+)+$"}', 's:2:50: error[DS218] regular expression "(a+)+$": it backtracks without end on some names: a repeat inside a repeat', "let each repeat end in something that the repeat itself cannot match, as in (?:[a-z]+\\.)*"),

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from deltaspec.names.escaping import DELTA_NAME, MOST, escaped, file_stem, unescaped
+from deltaspec.names.escaping import DELTA_NAME, MOST, dotted, escaped, file_stem, flat, unescaped
 
 GOOD = ["french", "a-b_c", "user/lora", "1_task", "v1.2", "org/v1.2/x", "2024", "a..b", "_x", "CON", "x%"]
 
@@ -15,6 +15,11 @@ GOOD = ["french", "a-b_c", "user/lora", "1_task", "v1.2", "org/v1.2/x", "2024", 
 def test_escaping_is_reversible_and_safe(name):
     assert unescaped(escaped(name)) == name
     assert re.fullmatch(r"[A-Za-z0-9_%-]+", escaped(name))
+
+
+@pytest.mark.parametrize("name", ["a.b.0.down", "down", "a~b.c", "x/y.z", "x%2Fy", "~.%"])
+def test_flat_names_are_reversible_and_no_paths(name):
+    assert dotted(flat(name)) == name and not set("./\\") & set(flat(name))
 
 
 def test_names_of_today_stay_and_no_two_become_one():

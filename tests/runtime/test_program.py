@@ -259,3 +259,24 @@ def test_what_is_loaded_into_buffers_while_attached_stays_and_what_forwards_writ
     assert float(compiled.backbone[1].count) == 7
     compiled.detach()
     assert float(compiled.backbone[1].count) == 7
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "capture"),
+    [("lora", {"rank": 1}, "modules"), ("lora", {"rank": 1}, "symbolic"), ("adapter", {"width": 1}, "modules")],
+)
+def test_long_chain(method: str, params: dict[str, Any], capture: str) -> None:
+    """Four hundred deltas at one site: emitting their graph nests no such number of calls."""
+    deltas = [{"name": f"d{i}", "method": method, "params": params, "target": "0"} for i in range(400)]
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    compiled = deltaspec.compile(base, {"deltaspec": 1, "deltas": deltas}, capture=capture, example_inputs=X)
+    some = ["d3", "d70", "d399"]
+    with torch.no_grad():
+        for name in some:
+            for parameter in compiled.deltas[name].parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    output = compiled(X.double())
+    output.sum().backward()
+    assert compiled.deltas["d300"].tensor(next(key for key, _ in compiled.deltas["d300"].tensors())).grad is not None
+    with compiled.only(*some):  # the others are still what they were drawn as, and add nothing
+        torch.testing.assert_close(output, compiled(X.double()))

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from deltaspec.backbone.observe import Observations
+from deltaspec.backbone.observations import Observations
 from deltaspec.backbone.tabulate import tabulate
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.language.load import load

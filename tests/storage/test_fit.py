@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from encoders import HEAD, INPUTS, LORA, encoder, logits, notes, saved, trained
+from quantised_weights import quantised
 from torch import Tensor, nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
 
@@ -178,6 +179,7 @@ def test_a_head_and_a_vocabulary_that_came_later(tmp_path):
         (lambda m: m.encoder.layer.append(copy.deepcopy(m.encoder.layer[0])), "encoder.layer.2 is new"),
         (lambda m: setattr(m.encoder.layer[0].output, "dense", nn.Linear(24, 16, bias=False)), "dense.bias is missing"),
         (lambda m: setattr(m.encoder.layer[0].intermediate, "intermediate_act_fn", nn.ReLU()), "is a ReLU, was a GELU"),
+        (lambda m: setattr(m.embeddings.LayerNorm, "more", nn.Parameter(torch.ones(2))), "LayerNorm.more is new"),
         (lambda m: setattr(m.embeddings, "LayerNorm", nn.LayerNorm(8)), "LayerNorm.weight is [8], was [16]"),
     ],
 )
@@ -259,3 +261,21 @@ def test_match_lets_more_pass_and_says_so(tmp_path, read: Callable[..., Any]):
             assert names in next((tmp_path / "b").glob("*.lock.json")).read_text()
     with pytest.raises(ValueError, match="match is"):
         read(encoder(), folder, match="nothing")
+
+
+def test_quantised_forms_of_the_same_weights_agree(tmp_path):
+    plain, codes = encoder(), encoder()
+    for fqn, module in codes.named_modules():
+        if isinstance(module, nn.Linear) and "output" in fqn:
+            quantised(module)
+    folder = saved(tmp_path / "a", trained(plain, LORA))
+    back = deltaspec.restore(codes, folder)
+    assert "as far as quantised values allow" in notes(back)
+    back.save(tmp_path / "b")  # and so the other way round
+    for model in (plain, codes):
+        assert deltaspec.restore(model, tmp_path / "b").attached == ("lora",)
+    other = encoder()
+    with torch.no_grad():
+        other.encoder.layer[0].output.dense.weight.copy_(torch.randn(16, 24) * 0.02)
+    quantised(other.encoder.layer[0].output.dense)
+    assert "layer.0.output.dense.weight differs" in refusal(other, folder)

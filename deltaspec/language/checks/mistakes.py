@@ -161,6 +161,8 @@ def value_hint(value: object, kinds: Iterable[str], path: Path) -> str | None:
     if value is None:
         return "delete the key, or give it a value"
     if isinstance(value, str):
+        if ("object" in kinds or "array" in kinds) and (hint := no_space_hint(value)):
+            return hint
         if path == ("model",):
             return f"write {{type: {value}}}, or {{architecture: …}} for one class"
         if kinds == ("array",):
@@ -196,6 +198,14 @@ def value_hint(value: object, kinds: Iterable[str], path: Path) -> str | None:
         return f"write {{sites: {value}}}"
     if isinstance(value, list) and kinds == ("object",):
         return "write a mapping: key: value"
+    return None
+
+
+def no_space_hint(text: str) -> str | None:
+    """Return what was meant by a text that is a key and a value without the space between them."""
+    key, colon, value = text.partition(":")
+    if colon and value[:1].strip() and key.isidentifier():
+        return f"a space is missing after the colon: write {key}: {value[:40]}"
     return None
 
 

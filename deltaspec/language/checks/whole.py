@@ -12,6 +12,7 @@ from deltaspec.diagnostics.findings import Diagnostic, Path
 from deltaspec.diagnostics.wording import closest, show_value
 from deltaspec.documents.builder import MAX_FINDINGS
 from deltaspec.documents.document import Document
+from deltaspec.language.checks.mistakes import no_space_hint
 from deltaspec.language.params import read_params
 from deltaspec.names.patterns import BacktrackingError, PatternError, compile_glob, compile_regex
 
@@ -151,6 +152,10 @@ def _pattern(
 ) -> Iterator[Diagnostic]:
     if not text or len(text) > 500:
         return  # the schema says so
+    atom = text.partition(":")[0]
+    if compiler is compile_glob and atom in (*_POSITIVE, "not", "optional") and (hint := no_space_hint(text)):
+        yield document.diagnostic("DS216", f"{key} {show_value(text)}: it is no name of a module", path, hint)
+        return
     try:
         compiler(text)
     except PatternError as error:

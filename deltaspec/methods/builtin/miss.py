@@ -102,7 +102,7 @@ def _shard_sum(x: Tensor, rank: int) -> Tensor:
     from torch.nn import functional as F
 
     x = F.pad(x, (0, -x.shape[-1] % rank))
-    return x.unflatten(-1, (-1, rank)).sum(-2)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // rank, rank).sum(-2)
 
 
 def _repeated(x: Tensor, width: int) -> Tensor:

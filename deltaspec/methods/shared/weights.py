@@ -37,9 +37,7 @@ def refuse_weight(
         article = "an" if wanted[0] in "AEIOU" else "a"
         return Refusal(
             f"{method} needs {article} {wanted} module, not {row.type}",
-            "select the linear layers inside it, or use method adapter for a whole block"
-            if site.kind in ("other", "norm")
-            else "leave this module out, or use method lora on it",
+            _inside(site) if site.kind in ("other", "norm") else "leave this module out, or use method lora on it",
         )
     if row.conv is not None and row.conv.transposed:
         return Refusal(f"{method} has no form for the transposed convolution {row.type}", "use method full")
@@ -49,6 +47,16 @@ def refuse_weight(
             "set dropout: 0 for this site in overrides",
         )
     return None
+
+
+def _inside(site: Site) -> str:
+    """Suggest what to select in place of a module that is no layer: its own matrices, or the layers inside it."""
+    matrices = [p.name for p in site.row.parameters if len(p.shape) in (2, 3) and min(p.shape[-2:]) > 1]
+    if site.kind != "other" or not matrices:
+        return "select the linear layers inside it, or use method adapter for a whole block"
+    named = matrices[0] if len(matrices) == 1 else f"[{', '.join(matrices)}]"
+    also = " (and the layers inside it by themselves)" if site.row.children else ""
+    return f"select its own matrices: {{type: {site.row.type}, parameter: {named}}}{also}"
 
 
 def reader(site: Site) -> str:

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import disk_offload
 from saved_library import LLAMA, OWN, build, lora, run
 
 import deltaspec
@@ -52,3 +53,15 @@ def test_names_with_dots_and_slashes(tmp_path, capture):
         mixed = source(**inputs, deltas=["user/lora", "v1.2"]).logits
         alone = torch.cat([source(**inputs, deltas=[name, name]).logits[:1] for name in ("user/lora", "v1.2")])
     assert torch.allclose(mixed, alone, atol=1e-5)
+
+
+def test_deltas_are_offloaded_to_a_disk_and_states_of_earlier_versions_are_loaded(tmp_path):
+    source = build(OWN)
+    wanted = run(source, "own")
+    state = {key.replace("~", "/"): value.clone() for key, value in source.state_dict().items()}
+    assert any("/" in key for key in state)
+    fresh = build(OWN, number=2)
+    fresh.load_state_dict(state)
+    assert torch.equal(run(fresh, "own"), wanted)
+    disk_offload(source.backbone, tmp_path, execution_device=torch.device("cpu"))
+    assert torch.equal(run(source, "own"), wanted)
