@@ -36,7 +36,7 @@ def refuse_backbone(model: nn.Module) -> None:
         raise DeltaSpecError([Diagnostic("DS415", message, "<model>", suggestion=hint)])
     if any(isinstance(module, Reserved) for module in model.modules()):
         message = f"{type(model).__name__} is compiled already"
-        hint = "take the original model, with all specs at once: compile(model, spec_a, spec_b)"
+        hint = "add deltas to what was compiled: c.add(spec); or compile the original model, with all specs at once"
         raise DeltaSpecError([Diagnostic("DS431", message, "<model>", suggestion=hint)])
     home = _home(model)
     if RESERVED in {*home._modules, *home._parameters, *home._buffers, *home.__dict__} or hasattr(type(home), RESERVED):

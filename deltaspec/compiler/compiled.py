@@ -15,12 +15,14 @@ from deltaspec.backbone.copying import copy_held, deep_copy
 from deltaspec.compiler.build import Built, build, with_rows
 from deltaspec.compiler.face import Face, attribute, take_backbone_names
 from deltaspec.compiler.handles import DeltasView, Restore, trainable
+from deltaspec.compiler.membership import add, remove
 from deltaspec.compiler.pickling import rebuild, reduced
 from deltaspec.compiler.standard_verbs import install
 from deltaspec.deltas.modules import Delta
 from deltaspec.diagnostics.findings import require_known
 from deltaspec.graphs.regions import Region
 from deltaspec.graphs.root import Entry, root_graph
+from deltaspec.language.model import DeltaSpec
 from deltaspec.library.libraries import Libraries
 from deltaspec.library.view import LibraryView, open_view
 from deltaspec.planning.plan import Plan
@@ -63,10 +65,8 @@ class CompiledModel(Face, torch.fx.GraphModule):
         # The graph calls `entry` only, so GraphModule took only that; the keys are to be the backbone's.
         self.add_module("backbone", backbone)
         self.training = backbone.training
-        self.__dict__["_built"] = built
-        self.__dict__.update({f"_{name}": part for name, part in built._asdict().items()})
-        self.__dict__["capture"] = capture
-        self.__dict__["capture_reason"] = capture_reason
+        self.__dict__.update({f"_{name}": part for name, part in built._asdict().items()}, _built=built)
+        self._shared.captured = capture, capture_reason
         self.register_load_state_dict_pre_hook(take_backbone_names)  # type: ignore[no-untyped-call]
         install(built)
 
@@ -76,6 +76,16 @@ class CompiledModel(Face, torch.fx.GraphModule):
     def plan(self) -> Plan:
         """The plan that this model was compiled from."""
         return self._shared.plan
+
+    @property
+    def capture(self) -> str:
+        """How the backbone was captured: `modules` or `symbolic`; see `deltaspec.compile`."""
+        return self._shared.captured[0]
+
+    @property
+    def capture_reason(self) -> str:
+        """Why it was captured so."""
+        return self._shared.captured[1]
 
     @property
     def attached(self) -> tuple[str, ...]:
@@ -105,6 +115,32 @@ class CompiledModel(Face, torch.fx.GraphModule):
         that raises DeltaSpecError (DS418).
         """
         return trainable(self._host, self.deltas, self._known(names) if names else self.attached)
+
+    # Deltas come and go
+
+    def add(self, spec: str | PathLike[str] | Mapping[str, Any] | DeltaSpec, *, example_inputs: Any = None) -> Self:
+        """Plan a spec onto the backbone, and add its deltas to this model; those that are there are not touched.
+
+        Their tensors stay the objects that they are, bits, gradients and the states of optimizers included, and what is
+        attached stays so. New deltas apply after them; in this view they attach as the spec says, other views have
+        them detached. From then on this is a model that was compiled with all these specs. Derived deltas may be built
+        from deltas that are there. `example_inputs` as for `compile`. Raises DeltaSpecError with all findings, and in a
+        forward (DS456); then everything is as it was.
+        """
+        add(self._built, spec, example_inputs)
+        return self
+
+    def remove(self, *names: str) -> Self:
+        """Take deltas out of this model, and of all its views, for good: they are detached, and let go of.
+
+        Rows that name them are refused. Raises UnknownDeltaError, DeltaSpecError for deltas that others are derived
+        from (DS486) or that a library holds (DS488), and while a forward runs in any view (DS456); then everything is
+        as it was.
+        """
+        if not names:
+            raise TypeError("name the deltas to remove, as in remove('a', 'b')")
+        remove(self._built, self._known(names))
+        return self
 
     # Attach and detach
 
@@ -220,11 +256,10 @@ class CompiledModel(Face, torch.fx.GraphModule):
         """Make the names of saved deltas known, to be loaded when they are attached; see `deltaspec.library`.
 
         `directory` is what `save` wrote, or holds such directories; `names` choose some of it. `limit` is how many of
-        them may be in memory, or the size of their tensors (`"2GiB"`); those that were not used for longest, and are
-        not attached, make way. `preload` loads all at once. `by="folder"` names deltas by their directories. They apply
-        after the compiled deltas, in the order of the directory; their parameters are frozen. `.plan`, `save` and
-        `state_dict` are those of the compiled deltas alone. `example_inputs` as for `compile`, `match` as for
-        `restore`. Raises DeltaSpecError with all findings.
+        them may be in memory, or their size (`"2GiB"`); those that were not used for longest, and are not attached,
+        make way. `preload` loads all at once. `by="folder"` names deltas by their directories. They apply after the
+        compiled ones, in order; their parameters are frozen. `.plan`, `save` and `state_dict` are those of the compiled
+        deltas alone. `example_inputs` as for `compile`, `match` as for `restore`. Raises DeltaSpecError.
         """
         return open_view(self._libraries, directory, names, limit, preload, by, example_inputs, match)
 

@@ -163,6 +163,10 @@ class Deltas(Reserved):
         """Register a delta; any name will do, also one that nn.Module has as a method."""
         self._modules[escaped(delta.name)] = delta
 
+    def discard(self, name: str) -> None:
+        """Take a delta out for good."""
+        self._modules.pop(escaped(name), None)
+
     def get(self, name: str) -> Delta | None:
         """Return a delta that is a module here; None where there is none."""
         found = self._modules.get(escaped(name))

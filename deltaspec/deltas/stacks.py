@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deltaspec.deltas.modules import Delta, Deltas, attribute_name
 from deltaspec.deltas.stack import Layout, Stack
-from deltaspec.deltas.watched import Displaced, stacked, watch
+from deltaspec.deltas.watched import Displaced, stacked, unwatch, watch
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.planning.planned import PlannedDelta, PlannedSite
 
@@ -139,6 +139,13 @@ class Stacks:
         for name in self._of:
             if (delta := deltas.get(name)) is not None:
                 watch(delta, self.displaced)
+
+    def discard(self, name: str) -> None:
+        """Forget a delta that is a module, and goes for good; its tensors stay what they are, whoever holds them."""
+        if (stack := self._of.pop(name, None)) is not None:
+            del self._pointers[name]
+            unwatch(self._module(name))
+            self._release(stack, name, again=False)
 
     # Held deltas
 

@@ -41,6 +41,12 @@ class Strengths:
                 if name in strengths:
                     tensor.fill_(strengths[name])
 
+    def forget(self, name: str) -> None:
+        """Forget a delta that is gone for good."""
+        self._values.pop(name, None)
+        for key in [key for key in self._tensors if key[0] == name]:
+            del self._tensors[key]
+
     def __bool__(self) -> bool:
         return bool(self._values)
 

@@ -62,6 +62,13 @@ def watch(delta: Delta, displaced: Displaced) -> None:
         delta.__dict__["_parameters"] = Watched(registry, displaced)
 
 
+def unwatch(delta: Delta) -> None:
+    """Let a delta's parameters be watched no more, in all views of it."""
+    stacked(delta)
+    for view in (delta, *delta.own_tensors.views):
+        view.__dict__["_parameters"] = dict(view.__dict__["_parameters"])
+
+
 def stacked(delta: Delta) -> None:
     """Take what is registered in all views of a delta for what is in its stack."""
     for view in (delta, *delta.own_tensors.views):

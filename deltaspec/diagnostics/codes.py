@@ -110,6 +110,9 @@ CODES: dict[str, str] = {
     "DS477": "state dict with other values of deltas",
     "DS468": "delta that is no part of a forward's graph",
     "DS469": "attribute that changed since a trace fixed it",
+    "DS486": "delta that others are derived from",
+    "DS487": "sources in a spec that another cannot be joined with",
+    "DS488": "delta of a library that is to be removed",
     # DS5: expectation and files
     "DS501": "unexpected number of sites",
     "DS502": "unexpected number of trainable parameters in a delta",

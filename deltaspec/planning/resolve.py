@@ -65,14 +65,19 @@ def load_all(specs: Sequence[str | os.PathLike[str] | Mapping[str, Any] | DeltaS
     return tuple(loaded)
 
 
-def resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observations) -> Plan:
-    """Plan specs on a module table. Raises DeltaSpecError with all findings, in document order."""
+def resolve(
+    specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observations, before: Plan | None = None
+) -> Plan:
+    """Plan specs on a module table. Raises DeltaSpecError with all findings, in document order.
+
+    What is planned comes after the deltas of the plan `before`, and both are returned as one.
+    """
     with timed():
-        return _resolve(specs, table, observations)
+        return _resolve(specs, table, observations, before or Plan((), (), table))
 
 
-def _resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observations) -> Plan:
-    findings = _repeated_names(specs)
+def _resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Observations, before: Plan) -> Plan:
+    findings = _repeated_names((*before.specs, *specs))
     deltas: list[PlannedDelta] = []
     checks: list[str] = []
     resolved: list[DeltaSpec] = []
@@ -101,14 +106,17 @@ def _resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Obser
         findings += [*own_findings, *unmet]
         deltas += own
         resolved.append(spec)
-    findings += conflicts(specs, deltas)
+    findings += conflicts((*before.specs, *specs), (*before.deltas, *deltas))
     if findings:
         raise DeltaSpecError(in_order(findings))
     failed = observations.failure
     unproven = f"not proven that a forward pass reaches every site ({failed}): pass example_inputs"
-    notes = () if failed is None else (unproven,)
-    unused = observations.unused(run=False)
-    return Plan(tuple(deltas), tuple(resolved), table, tuple(checks), notes, failed is None, unused)
+    notes = tuple(dict.fromkeys((*before.notes, *(() if failed is None else (unproven,)))))
+    unused = before.unused | observations.unused(run=False)
+    return Plan(
+        (*before.deltas, *deltas), (*before.specs, *resolved), table, (*before.checks, *checks), notes,
+        before.proven and failed is None, unused,
+    )  # fmt: skip
 
 
 def _settled(spec: DeltaSpec, index: int) -> tuple[DeltaSpec, list[Diagnostic]]:

@@ -165,6 +165,25 @@ class Active(Installation):
         self.programs.forget(name)
         self.owner.view_modules.pop(name, None)
 
+    def leave(self, names: Collection[str]) -> None:
+        """Detach these deltas, where they are attached."""
+        left = tuple(name for name in self.active if name not in names)
+        if left != self.active:
+            self.activate(left, strengths=self.strengths.as_dict(left))
+
+    def changed(self, gone: Collection[str], graph: fx.Graph | None) -> None:
+        """Follow deltas that came, or are gone; take another trace of the whole model, where there is one."""
+        for name in gone:
+            self.unready(name)
+            self.forget(name)
+            self.strengths.forget(name)
+        if graph is not self.graph:  # what is installed still does what it is to do
+            self.graph = graph
+            self.builder.take(graph)
+            self.programs.clear()
+        self.rows.changed(gone)
+        self.gate.first = FirstForwards.of(self, self.host, self.shared)
+
     # What other tools changed
 
     def _before_forward(self) -> Callable[[], None] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from deltaspec.deltas.combine import behind, refresh
+from deltaspec.planning.plan import Plan
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.shared import Shared
 
@@ -14,7 +15,16 @@ class Derived:
 
     def __init__(self, shared: Shared, host: Host) -> None:
         self._shared, self._host = shared, host
-        self.names = frozenset(planned.name for planned in shared.plan.deltas if planned.derived is not None)
+        self._plan: Plan | None = None
+        self._names: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the derived deltas that there are now."""
+        plan = self._shared.plan
+        if self._plan is not plan:
+            self._plan, self._names = plan, frozenset(d.name for d in plan.deltas if d.derived is not None)
+        return self._names
 
     def refresh(self, names: Iterable[str]) -> None:
         """Compute those of these deltas that are derived anew, from their sources as they are now."""

@@ -58,7 +58,8 @@ class FirstForwards:
     def run(self, backbone: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run a forward of the backbone, and look at it if it is the first one of its kind."""
         forward: Any = type(backbone)._call_impl
-        names, kind = self._view.active, _kind(backbone.training, args, kwargs)
+        names = self._view.active if self._host.gate.rows is None else ()  # what rows are under is proven there
+        kind = _kind(backbone.training, args, kwargs)
         if (kind, names) in self._checked:
             return forward(backbone, *args, **kwargs)
         modules = list(self._host.modules.values())

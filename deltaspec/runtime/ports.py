@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from deltaspec.deltas.modules import Delta
+from deltaspec.deltas.strengths import Strengths
 from deltaspec.runtime.forward_gate import ForwardGate
 from deltaspec.runtime.host import Host
 
@@ -19,12 +20,22 @@ class View(Protocol):
     active: tuple[str, ...]
     gate: ForwardGate
     host: Host
+    strengths: Strengths
+
+    def activate(self, names: Iterable[str], *, strengths: Mapping[str, float] | None = None) -> None:
+        """Make exactly these deltas act, at these strengths."""
 
     def unready(self, name: str) -> None:
         """Let no switch to a delta be quick any more."""
 
     def forget(self, name: str) -> None:
         """Forget all that was made for a delta."""
+
+    def leave(self, names: Collection[str]) -> None:
+        """Detach these deltas, where they are attached."""
+
+    def changed(self, gone: Collection[str], graph: fx.Graph | None) -> None:
+        """Follow deltas that came, or are gone; take another trace of the whole model, where there is one."""
 
     def kept(self) -> dict[tuple[str, str], Tensor]:
         """Return the values that buffers will have when nothing is attached, by module's FQN and name."""
@@ -87,3 +98,6 @@ class RowSwitch(Protocol[View_contra]):
 
     def forget(self) -> None:
         """Forget all that holds tensors."""
+
+    def changed(self, gone: Collection[str]) -> None:
+        """Follow deltas that came, or are gone for good."""

@@ -64,9 +64,14 @@ class ProgramBuilder:
     def __init__(
         self, host: Host, placements: Placements, graph: fx.Graph | None, strengths: Strengths | None = None
     ) -> None:
-        self.host, self.placements, self.graph = host, placements, graph
+        self.host, self.placements = host, placements
         self.deltas, self.own_forward = host.deltas, host.own_forward
         self.strengths = Strengths() if strengths is None else strengths
+        self.take(graph)
+
+    def take(self, graph: fx.Graph | None) -> None:
+        """Let this be the trace of the whole model, from now on; None where it is not traced."""
+        self.graph = graph
         self._traced = {str(node.target) for node in graph.nodes if node.op == "call_module"} if graph else set()
 
     @property

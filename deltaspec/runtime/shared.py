@@ -46,6 +46,8 @@ class Shared:
         self.stacks = Stacks(deltas, self.planned, self.is_read, self.is_idle)
         self.unproven = set() if plan.proven else set(self.order)
         """Deltas whose sites no forward was seen to reach yet."""
+        self.captured = "modules", ""
+        """How the backbone was captured, and why so."""
         self.rivals = Rivals(plan.deltas)
         """Tells which deltas cannot act at once."""
         self._views: weakref.WeakSet[View] = weakref.WeakSet()
@@ -57,7 +59,7 @@ class Shared:
         memo[id(self.stacks.home)] = deltas
         twin.lock, twin.plan, twin.unproven = threading.RLock(), self.plan, set(self.unproven)
         guard(twin, 2)
-        twin.planned, twin.order = dict(self.planned), dict(self.order)
+        twin.planned, twin.order, twin.captured = dict(self.planned), dict(self.order), self.captured
         memo[id(self.planned)] = twin.planned
         twin.placements = Placements(twin.planned)
         twin.stacks = copy.deepcopy(self.stacks, memo)
@@ -109,6 +111,39 @@ class Shared:
         """Forget what was kept for deltas that are gone for good."""
         self.rivals.sweep()
         self.stacks.forget_kinds()
+
+    def extend(self, plan: Plan, *, proven: bool) -> None:
+        """Take in a plan that has more deltas, modules of the backbone: they apply after the others, before libraries'.
+
+        `proven`: whether a forward was seen to reach them.
+        """
+        known = [delta.name for delta in self.plan.deltas]
+        new = [delta for delta in plan.deltas if delta.name not in self.planned]
+        first = 1 + max((self.order[name] for name in known), default=-1)
+        later = {name: place + len(new) for name, place in self.order.items() if place >= first}
+        self.order.update(later | {delta.name: first + number for number, delta in enumerate(new)})
+        for delta in new:
+            self.add(delta, proven=proven)
+        self.plan = plan
+
+    def reduce(self, plan: Plan) -> None:
+        """Take in a plan that lacks deltas, modules of the backbone, which are attached nowhere: they go for good."""
+        left = {delta.name for delta in plan.deltas}
+        for name in [delta.name for delta in self.plan.deltas if delta.name not in left]:
+            self.stacks.discard(name)
+            self.discard(name)
+            del self.order[name]
+        self.plan = plan
+        self.sweep()
+
+    def containers(self) -> list[Deltas]:
+        """Return the modules that hold the deltas, of all views, and those that outlived the first one."""
+        found = {id(deltas): deltas for deltas in (view.host.deltas for view in self.views())}
+        return list({**found, id(self.stacks.home): self.stacks.home}.values())
+
+    def moved(self, deltas: Deltas) -> None:
+        """Take the tensors of deltas as they are now for those that all views have."""
+        self._tensors = _identities(deltas) if len(self.views()) > 1 else ()
 
     # Views
 

@@ -45,6 +45,8 @@ class Rows:
     """Deltas and strengths that were asked for, row by row."""
     places: Mapping[str, int]
     """Row of each delta in its stack when this was made."""
+    gone: str | None = None
+    """A delta in it that was taken out of the model since."""
 
     def __len__(self) -> int:
         return self.index.shape[1]

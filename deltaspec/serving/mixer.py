@@ -7,17 +7,17 @@ call, and then the region of the rows' kinds. So one installation serves every a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import count
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 from deltaspec.deltas.modules import Deltas
 from deltaspec.deltas.stacks import Kind
-from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, UnknownDeltaError
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.interrupts import surely
@@ -51,6 +51,9 @@ class Mixer:
         """Dispatchers by host; the same ones at each installation, or compiled graphs would be compiled anew."""
         self._made: dict[Kinds, None] = {}  # no set: Dynamo would compile a graph anew whenever one grows
         self._mixable: set[Kind] = set()
+        self._chosen: dict[Kinds, list[tuple[Kind, str]]] = {}
+        """By kinds: each with the delta of it that stands for all."""
+        self._given: WeakSet[Rows] = WeakSet()
         self._placed: dict[Kind, int] = {}
         self._tried: set[str] = set()
         """Hosts that are given the rows of a batch along dimension 0."""
@@ -103,7 +106,8 @@ class Mixer:
             if keys not in self._made:
                 # All of their kinds at once: a stack that grows later is another shape to a compiled graph.
                 stacks.ensure([name for name in self._shared.planned if stacks.kind(name) in slots])
-                self._make(keys, [next(name for name in names if kinds[name] is kind) for kind in slots])
+                self._chosen[keys] = [(kind, next(name for name in names if kinds[name] is kind)) for kind in slots]
+                self._make(keys, [name for _, name in self._chosen[keys]])
             table: list[list[tuple[str, int, float] | None]] = [[None] * len(rows) for _ in slots]
             for number, row in enumerate(rows):
                 for name, slot in zip(row, places([kinds[name] for name in row], slots), strict=True):
@@ -112,6 +116,7 @@ class Mixer:
             tensors = to_tensors(table, len(rows), device)
             made = Rows(keys, *tensors, deltas=tuple(rows), places={n: stacks.of(n).names[n] for n in names})
             self._active.residency.pin(made, names)
+            self._given.add(made)
             return made
 
     def _place(self, kind: Kind) -> int:
@@ -141,6 +146,26 @@ class Mixer:
             if self.installed:
                 self.remove()
                 self.install()
+
+    def changed(self, gone: Collection[str]) -> None:
+        """Follow deltas that came, or are gone for good: rows that name those are refused from now on."""
+        self._placed.clear()
+        for rows in list(self._given):
+            if found := next((name for name in rows.places if name in gone), None):
+                object.__setattr__(rows, "gone", found)
+        for kinds, chosen in list(self._chosen.items()):
+            if not any(name in gone for _, name in chosen):
+                continue
+            others = [next((n for n in self._shared.planned if self._stacks.kind(n) is kind), "") for kind, _ in chosen]
+            if kinds not in self._made or not all(others):
+                del self._chosen[kinds]
+                self._made.pop(kinds, None)
+                for mixed in self._mixed.values():
+                    mixed.pop(kinds, None)
+                continue
+            self._chosen[kinds] = [(kind, name) for (kind, _), name in zip(chosen, others, strict=True)]
+            self._stacks.ensure(others)
+            self._make(kinds, others)
 
     def prepare(self) -> None:
         """Make the backbone ready for rows, unless it is. Raise DeltaSpecError (DS456) where a forward runs."""
@@ -218,6 +243,8 @@ class Mixer:
         with self._gate.alone():
             if not isinstance(deltas, Rows):
                 rows = self.rows(deltas)
+            elif deltas.gone is not None:
+                raise UnknownDeltaError([_gone(deltas.gone)])
             elif deltas.kinds in self._made and self._is_current(deltas):
                 rows = deltas
             else:
@@ -256,6 +283,8 @@ class Mixer:
         """Run the model with rows inside a trace, which can install nothing."""
         if not isinstance(rows, Rows):
             raise RuntimeError("deltaspec DS444: under torch.compile pass deltas=c.rows([...]), made outside of it")
+        if rows.gone is not None:
+            raise RuntimeError(f"deltaspec DS434: {rows.gone!r} was removed since c.rows([...]) was called")
         if not self.installed or rows.kinds not in self._made:
             raise RuntimeError("deltaspec DS444: the model was detached or moved since: make c.rows([...]) again")
         if self._stacks.displaced.count:
@@ -306,6 +335,11 @@ def _note_displaced(slots: Sequence[Slot], deltas: Deltas) -> None:
     """Have it known which slots have tensors of this call alone, before parts of the forward are compiled, maybe."""
     for slot in slots:
         slot.is_displaced(deltas)
+
+
+def _gone(name: str) -> Diagnostic:
+    message = f"the delta {name!r} was removed since these rows were prepared"
+    return Diagnostic("DS434", message, suggestion="prepare them again without it: c.rows([...])")
 
 
 def _number(kind: Kind) -> int:
