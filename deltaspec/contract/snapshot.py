@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltaspec.names.paths import is_inside
 from deltaspec.runtime.forward_gate import INSTALLED
+from deltaspec.runtime.pickled_alone import MARK
 from deltaspec.runtime.verbs import Verb
 
 
@@ -30,7 +31,7 @@ def snapshot(model: nn.Module, *, identity: bool = False, skip: str | None = Non
         if identity:
             seen[f"{place}id"] = id(module)
         for name, value in module.__dict__.items():
-            if skip is not None and (name in INSTALLED or isinstance(value, Verb)):
+            if skip is not None and (name in INSTALLED or name == MARK or isinstance(value, Verb)):
                 continue
             if name == "_parameters" or name == "_buffers":
                 for own, tensor in value.items():

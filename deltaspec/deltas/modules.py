@@ -151,7 +151,7 @@ class Deltas(Reserved):
     def __init__(self) -> None:
         super().__init__()
         self.owner: Owner | None = None
-        self._register_load_state_dict_pre_hook(_with_names_of_today)
+        self._register_load_state_dict_pre_hook(_with_names_of_today)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     def own(self) -> None:

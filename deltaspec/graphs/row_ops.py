@@ -61,7 +61,7 @@ def rows_in(slot: RowSlot, x: Tensor) -> Tensor:
         if size == 1:
             x, size = x.expand(batch.size, -1), batch.size
         if size == batch.size or size in batch.totals:
-            return torch.unflatten(x, 0, (batch.size, -1)) if batch.size else x.unsqueeze(1)
+            return x.reshape(batch.size, size // batch.size, x.shape[-1])
     elif size == batch.size or (size % batch.size == 0 and batch.images):
         return x
     elif size == 1:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import nn
 
 from deltaspec.backbone.table import Row
 from deltaspec.backbone.weight_forms import own_shape
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.methods.declarations import Site
 from deltaspec.planning.planned import PlannedDelta
 from deltaspec.runtime.host import Host
 
 
 def refuse_misfits(host: Host, deltas: Iterable[PlannedDelta]) -> None:
     """Raise DeltaSpecError (DS458) for deltas whose modules are gone, or have another class or other shapes."""
-    rows = {(delta.name, part.site.row.fqn): part.site.row for delta in deltas for part in delta.sites}
+    sites = {(delta.name, part.fqn): part.site for delta in deltas for part in delta.sites}
     findings = []
-    for (name, fqn), row in rows.items():
-        if (what := _misfit(row, host.modules.get(fqn))) is not None:
+    for (name, _), site in sites.items():
+        row, fqn = _as_held(site), site.row.fqn
+        if (what := _misfit(row, host.modules.get(fqn), site.stack is None)) is not None:
             message = f"delta {name!r} was compiled for {fqn or 'the model'} as {_described(row)}, and it {what}"
             hint = "change the model before deltaspec.compile, or compile the changed model and load the saved deltas"
             findings.append(Diagnostic("DS458", message, file="<model>", suggestion=hint))
@@ -26,7 +29,15 @@ def refuse_misfits(host: Host, deltas: Iterable[PlannedDelta]) -> None:
         raise DeltaSpecError(findings)
 
 
-def _misfit(row: Row, module: nn.Module | None) -> str | None:
+def _as_held(site: Site) -> Row:
+    """Return a site's module with the parameters that it holds; as a site, a single one is seen as a layer's weight."""
+    if site.stack is None or site.parameter is None:
+        return site.row
+    [matrix] = site.row.parameters
+    return replace(site.row, parameters=(replace(matrix, name=site.parameter, shape=(*site.stack, *matrix.shape)),))
+
+
+def _misfit(row: Row, module: nn.Module | None, whole: bool) -> str | None:
     if module is None:
         return "is gone"
     if row.type not in {kind.__name__ for kind in type(module).__mro__}:
@@ -38,6 +49,8 @@ def _misfit(row: Row, module: nn.Module | None) -> str | None:
         # A shard has other dimensions; it still is the same weight.
         if len(parameter.shape) > 1 and len(found) == len(parameter.shape) and found != parameter.shape:
             return f"has {parameter.name} {[*found]} now"
+    if not whole:
+        return None
     known = {parameter.name for parameter in row.parameters}
     surplus = [name for name in ("weight", "bias") if name not in known and _is_parameter(module, name)]
     return f"has a {surplus[0]} now" if surplus else None

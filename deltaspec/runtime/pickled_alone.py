@@ -12,7 +12,8 @@ from torch import nn
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
-_MARK = "_deltaspec_part"
+MARK = "_deltaspec_part"
+"""What `mark` sets in the `__dict__` of a module; it stays there when nothing is attached."""
 
 
 class Part:
@@ -33,9 +34,9 @@ class _Mark(Part):
 
 def mark(module: nn.Module) -> None:
     """Let pickle refuse a host by name. To be called before its `forward` is set: pickle goes in order."""
-    module.__dict__.setdefault(_MARK, _Mark())
+    module.__dict__.setdefault(MARK, _Mark())
 
 
 def unmark(module: nn.Module) -> None:
     """Undo `mark`, on a copy that is a plain model."""
-    module.__dict__.pop(_MARK, None)
+    module.__dict__.pop(MARK, None)

@@ -93,6 +93,9 @@ class RowSwitch(Protocol[View_contra]):
     def remove(self) -> bool:
         """Take them out; return whether they were in."""
 
+    def end(self) -> None:
+        """Leave a forward with rows that was interrupted."""
+
     def forget(self) -> None:
         """Forget all that holds tensors."""
 

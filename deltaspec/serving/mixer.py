@@ -179,7 +179,8 @@ class Mixer:
                     surely(self._withdraw)
                     raise
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Leave a forward with rows, which installed its own forwards: also one that an interrupt left."""
         self._stop()
         self._withdraw()
 
@@ -258,7 +259,7 @@ class Mixer:
                     self.install()
                 yield
             finally:
-                surely(self._stop if installed else self._end)
+                surely(self._stop if installed else self.end)
 
     def _try(self, kinds: Kinds, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Have it shown, once a host, that the rows are where they are looked for; on the call's inputs, if need be."""

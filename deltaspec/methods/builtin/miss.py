@@ -99,10 +99,10 @@ class Miss(Method):
 
 def _shard_sum(x: Tensor, rank: int) -> Tensor:
     """Add up the shards of x, `[…, in]`; the last one is filled up with zeros."""
-    import torch
     from torch.nn import functional as F
 
-    return torch.unflatten(F.pad(x, (0, -x.shape[-1] % rank)), -1, (-1, rank)).sum(-2)
+    x = F.pad(x, (0, -x.shape[-1] % rank))
+    return x.reshape(*x.shape[:-1], x.shape[-1] // rank, rank).sum(-2)
 
 
 def _repeated(x: Tensor, width: int) -> Tensor:

@@ -161,5 +161,5 @@ def _orthonormal(rows: Tensor) -> Tensor:
 
     columns, triangle = torch.linalg.qr(single(rows).t())
     # QR leaves the columns' signs open; with those of R's diagonal it is the Gram-Schmidt process.
-    found: Tensor = (columns * torch.diagonal(triangle).sign()).t().to(rows.dtype)
-    return found
+    turned: Tensor = (columns * torch.diagonal(triangle).sign()).t()
+    return turned.to(rows.dtype)

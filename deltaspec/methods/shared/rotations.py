@@ -74,7 +74,7 @@ def rotate(x: Tensor, blocks: Tensor) -> Tensor:
     """Multiply x, `[…, width]`, by a block-diagonal matrix, `[blocks, size, size]`; a single block serves all."""
     import torch
 
-    pieces = torch.unflatten(x, -1, (-1, blocks.shape[-1]))
+    pieces = x.reshape(*x.shape[:-1], x.shape[-1] // blocks.shape[-1], blocks.shape[-1])
     if blocks.shape[0] == 1:
         return (pieces @ blocks[0]).flatten(-2)
     rotated: Tensor = torch.einsum("...rk,rkc->...rc", pieces, blocks)
