@@ -90,13 +90,11 @@ def test_a_merged_model_is_plain_and_owns_its_weights():
     assert b"deltaspec" not in stream.getvalue()
 
 
-def test_no_delta_merges_to_the_original():
+def test_nothing_to_merge():
+    """With nothing attached, it is said; where the backbone was trained, that is what is merged."""
     model = ARCHITECTURES["bert"].model()
-    compiled = build("bert", linears("bert", LOW), model=model)
-    compiled.detach()
-    merged = compiled.merge()
-    assert differences(snapshot(model), snapshot(merged)) == []
-    assert same(run(merged, "bert"), run(model, "bert"))
+    with pytest.raises(DeltaSpecError, match="DS417"):
+        build("bert", linears("bert", LOW), model=model).detach().merge()
 
 
 def test_flags_of_the_merged_model_are_those_of_the_original():
