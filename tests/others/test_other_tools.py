@@ -1,4 +1,4 @@
-"""Other tools that change a compiled model: what they put on stays, what they replace is followed or refused by name."""
+"""Other tools that change a compiled model: what they put on stays, what they replace is followed or refused."""
 
 from __future__ import annotations
 
@@ -53,8 +53,6 @@ def test_hooks_put_on_under_one_delta_and_taken_off_under_another():
     seen.append(acting(logits(compiled.detach())))
     seen.append(acting(logits(compiled.attach("french"))))
     assert seen == ["french", "german", "german", "base", "french"]
-    compiled.detach()
-    assert not any("forward" in module.__dict__ for module in compiled.backbone.model.modules())
 
 
 @pytest.mark.parametrize("attached", [False, True])
