@@ -13,10 +13,9 @@ from itertools import chain
 from types import MethodType
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, fx, nn
 
-from deltaspec.backbone.forwards import arguments_of, gives_new_tensor
+from deltaspec.backbone.forwards import gives_new_tensor
 from deltaspec.backbone.stand_in import Swapped
 from deltaspec.backbone.weight_forms import is_packed
 from deltaspec.deltas.modules import Delta, attribute_name, storage_key
@@ -25,10 +24,10 @@ from deltaspec.graphs.links import Link
 from deltaspec.graphs.passes.run import run_passes
 from deltaspec.graphs.regions import Region, RegionKey, region
 from deltaspec.graphs.symbolic import SiteNames, compile_graph, copy_graph, rewrite_site
-from deltaspec.methods.declarations import Form, Site
 from deltaspec.methods.registry import methods
 from deltaspec.names.escaping import escaped
 from deltaspec.runtime.beside import Beside
+from deltaspec.runtime.forms import argument_names, call_form, computed_in, form_of
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.lowering import Attend, Fold, Lowered
 from deltaspec.runtime.misfits import refuse_misfits
@@ -211,7 +210,7 @@ class ProgramBuilder:
         """
         module, kind = self.modules[host], type(self.modules[host])
         argument, hidden = call_form(kind, placements[0].planned.site)
-        named = _arguments(kind.forward) if any(placement.arguments for placement in placements) else ()
+        named = argument_names(kind.forward) if any(placement.arguments for placement in placements) else ()
         owned = self.host.socket(host).original is None and gives_new_tensor(kind)
         lowered = tuple(
             (*(s.buffer for s in p.planned.tensors), *([None] if scaled else [])) for p, scaled, _ in leading
@@ -248,7 +247,7 @@ class ProgramBuilder:
         planned, delta = placement.planned, self.deltas[placement.delta]
         names = tuple(spec.name for spec in planned.tensors)
         tensors = [delta.tensor(storage_key(planned.site.row.fqn, spec)) for spec in planned.tensors]
-        link = Link(placement.method, planned.params, form_of(planned.site, names), *_compute(tensors, module))
+        link = Link(placement.method, planned.params, form_of(planned.site, names), *computed_in(tensors, module))
         if buffers := frozenset(spec.name for spec in planned.tensors if spec.buffer):
             link = replace(link, buffers=buffers)
         probability = methods()[placement.method].dropout(planned.params)
@@ -260,45 +259,6 @@ class ProgramBuilder:
         tensors = {s.name: prefix + attribute_name(storage_key(planned.site.row.fqn, s)) for s in planned.tensors}
         probability = methods()[placement.method].dropout(planned.params)
         return SiteNames(tensors, prefix + Delta.dropout_name(probability) if probability else None)
-
-
-def form_of(site: Site, tensors: tuple[str, ...]) -> Form:
-    """Reduce a site to what a formula may depend on."""
-    dims = len(site.row.shape_of("weight")) if site.row.has_parameter("weight") else 0
-    return Form(site.kind, dims, dims - 2 if site.kind == "conv" else 0, site.row.conv_groups, tensors, site.row.parts)
-
-
-def call_form(kind: type[nn.Module], site: Site) -> tuple[str | None, str]:
-    """Return how a host is called: (its only argument's name, or None where anything is passed through; the first's
-    name).
-    """
-    names = _arguments(kind.forward)
-    first = names[0] if names and not names[0].startswith("*") else "hidden_states"
-    known = site.kind != "other" and site.row.faithful
-    single = known and len(names) == 1 and not names[0].startswith("*")
-    return (first if single else None), first
-
-
-@functools.cache
-def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
-    parameters = arguments_of(forward)
-    stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
-    return tuple(stars.get(p.kind.name, "") + p.name for p in parameters)
-
-
-def _compute(tensors: list[Tensor], module: nn.Module) -> tuple[str | None, bool]:
-    """Return the wider of the delta's dtype and the host's where they differ, and whether the delta's is another.
-
-    The formula computes in it: what the host gives goes through it, and must come back as it was without the delta.
-    """
-    own = next((p.dtype for p in module.parameters() if p.is_floating_point() and p.element_size() > 1), None)
-    delta = next((t.dtype for t in tensors if t.is_floating_point()), None)
-    if own is None and delta is not None and is_packed(module):  # what enters and leaves may have any dtype
-        return str(delta).removeprefix("torch."), False
-    if own is None or delta is None or own == delta:
-        return None, False
-    wide = torch.promote_types(own, delta)
-    return str(wide).removeprefix("torch."), wide != delta
 
 
 def _needs_own_region(placement: Placement) -> bool:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from numbers import Real
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from deltaspec.deltas.stacks import Kind
 
 _LARGEST = torch.finfo(torch.float32).max
 """Strengths are float32 where they are data."""
+_NUMBERS: WeakKeyDictionary[Kind, int] = WeakKeyDictionary()
+_NEXT = count(1)
 
 RowDeltas = Mapping[str, float]
 """The deltas of one row, in order of application, with their strengths."""
@@ -92,6 +96,14 @@ def checked_strength(name: str, strength: Any) -> float:
         hint = "give a number that is finite in float32, 0 for none of it, 1 for all"
         raise ValueError(f"the strength of {name!r} is {value}; {hint}")
     return value
+
+
+def key_of(kind: Kind) -> str:
+    """Return a key that no other kind of this process has: its method, and its number in the order of first use."""
+    found = _NUMBERS.get(kind)
+    if found is None:
+        found = _NUMBERS.setdefault(kind, next(_NEXT))  # one number, whatever thread is first
+    return f"{kind.method} {found}"
 
 
 def chain(rows: Iterable[tuple[Kind, ...]], number: Callable[[Kind], int]) -> list[Kind]:

@@ -16,9 +16,10 @@ from deltaspec.deltas.stacks import Stacks
 from deltaspec.graphs.row_ops import rows_in, toward_rows
 from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
+from deltaspec.runtime.forms import form_of
 from deltaspec.runtime.lowering import Attend, Lowered
 from deltaspec.runtime.placements import Placement
-from deltaspec.runtime.program_builder import ProgramBuilder, form_of
+from deltaspec.runtime.program_builder import ProgramBuilder
 from deltaspec.runtime.sockets import Forward
 from deltaspec.serving.numbering import numbering_of
 from deltaspec.serving.prompts import EmbeddedRows, FollowingRows, PromptedRows, RowFront

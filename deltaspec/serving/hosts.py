@@ -17,9 +17,10 @@ from deltaspec.graphs.links import like
 from deltaspec.graphs.row_ops import align, rows_in, rows_out, take
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.checkpointing import tensors_in
+from deltaspec.runtime.forms import call_form
 from deltaspec.runtime.lowering import Fold, Lowered
 from deltaspec.runtime.placements import Placement, host_of
-from deltaspec.runtime.program_builder import Given, ProgramBuilder, call_form
+from deltaspec.runtime.program_builder import Given, ProgramBuilder
 from deltaspec.runtime.sockets import Forward
 from deltaspec.serving.binding import attend_rows, sources_of
 from deltaspec.serving.slots import Slot

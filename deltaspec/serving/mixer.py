@@ -7,44 +7,35 @@ call, and then the region of the rows' kinds. So one installation serves every a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import count
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 
-from deltaspec.deltas.modules import Deltas
 from deltaspec.deltas.stacks import Kind
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, UnknownDeltaError
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.interrupts import surely
-from deltaspec.runtime.proving import watched
 from deltaspec.runtime.shared import Shared
 from deltaspec.runtime.sockets import Forward, Socket
-from deltaspec.serving.assignment import Rows, chain, parse_rows, places, to_tensors
+from deltaspec.serving.assignment import Rows, chain, key_of, parse_rows, places, to_tensors
 from deltaspec.serving.binding import put_prompts_in_front, touched
-from deltaspec.serving.dispatch import Batch, Dispatch, Entering, Kinds
+from deltaspec.serving.dispatch import Dispatch, Entering, Kinds
 from deltaspec.serving.hosts import bind_rows, refusals
+from deltaspec.serving.running import Running
 from deltaspec.serving.slots import Slot
-from deltaspec.serving.trial import rows_lead
-
-_NUMBERS: WeakKeyDictionary[Kind, int] = WeakKeyDictionary()
-_NEXT = count(1)
 
 
-class Mixer:
+class Mixer(Running):
     """Runs one backbone clone on rows under different deltas."""
 
     def __init__(self, active: Active, shared: Shared, host: Host) -> None:
-        self._active, self._shared, self._host = active, shared, host
+        super().__init__(shared, host)
+        self._active = active
         self._gate, self._stacks, self._builder = host.gate, shared.stacks, active.builder
-        self.batch = Batch()
-        self.running: Kinds | None = None
-        """Kinds of the rows of the forward that runs now; None where it has no rows."""
-        self._slots: list[Slot] = []
         self._mixed: dict[str, dict[Kinds, Forward]] = {}
         """Forwards of each host, by kinds."""
         self._dispatchers: dict[str, Dispatch] = {}
@@ -55,10 +46,6 @@ class Mixer:
         """By kinds: each with the delta of it that stands for all."""
         self._given: WeakSet[Rows] = WeakSet()
         self._placed: dict[Kind, int] = {}
-        self._tried: set[str] = set()
-        """Hosts that are given the rows of a batch along dimension 0."""
-        self._shown: set[Kinds] = set()
-        """Kinds all of whose hosts are in `_tried`."""
         self._installed: list[tuple[Socket, Forward | None]] = []
         """(socket, what stood in it; None: nothing attached needs it); empty while nothing is installed."""
 
@@ -102,7 +89,7 @@ class Mixer:
             stacks.ensure(names)
             stacked = [tuple(kinds[name] for name in row) for row in (*rows, *([name] for name in among))]
             slots = chain(stacked, self._place)
-            keys = tuple(f"{kind.method} {_number(kind)}" for kind in slots)
+            keys = tuple(map(key_of, slots))
             if keys not in self._made:
                 # All of their kinds at once: a stack that grows later is another shape to a compiled graph.
                 stacks.ensure([name for name in self._shared.planned if stacks.kind(name) in slots])
@@ -130,7 +117,7 @@ class Mixer:
         """Build the forwards of all hosts for kinds, each given by the name of a delta of it."""
         with self._gate.switching(with_rows=True) if self.installed else nullcontext():
             builder = self._builder
-            self._slots += [Slot(number, self.batch) for number in range(len(self._slots), len(kinds))]
+            self._provide(len(kinds))
             hosts: dict[str, list[tuple[Slot, str]]] = {}
             for slot, name in zip(self._slots, names, strict=False):
                 for host in builder.placements[name]:
@@ -249,28 +236,17 @@ class Mixer:
                 rows = deltas
             else:
                 rows = self.rows(deltas.deltas)
-            self._try(rows.kinds, args, {} if keep else kwargs)
+            self._try(rows.kinds, self._mixed, args, {} if keep else kwargs)
             installed = self.installed
             try:
                 self._start(rows, args, kwargs, keep)
-                _note_displaced(self._slots, self._host.deltas)
+                self._note_displaced()
                 if not installed:
                     self._active.before_rows()
                     self.install()
                 yield
             finally:
                 surely(self._stop if installed else self.end)
-
-    def _try(self, kinds: Kinds, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Have it shown, once a host, that the rows are where they are looked for; on the call's inputs, if need be."""
-        if kinds in self._shown:
-            return
-        modules = self._host.modules
-        hosts = [host for host, mixed in self._mixed.items() if host and kinds in mixed and host not in self._tried]
-        backbone = self._host.backbone
-        if not hosts or rows_lead(backbone, {host: modules[host] for host in hosts}, backbone, args, kwargs):
-            self._tried.update(hosts)
-            self._shown.add(kinds)
 
     def call(self, deltas: Sequence[Any] | Rows, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run the model with a delta a row."""
@@ -306,43 +282,7 @@ class Mixer:
             stacks.ensure(rows.places)
             return all(stacks.of(name).names[name] == place for name, place in rows.places.items())
 
-    def _start(self, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool = False) -> None:
-        self.batch.begin(len(rows), args, kwargs)
-        for slot in self._slots[: len(rows.kinds)]:
-            slot.fill(rows, keep)
-        self.running = rows.kinds
-
-    def _stop(self) -> None:
-        for slot in self._slots:
-            slot.clear()
-        self.running = None
-        self.batch.rows = 0
-
-    def proving(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the model, watched if nothing has shown yet that the rows' deltas are reached."""
-        if torch.compiler.is_compiling() or not self._shared.unproven:
-            return forward(*args, **kwargs)
-        names = [name for slot in self._slots for name in slot.names]
-        if self._shared.unproven.isdisjoint(names):
-            return forward(*args, **kwargs)
-        output, seen = watched(self._host.backbone, forward, *args, **kwargs)
-        self._shared.prove_reached(seen, names)
-        return output
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _note_displaced(slots: Sequence[Slot], deltas: Deltas) -> None:
-    """Have it known which slots have tensors of this call alone, before parts of the forward are compiled, maybe."""
-    for slot in slots:
-        slot.is_displaced(deltas)
-
 
 def _gone(name: str) -> Diagnostic:
     message = f"the delta {name!r} was removed since these rows were prepared"
     return Diagnostic("DS434", message, suggestion="prepare them again without it: c.rows([...])")
-
-
-def _number(kind: Kind) -> int:
-    """Return a kind's number, in the order in which kinds were first used."""
-    found = _NUMBERS.get(kind)
-    return _NUMBERS.setdefault(kind, next(_NEXT)) if found is None else found  # one number, whatever thread is first
