@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltaspec.backbone.holding import ATOMS, COMPILED, Reach, copies_itself, parts_of, subtree
+from deltaspec.backbone.weak import WeakCopies
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
 _KNOWN_ATOMS = frozenset(ATOMS)
@@ -55,23 +56,16 @@ def copy_held(value: Any, module: nn.Module, memo: dict[Any, Any]) -> Any:
     return twin
 
 
-class _Copier:
+class _Copier(WeakCopies):
     """Copies one model, or what belongs to it."""
 
     def __init__(self, root: nn.Module, memo: dict[Any, Any]) -> None:
-        self._root, self._memo = root, memo
-        self._reach = Reach(subtree(root, memo), memo)
+        super().__init__(Reach(subtree(root, memo), memo), memo)
+        self._root = root
         self._made: set[int] = set()
         """Copies of modules."""
-        self._later: list[Callable[[], None]] = []
-        """What can be done when all is copied: weak references lead to what something else holds."""
         self._place: list[tuple[nn.Module, str]] = []
         """Modules and attributes that are being copied."""
-
-    def finish(self) -> None:
-        """Do what could not be done before everything was copied."""
-        for step in self._later:
-            step()
 
     def module(self, module: nn.Module) -> nn.Module:
         """Copy a module with all that is below it."""
@@ -203,42 +197,6 @@ class _Copier:
         twin = self._memo[id(value)] = set[Any]()
         twin.update(map(self.value, value))
         return twin
-
-    def reference(self, reference: weakref.ref[Any]) -> Any:
-        """Copy a weak reference: to the copy of what it leads to, where that is part of the model."""
-        target = reference()
-        if target is None or id(target) not in self._reach.own:
-            return reference
-        twin = self._memo[id(reference)] = weakref.ref(self.value(target))
-        return twin
-
-    def proxy(self, proxy: Any) -> Any:
-        """Copy a weak reference that answers for what it leads to."""
-        try:
-            target = proxy.__reduce__.__self__
-        except ReferenceError:  # it leads nowhere any more
-            return proxy
-        if id(target) not in self._reach.own:
-            return proxy
-        twin = self._memo[id(proxy)] = weakref.proxy(self.value(target))
-        return twin
-
-    def handle(self, handle: RemovableHandle) -> Any:
-        """Copy the handle of a hook: it removes the copied hook of the copied module."""
-        twin = self._memo[id(handle)] = type(handle).__new__(type(handle))
-        twin.__dict__.update(handle.__dict__)
-
-        def bind() -> None:
-            twin.hooks_dict_ref = self._weak(handle.hooks_dict_ref)
-            twin.extra_dict_ref = tuple(map(self._weak, handle.extra_dict_ref))
-
-        self._later.append(bind)
-        return twin
-
-    def _weak(self, reference: weakref.ref[Any]) -> weakref.ref[Any]:
-        target = reference()
-        found = None if target is None else self._memo.get(id(target))
-        return reference if found is None else weakref.ref(found)
 
     def _opaque(self, value: Any) -> Any:
         """Copy an object as its class says, with the functions in it bound to the copy."""

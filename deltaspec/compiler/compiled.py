@@ -14,7 +14,8 @@ from torch import nn
 from deltaspec.backbone.copying import copy_held, deep_copy
 from deltaspec.compiler.build import Built, build, with_rows
 from deltaspec.compiler.face import Face, attribute, take_backbone_names
-from deltaspec.compiler.handles import DeltasView, Restore, trainable
+from deltaspec.compiler.files import Files
+from deltaspec.compiler.handles import DeltasView, Restore, known_names, trainable
 from deltaspec.compiler.membership import add, remove
 from deltaspec.compiler.pickling import rebuild, reduced
 from deltaspec.compiler.standard_verbs import install
@@ -24,7 +25,6 @@ from deltaspec.graphs.regions import Region
 from deltaspec.graphs.root import Entry, root_graph
 from deltaspec.language.model import DeltaSpec
 from deltaspec.library.libraries import Libraries
-from deltaspec.library.view import LibraryView, open_view
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.copies import beside, without_deltas
@@ -33,14 +33,10 @@ from deltaspec.runtime.host import Host
 from deltaspec.runtime.shared import Shared
 from deltaspec.serving.assignment import Rows, checked_strength
 from deltaspec.serving.mixer import Mixer
-from deltaspec.storage.load import load
-from deltaspec.storage.matching import Match, checked
-from deltaspec.storage.save import save
-from deltaspec.transforms.merge import merge
 from deltaspec.transforms.simplify import copy_tensors, simplify
 
 
-class CompiledModel(Face, torch.fx.GraphModule):
+class CompiledModel(Face, Files, torch.fx.GraphModule):
     """A backbone with its deltas. Made by `deltaspec.compile`.
 
     Call it as the backbone is called. Attributes that it does not have itself (`config`, `generate`, `device` …) are
@@ -114,7 +110,7 @@ class CompiledModel(Face, torch.fx.GraphModule):
         these are the backbone's where it may be trained (`compile(..., train_backbone=True)`); else there are none, and
         that raises DeltaSpecError (DS418).
         """
-        return trainable(self._host, self.deltas, self._known(names) if names else self.attached)
+        return trainable(self._host, self.deltas, known_names(self._shared, names) if names else self.attached)
 
     # Deltas come and go
 
@@ -139,7 +135,7 @@ class CompiledModel(Face, torch.fx.GraphModule):
         """
         if not names:
             raise TypeError("name the deltas to remove, as in remove('a', 'b')")
-        remove(self._built, self._known(names))
+        remove(self._built, known_names(self._shared, names))
         return self
 
     # Attach and detach
@@ -152,9 +148,9 @@ class CompiledModel(Face, torch.fx.GraphModule):
         (DS446) where a method has none.
         """
         with self._host.gate.lock:
-            if strength is None and self._active.switch((*self.attached, *(names or self._known(names)))):
+            if strength is None and self._active.switch((*self.attached, *(names or known_names(self._shared, names)))):
                 return self
-            known, strengths = self._known(names), self._active.strengths.as_dict()
+            known, strengths = known_names(self._shared, names), self._active.strengths.as_dict()
             if strength is not None:
                 strengths |= {name: checked_strength(name, strength) for name in known}
             self._active.activate((*self.attached, *known), anew=known, strengths=strengths)
@@ -163,7 +159,7 @@ class CompiledModel(Face, torch.fx.GraphModule):
     def detach(self, *names: str) -> Self:
         """Detach deltas by name, or all; detached ones stay so. Raises UnknownDeltaError."""
         with self._host.gate.lock:
-            gone = set(self._known(names)) if names else self.attached
+            gone = set(known_names(self._shared, names)) if names else self.attached
             left = tuple(name for name in self.attached if name not in gone)
             self._active.activate(left, strengths=self._active.strengths.as_dict(left))
         return self
@@ -178,7 +174,7 @@ class CompiledModel(Face, torch.fx.GraphModule):
             given = names[0] if len(names) == 1 and isinstance(names[0], Mapping) else None
             strengths = {} if given is None else {n: checked_strength(n, value) for n, value in given.items()}
             wanted: tuple[Any, ...] = names if given is None else tuple(given)
-            self._active.activate(self._known(wanted) if wanted else (), anew=wanted, strengths=strengths)
+            self._active.activate(known_names(self._shared, wanted) if wanted else (), anew=wanted, strengths=strengths)
         return restore
 
     def detached(self) -> Restore:
@@ -187,14 +183,8 @@ class CompiledModel(Face, torch.fx.GraphModule):
 
     def refresh(self, *names: str) -> Self:
         """Compute derived deltas, by name or all, from their sources as they are now, as `attach` and `only` do."""
-        self._active.derived.refresh(self._known(names))
+        self._active.derived.refresh(known_names(self._shared, names))
         return self
-
-    def _known(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := [name for name in names if not isinstance(name, str)]:
-            raise TypeError(f"names of deltas are given one by one, as in attach('a', 'b'), not {wrong[0]!r}")
-        require_known(names, self._shared.order)
-        return names or tuple(delta.name for delta in self.plan.deltas)
 
     # A delta for each row of a batch
 
@@ -241,45 +231,7 @@ class CompiledModel(Face, torch.fx.GraphModule):
             built.active.follow(self._active)
         return made
 
-    # Files and other forms
-
-    def library(
-        self,
-        directory: str | PathLike[str],
-        *names: str,
-        limit: int | str | None = None,
-        preload: bool = False,
-        by: str = "delta",
-        example_inputs: Any = None,
-        match: Match = "weights",
-    ) -> LibraryView:
-        """Make the names of saved deltas known, to be loaded when they are attached; see `deltaspec.library`.
-
-        `directory` is what `save` wrote, or holds such directories; `names` choose some of it. `limit` is how many of
-        them may be in memory, or their size (`"2GiB"`); those that were not used for longest, and are not attached,
-        make way. `preload` loads all at once. `by="folder"` names deltas by their directories. They apply after the
-        compiled ones, in order; their parameters are frozen. `.plan`, `save` and `state_dict` are those of the compiled
-        deltas alone. `example_inputs` as for `compile`, `match` as for `restore`. Raises DeltaSpecError.
-        """
-        return open_view(self._libraries, directory, names, limit, preload, by, example_inputs, match)
-
-    def save(self, directory: str | PathLike[str], *names: str) -> None:
-        """Write deltas, by name or all (safetensors, resolved spec, lock), to a directory, in place of what it held."""
-        save(self._active, self.plan, self._host.deltas, directory, names)
-
-    def load(self, directory: str | PathLike[str], *names: str, match: Match = "weights") -> Self:
-        """Read the tensors of saved deltas, by name or all; `match` as for `restore`, `.plan` says what it let pass."""
-        level = checked(match)
-        self._shared.plan = load(self._active, self.plan, self._host.deltas, directory, names, level)
-        return self
-
-    def merge(self, *names: str) -> nn.Module:
-        """Return a new plain model of the original class with these deltas, or all attached ones, folded in.
-
-        With nothing attached, and no name given, there is nothing to fold in: that raises DeltaSpecError (DS417),
-        unless the backbone may have been trained (`compile(..., train_backbone=True)`).
-        """
-        return merge(self._active, self._shared, self._host, self._known(names) if names else self.attached)
+    # Other forms
 
     def simplified(self, *names: str) -> CompiledModel:
         """Return a new compiled model in which these deltas (or all) are without what only their training needed.
@@ -289,7 +241,7 @@ class CompiledModel(Face, torch.fx.GraphModule):
         """
         require_known(names, [delta.name for delta in self.plan.deltas])
         self._libraries.refuse_attached(self.attached, "simplified")
-        plan = simplify(self.plan, self._known(names))
+        plan = simplify(self.plan, known_names(self._shared, names))
         plain = without_deltas(self._host)
         for name in self._host.trained_in_backbone():
             plain.get_parameter(name).requires_grad = True
@@ -298,11 +250,6 @@ class CompiledModel(Face, torch.fx.GraphModule):
         copy_tensors(self.plan, plan, self.deltas, twin.deltas)
         twin.only(*self.attached)
         return twin
-
-    def export(self, *args: Any, **options: Any) -> torch.export.ExportedProgram:
-        """Export the model with its attached deltas: `torch.export.export(self.backbone, …)`, same arguments."""
-        self._active.require_proof()
-        return torch.export.export(self.backbone, *args, **options)
 
     # Being a module
 

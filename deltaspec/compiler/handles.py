@@ -8,11 +8,12 @@ from types import TracebackType
 from torch import nn
 
 from deltaspec.deltas.modules import Delta, Deltas
-from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.library.libraries import Libraries
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.interrupts import surely
+from deltaspec.runtime.shared import Shared
 
 
 class Restore:
@@ -51,6 +52,14 @@ class DeltasView(Mapping[str, Delta]):
 
     def __repr__(self) -> str:
         return f"<deltas: {', '.join(self)}>"
+
+
+def known_names(shared: Shared, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return these names, or those of all compiled deltas. Raises UnknownDeltaError, TypeError for what is no name."""
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(f"names of deltas are given one by one, as in attach('a', 'b'), not {wrong[0]!r}")
+    require_known(names, shared.order)
+    return names or tuple(delta.name for delta in shared.plan.deltas)
 
 
 def trainable(host: Host, deltas: Mapping[str, Delta], names: tuple[str, ...]) -> Iterator[nn.Parameter]:

@@ -1,0 +1,73 @@
+"""What a compiled model writes and reads, and the plain forms that others take: files, merged models, exports."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from deltaspec.compiler.handles import known_names
+from deltaspec.library.libraries import Libraries
+from deltaspec.library.view import LibraryView, open_view
+from deltaspec.runtime.active import Active
+from deltaspec.runtime.host import Host
+from deltaspec.runtime.shared import Shared
+from deltaspec.storage.load import load
+from deltaspec.storage.matching import Match, checked
+from deltaspec.storage.save import save
+from deltaspec.transforms.merge import merge
+
+
+class Files(nn.Module):
+    """The part of a compiled model that has to do with files, and with models that know nothing of deltas."""
+
+    _active: Active
+    _shared: Shared
+    _host: Host
+    _libraries: Libraries
+
+    def library(
+        self,
+        directory: str | PathLike[str],
+        *names: str,
+        limit: int | str | None = None,
+        preload: bool = False,
+        by: str = "delta",
+        example_inputs: Any = None,
+        match: Match = "weights",
+    ) -> LibraryView:
+        """Make the names of saved deltas known, to be loaded when they are attached; see `deltaspec.library`.
+
+        `directory` is what `save` wrote, or holds such directories; `names` choose some of it. `limit` is how many of
+        them may be in memory, or their size (`"2GiB"`); those that were not used for longest, and are not attached,
+        make way. `preload` loads all at once. `by="folder"` names deltas by their directories. They apply after the
+        compiled ones, in order; their parameters are frozen. `.plan`, `save` and `state_dict` are those of the compiled
+        deltas alone. `example_inputs` as for `compile`, `match` as for `restore`. Raises DeltaSpecError.
+        """
+        return open_view(self._libraries, directory, names, limit, preload, by, example_inputs, match)
+
+    def save(self, directory: str | PathLike[str], *names: str) -> None:
+        """Write deltas, by name or all (safetensors, resolved spec, lock), to a directory, in place of what it held."""
+        save(self._active, self._shared.plan, self._host.deltas, directory, names)
+
+    def load(self, directory: str | PathLike[str], *names: str, match: Match = "weights") -> Self:
+        """Read the tensors of saved deltas, by name or all; `match` as for `restore`, `.plan` says what it let pass."""
+        level = checked(match)
+        self._shared.plan = load(self._active, self._shared.plan, self._host.deltas, directory, names, level)
+        return self
+
+    def merge(self, *names: str) -> nn.Module:
+        """Return a new plain model of the original class with these deltas, or all attached ones, folded in.
+
+        With nothing attached, and no name given, there is nothing to fold in: that raises DeltaSpecError (DS417),
+        unless the backbone may have been trained (`compile(..., train_backbone=True)`).
+        """
+        chosen = known_names(self._shared, names) if names else self._active.active
+        return merge(self._active, self._shared, self._host, chosen)
+
+    def export(self, *args: Any, **options: Any) -> torch.export.ExportedProgram:
+        """Export the model with its attached deltas: `torch.export.export(self.backbone, …)`, same arguments."""
+        self._active.require_proof()
+        return torch.export.export(self.backbone, *args, **options)
