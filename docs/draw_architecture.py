@@ -28,7 +28,7 @@ STEPS = {
     "selection.select": ("planning.sites", "selectors"),
     "names.patterns": ("selection.atoms", "**.fc2"),
     "methods.matrices": ("planning.sites", "shapes of tensors"),
-    "backbone.observe": ("planning.sites", "a trial run"),
+    "backbone.observe": ("backbone.observations", "a trial run"),
     "compiler.build": ("compiler.compile", "from the Plan"),
     "backbone.clone": ("compiler.build", "same weights, new modules"),
     "deltas.initial": ("compiler.build", "tensors, as they start"),
@@ -38,6 +38,7 @@ STEPS = {
 }
 """In the order in which they happen: a module, the one that calls it, and what it is asked for."""
 WITHIN = {
+    "backbone.observations": "planning.sites",
     "backbone.walk": "backbone.tabulate",
     "language.validate": "language.load",
     "selection.atoms": "selection.select",

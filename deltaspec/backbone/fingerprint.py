@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.reserved import find
+from deltaspec.backbone.sharded import is_sharded
 from deltaspec.backbone.table import ModuleTable, ParameterInfo, Row
-from deltaspec.backbone.values import is_sharded
 from deltaspec.backbone.weight_forms import packed_form
 from deltaspec.names.paths import below, is_inside
 

@@ -14,7 +14,7 @@ from deltaspec.backbone.fingerprint import structure_fingerprint
 from deltaspec.backbone.reserved import find
 from deltaspec.backbone.sample import Sample, Types, read, take
 from deltaspec.backbone.tabulate import class_of, tabulate
-from deltaspec.backbone.values import Values, values_of
+from deltaspec.backbone.values import Values, known_values
 from deltaspec.backbone.walk import named, own
 from deltaspec.backbone.weight_forms import is_packed, packed_weight, plain_class, shape_of_values, unpacked_class
 from deltaspec.names.folding import fold, unfold
@@ -157,7 +157,7 @@ class Present:
     def values(self, tensor: str) -> Values:
         """Return the values of one of its tensors. Sharded ones need all processes to ask."""
         fqn, _, name = tensor.rpartition(".")
-        found = values_of(self._modules[fqn], name, self.tensors[tensor])
+        found = known_values(self._modules[fqn], name, self.tensors[tensor])
         return replace(found, plain=found.plain.t()) if found.plain is not None and self.is_turned(tensor) else found
 
     def is_turned(self, tensor: str) -> bool:

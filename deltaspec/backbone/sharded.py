@@ -1,11 +1,11 @@
-"""Models whose weights are shards, spread over processes by FSDP or tensor parallelism."""
+"""Tensors and models whose values are spread over processes, by FSDP or tensor parallelism."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import counted
@@ -13,9 +13,30 @@ from deltaspec.diagnostics.wording import counted
 _FSDP1, _FSDP2 = "FullyShardedDataParallel", "_get_fsdp_state"
 
 
-def is_shard(tensor: Any) -> bool:
-    """Return whether a tensor is a DTensor, known without loading torch.distributed."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+def is_sharded(tensor: Any) -> bool:
+    """Return whether a tensor lies in parts over several processes: a DTensor, without loading torch.distributed."""
+    return hasattr(tensor, "full_tensor")
+
+
+def holds_shards(module: nn.Module) -> bool:
+    """Return whether a module's own parameters are sharded."""
+    return any(map(is_sharded, module._parameters.values()))
+
+
+def unsharded(tensor: Tensor) -> Tensor:
+    """Return a tensor that is sharded over processes (FSDP2, tensor parallelism) whole; others as they are."""
+    gather: Any = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def sharded_as(target: Tensor, value: Tensor) -> Tensor:
+    """Return values for a tensor that may be sharded, in its form; every process has all of them."""
+    if not is_sharded(target):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(target, DTensor)
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -29,5 +50,5 @@ def refuse_sharded(model: nn.Module) -> None:
 def _sharded(model: nn.Module) -> Iterator[str]:
     for fqn, module in model.named_modules():
         marked = type(module).__name__ == _FSDP1 or hasattr(module, _FSDP2)
-        if marked or any(map(is_shard, module._parameters.values())):
+        if marked or holds_shards(module):
             yield fqn or type(module).__name__

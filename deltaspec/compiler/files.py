@@ -70,4 +70,4 @@ class Files(nn.Module):
     def export(self, *args: Any, **options: Any) -> torch.export.ExportedProgram:
         """Export the model with its attached deltas: `torch.export.export(self.backbone, …)`, same arguments."""
         self._active.require_proof()
-        return torch.export.export(self.backbone, *args, **options)
+        return torch.export.export(self._host.backbone, *args, **options)

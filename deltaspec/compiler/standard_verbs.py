@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.reserved import Reserved
-from deltaspec.backbone.values import is_sharded
+from deltaspec.backbone.sharded import is_sharded
 from deltaspec.compiler.adapter_verbs import ADAPTERS, adapter_verb
 from deltaspec.compiler.build import Built
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic

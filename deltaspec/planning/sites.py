@@ -21,7 +21,7 @@ from deltaspec.names.folding import shown
 from deltaspec.planning.budget import choose_rank
 from deltaspec.planning.fixed import refuse_fixed
 from deltaspec.planning.planned import PlannedDelta, PlannedSite
-from deltaspec.planning.weight_forms import computed_weight, packed_weight
+from deltaspec.planning.weight_forms import refuse_computed, refuse_packed
 from deltaspec.selection.select import select
 from deltaspec.selection.subtree import Subtrees
 
@@ -218,14 +218,14 @@ class Placer:
 
     def why_not(self, site: Site, params: MethodParams) -> tuple[str, str, str]:
         """Return code, reason and way out where this site cannot be; empty texts where it can."""
-        if why := computed_weight(self.method, site, params):
+        if why := refuse_computed(self.method, site, params):
             return why
         if refusal := self.method.refuse(site, params):
             # A method that asks for example_inputs lacks what a forward would have shown.
             failed = self.observations.failure if "example_inputs" in refusal.suggestion else None
             told = f"; no forward could be run here: {failed}" if failed else ""
             return "DS402", refusal.reason, f"{refusal.suggestion}{told}"
-        if why := packed_weight(self.method, site, params):
+        if why := refuse_packed(self.method, site, params):
             return why
         if self.method.promises.weight != "replace" and any(p.dtype.startswith("complex") for p in site.row.parameters):
             reason = f"the parameters of this {site.row.type} are complex, and {self.method.name} is real"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def computed_weight(method: Method, site: Site, params: MethodParams) -> tuple[str, str, str] | None:
+def refuse_computed(method: Method, site: Site, params: MethodParams) -> tuple[str, str, str] | None:
     """Return why a method cannot work through the weight of a module where that is computed from other parameters.
 
     Code, reason and way out; None where it can.
@@ -36,8 +36,8 @@ def computed_weight(method: Method, site: Site, params: MethodParams) -> tuple[s
 _TAKE_OFF = "take it off before compiling (remove_weight_norm, prune.remove, remove_parametrizations in torch.nn.utils)"
 
 
-def packed_weight(method: Method, site: Site, params: MethodParams) -> tuple[str, str, str] | None:
-    """Return why a method cannot take a site whose weight is kept as codes; None where it can. See `computed_weight`.
+def refuse_packed(method: Method, site: Site, params: MethodParams) -> tuple[str, str, str] | None:
+    """Return why a method cannot take a site whose weight is kept as codes; None where it can. See `refuse_computed`.
 
     A change of values that can be read is added beside the module; what would write into codes, or read some that only
     their module can read, has no place.

@@ -16,7 +16,7 @@ from deltaspec.runtime.forward_gate import install
 from deltaspec.runtime.guard import Guard
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.installation import Installation
-from deltaspec.runtime.outside import is_offloaded, refuse_shards, take_out_of_offloading
+from deltaspec.runtime.outside import are_hooked, refuse_shards, take_out_of_offloading
 from deltaspec.runtime.owner import ViewOwner
 from deltaspec.runtime.ports import Residency
 from deltaspec.runtime.program import Program
@@ -192,7 +192,7 @@ class Active(Installation):
             self.rows.end()
         if not self.active or self.gate.rows is not None or self.wrapped.watching:
             return None
-        if is_offloaded(self.host.deltas, self.active):
+        if are_hooked(self.host.deltas, self.active):
             take_out_of_offloading(self.host.deltas)
         self.follow_others()
         self.refuse_unplaced(self.active)

@@ -11,7 +11,7 @@ from deltaspec.runtime.checkpointing import Recomputation
 from deltaspec.runtime.forward_gate import ForwardGate
 from deltaspec.runtime.guard import Guard
 from deltaspec.runtime.host import Host
-from deltaspec.runtime.outside import is_offloaded, take_out_of_offloading
+from deltaspec.runtime.outside import are_hooked, take_out_of_offloading
 from deltaspec.runtime.owner import ViewOwner
 from deltaspec.runtime.ports import Residency, RowSwitch
 from deltaspec.runtime.program import Program
@@ -88,7 +88,7 @@ class Installation:
     def install(self, new: Program) -> None:
         """Put a program in the place of the current one, and the backbone's state with it."""
         with_rows = False
-        if is_offloaded(self.host.deltas, new.names):
+        if are_hooked(self.host.deltas, new.names):
             take_out_of_offloading(self.host.deltas)
         if self.guard.forwards_changed() if self.active else self.guard.changed():
             with_rows = self._follow_others()

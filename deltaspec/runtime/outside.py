@@ -6,20 +6,18 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
-from deltaspec.backbone.sharded import is_shard
+from deltaspec.backbone.offload import is_hooked
+from deltaspec.backbone.sharded import holds_shards
 from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.planning.planned import PlannedDelta
 from deltaspec.runtime.host import Host
 
-_HOOK = "_hf_hook"
-"""Attribute under which accelerate keeps the hook of a module."""
 
-
-def is_offloaded(deltas: Deltas, names: Iterable[str]) -> bool:
+def are_hooked(deltas: Deltas, names: Iterable[str]) -> bool:
     """Return whether accelerate's offloading has taken some of these deltas along with the backbone."""
     held = deltas._modules
-    return any(name in held and _HOOK in held[name].__dict__ for name in names)
+    return any(delta is not None and is_hooked(delta) for delta in map(held.get, names))
 
 
 def take_out_of_offloading(deltas: Deltas) -> None:
@@ -28,7 +26,7 @@ def take_out_of_offloading(deltas: Deltas) -> None:
     """
     hooks: Any = importlib.import_module("accelerate.hooks")
     for delta in deltas.held():
-        if _HOOK in delta.__dict__:
+        if is_hooked(delta):
             hooks.remove_hook_from_module(delta)
             delta.__dict__.pop("forward", None)
             delta.own()
@@ -42,8 +40,8 @@ def refuse_shards(host: Host, deltas: Iterable[PlannedDelta], error: Exception) 
     for delta in deltas:
         fqns = [part.site.row.fqn for part in delta.sites]
         held = host.deltas.get(delta.name)
-        sharded = [f for f in fqns if f in host.modules and any(map(is_shard, host.modules[f]._parameters.values()))]
-        if sharded and held is not None and not any(map(is_shard, held._parameters.values())):
+        sharded = [f for f in fqns if f in host.modules and holds_shards(host.modules[f])]
+        if sharded and held is not None and not holds_shards(held):
             message = f"{sharded[0]} is a shard (of tensor parallelism), and delta {delta.name!r} on it is not"
             hint = "use fully_shard(c), which takes the deltas along, or leave this module out of the parallel plan"
             findings.append(Diagnostic("DS459", message, file="<model>", suggestion=hint))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from deltaspec.backbone.values import sharded_as
+from deltaspec.backbone.sharded import sharded_as
 from deltaspec.deltas.finite import is_finite, not_finite
 from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known

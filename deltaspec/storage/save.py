@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import torch
 
 from deltaspec.backbone.fingerprint import weights_fingerprint
-from deltaspec.backbone.values import is_sharded, unsharded
+from deltaspec.backbone.sharded import is_sharded, unsharded
 from deltaspec.deltas.finite import is_finite, not_finite
 from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known

@@ -7,14 +7,14 @@ from accelerate import cpu_offload
 from quantised_weights import quantised
 from torch import Tensor, nn
 
-from deltaspec.backbone.values import values_of
+from deltaspec.backbone.values import known_values
 
 
 def test_quantised_values_are_read_as_what_they_stand_for():
     module = nn.Linear(8, 8)
     before = module.weight.detach().clone()
     quantised(module)
-    values = values_of(module, "weight", module.weight)
+    values = known_values(module, "weight", module.weight)
     assert values.bits == 8 and values.plain is not None and type(values.plain) is Tensor
     assert torch.allclose(values.plain, before, atol=0.01)
 
@@ -24,7 +24,7 @@ def test_offloaded_values_are_read_where_they_are():
     before = module.weight.detach().clone()
     cpu_offload(module)
     assert module.weight.is_meta
-    found = values_of(module, "weight", module.weight).plain
+    found = known_values(module, "weight", module.weight).plain
     assert found is not None and torch.equal(found, before)
     module = nn.Linear(3, 2, device="meta")
-    assert values_of(module, "weight", module.weight).plain is None
+    assert known_values(module, "weight", module.weight).plain is None
