@@ -115,6 +115,8 @@ class _Copier:
             return value
         if (found := self._memo.get(id(value), _NONE)) is not _NONE:
             return found
+        if form in _PROXIES:
+            return self.proxy(value)
         if isinstance(value, nn.Module):
             return self.module(value)
         if (way := _WAYS.get(form)) is not None:
@@ -205,9 +207,20 @@ class _Copier:
     def reference(self, reference: weakref.ref[Any]) -> Any:
         """Copy a weak reference: to the copy of what it leads to, where that is part of the model."""
         target = reference()
-        if target is None or not self._reach.leads_there(target) or id(target) not in self._reach.own:
+        if target is None or id(target) not in self._reach.own:
             return reference
         twin = self._memo[id(reference)] = weakref.ref(self.value(target))
+        return twin
+
+    def proxy(self, proxy: Any) -> Any:
+        """Copy a weak reference that answers for what it leads to."""
+        try:
+            target = proxy.__reduce__.__self__
+        except ReferenceError:  # it leads nowhere any more
+            return proxy
+        if id(target) not in self._reach.own:
+            return proxy
+        twin = self._memo[id(proxy)] = weakref.proxy(self.value(target))
         return twin
 
     def handle(self, handle: RemovableHandle) -> Any:
@@ -269,6 +282,7 @@ _WAYS: dict[type, Callable[[_Copier, Any], Any]] = {
     partial: _Copier.partial_, dict: _Copier.mapping, OrderedDict: _Copier.mapping, list: _Copier.list_,
     tuple: _Copier.tuple_, set: _Copier.set_, weakref.ref: _Copier.reference, RemovableHandle: _Copier.handle,
 }  # fmt: skip
+_PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
 _AHEAD = frozenset((FunctionType, BuiltinFunctionType, weakref.ref, RemovableHandle))
 """Types that copy.deepcopy takes for atoms, or copies without what they lead to."""
 

@@ -16,7 +16,7 @@ from deltaspec.backbone.sample import Sample, Types, read, take
 from deltaspec.backbone.tabulate import class_of, tabulate
 from deltaspec.backbone.values import Values, values_of
 from deltaspec.backbone.walk import named, own
-from deltaspec.backbone.weight_forms import is_packed, packed_weight, shape_of_values, unpacked_class
+from deltaspec.backbone.weight_forms import is_packed, packed_weight, plain_class, shape_of_values, unpacked_class
 from deltaspec.names.folding import fold, unfold
 from deltaspec.names.paths import below, is_inside
 
@@ -146,15 +146,25 @@ class Present:
         return {below(fqn, name): tensor for fqn, name, tensor in self._own()}
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """Return the shape of the values of one of its tensors."""
+        """Return the shape of the values of one of its tensors, in the model whose weights are not packed."""
         fqn, _, name = tensor.rpartition(".")
         packed = packed_weight(self._modules[fqn]) if name == "weight" else None
-        return tuple(self.tensors[tensor].shape) if packed is None else shape_of_values(self._modules[fqn], *packed)
+        if packed is None:
+            return tuple(self.tensors[tensor].shape)
+        shape = shape_of_values(self._modules[fqn], *packed)
+        return shape[::-1] if self.is_turned(tensor) else shape
 
     def values(self, tensor: str) -> Values:
         """Return the values of one of its tensors. Sharded ones need all processes to ask."""
         fqn, _, name = tensor.rpartition(".")
-        return values_of(self._modules[fqn], name, self.tensors[tensor])
+        found = values_of(self._modules[fqn], name, self.tensors[tensor])
+        return replace(found, plain=found.plain.t()) if found.plain is not None and self.is_turned(tensor) else found
+
+    def is_turned(self, tensor: str) -> bool:
+        """Return whether a weight is packed as the transpose of what it was: a Conv1D's, as bitsandbytes keeps it."""
+        fqn, _, name = tensor.rpartition(".")
+        module = self._modules[fqn]
+        return name == "weight" and is_packed(module) and unpacked_class(module) is not plain_class(module)
 
     def record(
         self, replaced: Mapping[str, frozenset[int] | None], reads: Iterable[str], unused: frozenset[str]

@@ -30,11 +30,10 @@ def refuse_backbone(model: nn.Module) -> None:
     """Raise DeltaSpecError for a model that holds deltas already, or something else under their name, and for what
     torch.compile made of one.
     """
-    if type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
-        message = "torch.compile stands around the model, and a copy of it would run the original"
-        raise DeltaSpecError(
-            [Diagnostic("DS415", message, "<model>", suggestion="compile the result: torch.compile(c)")]
-        )
+    if "_orig_mod" in model._modules and type(model).__name__ == "OptimizedModule":
+        message = "torch.compile stands around the model, and a copy of that would run the original"
+        hint = "give the model itself (model._orig_mod), and torch.compile what deltaspec.compile returns"
+        raise DeltaSpecError([Diagnostic("DS415", message, "<model>", suggestion=hint)])
     if any(isinstance(module, Reserved) for module in model.modules()):
         message = f"{type(model).__name__} is compiled already"
         hint = "add deltas to what was compiled: c.add(spec); or compile the original model, with all specs at once"

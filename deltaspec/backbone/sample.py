@@ -10,6 +10,7 @@ import base64
 import binascii
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -106,18 +107,18 @@ class Types:
     """How exact the values of a model are: a float32 model may be a cast of one in half precision."""
 
     coarsest: dict[torch.dtype, torch.dtype]
-    """For each dtype, the coarsest that values of a tensor of it went through."""
+    """For each dtype, the coarsest that the values of most tensors of it went through."""
 
     @classmethod
     def of(cls, samples: Iterable[Tensor | None]) -> Types:
         """Look at the samples of a whole model."""
-        found: dict[torch.dtype, torch.dtype] = {}
+        found: dict[torch.dtype, Counter[torch.dtype]] = {}
         for values in samples:
             if values is not None and values.is_floating_point():
-                kind = _went_through(values) or values.dtype
-                if found.get(values.dtype) not in _HALVES:
-                    found[values.dtype] = kind
-        return cls(found)
+                kinds = found.setdefault(values.dtype, Counter())
+                if (kind := _went_through(values)) is not None:
+                    kinds[kind] += 1
+        return cls({dtype: kinds.most_common(1)[0][0] if kinds else dtype for dtype, kinds in found.items()})
 
     def of_values(self, values: Tensor) -> torch.dtype:
         """Return the type that decides how exact a tensor's values are; where they do not tell, that of the others."""

@@ -48,21 +48,31 @@ def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
 _REGISTRIES = nn.Module().__dict__.keys() | {"forward", "sparse", "weight", "_flat_weights"}
 
 
-def keep_state(module: nn.Module, shadow: nn.Module) -> None:
-    """Give a module what a forward of its stand-in left in attributes: recurrent states, caches, counts.
+State = list[tuple[nn.Module, nn.Module, dict[str, Any]]]
+"""Modules with their stand-ins, and what those had in their attributes."""
 
-    Dynamo knows no way to do that, so a compiled forward leaves none.
+
+def states(module: nn.Module, shadow: nn.Module) -> State:
+    """Return what a stand-in, and those of its children, have before their forward runs; see `keep_state`.
+
+    Dynamo knows no way to keep a state, so a compiled forward leaves none.
     """
     if _compiling():
-        return
-    attributes = module.__dict__
-    for name, value in shadow.__dict__.items():
-        if name not in _REGISTRIES and (name not in attributes or attributes[name] is not value):
-            attributes[name] = value
+        return []
+    found: State = [(module, shadow, dict(shadow.__dict__))]
     for name, child in shadow._modules.items():
         below = module._modules.get(name)
         if child is not None and below is not None and child is not below:
-            keep_state(below, child)
+            found += states(below, child)
+    return found
+
+
+def keep_state(before: State) -> None:
+    """Give modules what a forward of their stand-ins left in attributes: recurrent states, caches, counts."""
+    for module, shadow, attributes in before:
+        for name, value in shadow.__dict__.items():
+            if name not in _REGISTRIES and (name not in attributes or attributes[name] is not value):
+                module.__dict__[name] = value
 
 
 _compiling = torch.compiler.is_compiling
@@ -77,8 +87,9 @@ class Swapped:
     def __call__(self, parameters: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
         shadow = stand_in(self.module, parameters)
+        before = states(self.module, shadow)
         output = shadow.forward(*args, **kwargs)
-        keep_state(self.module, shadow)
+        keep_state(before)
         return output
 
 

@@ -30,7 +30,11 @@ def values_of(module: nn.Module, name: str, tensor: Tensor) -> Values:
     """
     packed = packed_weight(module) if name == "weight" else None
     if packed is not None:
-        form = packed[0]
+        form, codes = packed
+        if not form.readable and codes.is_floating_point() and not codes.is_meta:  # float8 agrees with itself
+            return Values(codes.detach())
+        if codes.is_meta:
+            return Values(None, _bits(form))
         return Values(unpacked(module).detach() if form.readable else None, _bits(form))
     tensor = value_of(module, name, tensor.detach())
     return Values(None if tensor.is_meta else unsharded(tensor))

@@ -65,8 +65,7 @@ class CompiledModel(Face, torch.fx.GraphModule):
         # The graph calls `entry` only, so GraphModule took only that; the keys are to be the backbone's.
         self.add_module("backbone", backbone)
         self.training = backbone.training
-        self.__dict__["_built"] = built
-        self.__dict__.update({f"_{name}": part for name, part in built._asdict().items()})
+        self.__dict__.update({f"_{name}": part for name, part in built._asdict().items()}, _built=built)
         self._shared.captured = capture, capture_reason
         self.register_load_state_dict_pre_hook(take_backbone_names)  # type: ignore[no-untyped-call]
         install(built)
@@ -257,11 +256,10 @@ class CompiledModel(Face, torch.fx.GraphModule):
         """Make the names of saved deltas known, to be loaded when they are attached; see `deltaspec.library`.
 
         `directory` is what `save` wrote, or holds such directories; `names` choose some of it. `limit` is how many of
-        them may be in memory, or the size of their tensors (`"2GiB"`); those that were not used for longest, and are
-        not attached, make way. `preload` loads all at once. `by="folder"` names deltas by their directories. They apply
-        after the compiled deltas, in the order of the directory; their parameters are frozen. `.plan`, `save` and
-        `state_dict` are those of the compiled deltas alone. `example_inputs` as for `compile`, `match` as for
-        `restore`. Raises DeltaSpecError with all findings.
+        them may be in memory, or their size (`"2GiB"`); those that were not used for longest, and are not attached,
+        make way. `preload` loads all at once. `by="folder"` names deltas by their directories. They apply after the
+        compiled ones, in order; their parameters are frozen. `.plan`, `save` and `state_dict` are those of the compiled
+        deltas alone. `example_inputs` as for `compile`, `match` as for `restore`. Raises DeltaSpecError.
         """
         return open_view(self._libraries, directory, names, limit, preload, by, example_inputs, match)
 

@@ -11,6 +11,7 @@ from torch import nn
 from deltaspec.backbone.reserved import home
 from deltaspec.compiler.adapter_verbs import ADAPTERS, adapter_verb
 from deltaspec.names.paths import below, is_inside
+from deltaspec.runtime.verbs import Verb
 
 
 class Face(nn.Module):
@@ -46,9 +47,15 @@ def _standing_for(kind: type[Any]) -> type:
 
 def attribute(backbone: nn.Module, name: str) -> Any:
     """Return an attribute that a compiled model has from its backbone. Verbs of PEFT say what stands for them."""
-    if name in ADAPTERS:
+    try:
+        found = getattr(backbone, name)
+    except AttributeError:
+        if name in ADAPTERS:
+            raise adapter_verb(name) from None
+        raise
+    if name in ADAPTERS and isinstance(found, Verb):
         raise adapter_verb(name)
-    return getattr(backbone, name)
+    return found
 
 
 def take_backbone_names(model: nn.Module, state: dict[str, Any], *_: Any) -> None:

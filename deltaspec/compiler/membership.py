@@ -128,7 +128,7 @@ def _traced(
     sites, hosts = places(plan)
     graph, why = trace(plain, sites, hosts)
     if graph is None:
-        if captured[1] == "asked for":
+        if captured[1].startswith("asked for"):
             message = f"{plan.model_class} cannot be captured as symbolic with these sites, too: {why}"
             hint = 'compile it with capture="modules" (or "auto"), which runs the model\'s own code'
             raise DeltaSpecError([Diagnostic("DS432", message, suggestion=hint)])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.reserved import Reserved
+from deltaspec.backbone.values import is_sharded
 from deltaspec.compiler.adapter_verbs import ADAPTERS, adapter_verb
 from deltaspec.compiler.build import Built
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
@@ -50,7 +51,7 @@ def install(built: Built) -> None:
                 whole = _push if name in _PUSHING else _save
                 put(module, name, functools.partial(whole if module is backbone else _part, built, name, module))
         for name in ADAPTERS:
-            if hasattr(kind, name):
+            if "peft" in getattr(getattr(kind, name, None), "__module__", ""):  # not a method of the user's own
                 put(module, name, functools.partial(_refuse_adapter, name))
     if getattr(backbone, "is_quantized", False):
         # Trainer trains a quantised model only where this attribute is true, and asks nothing else by it.
@@ -100,7 +101,7 @@ def _save_deltas(
         message = f"state_dict has other values of {differing[0]} than the model"
         hint = "load them first, c.backbone.load_state_dict(state_dict, strict=False), then save"
         raise DeltaSpecError([Diagnostic("DS477", message, "<model>", suggestion=hint)])
-    sharded = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
+    sharded = any(map(is_sharded, tensors.values()))
     if is_main_process or sharded:  # shards are put together by all processes
         save(built.active, built.shared.plan, built.host.deltas, directory)
     if not is_main_process:

@@ -42,7 +42,8 @@ def _moved(name: str, old: str, new: str) -> str | None:
 def prefixes(sites: Iterable[str], here: Collection[str]) -> list[Prefix]:
     """Return under which names all these sites of a saved model may be found among the names here.
 
-    As they were, first; then those that keep more of each name before those that keep less.
+    As they were, first; then those that keep more of each name before those that keep less. No layer is taken for
+    another one: what is cut off holds no index, or only that of the whole model in a sequence.
     """
     sites = list(sites)
     found = [Prefix()] if all(site in here for site in sites) else []
@@ -53,9 +54,17 @@ def prefixes(sites: Iterable[str], here: Collection[str]) -> list[Prefix]:
         saved, tail = ".".join(first[:cut]), ".".join(first[cut:])
         if not all(is_inside(site, saved) and site != saved for site in sites):
             break
+        if any(segment.isdigit() for segment in first[1:cut]):
+            break
         for name in here:
             if name == tail or name.endswith("." + tail):
                 prefix = Prefix(saved, name[: -len(tail)].rstrip("."))
-                if prefix.changes and all(prefix.to_here(site) in here for site in sites):
+                if prefix.changes and not _other_index(prefix) and all(prefix.to_here(site) in here for site in sites):
                     found.append(prefix)
     return found
+
+
+def _other_index(prefix: Prefix) -> bool:
+    """Return whether both end in an index, and not in the same."""
+    ends = [name.rpartition(".")[2] for name in (prefix.saved, prefix.here)]
+    return all(end.isdigit() for end in ends) and ends[0] != ends[1]

@@ -142,7 +142,7 @@ class Active(Installation):
         try:
             if strengths or before:
                 self.strengths.set(strengths)
-            if new is not old:
+            if new is not old or new.names != names:  # else what should be attached could not be
                 self.install(new)
             elif not names:
                 self.remove_rows()

@@ -49,11 +49,15 @@ class BufferGuard:
         """Tensors that count their writes; those made under inference_mode do not."""
         self._versions: list[int] = []
         """Counts of writes of those when their copies were made."""
+        self._lengths: list[int] | None = None
+        """Numbers of buffers of the modules that have some, when they were watched; None: never yet."""
         self.moved = False
         """Whether buffers may have been moved, cast or copied since they were watched."""
 
     def watch(self) -> None:
         """Remember all buffers; copies are made anew only of those written since the last time."""
+        if self._is_current():
+            return
         self._look()
         if self.moved:
             self._homes = [module._buffers for module in self._modules]
@@ -72,6 +76,19 @@ class BufferGuard:
                     kept.append(self._keep(index, home, name, value))
         kept += [self._keep(index, self._modules[index]._parameters, name, None) for index, name in self._written]
         self._take(kept)
+        self._lengths = [*map(len, filter(None, self._homes))]
+
+    def _is_current(self) -> bool:
+        """Return whether all is as it was watched, as far as that is quick to see."""
+        return (
+            not self.moved
+            and not self._compared
+            and [*map(len, filter(None, self._homes))] == self._lengths
+            and [id(one.home.get(one.name)) for one in self._kept] == [id(one.tensor) for one in self._kept]
+            and len(self._counted) == len(self._kept)
+            and [tensor._version for tensor in self._counted] == self._versions
+            and all(home.get(name) is None for home, name in self._absent)
+        )
 
     def restore(self) -> None:
         """Make every buffer what it was, object and bits; what was moved or cast meanwhile stays so."""

@@ -41,6 +41,8 @@ class Host:
         for socket in self.sockets.values():
             mark(socket.module)
         self.gate = ForwardGate()
+        self._came: set[str] = set()
+        """FQNs of modules that were put there after all else."""
         self._take(self.current_modules())
         self._untrained = None if trained else Untrained(self.modules)
 
@@ -66,6 +68,7 @@ class Host:
 
     def adopt(self, modules: dict[str, nn.Module], *, acts: bool) -> None:
         """Take these for the backbone's modules, where others took the place of some; `acts`: deltas are attached."""
+        self._came = self.came_later()
         self.buffers.restore()
         self.flags.thaw()
         kept = {id(module) for module in modules.values()}
@@ -75,6 +78,10 @@ class Host:
         self._take(modules)
         if acts:
             self.freeze()
+
+    def came_later(self) -> set[str]:
+        """Return the FQNs of modules that others put into the backbone since it was made."""
+        return self._came | {n for n, module in self.current_modules().items() if self.modules.get(n) is not module}
 
     def socket(self, fqn: str) -> Socket:
         """Return the place of a module's forward. A module that stands in two places of the model has one."""

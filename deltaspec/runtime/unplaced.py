@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from deltaspec.backbone.offload import brings_weights
-from deltaspec.deltas.modules import Delta, Deltas
+from deltaspec.deltas.modules import Deltas
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.planning.planned import PlannedDelta
 
@@ -18,8 +18,9 @@ def refuse_unplaced(
     """Raise DeltaSpecError (DS534) for deltas on the meta device whose modules have values: torch computes anything of
     that, without an error.
     """
+    held = deltas._modules
     for name in names:
-        delta = deltas.get(name)
+        delta = held.get(name)
         if delta is not None and _is_meta(delta):
             for site in planned[name].sites:
                 fqn = site.site.row.fqn
@@ -34,7 +35,7 @@ def refuse_meta(deltas: Deltas, names: Iterable[str], verb: str) -> None:
         raise DeltaSpecError([_unplaced(name, f"it cannot be {verb}") for name in found])
 
 
-def _is_meta(delta: Delta) -> bool:
+def _is_meta(delta: nn.Module) -> bool:
     for parameter in delta._parameters.values():
         return parameter is not None and parameter.is_meta
     return any(buffer is not None and buffer.is_meta for buffer in delta._buffers.values())

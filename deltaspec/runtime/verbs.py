@@ -1,4 +1,7 @@
-"""Methods of a backbone that do another thing once it is compiled: entries of its modules' own `__dict__`."""
+"""Methods of a backbone that do another thing once it is compiled: entries of its modules' own `__dict__`.
+
+They are those of modules that can save themselves (`save_pretrained`).
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,6 @@ def put(module: nn.Module, name: str, do: Callable[..., Any]) -> None:
 def remove(backbone: nn.Module) -> None:
     """Let the modules of a copy of a backbone have their own methods again."""
     for module in backbone.modules():
-        own = module.__dict__
+        own = module.__dict__ if hasattr(type(module), "save_pretrained") else {}
         for name in [name for name, value in own.items() if type(value) is Verb]:
             del own[name]

@@ -49,18 +49,21 @@ def as_it_is(plan: Plan, names: Iterable[str], present: Present, host: Host, del
     return Plan(made, tuple(spec for part in parts for spec in part.specs), table, unused=plan.unused)
 
 
-def changed_since(plan: Plan, present: Present) -> dict[str, frozenset[int] | None]:
+def changed_since(plan: Plan, present: Present, host: Host) -> dict[str, frozenset[int] | None]:
     """Return the tensors, or rows of them, that came after the model was compiled, such as those of a new head.
 
     Who restores the deltas makes the same change again, and draws them anew.
     """
-    if present.structure == plan.structure:
+    came = host.came_later()
+    if present.structure == plan.structure and not came:
         return {}
     before = {p.fqn: p.shape for row in plan.table.rows for p in (*row.parameters, *row.buffers)}
     found: dict[str, frozenset[int] | None] = {}
     for name in present.tensors:
         shape, old = present.shape(name), before.get(name)
-        if old is not None and shape[1:] == old[1:]:
+        if old is not None and present.is_turned(name):
+            old = old[::-1]
+        if name.rpartition(".")[0] not in came and old is not None and shape[1:] == old[1:]:
             rows = range(old[0], shape[0]) if shape else range(0)
             if rows:
                 found[name] = frozenset(rows)

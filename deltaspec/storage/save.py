@@ -75,7 +75,7 @@ def save(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[s
     if findings:
         raise DeltaSpecError(findings)
     present = present_of(active, plan)
-    new = changed_since(plan, present)
+    new = changed_since(plan, present, active.host)
     plan = as_it_is(plan, chosen, present, active.host, deltas)
     gone = new | replaced(plan.deltas)
     read, before = dict[str, list[str]](), dict[str, frozenset[int] | None]()

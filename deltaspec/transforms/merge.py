@@ -25,6 +25,7 @@ from deltaspec.runtime.active import Active
 from deltaspec.runtime.copies import without_deltas
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.lowering import Fold, fold_widely, rounded
+from deltaspec.runtime.misfits import refuse_misfits
 from deltaspec.runtime.shared import Shared
 from deltaspec.runtime.unplaced import refuse_meta
 
@@ -45,6 +46,8 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
         raise DeltaSpecError([Diagnostic("DS417", message, file="<model>", suggestion=hint)])
     names = tuple(sorted(set(names), key=shared.order.__getitem__))
     active.require(names)
+    active.follow_others()
+    refuse_misfits(host, (shared.planned[name] for name in names))
     refuse_meta(host.deltas, names, "merged")
     _refuse(shared, host, names)
     shared.rivals.refuse(names)

@@ -102,7 +102,8 @@ def recursion(model: Any) -> None:
 
 def references(model: Any) -> None:
     model.blocks[1].other, model.take = weakref.ref(model.blocks[0]), model.blocks.__getitem__
-    model.forward = types.MethodType(lambda self, x: self.head(self.take(1)(self.blocks[1].other()(x))), model)
+    model.__dict__["last"] = weakref.proxy(model.head)
+    model.forward = types.MethodType(lambda self, x: self.last(self.take(1)(self.blocks[1].other()(x))), model)
 
 
 def hooks(model: Any) -> None:
@@ -221,6 +222,11 @@ def test_handles_of_hooks_remove_the_hooks_of_their_own_copy(when: str, alive: b
             handle.remove()
         assert torch.equal(made(X), expected) != alive and torch.equal(compiled(X), expected)
     assert compiled.merge("one").handles[0].id == compiled.backbone.handles[0].id
+
+
+def test_what_torch_compile_put_around_a_model_is_refused():
+    with pytest.raises(DeltaSpecError, match="DS415.*would run the original"):
+        deltaspec.compile(torch.compile(Net(), backend="eager"), SPEC)
 
 
 def test_a_forward_that_reads_the_weights_of_its_children_is_not_run_on_others():

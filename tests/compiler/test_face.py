@@ -7,6 +7,7 @@ from four_deltas import build as build_net
 from torch import nn
 from two_deltas import build
 
+import deltaspec
 from deltaspec.compiler.adapter_verbs import ADAPTERS
 from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.diagnostics.findings import DeltaSpecError
@@ -48,3 +49,18 @@ def test_verbs_of_peft_name_ours_and_put_nothing_in():
                 assert ours in str(error.value)
     assert refused > len(ADAPTERS) and [type(module) for module in compiled.modules()] == before
     assert all(hasattr(CompiledModel, word) for word in ("only", "attach", "detach", "detached", "attached"))
+
+
+class Unloading(nn.Sequential):
+    """Has a method of its own that PEFT has a verb of the same name for."""
+
+    def unload(self):
+        return "mine"
+
+
+def test_methods_of_the_users_own_model_are_not_refused():
+    spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": "lora", "target": {"path": "0"}}]}
+    compiled = deltaspec.compile(Unloading(nn.Linear(4, 4)), spec, example_inputs=torch.ones(1, 4))
+    assert compiled.unload() == compiled.backbone.unload() == "mine"
+    with pytest.raises(AttributeError, match="set_adapter"):
+        compiled.set_adapter("d")

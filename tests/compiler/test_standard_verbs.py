@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from models import ARCHITECTURES
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, BertForSequenceClassification, BertModel
@@ -46,9 +47,7 @@ def test_what_is_saved_is_restored_with_the_deltas_and_is_no_model(of, tmp_path)
 
 
 def plain():
-    compiled = build("bert")
-    compiled.detach()
-    return compiled.merge()
+    return ARCHITECTURES["bert"].model()
 
 
 def test_detached_and_merged_models_are_saved_as_plain_ones(tmp_path):

@@ -1,4 +1,4 @@
-"""Tensors of deltas that others replace, for good or for one call: what acts is what stands there when a forward runs."""
+"""Tensors of deltas that others replace, for good or for one call: what stands there when a forward runs acts."""
 
 from __future__ import annotations
 
@@ -66,8 +66,9 @@ def test_vmap_over_models():
 
 
 @pytest.mark.parametrize("delta", [
-    lora(), {"name": "a", "method": "adapter", "params": {"width": 4}}, {"name": "a", "method": "bitfit", "target": "lm_head"},
-    {"name": "a", "method": "vera", "params": {"rank": 4}}, {"name": "a", "method": "full", "target": "model.norm"},
+    lora(), {"name": "a", "method": "adapter", "params": {"width": 4}},
+    {"name": "a", "method": "bitfit", "target": "lm_head"}, {"name": "a", "method": "vera", "params": {"rank": 4}},
+    {"name": "a", "method": "full", "target": "model.norm"},
 ], ids=lambda delta: delta["method"])  # fmt: skip
 def test_new_parameters_act_and_are_trained(delta):
     compiled = build(delta)

@@ -3,10 +3,20 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig, QuantoConfig, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    LlamaConfig,
+    QuantoConfig,
+    TorchAoConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 import deltaspec
 from deltaspec.backbone.loading import model_from
+from deltaspec.backbone.weight_forms import values_of
 from deltaspec.methods.registry import methods
 
 WHY = "not installed: make test-quantised"
@@ -90,8 +100,6 @@ def test_a_merged_model_is_saved_and_loaded_as_it_is(saved, form, tmp_path):
 
 
 def test_values_are_those_that_the_libraries_say():
-    from deltaspec.backbone.weight_forms import values_of
-
     plain = nn.Linear(64, 64)
     four = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="fp4")
     four.load_state_dict(plain.state_dict())
@@ -104,3 +112,29 @@ def test_values_are_those_that_the_libraries_say():
     for _ in range(2):  # the first forward moves its codes elsewhere
         assert (values_of(eight) - plain.weight).abs().max() < 2e-3
         eight(torch.randn(2, 64))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_was_trained_on_codes_is_saved_and_loaded(saved, form, tmp_path):
+    folder, target = saved
+    given = {"quantization_config": FORMS[form](), "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(folder, **given).eval()
+    compiled = deltaspec.compile(model, spec(METHODS["lora"], target))
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, learning_rate=0.05, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
+    if form.startswith("torchao"):  # which transformers does not train
+        with torch.no_grad():
+            for parameter in compiled.deltas["d"].parameters():
+                parameter += 0.1
+        compiled.save_pretrained(tmp_path / "end")
+    else:
+        trainer = Trainer(model=compiled, args=arguments, train_dataset=rows)
+        trainer.train()
+        trainer.save_model(str(tmp_path / "end"))
+    compiled.eval()
+    back = deltaspec.restore(model, tmp_path / "end")
+    assert torch.equal(back(input_ids=IDS).logits, compiled(input_ids=IDS).logits)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    deltaspec.restore(plain, tmp_path / "end")  # the same weights, but for rounding

@@ -167,3 +167,26 @@ def test_a_layer_that_is_left_out_now_and_then_is_no_error():
     compiled(X).sum().backward()
     compiled(X, with_head=True).sum().backward()
     assert all(parameter.grad is not None for parameter in compiled.trainable_parameters())
+
+
+class Recurrent(nn.Module):
+    """Keeps a state in an attribute, and reads the weight of a layer that it calls in other steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.state = nn.Linear(4, 4), None
+
+    def forward(self, x):
+        hidden = self.layer(x) if x.shape[1] > 1 else x @ self.layer.weight.T + self.layer.bias + self.state
+        self.state = hidden[:, -1:]
+        return hidden
+
+
+def test_a_state_that_a_forward_keeps_is_there_in_the_next():
+    torch.manual_seed(0)
+    compiled = deltaspec.compile(Recurrent(), on_the_layer("lora"), example_inputs=(BATCH,))
+    assert compiled.plan.deltas[0].sites[0].site.host == ""
+    disturb(compiled)
+    merged = compiled.merge()
+    for given in (BATCH, BATCH[:, :1], BATCH[:, 1:2], 2 * BATCH, BATCH[:, :1]):
+        assert torch.allclose(compiled(given), merged(given), atol=1e-5)

@@ -6,9 +6,11 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import packed_bases
 import pytest
 import torch
 from encoders import HEAD, INPUTS, LORA, encoder, logits, notes, saved, trained
+from packed_bases import UNREADABLE, Offered
 from quantised_weights import quantised
 from torch import Tensor, nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
@@ -279,3 +281,19 @@ def test_quantised_forms_of_the_same_weights_agree(tmp_path):
         other.encoder.layer[0].output.dense.weight.copy_(torch.randn(16, 24) * 0.02)
     quantised(other.encoder.layer[0].output.dense)
     assert "layer.0.output.dense.weight differs" in refusal(other, folder)
+
+
+@pytest.mark.parametrize("form", [*UNREADABLE.values(), Offered])
+def test_deltas_on_codes_load_onto_the_same_codes_and_onto_their_values(form, tmp_path):
+    spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": "lora", "target": {"path": ["a", "b"]}}]}
+    compiled = deltaspec.compile(packed_bases.net(form), spec, example_inputs=packed_bases.inputs())
+    compiled.save(tmp_path)
+    given = {"example_inputs": packed_bases.inputs()}
+    back = deltaspec.restore(packed_bases.net(form), tmp_path, **given)
+    assert torch.equal(back(packed_bases.inputs()), compiled(packed_bases.inputs()))
+    other = packed_bases.net(form)
+    with torch.no_grad():
+        other.out.weight.neg_()
+    assert "out.weight" in refusal(other, tmp_path, **given)
+    if form is not UNREADABLE["float8"]:
+        deltaspec.restore(packed_bases.net(), tmp_path, **given)  # before they were packed

@@ -92,6 +92,10 @@ def test_a_model_that_was_changed_after_it_was_compiled(tmp_path):
     changed.resize_token_embeddings(44)
     for model in (changed, encoder(BertForSequenceClassification, head=3)):
         assert torch.equal(logits(deltaspec.restore(model, tmp_path / "a")), logits(source))
+    alone = trained(encoder(BertForSequenceClassification), LORA)
+    alone.backbone.classifier = nn.Linear(16, 2)
+    alone.save(tmp_path / "c")  # a new head: whoever restores puts one there, too
+    assert deltaspec.restore(encoder(BertForSequenceClassification, head=4), tmp_path / "c").attached == ("lora",)
     source.backbone.classifier = nn.Linear(16, 5)
     with pytest.raises(DeltaSpecError, match=r"DS536.*head: the model was changed.*classifier"):
         source.save(tmp_path / "b")

@@ -1,4 +1,4 @@
-"""Small models with LoRA whose tensors are moved, for what others do to them: what each set of deltas gives is known."""
+"""Small models with LoRA of moved tensors, for what others do to them: what each set of deltas gives is known."""
 
 from __future__ import annotations
 
