@@ -13,12 +13,14 @@ from deltaspec.compiler.adapter_verbs import ADAPTERS, adapter_verb
 from deltaspec.names.paths import below, is_inside
 from deltaspec.runtime.verbs import Verb
 
+_CLASS: Any = vars(object)["__class__"]
+
 
 class Face(nn.Module):
     """The part of a compiled model that other libraries ask what it is."""
 
     # Not in a class with `super()` in it: there, this name is a cell of its own.
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> type:
         """Of transformers' models too, where the backbone is one: Trainer lets only those save themselves."""
         backbone = self.__dict__.get("_modules", {}).get("backbone")
@@ -26,6 +28,14 @@ class Face(nn.Module):
         if transformers is None or not isinstance(backbone, transformers.PreTrainedModel):
             return type(self)
         return _standing_for(type(backbone))  # type: ignore[arg-type]
+
+    @__class__.setter
+    def __class__(self, kind: type[Any]) -> None:
+        """Become of a class that another library derived from the one that this says to be of (FSDP2 does)."""
+        shown, real = self.__class__, type(self)
+        bases = tuple(real if base is shown else base for base in kind.__bases__)
+        members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+        _CLASS.__set__(self, kind if bases == kind.__bases__ else type(kind.__name__, bases, members))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set what is the backbone's there, where it is read."""

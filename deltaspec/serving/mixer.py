@@ -201,6 +201,7 @@ class Mixer(Running):
             self._installed.append((socket, before))
             socket.write(dispatch)
             socket.enter()
+        self._shared.wake()
         self._active.guard.take()
 
     def remove(self) -> bool:
