@@ -36,12 +36,13 @@ FORMS = {
 WIDE = dict(vocab_size=96, bos_token_id=1, eos_token_id=2)
 LLAMA = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, **WIDE)
 GPT2 = GPT2Config(n_embd=64, n_layer=1, n_head=2, n_positions=32, **WIDE)
-STARTED = [n for n, m in methods().items() if m.promises.weight == "add" and "initialise" in vars(type(m))]
+STARTING = [n for n, m in methods().items() if "initialise" in vars(type(m)) and m.promises.identity_at_start]
+STARTING = [n for n in STARTING if methods()[n].promises.weight == "add"]
 """Methods with initial values of their own, which may depend on the weight."""
 METHODS = {
     "dora": {"method": "lora", "params": {"rank": 2, "use_dora": True}},
     "pissa": {"method": "lora", "params": {"rank": 2, "init": "pissa"}},
-    **{n: {"method": n, "params": dict(methods()[n].small)} for n in ("hira", "oft", "boft", *STARTED)},
+    **{n: {"method": n, "params": dict(methods()[n].small)} for n in ("hira", "oft", "boft", *STARTING)},
 }
 IDS = torch.arange(8)[None] + 3
 
