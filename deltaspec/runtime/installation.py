@@ -184,6 +184,7 @@ class Installation:
         if modules.keys() != host.modules.keys() or any(modules[fqn] is not m for fqn, m in host.modules.items()):
             host.adopt(modules, acts=bool(self.active) or with_rows)
             self.gate.after = Recomputation(modules.values(), self.state).after
+        host.follow_moves()
         return with_rows
 
     def before_rows(self) -> None:
