@@ -48,11 +48,6 @@ class Installation:
     """Program of the active set, once it is known."""
 
     @property
-    def acts_by_row(self) -> bool:
-        """Whether any delta may act, on some row."""
-        return self.rows.installed
-
-    @property
     def acts(self) -> bool:
         """Whether deltas act, or may act by row."""
         return bool(self.active) or self.rows.installed
@@ -107,8 +102,6 @@ class Installation:
         if new.install(old):
             self.guard.take(new.footprint)
         self.active, self._installed = new.names, new
-        if self.shared.idle.names:
-            self.shared.wake()
         if self.residency.opened:
             self.residency.touch(new.names)
         if not new.names:
