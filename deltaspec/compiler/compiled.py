@@ -263,13 +263,6 @@ class CompiledModel(Face, Files, torch.fx.GraphModule):
             found = attribute(modules["backbone"], name)
             return self._generate if name == "generate" else found
 
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Put all parameters into training, or out of it, those of deltas that act nowhere, too."""
-        super().requires_grad_(requires_grad)
-        for delta in self._host.deltas.held():
-            delta.own_tensors.forget_resting()
-        return self
-
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
         deep_copy(self.backbone, memo)
         built = copy.deepcopy(self._built, memo)  # copied with the backbone, all of it

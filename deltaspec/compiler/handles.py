@@ -41,8 +41,6 @@ class DeltasView(Mapping[str, Delta]):
 
     def __getitem__(self, name: str) -> Delta:
         own = self._deltas.get(name)
-        if own is not None and self._deltas.owner is not None:
-            self._deltas.owner.before_look()
         return self._libraries.expose(name) if own is None else own
 
     def __iter__(self) -> Iterator[str]:
@@ -70,9 +68,7 @@ def trainable(host: Host, deltas: Mapping[str, Delta], names: tuple[str, ...]) -
     Raises DeltaSpecError (DS418) where there is neither.
     """
     if names:
-        found = [deltas[name] for name in names]
-        host.deltas.wake()
-        return iter([p for delta in found for p in delta.parameters() if p.requires_grad])
+        return (p for name in names for p in deltas[name].parameters() if p.requires_grad)
     if host.trained:
         own = (p for module in host.modules.values() for p in module._parameters.values() if p is not None)
         return iter({id(p): p for p in own if p.requires_grad}.values())

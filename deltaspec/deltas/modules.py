@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.reserved import Reserved
@@ -27,28 +26,18 @@ def attribute_name(key: str) -> str:
 class OwnTensors:
     """Which tensors are a delta's own, in all views of it."""
 
-    __slots__ = ("known", "places", "resting", "views")
+    __slots__ = ("known", "places", "views")
 
-    def __init__(self, names: Iterable[str] | None = None, resting: Iterable[str] = ()) -> None:
+    def __init__(self, names: Iterable[str] | None = None) -> None:
         self.places: dict[str, int] | None = None if names is None else dict.fromkeys(names, 0)
         """Identities of the tensors by name; 0 where none is registered."""
         self.known = False
         """Whether the identities are those of this copy of the delta."""
         self.views: WeakSet[Delta] = WeakSet()
         """The modules of the delta, where there are several."""
-        self.resting: dict[str, Any] = dict.fromkeys(resting)
-        """Parameters out of training while the delta acts nowhere, by name, with the handles of their hooks."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        names = None if self.places is None else [*self.places]
-        return OwnTensors, (names, [*self.resting])  # the tensors of a copy are others
-
-    def forget_resting(self) -> None:
-        """Leave the flags of parameters as they are."""
-        resting, self.resting = self.resting, {}
-        for handle in resting.values():
-            if handle is not None:
-                handle.remove()
+        return OwnTensors, (None if self.places is None else [*self.places],)  # the tensors of a copy are others
 
 
 class Delta(nn.Module):
@@ -116,12 +105,6 @@ class Delta(nn.Module):
             self.own()
         return self.own_tensors.places or {}
 
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Put all parameters into training, or out of it, whether the delta acts or not."""
-        super().requires_grad_(requires_grad)
-        self.own_tensors.forget_resting()
-        return self
-
     def dropout(self, probability: float) -> nn.Dropout:
         """Return the delta's dropout of this probability; it follows the model's training mode."""
         name = self.dropout_name(probability)
@@ -161,12 +144,6 @@ class Owner(Protocol):
     def after_load(self) -> None:
         """Follow tensors that `load_state_dict` filled."""
 
-    def wake(self) -> None:
-        """Put the parameters of idle deltas back into training."""
-
-    def before_look(self) -> None:
-        """Take the parameters of deltas that act nowhere out of training: someone looks at the parameters."""
-
 
 class Deltas(Reserved):
     """All deltas of one backbone, by name."""
@@ -181,11 +158,6 @@ class Deltas(Reserved):
         """Take the tensors that are registered now for the deltas' own."""
         for delta in self.held():
             delta.own()
-
-    def wake(self) -> None:
-        """Put idle deltas back into training."""
-        if self.owner is not None:
-            self.owner.wake()
 
     def add(self, delta: Delta) -> None:
         """Register a delta; any name will do, also one that nn.Module has as a method."""
@@ -221,13 +193,6 @@ class Deltas(Reserved):
         if owner is not None and name not in self._modules and (found := owner.missing(unescaped(name))) is not None:
             return found
         return super().__getattr__(name)
-
-    def named_modules(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Yield all modules; whoever asks for parameters comes here, and finds idle deltas out of training."""
-        if self.owner is not None and not torch.compiler.is_compiling():
-            self.owner.before_look()
-        found: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **options)
-        return found
 
     def train(self, mode: bool = True) -> Deltas:
         """Put all deltas into training mode, or out of it."""

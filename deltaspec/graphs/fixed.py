@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, fx, nn
 
-from deltaspec.backbone.reserved import Reserved
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.names.paths import below
 
@@ -28,7 +27,7 @@ def noting(model: nn.Module) -> Iterator[Fixed]:
     noted: Fixed = {}
     kinds = []
     for fqn, module in model.named_modules():
-        if not type(module).__module__.startswith("torch.") and not isinstance(module, Reserved):
+        if not type(module).__module__.startswith("torch."):
             kinds.append((module, type(module)))
             module.__class__ = _noting(type(module), fqn, noted)
     try:

@@ -31,7 +31,6 @@ def bare_copy(host: Host, deltas: Deltas | None = None) -> tuple[nn.Module, dict
     The clone's deltas are these, or copies that nobody owns. Parameters are those of the backbone as it is, flags
     included.
     """
-    host.deltas.wake()
     replace: dict[int, Any] = {id(host.deltas.owner): None} if deltas is None else {id(host.deltas): deltas}
     calls = {place: functools.partial(_unbound) for place in host.sockets}
     replace |= {id(socket.call): calls[place] for place, socket in host.sockets.items()}

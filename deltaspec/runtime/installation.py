@@ -48,11 +48,6 @@ class Installation:
     """Program of the active set, once it is known."""
 
     @property
-    def acts_by_row(self) -> bool:
-        """Whether any delta may act, on some row."""
-        return self.rows.installed
-
-    @property
     def acts(self) -> bool:
         """Whether deltas act, or may act by row."""
         return bool(self.active) or self.rows.installed
@@ -107,8 +102,6 @@ class Installation:
         if new.install(old):
             self.guard.take(new.footprint)
         self.active, self._installed = new.names, new
-        if self.shared.idle.names:
-            self.shared.wake()
         if self.residency.opened:
             self.residency.touch(new.names)
         if not new.names:
@@ -184,6 +177,7 @@ class Installation:
         if modules.keys() != host.modules.keys() or any(modules[fqn] is not m for fqn, m in host.modules.items()):
             host.adopt(modules, acts=bool(self.active) or with_rows)
             self.gate.after = Recomputation(modules.values(), self.state).after
+        host.follow_moves()
         return with_rows
 
     def before_rows(self) -> None:

@@ -69,14 +69,6 @@ class ViewOwner(Part):
         self._buffers.loaded()
         self._changed()
 
-    def wake(self) -> None:
-        """Put the parameters of idle deltas back into training."""
-        self._shared.wake()
-
-    def before_look(self) -> None:
-        """Take the parameters of deltas that act nowhere out of training: someone looks at the parameters."""
-        self._shared.rest()
-
     def _changed(self) -> None:
         self._view.rebind()
         self._shared.bind_others(self._view, self._deltas)

@@ -22,10 +22,6 @@ class View(Protocol):
     host: Host
     strengths: Strengths
 
-    @property
-    def acts_by_row(self) -> bool:
-        """Whether any delta may act, on some row."""
-
     def activate(self, names: Iterable[str], *, strengths: Mapping[str, float] | None = None) -> None:
         """Make exactly these deltas act, at these strengths."""
 

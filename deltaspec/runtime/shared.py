@@ -12,7 +12,6 @@ from typing import Any, Self
 import torch
 
 from deltaspec.backbone.recorder import Observation
-from deltaspec.deltas.idle import Idle
 from deltaspec.deltas.modules import Deltas
 from deltaspec.deltas.stacks import Stacks
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
@@ -47,7 +46,6 @@ class Shared:
         self.stacks = Stacks(deltas, self.planned, self.is_read, self.is_idle)
         self.unproven = set() if plan.proven else set(self.order)
         """Deltas whose sites no forward was seen to reach yet."""
-        self.idle = Idle()
         self.captured = "modules", ""
         """How the backbone was captured, and why so."""
         self.rivals = Rivals(plan.deltas)
@@ -62,7 +60,6 @@ class Shared:
         twin.lock, twin.plan, twin.unproven = threading.RLock(), self.plan, set(self.unproven)
         guard(twin, 2)
         twin.planned, twin.order, twin.captured = dict(self.planned), dict(self.order), self.captured
-        twin.idle = Idle(self.idle.names)
         memo[id(self.planned)] = twin.planned
         twin.placements = Placements(twin.planned)
         twin.stacks = copy.deepcopy(self.stacks, memo)
@@ -138,23 +135,6 @@ class Shared:
             del self.order[name]
         self.plan = plan
         self.sweep()
-
-    def rest(self) -> None:
-        """Take deltas that act in no view out of training, until the next switch; not where rows may have any."""
-        with self.lock:
-            views = self.views()
-            if any(view.acts_by_row for view in views):
-                return
-            active = self.attached()
-            for delta in self.stacks.home.held():
-                if delta.name not in active and not delta.is_displaced():
-                    self.idle.rest(delta)
-
-    def wake(self) -> None:
-        """Put idle deltas back into training."""
-        if self.idle.names:
-            with self.lock:
-                self.idle.wake(self.containers())
 
     def containers(self) -> list[Deltas]:
         """Return the modules that hold the deltas, of all views, and those that outlived the first one."""

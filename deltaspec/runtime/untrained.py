@@ -45,8 +45,8 @@ class Untrained:
     def follow(self, modules: Mapping[str, nn.Module]) -> None:
         """Refuse what stands in these places now: parameters may have been moved, cast, loaded or copied."""
         for fqn, name in self._places:
-            module = modules.get(fqn)
-            parameter = None if module is None else module._parameters.get(name)
+            module = modules.get(fqn)  # a copy that is being made may have no parameters yet
+            parameter = None if module is None else module.__dict__.get("_parameters", {}).get(name)
             if parameter is not None:
                 _refuse(parameter, below(fqn, name))
 

@@ -201,7 +201,6 @@ class Mixer(Running):
             self._installed.append((socket, before))
             socket.write(dispatch)
             socket.enter()
-        self._shared.wake()
         self._active.guard.take()
 
     def remove(self) -> bool:

@@ -86,7 +86,7 @@ def test_an_unknown_attribute_is_an_attribute_error():
 
 def test_only_the_parameters_of_attached_deltas_are_trainable():
     compiled = build()
-    for names in (("low",), ("low", "wide"), ("norms", "bias"), ()):
+    for names in (("low",), ("low", "wide"), ("norms", "bias")):
         compiled.only(*names)
         found = {id(p) for p in compiled.trainable_parameters()}
         assert found == {id(p) for name in names for p in compiled.deltas[name].parameters()}
