@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import ARCHITECTURES
+from moved import moved
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -31,12 +32,7 @@ def build(*deltas: dict[str, Any], name: str = "llama") -> CompiledModel:
     compiled = deltaspec.compile(
         ARCHITECTURES[name].model(), {"deltaspec": 1, "deltas": list(deltas or map(delta, ALIKE))}
     )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for one in compiled.deltas.values():
-            for parameter in one.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return compiled
+    return moved(compiled)
 
 
 def logits(compiled: CompiledModel, *names: str) -> Tensor:

@@ -7,7 +7,7 @@ import os
 
 import torch
 from ddp_worker import NAMES, WORLD, Net, build
-from sharded_worker import work
+from saving_worker import work
 from torch import multiprocessing
 
 import deltaspec

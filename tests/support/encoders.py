@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moved import moved
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -35,12 +36,7 @@ def encoder(kind: type[Any] = BertModel, head: int = 0, **options: Any) -> Any:
 def trained(model: nn.Module, *deltas: dict[str, Any], number: int = 1, **options: Any) -> CompiledModel:
     """Compile, and move all trained tensors off their initial values."""
     compiled = deltaspec.compile(model, {"deltaspec": 1, "deltas": list(deltas)}, **options)
-    generator = torch.Generator().manual_seed(number)
-    with torch.no_grad():
-        for delta in compiled.deltas.values():
-            for parameter in delta.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return compiled
+    return moved(compiled, number)
 
 
 def logits(model: nn.Module) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import ARCHITECTURES
+from moved import moved
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,12 +32,7 @@ def lora(name: str, rank: int = 2) -> dict[str, Any]:
 def build(*deltas: dict[str, Any], number: int = 1, model: nn.Module | None = None) -> CompiledModel:
     """Compile, and move all tensors off their initial values."""
     compiled = deltaspec.compile(model or LLAMA.model(), {"deltaspec": 1, "deltas": list(deltas)})
-    generator = torch.Generator().manual_seed(number)
-    with torch.no_grad():
-        for one in compiled.deltas.values():
-            for parameter in one.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return compiled
+    return moved(compiled, number)
 
 
 def run(compiled: CompiledModel, *names: str) -> Tensor:

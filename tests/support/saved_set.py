@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import ARCHITECTURES
+from moved import moved
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,12 +37,7 @@ SPEC = {
 def build(model: nn.Module | None = None, number: int = 1, spec: Any = None) -> CompiledModel:
     """Compile, and move all tensors off their initial values."""
     compiled = deltaspec.compile(model or CHOSEN.model(), spec or SPEC, capture="modules")
-    generator = torch.Generator().manual_seed(number)
-    with torch.no_grad():
-        for delta in compiled.deltas.values():
-            for parameter in delta.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return compiled
+    return moved(compiled, number)
 
 
 def run(model: nn.Module) -> Tensor:

@@ -10,6 +10,7 @@ import packed_bases
 import pytest
 import torch
 from models import ARCHITECTURES, VOCABULARY, ids
+from moved import moved
 from packed_bases import UNREADABLE
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5ForConditionalGeneration
@@ -27,12 +28,7 @@ def build(architecture: str, *deltas: dict[str, Any], model: nn.Module | None = 
     chosen = ARCHITECTURES[architecture]
     spec = {"deltaspec": 1, "deltas": list(deltas)}
     compiled = deltaspec.compile(model or chosen.model(), spec, capture=chosen.capture, example_inputs=chosen.inputs())
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for delta in compiled.deltas.values():
-            for parameter in delta.parameters():
-                parameter.add_((torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter))
-    return compiled
+    return moved(compiled)
 
 
 @torch.no_grad()
