@@ -48,7 +48,7 @@ class _Weights:
     @property
     def clashes(self) -> bool:
         """Whether there may be a delta that must not come before it: what only adds, as most do, has none."""
-        return bool(self.reads) or self.replaced is not None
+        return bool(self.reads or self.biases or self.bases) or self.replaced is not None
 
     def misses(self, before: _Weights) -> frozenset[str]:
         """Return the sites at which it would not see what a delta before it does to the weight; both fold, it does."""
