@@ -36,6 +36,7 @@ class Known(Protocol):
     """What is known of deltas."""
 
     placements: Placements
+    unproven: set[str]
 
 
 class FirstForwards:
@@ -76,6 +77,8 @@ class FirstForwards:
         held: dict[tuple[str, str], Tensor] = {}
         handle = self._host.backbone.register_forward_pre_hook(lambda *_: held.update(self._trained(names)))
         try:
+            if self._keeps_fast_path(names):
+                return forward(*args, **kwargs)
             if kind in self._seen:
                 output = forward(*args, **kwargs)
             else:
@@ -86,6 +89,15 @@ class FirstForwards:
         if torch.is_grad_enabled() and not _is_transformed():
             self._refuse_unreached(held, self._seen[kind], output)
         return output
+
+    def _keeps_fast_path(self, names: Names) -> bool:
+        """Return whether watching would take a forward off torch's fast path of attention, and so change last bits.
+
+        Then what was observed at planning has to do.
+        """
+        if torch.is_grad_enabled() or self._host.backbone.training or not self._shared.unproven.isdisjoint(names):
+            return False
+        return any(isinstance(module, nn.MultiheadAttention) for module in self._host.modules.values())
 
     def _trained(self, names: Names) -> dict[tuple[str, str], Tensor]:
         """Return the tensors that training would change, by delta and key, as they stand in this forward."""

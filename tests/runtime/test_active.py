@@ -91,7 +91,7 @@ def take(compiled: CompiledModel, step: tuple[Any, ...], inputs: Any) -> Compile
 
 def train(compiled: CompiledModel, inputs: Any) -> None:
     """Take one step of SGD on the attached deltas, in training mode."""
-    parameters = list(compiled.trainable_parameters())
+    parameters = list(compiled.trainable_parameters()) if compiled.attached else []
     if not parameters:
         return
     mode = compiled.training

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
+from typing import Any
 
 import pytest
 import torch
@@ -20,20 +22,33 @@ def compiled() -> CompiledModel:
     return build(*(lora(name, ["up", "head"], attached=False) for name in "ab"), model=net())
 
 
-async def serve(model: CompiledModel, name: str, pause: float) -> Tensor:
+async def serve(model: CompiledModel, name: str, pause: Awaitable[Any]) -> Tensor:
     with model.only(name):
-        await asyncio.sleep(pause)
+        await pause
         return model(X)
 
 
 def test_tasks_that_switch_in_between_are_refused(compiled):
     async def both() -> list[Tensor | BaseException]:
-        return await asyncio.gather(serve(compiled, "a", 0.02), serve(compiled, "b", 0.01), return_exceptions=True)
+        inside, done = asyncio.Event(), asyncio.Event()
 
-    found = asyncio.run(both())
-    expected = compiled.only("b") and compiled(X)
-    assert isinstance(found[0], DeltaSpecError) and "DS456" in str(found[0]) and "c.view()" in str(found[0])
-    assert isinstance(found[1], Tensor) and torch.equal(found[1], expected)
+        async def one() -> Tensor:
+            try:
+                return await serve(compiled, "a", inside.wait())
+            finally:
+                done.set()
+
+        async def other() -> Tensor:
+            with compiled.only("b"):
+                inside.set()
+                await done.wait()  # `one` has put back what it found
+                return compiled(X)
+
+        return await asyncio.gather(one(), other(), return_exceptions=True)
+
+    for error, was, now in zip(asyncio.run(both()), ("'a'", "'b'"), ("'b'", "nothing"), strict=True):
+        assert isinstance(error, DeltaSpecError) and "DS456" in str(error) and "c.view()" in str(error)
+        assert f"attached {was}" in str(error) and f"attached {now} since" in str(error)
 
 
 def test_tasks_with_a_view_each_or_one_after_the_other(compiled):
@@ -41,14 +56,14 @@ def test_tasks_with_a_view_each_or_one_after_the_other(compiled):
     compiled.detach()
 
     async def views() -> list[Tensor]:
-        return await asyncio.gather(*(serve(compiled.view(), name, 0.01) for name in "ab"))
+        return await asyncio.gather(*(serve(compiled.view(), name, asyncio.sleep(0)) for name in "ab"))
 
     async def turns() -> list[Tensor]:
         lock = asyncio.Lock()
 
         async def one(name: str) -> Tensor:
             async with lock:
-                return await serve(compiled, name, 0.005)
+                return await serve(compiled, name, asyncio.sleep(0))
 
         return await asyncio.gather(one("a"), one("b"), one("a"))
 
