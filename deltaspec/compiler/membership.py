@@ -30,7 +30,7 @@ from deltaspec.runtime.shared import Shared
 def add(built: Built, spec: str | PathLike[str] | Mapping[str, Any] | DeltaSpec, example_inputs: Any) -> None:
     """Add the deltas of a spec. Raises DeltaSpecError with all findings; then everything is as it was."""
     active, shared, host, libraries, _ = built
-    with host.gate.switching(), shared.lock:
+    with _alone(shared):
         active.follow_others()
         plain = without_deltas(host)
         before, attached, strengths, graph_before = shared.plan, active.active, active.strengths.as_dict(), active.graph

@@ -237,11 +237,11 @@ class Stacks:
         if name in self._held and self._held[name] is None:
             return True
         module = self._module(name)
-        if name in self._pointers and module.is_displaced():
-            if name in self._held:
+        if module.is_displaced():
+            if name in self._held or name not in self._pointers:
                 raise DeltaSpecError([_displaced(name)])
             return True  # what stands there for one call is read from there, and is never taken into the stack
-        return self._pointers.get(name) == _pointers(module)
+        return name in self._pointers and self._pointers[name] == _pointers(module)
 
     def _fitting(self, name: str, layout: Layout) -> Stack:
         """Return the stack for a delta's tensors, made if there is none."""
@@ -287,8 +287,9 @@ class Stacks:
 
 
 def _displaced(name: str) -> Diagnostic:
-    message = f"delta {name!r} of a library has other tensors than its own (a parametrization, or functional_call)"
-    return Diagnostic("DS441", message, suggestion=f"compile it into the model, or run its rows under c.only({name!r})")
+    message = f"delta {name!r} has other tensors than its own (functional_call, a parametrization), and is in no stack"
+    hint = f"run a batch with deltas=[{name!r}, …] once before, or run its rows apart, under c.only({name!r})"
+    return Diagnostic("DS441", message, suggestion=hint)
 
 
 def _pointers(delta: Delta) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ class Active(Installation):
         self._installed = None
         host = self.host
         self.owner = host.deltas.owner = owner
-        self.guard, self.wrapped = Guard(host), Wrapped()
+        self.guard, self.wrapped = Guard(host, self.builder), Wrapped()
         self.tasks = Tasks(self.state)
         self.gate.before, self.gate.failed = self._before_forward, self._explain
         self.gate.traced = self._before_trace

@@ -6,7 +6,7 @@ Everything is compared by identity, in a few microseconds a forward.
 from __future__ import annotations
 
 from itertools import repeat
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -16,11 +16,17 @@ from deltaspec.runtime.host import Host
 _FORWARD = repeat("forward")
 
 
+class Tracing(Protocol):
+    """Who knows which modules a trace of the whole model calls: hooks on them would be inside of the deltas."""
+
+    traced: set[str]
+
+
 class Guard:
     """Compares a host with what it was when `take` was called."""
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    def __init__(self, host: Host, tracing: Tracing) -> None:
+        self._host, self._tracing = host, tracing
         self._taken: dict[str, nn.Module] | None = None
         """The modules that were taken; None: all is to be looked at anew."""
         self._homes: list[dict[str, Any]] = []
@@ -32,6 +38,16 @@ class Guard:
         self._children: list[nn.Module | None] = []
         self._tables: list[dict[str, Any]] = []
         self._lengths: list[int] = []
+        self._count = -1
+        """Number of the sockets whose classes were taken."""
+        self._modules: list[nn.Module] = []
+        self._kinds: list[type[nn.Module]] = []
+        """Classes of the modules in whose places something of ours ever stood."""
+        self._forwards: list[tuple[Any, Any]] = []
+        """Those classes, once each, with their forwards, which are patched, too."""
+        self._hooks: list[dict[int, Any]] = []
+        """Registries of hooks of the modules that a trace calls."""
+        self._counts: list[int] = []
 
     def take(self, installed: Any = None) -> None:
         """Remember how it is now; `installed` stands for what was just put in, if nothing else has changed since."""
@@ -45,9 +61,16 @@ class Guard:
             self._parents, self._names = [parent for parent, _ in places], [name for _, name in places]
             self._children = [*map(dict.get, self._parents, self._names)]
             self._tables = [m._parameters for m in modules.values() if isinstance(m, nn.Embedding)]
-            self._taken, self._homes = modules, []
+            self._taken, self._homes, self._count = modules, [], -1
         if len(self._homes) != len(sockets):
             self._homes = [socket.module.__dict__ for socket in sockets.values()]
+        if self._count != len(sockets):
+            self._count, self._modules = len(sockets), [socket.module for socket in sockets.values()]
+            self._kinds = [*map(type, self._modules)]
+            self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(self._kinds)]
+            traced = [modules[fqn] for fqn in self._tracing.traced if fqn in modules]
+            self._hooks = [hooks for m in traced for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+            self._counts = [*map(len, self._hooks)]
         self._tops = [*map(dict.get, self._homes, _FORWARD)]
         if installed is not None:
             self._known[installed] = self._tops
@@ -63,6 +86,9 @@ class Guard:
             self.forwards_changed()
             or [*map(dict.get, self._parents, self._names)] != self._children
             or [*map(_length, self._tables)] != self._lengths
+            or [*map(type, self._modules)] != self._kinds
+            or any(kind.forward is not forward for kind, forward in self._forwards)
+            or [*map(len, self._hooks)] != self._counts
         )
 
     def forwards_changed(self) -> bool:

@@ -168,6 +168,8 @@ class Installation:
             if socket.is_hidden(acting=socket in old.footprint.sockets):
                 top = socket.module.__dict__.get("forward")
                 socket.rebase(top, None if top is None else Beneath(fqn, top))
+            elif socket.original is None:
+                socket.rebase(None)  # the class may be another, or have another forward
             socket.leave()
         self.wrapped.take(sockets)
         self.programs.clear()

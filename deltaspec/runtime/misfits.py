@@ -11,17 +11,30 @@ from deltaspec.backbone.table import Row
 from deltaspec.backbone.weight_forms import own_shape
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.declarations import Site
+from deltaspec.methods.registry import methods
 from deltaspec.planning.planned import PlannedDelta
 from deltaspec.runtime.host import Host
 
 
-def refuse_misfits(host: Host, deltas: Iterable[PlannedDelta]) -> None:
-    """Raise DeltaSpecError (DS458) for deltas whose modules are gone, or have another class or other shapes."""
-    sites = {(delta.name, part.fqn): part.site for delta in deltas for part in delta.sites}
+def refuse_misfits(host: Host, deltas: Iterable[PlannedDelta], *, merged: bool = False) -> None:
+    """Raise DeltaSpecError (DS458) for deltas whose modules are gone, or have another class or other shapes.
+
+    `merged`: they are about to be folded into the weights, as some methods do in each forward, and so these have to be
+    the modules' own.
+    """
+    sites = {(delta.name, part.fqn): (delta.method, part) for delta in deltas for part in delta.sites}
     findings = []
-    for (name, _), site in sites.items():
+    for (name, _), (kind, part) in sites.items():
+        site, method = part.site, methods()[kind]
         row, fqn = _as_held(site), site.row.fqn
-        if (what := _misfit(row, host.modules.get(fqn), site.stack is None)) is not None:
+        module, changes = (
+            host.modules.get(fqn),
+            method.folds(site, part.params) or method.substitutes(site, part.params),
+        )
+        what = _misfit(row, module, site.stack is None)
+        if what is None and module is not None and (merged or changes):
+            what = _computed(row, module)
+        if what is not None:
             message = f"delta {name!r} was compiled for {fqn or 'the model'} as {_described(row)}, and it {what}"
             hint = "change the model before deltaspec.compile, or compile the changed model and load the saved deltas"
             findings.append(Diagnostic("DS458", message, file="<model>", suggestion=hint))
@@ -42,6 +55,9 @@ def _misfit(row: Row, module: nn.Module | None, whole: bool) -> str | None:
         return "is gone"
     if row.type not in {kind.__name__ for kind in type(module).__mro__}:
         return f"is a {type(module).__name__} now"
+    planned = next(kind for kind in type(module).__mro__ if kind.__name__ == row.type)
+    if row.kind != "other" and type(module).forward is not planned.forward:  # type: ignore[attr-defined]
+        return f"is a {type(module).__name__} now, with a forward of its own"
     for parameter in row.parameters:
         found = own_shape(module, parameter.name)
         if found is None:
@@ -54,6 +70,14 @@ def _misfit(row: Row, module: nn.Module | None, whole: bool) -> str | None:
     known = {parameter.name for parameter in row.parameters}
     surplus = [name for name in ("weight", "bias") if name not in known and _is_parameter(module, name)]
     return f"has a {surplus[0]} now" if surplus else None
+
+
+def _computed(row: Row, module: nn.Module) -> str | None:
+    """Say which parameter another tool computes since (a parametrization, weight_norm, pruning)."""
+    if row.computed or row.parametrised:
+        return None  # as it was planned
+    names = [p.name for p in row.parameters if p.packed is None and not _is_parameter(module, p.name)]
+    return f"has a {names[0]} now that is computed from other tensors" if names else None
 
 
 def _is_parameter(module: nn.Module, name: str) -> bool:

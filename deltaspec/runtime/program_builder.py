@@ -71,7 +71,7 @@ class ProgramBuilder:
     def take(self, graph: fx.Graph | None) -> None:
         """Let this be the trace of the whole model, from now on; None where it is not traced."""
         self.graph = graph
-        self._traced = {str(node.target) for node in graph.nodes if node.op == "call_module"} if graph else set()
+        self.traced = {str(node.target) for node in graph.nodes if node.op == "call_module"} if graph else set()
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -102,7 +102,8 @@ class ProgramBuilder:
         for host in hosts:
             placements = self._at(host, names)
             alone = len(placements) > _LONGEST or any(_needs_own_region(v) or v.delta in scaled for v in placements)
-            if host in self._traced and not alone:
+            alone = alone or _has_hooks(self.modules[host])  # they go around the deltas, which a trace puts around them
+            if host in self.traced and not alone:
                 inline[host] = placements
                 continue
             forward, built = self.bind(host, placements, scaled)
@@ -264,3 +265,7 @@ class ProgramBuilder:
 def _needs_own_region(placement: Placement) -> bool:
     substitutes = methods()[placement.method].substitutes(placement.planned.site, placement.planned.params)
     return placement.lowered or substitutes or bool(placement.arguments)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -47,7 +47,7 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
     names = tuple(sorted(set(names), key=shared.order.__getitem__))
     active.require(names)
     active.follow_others()
-    refuse_misfits(host, (shared.planned[name] for name in names))
+    refuse_misfits(host, (shared.planned[name] for name in names), merged=True)
     refuse_meta(host.deltas, names, "merged")
     _refuse(shared, host, names)
     shared.rivals.refuse(names)
