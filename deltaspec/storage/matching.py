@@ -86,7 +86,7 @@ class Matcher:
                 continue
             fit = fits[0]
             found[name] = Outcome(fit.prefix, tuple(fit.notes), self._let_pass(fit))
-            if len({one.prefix for one in fits}) > 1:
+            if len(fits) > 1 and len({tuple(map(one.prefix.to_here, sites)) for one in fits}) > 1:
                 findings.append(_ambiguous(saved, name, fits))
             elif not (fit.is_clean or self.match == "sites" or (self.match == "structure" and not fit.structure)):
                 refused.setdefault((tuple(fit.structure), tuple(fit.weights)), (fit, []))[1].append(name)

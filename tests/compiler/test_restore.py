@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import live_model
 import pytest
 import torch
 from models import ARCHITECTURES, Traceable
@@ -148,3 +149,21 @@ def test_running_statistics_are_part_of_what_a_backbone_is(tmp_path):
     moved.norm.running_mean += 1.0
     with pytest.raises(DeltaSpecError, match="DS523"):
         deltaspec.restore(moved, tmp_path, example_inputs=torch.randn(3, 4))
+
+
+class Around(nn.Module):
+    """A model around a whole one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: torch.Tensor) -> object:
+        return self.inner(input_ids=input_ids)
+
+
+def test_a_model_around_the_same_one_is_one_place(tmp_path):
+    compiled = live_model.build(live_model.lora("a"))
+    compiled.save(tmp_path)
+    again = deltaspec.restore(Around(live_model.llama()), tmp_path)
+    assert torch.equal(live_model.logits(again), live_model.logits(compiled))
