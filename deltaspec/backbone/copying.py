@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from deltaspec.backbone.holding import ATOMS, COMPILED, Reach, copies_itself, parts_of, subtree
+from deltaspec.backbone.holding import ATOMS, COMPILED, Reach, contents, copies_itself, parts_of, subtree
 from deltaspec.backbone.weak import WeakCopies
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
@@ -40,7 +40,8 @@ def deep_copy(module: nn.Module, memo: dict[Any, Any]) -> nn.Module:
     What `torch.compile` made of a module, or of its methods, is left out: the copy runs eagerly. Raises DeltaSpecError
     (DS430), naming module and attribute, where something cannot be copied, or stays bound to the original.
     """
-    return copy_held(module, module, memo)  # type: ignore[no-any-return]
+    twin: nn.Module = copy_held(module, module, memo)
+    return twin
 
 
 def copy_held(value: Any, module: nn.Module, memo: dict[Any, Any]) -> Any:
@@ -69,9 +70,9 @@ class _Copier(WeakCopies):
 
     def module(self, module: nn.Module) -> nn.Module:
         """Copy a module with all that is below it."""
-        found: Any = self._memo.get(id(module))
+        found: nn.Module | None = self._memo.get(id(module))
         if found is not None:
-            return found  # type: ignore[no-any-return]
+            return found
         kind: Any = type(module)
         traced = isinstance(module, fx.GraphModule)
         if not traced and not _is_plain(kind):
@@ -135,7 +136,7 @@ class _Copier(WeakCopies):
         twin = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells or None)
         self._memo[id(function)] = twin
         for cell, old in zip(cells, function.__closure__ or (), strict=True):
-            if cell is not old and not _is_filled(cell):
+            if cell is not old and not contents(cell):
                 cell.cell_contents = self.value(old.cell_contents)
         twin.__defaults__ = None if function.__defaults__ is None else tuple(map(self._held, function.__defaults__))
         keywords = function.__kwdefaults__
@@ -147,9 +148,10 @@ class _Copier(WeakCopies):
 
     def _cell(self, cell: CellType) -> CellType:
         """Return the cell of a copied closure: a new one for what leads to the model, which two closures may share."""
-        if not _is_filled(cell) or not self._reach.leads_there(cell.cell_contents):
+        if not any(map(self._reach.leads_there, contents(cell))):
             return cell
-        return self._memo.setdefault(id(cell), CellType())  # type: ignore[no-any-return]
+        twin: CellType = self._memo.setdefault(id(cell), CellType())
+        return twin
 
     def method(self, method: MethodType) -> Any:
         """Copy a method, bound to the copy of its object."""
@@ -166,7 +168,7 @@ class _Copier(WeakCopies):
         twin = self._memo[id(value)] = partial(value.func)
         args, keywords = tuple(map(self.value, value.args)), {key: self.value(v) for key, v in value.keywords.items()}
         state: Any = (self.value(value.func), args, keywords, {key: self.value(v) for key, v in vars(value).items()})
-        twin.__setstate__(state)  # type: ignore[attr-defined]
+        twin.__setstate__(state)  # type: ignore[attr-defined]  # typeshed leaves it out
         return twin
 
     def mapping(self, value: dict[Any, Any]) -> Any:
@@ -249,14 +251,6 @@ def not_copied(model: nn.Module, reason: str) -> DeltaSpecError:
     """Return the error for a model that cannot be copied."""
     hint = "build the model anew, or remove what cannot be copied (a lock, a stream, a cached result) before compiling"
     return DeltaSpecError([Diagnostic("DS430", f"{type(model).__name__} cannot be copied: {reason}", suggestion=hint)])
-
-
-def _is_filled(cell: CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 @cache

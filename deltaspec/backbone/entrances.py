@@ -37,7 +37,7 @@ def entrances(modules: list[tuple[str, nn.Module]]) -> dict[int, Entrance]:
     for fqn, module in taking:
         if any(other is not module and is_inside(other_fqn, fqn) for other_fqn, other in taking):
             continue
-        embedding = _part(module, "get_input_embeddings")
+        embedding = part_of(module, "get_input_embeddings")
         if embedding is None:
             continue
         follower, problem = _follower(module, named)
@@ -56,7 +56,7 @@ def _follower(module: nn.Module, named: list[tuple[str, Any]]) -> tuple[nn.Modul
     for _, owner in named:
         if not getattr(owner.config, "is_encoder_decoder", False) or module not in set(owner.modules()):
             continue
-        decoder = _part(owner, "get_decoder")
+        decoder = part_of(owner, "get_decoder")
         if decoder is None or module in set(decoder.modules()):
             return None, "it is the decoder's input, and a prompt belongs in front of the encoder's"
         if not {"encoder_hidden_states", "encoder_attention_mask"} <= set(_optional(decoder)):
@@ -65,10 +65,11 @@ def _follower(module: nn.Module, named: list[tuple[str, Any]]) -> tuple[nn.Modul
     return None, None
 
 
-def _part(module: Any, getter: str) -> nn.Module | None:
+def part_of(module: Any, getter: str) -> nn.Module | None:
+    """Ask a transformers model for a part of it, such as `get_input_embeddings`; None where it has none."""
     try:
         part = getattr(module, getter)()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # what transformers raises for a model without
         return None
     return part if isinstance(part, nn.Module) and part is not module else None
 

@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +26,22 @@ def copies_itself(value: Any) -> bool:
     return type(value).__module__.startswith(_OWN) and hasattr(value, "__deepcopy__")
 
 
+def contents(cell: CellType) -> tuple[Any, ...]:
+    """Return what a cell of a closure holds; nothing where nothing was assigned yet."""
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()
+
+
+def codes_in(code: CodeType) -> Iterator[CodeType]:
+    """Yield a function's code, and those of the functions that are made in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from codes_in(constant)
+
+
 def parts_of(value: Any) -> Iterator[Any]:
     """Yield what a value holds directly: a function in its closure, defaults and attributes, a method its object."""
     if isinstance(value, _CLOSED):
@@ -35,10 +51,7 @@ def parts_of(value: Any) -> Iterator[Any]:
             yield value.__dict__[COMPILED]
             return
         for cell in value.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # nothing was assigned yet
-                continue
+            yield from contents(cell)
         yield from value.__defaults__ or ()
         yield from (value.__kwdefaults__ or {}).values()
     elif isinstance(value, partial):

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deltaspec.backbone.entrances import part_of
 from deltaspec.backbone.fingerprint import structure_fingerprint
 from deltaspec.backbone.reserved import find
 from deltaspec.backbone.sample import Sample, Types, read, take
@@ -132,12 +133,7 @@ class Present:
     @cached_property
     def vocabulary(self) -> int | None:
         """Number of rows of its table of input embeddings."""
-        ask: Any = getattr(self.backbone, "get_input_embeddings", None)
-        try:
-            table = None if ask is None else ask()
-        except (AttributeError, NotImplementedError):  # what transformers raises for a model without
-            return None
-        weight = getattr(table, "weight", None)
+        weight = getattr(part_of(self.backbone, "get_input_embeddings"), "weight", None)
         return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
     @cached_property

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from deltaspec.backbone.attention import is_routable
-from deltaspec.backbone.entrances import entrances
+from deltaspec.backbone.entrances import entrances, part_of
 from deltaspec.backbone.faithful import is_faithful
 from deltaspec.backbone.forwards import arguments_of, foreign_forward
 from deltaspec.backbone.table import ConvInfo, Entrance, ModuleTable, Packed, ParameterInfo, Row
@@ -53,7 +53,7 @@ def tabulate(model: nn.Module) -> ModuleTable:
             holders.setdefault(id(parameter), []).append(below(node.fqn, name))
     sizes = subtree_sizes(nodes, holders)
     classes: dict[type, tuple[tuple[str, ...], str]] = {}
-    vocabulary = _vocabulary(model)
+    vocabulary = part_of(model, "get_input_embeddings")
     doors = entrances([(node.fqn, node.module) for node in nodes])
     rows = tuple(
         [_row(node, holders, sizes, classes, node.module is vocabulary, doors.get(id(node.module))) for node in nodes]
@@ -141,16 +141,6 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return tuple(p.name for p in arguments_of(forward) if p.kind not in stars)
-
-
-def _vocabulary(model: nn.Module) -> nn.Module | None:
-    """Ask a transformers model for its input embeddings; None where it has none."""
-    ask = getattr(model, "get_input_embeddings", None)
-    try:
-        found = None if ask is None else ask()
-    except (AttributeError, NotImplementedError):  # what transformers raises for a model without
-        return None
-    return found if isinstance(found, nn.Module) else None
 
 
 def _kind(kind: type) -> str:

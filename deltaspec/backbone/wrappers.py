@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from deltaspec.backbone.holding import parts_of
+from deltaspec.backbone.holding import codes_in, parts_of
 
 _MOST = 300
 """Objects that are looked at, at most."""
@@ -50,6 +50,6 @@ def _held_by(one: Any) -> list[Any]:
 
 
 def _names_in(code: CodeType) -> set[str]:
-    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    texts = [constant for constant in code.co_consts if isinstance(constant, str)]
-    return {*code.co_names, *texts}.union(*map(_names_in, inner))
+    """Return the names that code uses: looked up, or as texts, for `getattr`."""
+    texts = {text for inner in codes_in(code) for text in inner.co_consts if isinstance(text, str)}
+    return texts.union(*(inner.co_names for inner in codes_in(code)))

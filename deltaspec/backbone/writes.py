@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from deltaspec.backbone.forwards import foreign_forward
+from deltaspec.backbone.holding import codes_in, contents
 
 _PUBLISHED = ("torch.", "transformers.", "deltaspec.")
 _UNCOUNTED = frozenset("data numpy data_ptr storage untyped_storage batch_norm native_batch_norm __array__".split())
@@ -52,21 +53,14 @@ def _names_uncounted(kind: Any, forward: Any) -> bool:
             return True
         waiting += [found for name in names if callable(found := function.__globals__.get(name))]
         waiting += [found for name in names if isinstance(found := getattr(kind, name, None), FunctionType)]
-        waiting += [cell.cell_contents for cell in function.__closure__ or () if _is_callable(cell)]
+        held = (value for cell in function.__closure__ or () for value in contents(cell))
+        waiting += [value for value in held if isinstance(value, FunctionType | MethodType)]
     return False
-
-
-def _is_callable(cell: Any) -> bool:
-    try:
-        return isinstance(cell.cell_contents, FunctionType | MethodType)
-    except ValueError:  # nothing was assigned yet
-        return False
 
 
 @cache
 def _names(code: CodeType) -> frozenset[str]:
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return frozenset(code.co_names).union(*map(_names, inner))
+    return frozenset(name for inner in codes_in(code) for name in inner.co_names)
 
 
 class OwnOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -23,11 +23,11 @@ class Face(nn.Module):
     @property
     def __class__(self) -> type:
         """Of transformers' models too, where the backbone is one: Trainer lets only those save themselves."""
-        backbone = self.__dict__.get("_modules", {}).get("backbone")
+        backbone: Any = self.__dict__.get("_modules", {}).get("backbone")
         transformers: Any = sys.modules.get("transformers.modeling_utils")
         if transformers is None or not isinstance(backbone, transformers.PreTrainedModel):
             return type(self)
-        return _standing_for(type(backbone))  # type: ignore[arg-type]
+        return _standing_for(type(backbone))  # type: ignore[arg-type]  # mypy takes no class that may be any for hashable
 
     @__class__.setter
     def __class__(self, kind: type[Any]) -> None:

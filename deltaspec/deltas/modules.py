@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -26,18 +26,18 @@ def attribute_name(key: str) -> str:
 class OwnTensors:
     """Which tensors are a delta's own, in all views of it."""
 
-    __slots__ = ("known", "places", "views")
+    __slots__ = ("identities", "names", "views")
 
-    def __init__(self, names: Iterable[str] | None = None) -> None:
-        self.places: dict[str, int] | None = None if names is None else dict.fromkeys(names, 0)
-        """Identities of the tensors by name; 0 where none is registered."""
-        self.known = False
-        """Whether the identities are those of this copy of the delta."""
+    def __init__(self, names: tuple[str, ...] = ()) -> None:
+        self.names = names
+        """Names of all that it has; those that are parametrized, pruned or sharded, too."""
+        self.identities: set[int] | None = None
+        """Identities of what is registered and its own; None where that is not known yet, as in a new copy."""
         self.views: WeakSet[Delta] = WeakSet()
         """The modules of the delta, where there are several."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OwnTensors, (None if self.places is None else [*self.places],)  # the tensors of a copy are others
+        return OwnTensors, (self.names,)  # the tensors of a copy are others
 
 
 class Delta(nn.Module):
@@ -60,7 +60,8 @@ class Delta(nn.Module):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (storage key, tensor) for all tensors, buffers included, as forwards read them."""
-        for name in self._own_places():
+        self._know()
+        for name in self.own_tensors.names:
             yield dotted(name), self._read(name)
 
     def _read(self, name: str) -> Tensor:
@@ -74,16 +75,16 @@ class Delta(nn.Module):
 
     def own(self) -> None:
         """Take the tensors that are registered now for the delta's own; what stands there for one call is not."""
-        now = {name: id(value) for name, value in self._registered().items() if value is not None}
-        places = self.own_tensors.places
-        # A name that is gone is a parametrized, pruned or sharded tensor: it stays the delta's.
-        self.own_tensors.places = now if places is None else {name: now.get(name, 0) for name in places}
-        self.own_tensors.known = True
+        own = self.own_tensors
+        own.names = own.names or (*self._parameters, *self._buffers)
+        # One that is computed is registered nowhere, and so it stays displaced.
+        whole = all(name in self._parameters or name in self._buffers for name in own.names)
+        own.identities = self._registered() if whole else set()
 
     def is_displaced(self) -> bool:
         """Return whether other tensors stand in the places of its own: functional_call, FSDP, a parametrization."""
-        now = self._registered()
-        return any(id(now.get(name)) != place for name, place in self._own_places().items())
+        self._know()
+        return self._registered() != self.own_tensors.identities
 
     def is_view_of(self, other: Delta) -> bool:
         """Return whether this is the same delta in another view."""
@@ -92,18 +93,17 @@ class Delta(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter, in all views, as `setattr` does: it is the delta's own from now on."""
         super().register_parameter(name, param)
-        if param is not None and name in (self.own_tensors.places or ()):
+        if param is not None and name in self.own_tensors.names:
             for view in (self, *self.own_tensors.views):
                 view._parameters[name] = param
             self.own()
 
-    def _registered(self) -> dict[str, Tensor | None]:
-        return {**self._parameters, **self._buffers}
+    def _registered(self) -> set[int]:
+        return {*map(id, self._parameters.values()), *map(id, self._buffers.values())}
 
-    def _own_places(self) -> dict[str, int]:
-        if not self.own_tensors.known:
+    def _know(self) -> None:
+        if self.own_tensors.identities is None:
             self.own()
-        return self.own_tensors.places or {}
 
     def dropout(self, probability: float) -> nn.Dropout:
         """Return the delta's dropout of this probability; it follows the model's training mode."""

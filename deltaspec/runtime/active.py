@@ -9,9 +9,7 @@ from typing import Any, Self
 from torch import Tensor, fx
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
-from deltaspec.runtime.checkpointing import Recomputation
 from deltaspec.runtime.derived import Derived
-from deltaspec.runtime.first_forwards import FirstForwards
 from deltaspec.runtime.forward_gate import install
 from deltaspec.runtime.guard import Guard
 from deltaspec.runtime.host import Host
@@ -52,9 +50,8 @@ class Active(Installation):
         self.tasks = Tasks(self.state)
         self.gate.before, self.gate.failed = self._before_forward, self._explain
         self.gate.traced = self._before_trace
-        self.gate.after = Recomputation(host.modules.values(), self.state).after
         self.gate.moving = self.owner.before_move
-        self.gate.first = FirstForwards.of(self, host, self.shared)
+        self.look_on()
         install(host.backbone, self.gate)
         self.shared.add_view(self, self.host.deltas)
 
@@ -182,7 +179,7 @@ class Active(Installation):
             self.builder.take(graph)
             self.programs.clear()
         self.rows.changed(gone)
-        self.gate.first = FirstForwards.of(self, self.host, self.shared)
+        self.look_on()
 
     # What other tools changed
 

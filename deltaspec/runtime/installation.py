@@ -8,6 +8,7 @@ from typing import Any
 from deltaspec.backbone.recorder import Observation
 from deltaspec.deltas.strengths import Strengths
 from deltaspec.runtime.checkpointing import Recomputation
+from deltaspec.runtime.first_forwards import FirstForwards
 from deltaspec.runtime.forward_gate import ForwardGate
 from deltaspec.runtime.guard import Guard
 from deltaspec.runtime.host import Host
@@ -93,7 +94,7 @@ class Installation:
         if self.guard.forwards_changed() if self.active else self.guard.changed():
             with_rows = self._follow_others()
             new = self.program(new.names, self.strengths.scaled(new.names))
-        old = self._installed or self.current()
+        old = self.current()
         with_rows = self.rows.remove() or with_rows
         if self.active or with_rows:
             self.host.buffers.restore()
@@ -118,11 +119,12 @@ class Installation:
             socket.leave()
         self.strengths.set(strengths)
         self.active, self._installed = names, self.program(())
-        acts = bool(names) or with_rows
-        if host.flags.frozen != acts:
-            host.freeze() if acts else host.flags.thaw()
-        elif acts:
-            host.flags.freeze()
+        if not names and not with_rows:
+            host.flags.thaw()
+        elif host.flags.frozen:
+            host.flags.freeze()  # to its end
+        else:
+            host.freeze()
         self.follow_others()
         if with_rows and not self.rows.installed:
             self.rows.install()
@@ -160,7 +162,7 @@ class Installation:
 
     def _follow_others(self) -> bool:
         """Take all that is ours out, and the backbone as it is now; return whether there were rows."""
-        with_rows, old, host = self.rows.remove(), self._installed or self.current(), self.host
+        with_rows, old, host = self.rows.remove(), self.current(), self.host
         assert old.footprint is not None
         self.guard.forget()  # until something is installed
         sockets = [(fqn, host.sockets[id(m)]) for fqn, m in host.modules.items() if id(m) in host.sockets]
@@ -178,9 +180,16 @@ class Installation:
         modules = host.current_modules()
         if modules.keys() != host.modules.keys() or any(modules[fqn] is not m for fqn, m in host.modules.items()):
             host.adopt(modules, acts=bool(self.active) or with_rows)
-            self.gate.after = Recomputation(modules.values(), self.state).after
+            self.look_on()
         host.follow_moves()
         return with_rows
+
+    def look_on(self) -> None:
+        """Have forwards looked at as the modules that there are need it: those that checkpoint, or have code of their
+        own.
+        """
+        self.gate.after = Recomputation(self.host.modules.values(), self.state).after
+        self.gate.first = FirstForwards.of(self, self.host, self.shared)
 
     def before_rows(self) -> None:
         """Make the backbone ready for forwards of rows, before they are put in."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -27,12 +28,10 @@ def refuse_misfits(host: Host, deltas: Iterable[PlannedDelta], *, merged: bool =
     for (name, _), (kind, part) in sites.items():
         site, method = part.site, methods()[kind]
         row, fqn = _as_held(site), site.row.fqn
-        module, changes = (
-            host.modules.get(fqn),
-            method.folds(site, part.params) or method.substitutes(site, part.params),
-        )
+        module = host.modules.get(fqn)
         what = _misfit(row, module, site.stack is None)
-        if what is None and module is not None and (merged or changes):
+        changes = merged or method.folds(site, part.params) or method.substitutes(site, part.params)
+        if what is None and module is not None and changes:
             what = _computed(row, module)
         if what is not None:
             message = f"delta {name!r} was compiled for {fqn or 'the model'} as {_described(row)}, and it {what}"
@@ -53,10 +52,10 @@ def _as_held(site: Site) -> Row:
 def _misfit(row: Row, module: nn.Module | None, whole: bool) -> str | None:
     if module is None:
         return "is gone"
-    if row.type not in {kind.__name__ for kind in type(module).__mro__}:
+    planned: Any = next((kind for kind in type(module).__mro__ if kind.__name__ == row.type), None)
+    if planned is None:
         return f"is a {type(module).__name__} now"
-    planned = next(kind for kind in type(module).__mro__ if kind.__name__ == row.type)
-    if row.kind != "other" and type(module).forward is not planned.forward:  # type: ignore[attr-defined]
+    if row.kind != "other" and type(module).forward is not planned.forward:
         return f"is a {type(module).__name__} now, with a forward of its own"
     for parameter in row.parameters:
         found = own_shape(module, parameter.name)

@@ -26,9 +26,7 @@ class Beneath:
         self._fqn, self.forward = fqn, forward
         self._running: set[int] = set()
 
-    __signature__ = property(
-        lambda self: inspect.signature(self.forward)
-    )  # generate passes what a forward takes by name
+    __signature__ = property(lambda self: inspect.signature(self.forward))  # generate passes arguments by their names
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it. Raises DeltaSpecError (DS458) where it calls what was put around it."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.clone import norm_limited
 from deltaspec.backbone.copying import deep_copy
+from deltaspec.backbone.forwards import names_in
 from deltaspec.backbone.offload import is_elsewhere, put
 from deltaspec.backbone.unpacking import copies_of_codes, tell_unpacked, unpacked
 from deltaspec.backbone.weight_forms import is_packed, own_values
@@ -150,15 +149,9 @@ def _mark_untied(plain: nn.Module, fqn: str, name: str) -> None:
     places = [p for p in plain.named_parameters(remove_duplicate=False) if p[1] is changed]
     config = getattr(plain, "config", None)
     if len(places) == 1 and config is not None and getattr(config, _TIED, False):
-        if not any(_TIED in _names_in(type(module)) for module in plain.modules()):
+        if not any(_TIED in names_in(type(module).forward) for module in plain.modules()):
             config.tie_word_embeddings = False
         _untie(plain)
-
-
-def _names_in(kind: Any) -> tuple[str, ...]:
-    """Return the names of attributes that a class's forward reads."""
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-    return () if code is None else code.co_names
 
 
 def _untie(plain: nn.Module) -> None:

@@ -147,6 +147,18 @@ def test_rows_follow(way):
     torch.testing.assert_close(output[1], mixed[1], rtol=1e-5, atol=1e-5)
 
 
+def test_a_computed_tensor_beside_a_new_one_is_read_by_rows():
+    compiled = build(lora("a"), lora("b")).detach()
+    mixed, bare, delta = logits(compiled, deltas=["a", "b"]), logits(compiled), compiled.deltas["a"]
+    for name in ups(compiled):
+        parametrize.register_parametrization(delta, name, Zero())
+    down = next(name for name, _ in delta.named_parameters() if name.endswith("down"))
+    setattr(delta, down, nn.Parameter(delta.get_parameter(down).detach().clone()))
+    output = logits(compiled, deltas=["a", "b"])
+    torch.testing.assert_close(output[0], bare[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output[1], mixed[1], rtol=1e-5, atol=1e-5)
+
+
 def test_one_views_call_is_not_seen_by_others():
     compiled = build(lora())
     view = compiled.view()
