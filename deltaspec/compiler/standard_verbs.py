@@ -62,14 +62,9 @@ def _refuse_adapter(name: str, *args: Any, **kwargs: Any) -> None:
     raise adapter_verb(name)
 
 
-def _acts(built: Built) -> bool:
-    """Return whether deltas act: attached ones, or those that rows of batches are under."""
-    return bool(built.active.active) or built.rows.installed
-
-
 def _part(built: Built, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Save a module inside the backbone by its own method, while no delta is attached."""
-    if _acts(built):
+    if built.active.acts:
         message = f"{name} of a {type(module).__name__} inside a compiled model would leave the deltas out"
         raise DeltaSpecError([Diagnostic("DS476", message, "<model>", suggestion=WAYS)])
     return getattr(type(module), name)(module, *args, **kwargs)
@@ -77,7 +72,7 @@ def _part(built: Built, name: str, module: nn.Module, *args: Any, **kwargs: Any)
 
 def _save(built: Built, name: str, backbone: nn.Module, directory: str | PathLike[str], *args: Any, **kw: Any) -> Any:
     """Do what `save_pretrained` does: write what is attached, without the backbone; the plain model if nothing is."""
-    if not _acts(built):
+    if not built.active.acts:
         if (given := kw.get("state_dict")) is not None:
             kw["state_dict"] = {key: value for key, value in given.items() if not is_inside(key, built.host.home)}
         return getattr(type(backbone), name)(without_deltas(built.host), directory, *args, **kw)
@@ -129,7 +124,7 @@ def _differs(given: Tensor, own: Tensor) -> bool:
 
 def _push(built: Built, name: str, backbone: nn.Module, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     """Do what `push_to_hub` does, with what `save_pretrained` writes."""
-    if not _acts(built):
+    if not built.active.acts:
         return getattr(type(backbone), name)(without_deltas(built.host), repo_id, *args, **kwargs)
     if args:
         raise TypeError(f"{name} takes its options by name")
