@@ -46,6 +46,7 @@ CODES: dict[str, str] = {
     "DS223": "derived delta of an unknown source",
     "DS224": "circular derivation",
     "DS225": "sources whose methods cannot be combined",
+    "DS226": "configuration of another tool",
     # DS3: selector
     "DS302": "selector that matches no module",
     "DS303": "role that this model does not have",
@@ -144,5 +145,34 @@ CODES: dict[str, str] = {
     "DS535": "saved spec with deltas that were not saved",
     "DS536": "delta that a changed model cannot take back",
     "DS537": "saved delta that fits in several places",
+    # DS6: engine
+    "DS601": "method that an engine does not read",
+    "DS602": "rank that an engine does not take",
+    "DS603": "ranks or alphas that differ, under an engine with one",
+    "DS604": "scaling that an engine does not read",
+    "DS605": "DoRA under an engine without it",
+    "DS606": "biases under an engine without them",
+    "DS607": "whole weights beside a LoRA",
+    "DS608": "start that changes the base's weights",
+    "DS609": "tokens that an engine does not know",
+    "DS610": "update of stacked parameters",
+    "DS611": "option of LoRA that an engine lacks",
+    "DS612": "key of a configuration that an engine does not know",
+    "DS613": "LoRA of embeddings or of the output head",
+    "DS614": "module that an engine does not serve",
+    "DS615": "key that fits no module of the base",
+    "DS616": "key of a layer that the base does not have",
+    "DS617": "tensor of another shape than the base's module",
+    "DS618": "configuration that says another rank than the tensors",
+    "DS619": "one factor of a LoRA without the other",
+    "DS620": "adapter without an update",
+    "DS621": "key that is none of PEFT's",
+    "DS622": "file or dtype that an engine does not read",
+    "DS623": "configuration without a key that an engine needs",
+    "DS624": "targets that an engine reads otherwise",
+    "DS625": "adapter that cannot be read",
+    "DS626": "malformed rules of an engine",
+    "DS627": "unknown engine",
 }
-"""Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""
+"""Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files, DS6
+engine."""
