@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deltaspec.backbone.loading import model_from
@@ -17,6 +16,7 @@ from deltaspec.engines.observation import Observation
 from deltaspec.engines.own import read_saved
 from deltaspec.engines.rules import Rule, Rules, rules_of
 from deltaspec.engines.vocabulary import FACTS, OUTCOMES, REWRITES
+from deltaspec.formats.opening import located
 from deltaspec.names.folding import shown
 from deltaspec.names.patterns import PatternError
 from deltaspec.storage.saved import MANIFEST
@@ -33,7 +33,7 @@ def check(
 ) -> list[Diagnostic]:
     """Return the findings about an adapter on a base under an engine; see `deltaspec.engines.check`."""
     rules = rules_of(engine)
-    folder = Path(adapter)
+    folder = located(adapter)
     ours = (folder / MANIFEST).is_file()
     read = None if ours else read_peft(folder)
     held = Base(tabulate(model_from(base) if isinstance(base, str) else base))

@@ -68,7 +68,9 @@ FACTS: Mapping[str, Fact] = {
     "file": Fact("DS622", "save it as safetensors"),
     "dtype": Fact("DS622", "save the tensors as float32, float16 or bfloat16"),
     "missing_key": Fact("DS623", "write it into adapter_config.json"),
-    "targets": Fact("DS624", "name in target_modules all modules that have tensors, or delete the tensors of the others"),
+    "targets": Fact(
+        "DS624", "name in target_modules all modules that have tensors, or delete the tensors of the others"
+    ),
 }
 """Every fact. Each file of rules decides all of them."""
 

@@ -99,7 +99,7 @@ def _said(meaning: Mapping[Any, str], value: Any) -> dict[str, Any]:
         if given is value:
             return _parsed(ours)
         if isinstance(given, str) and isinstance(value, str | int) and not isinstance(value, bool):
-            if (found := re.fullmatch(given, str(value))):
+            if found := re.fullmatch(given, str(value)):
                 return _parsed(found.expand(ours))
     return {}
 
