@@ -40,6 +40,8 @@ class Adapter:
     folder: Path
     delta: str = ""
     """Name of the delta that it was made of, where it comes out of a saved set."""
+    places: tuple[str, ...] = ()
+    """Where that delta works."""
 
     @property
     def data(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from deltaspec.backbone.table import ModuleTable, Row
+from deltaspec.engines.keys import PREFIX
 from deltaspec.names.prefixes import prefixes
 
 _HEADS = ("lm_head", "embed_out", "output_projection")
@@ -57,12 +58,17 @@ class Base:
         found = [prefix for prefix in prefixes(modules, self.rows) if prefix.changes] if modules else []
         return str(found[0]).replace("of the saved model", "in the file") if found else None
 
-    def stops_above(self, name: str) -> bool:
+    def module_of(self, key: str) -> str:
+        """Return the innermost module of the base that a key names; the root's empty name where it names none."""
+        segments = key.removeprefix(PREFIX).split(".")
+        names = (".".join(segments[:depth]) for depth in range(len(segments), 0, -1))
+        return next((name for name in names if name in self.rows), "")
+
+    def stops_above(self, key: str) -> bool:
         """Return whether a key leads nowhere: well above its end, it names a part that a module does not have."""
-        segments = name.split(".")
-        depth = next((n for n in range(len(segments), 0, -1) if ".".join(segments[:n]) in self.rows), 0)
-        row = self.rows[".".join(segments[:depth])]
-        return row.children > 0 and len(segments) - depth > 2
+        module = self.module_of(key)
+        rest = key.removeprefix(PREFIX).removeprefix(module).strip(".").split(".")
+        return self.rows[module].children > 0 and len(rest) > 2
 
     def is_head(self, row: Row) -> bool:
         """Return whether a module makes the scores of tokens."""

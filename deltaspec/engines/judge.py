@@ -15,8 +15,10 @@ from deltaspec.engines.base import Base
 from deltaspec.engines.observation import Observation
 from deltaspec.engines.own import read_saved
 from deltaspec.engines.rules import Rule, Rules, rules_of
-from deltaspec.engines.vocabulary import FACTS, OUTCOMES, REWRITES
+from deltaspec.engines.vocabulary import FACTS, OUTCOMES, REWRITES, SERVE
 from deltaspec.formats.opening import located
+from deltaspec.language.checks.translation import PEFT_METHODS
+from deltaspec.methods.registry import methods
 from deltaspec.names.folding import shown
 from deltaspec.names.patterns import PatternError
 from deltaspec.storage.saved import MANIFEST
@@ -60,12 +62,20 @@ def _observed(adapter: Adapter, base: Base) -> Iterator[Observation]:
     if adapter.method != "LORA":
         label = adapter.method or "none"
         if not adapter.is_lora:
-            yield Observation("method", f"the method {label}", adapter.method, path=("peft_type",))
+            sites = adapter.places or tuple(dict.fromkeys(filter(None, map(base.module_of, adapter.tensors))))
+            hint = None if _changes_weights(adapter.method) else SERVE
+            yield Observation("method", f"the method {label}", adapter.method, sites, ("peft_type",), hint)
         elif adapter.method:
             yield Observation("mislabelled", f"tensors of LoRA under peft_type: {label}", label, path=("peft_type",))
     if adapter.is_lora:
         yield from configuration.observed(adapter, base)
     yield from tensors.observed(adapter, base)
+
+
+def _changes_weights(method: str) -> bool:
+    """Return whether a method, by PEFT's name or by ours, is a change of weights, so far as it is known here."""
+    found = methods().get(PEFT_METHODS.get(method, method))
+    return found is None or found.promises.weight is not None
 
 
 def _too_high(rules: Rules, rank: int, max_rank: int | None) -> Rule | None:
@@ -91,7 +101,7 @@ def _finding(adapter: Adapter, observation: Observation, rules: Rules, rule: Rul
     ways = [observation.hint or rule.hint or ("" if rule.rewrite else fact.way_out)]
     if rule.rewrite is not None:
         ways.insert(0, f"deltaspec export {adapter.folder} --for {rules.engine} -o OUT {REWRITES[rule.rewrite]}")
-    suggestion = "; or ".join(filter(None, ways))
+    suggestion = "; or ".join(filter(None, ways)).replace("ADAPTER", str(adapter.folder))
     if observation.path is None or adapter.delta:
         return Diagnostic(fact.code, message, adapter.file, suggestion=suggestion, where=adapter.delta)
     return adapter.config.diagnostic(fact.code, message, observation.path, suggestion)

@@ -10,8 +10,8 @@ PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
 """Segments that torch.compile, FSDP, checkpointing and DataParallel put into names."""
 _PARTS = (
-    ("A", re.compile(r"(.+)\.lora_A\.weight")),
-    ("B", re.compile(r"(.+)\.lora_B\.weight")),
+    ("A", re.compile(r"(.+)\.lora_A(\.[^.]+)?\.weight")),
+    ("B", re.compile(r"(.+)\.lora_B(\.[^.]+)?\.weight")),
     ("lora_bias", re.compile(r"(.+)\.lora_B\.bias")),
     ("embedding_A", re.compile(r"(.+)\.lora_embedding_A")),
     ("embedding_B", re.compile(r"(.+)\.lora_embedding_B")),
@@ -37,6 +37,8 @@ class Key:
     """One of `_PARTS`; empty where it is none of them."""
     prefixed: bool
     """Whether it begins with PEFT's prefix."""
+    named: bool = False
+    """Whether it holds the adapter's name, which PEFT leaves out when it saves."""
 
     @property
     def site(self) -> str:
@@ -54,5 +56,6 @@ def parsed(name: str) -> Key:
     for part, pattern in _PARTS:
         if found := pattern.fullmatch(name):
             module: str = found[1]
-            return Key(name, module.removeprefix(PREFIX), part, module.startswith(PREFIX))
+            named = len(found.groups()) > 1 and found[2] is not None
+            return Key(name, module.removeprefix(PREFIX), part, module.startswith(PREFIX), named)
     return Key(name, name.removeprefix(PREFIX), "", name.startswith(PREFIX))

@@ -15,7 +15,7 @@ from deltaspec.documents.document import from_data
 from deltaspec.engines.adapters import Adapter, Header, headers
 from deltaspec.engines.base import Base
 from deltaspec.engines.keys import PREFIX
-from deltaspec.language.checks.tools import PEFT_METHODS
+from deltaspec.language.checks.translation import PEFT_METHODS
 from deltaspec.language.derivation import METHOD
 from deltaspec.names.folding import unfold
 from deltaspec.storage.saved import SavedSet
@@ -72,7 +72,8 @@ def _adapter(saved: SavedSet, name: str, content: dict[str, Any], base: Base) ->
         ends = ((place.module, end, shape) for place in places for end, shape in place.shapes.items())
         tensors = {f"{PREFIX}{module}.{end}": Header(shape, dtype) for module, end, shape in ends}
         config |= _configuration(places, params)
-    return Adapter(from_data(config, str(file)), tensors, str(file), saved.folder, name)
+    sites = tuple(site for group in content["groups"] for site in unfold(group["at"]))
+    return Adapter(from_data(config, str(file)), tensors, str(file), saved.folder, name, sites)
 
 
 def _configuration(places: list[_Place], params: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def observed(adapter: Adapter, base: Base) -> Iterator[Observation]:
         yield Observation("file", f"weights in {PurePath(adapter.file).name}", ending)
     yield from _dtypes(adapter)
     if not adapter.is_lora:
-        lost = tuple(key.name for key in adapter.keys if base.stops_above(key.name.removeprefix(PREFIX)))
+        lost = tuple(key.name for key in adapter.keys if base.stops_above(key.name))
         if lost:
             yield Observation("path", "keys that fit no module of the base", sites=lost)
         return
@@ -66,6 +66,8 @@ def _names(adapter: Adapter, base: Base) -> Iterator[Observation]:
     odd = tuple(key.name for key in adapter.keys if key.part == "weight" and key.name.rpartition(".")[2] != "weight")
     if unknown or odd:
         yield Observation("key", "keys that are none of PEFT's LoRA", sites=(*unknown, *odd))
+    if named := tuple(key.name for key in adapter.keys if key.named):
+        yield Observation("adapter_name", "the adapter's name in keys", sites=named)
     placed = [key for key in adapter.keys if key.part and key.name not in odd]
     if bare := _modules(key for key in placed if not key.prefixed):
         yield Observation("prefix", f"keys without {PREFIX}", sites=bare)
@@ -233,15 +235,12 @@ def _shown(header: Header) -> str:
 
 def _ranks(adapter: Adapter, ranks: Mapping[str, int]) -> Iterator[Observation]:
     """Yield ranks and factors of the modules, where the tensors or the configuration have several."""
-    if not ranks:
-        return
     data = adapter.data
     usual, alpha, rslora = data.get("r"), data.get("lora_alpha"), bool(data.get("use_rslora"))
-    greatest = max(ranks.values())
-    at = tuple(module for module, rank in ranks.items() if rank == greatest)
-    said = [n for n in (usual, *(data.get("rank_pattern") or {}).values()) if n is not None]
-    number = max((greatest, *said))
-    yield Observation("rank", f"rank {number}", sites=at if number == greatest else (), path=("r",), number=number)
+    said = (n for n in (usual, *(data.get("rank_pattern") or {}).values()) if n is not None)
+    number = max((*ranks.values(), *said), default=0)
+    at = tuple(module for module, rank in ranks.items() if rank == number)
+    yield Observation("rank", f"rank {number}", sites=at, path=("r",), number=number)
     if usual is None or usual <= 0 or alpha is None:
         return
     expected = {module: patterned(data.get("rank_pattern"), module, usual) for module in ranks}

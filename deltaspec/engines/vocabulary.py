@@ -65,14 +65,16 @@ FACTS: Mapping[str, Fact] = {
     "unpaired": Fact("DS619", "restore the missing tensor, or delete its partner"),
     "empty": Fact("DS620", "train it on modules that the base has"),
     "key": Fact("DS621", _AGAIN),
+    "adapter_name": Fact("DS621", "take the adapter's name out of the keys: lora_A.weight, not lora_A.default.weight"),
     "file": Fact("DS622", "save it as safetensors"),
     "dtype": Fact("DS622", "save the tensors as float32, float16 or bfloat16"),
     "missing_key": Fact("DS623", "write it into adapter_config.json"),
-    "targets": Fact(
-        "DS624", "name in target_modules all modules that have tensors, or delete the tensors of the others"
-    ),
+    "targets": Fact("DS624", "name in target_modules all modules that have tensors, or delete the tensors"),
 }
 """Every fact. Each file of rules decides all of them."""
+
+SERVE = "no weight can hold it: serve it with deltaspec, a delta for each row, or train lora"
+"""Way out for methods that cannot be merged."""
 
 REWRITES: Mapping[str, str] = {
     "rslora_to_alpha": "writes the factor alpha / sqrt(rank) as a plain alpha",

@@ -13,13 +13,6 @@ from typing import Any
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.documents.document import Document
 
-PEFT_METHODS: Mapping[str, str] = {
-    "ADALORA": "adalora", "BOFT": "boft", "C3A": "c3a", "DELORA": "delora", "FOURIERFT": "fourierft", "HIRA": "hira",
-    "HRA": "hra", "IA3": "ia3", "LN_TUNING": "norm", "LOHA": "loha", "LOKR": "lokr", "LORA": "lora", "MISS": "miss",
-    "OFT": "oft", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "soft_prompt", "P_TUNING": "p_tuning", "ROAD": "road",
-    "TRAINABLE_TOKENS": "trainable_tokens", "VERA": "vera",
-}  # fmt: skip
-"""Our methods that PEFT has, too, by its names of them."""
 _OURS = ("deltaspec", "deltas", "selectors", "expect")
 """Keys that only a spec has."""
 _CONVERT = "deltaspec convert DIRECTORY -o OUT reads it"

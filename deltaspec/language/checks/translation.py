@@ -12,13 +12,19 @@ from deltaspec.documents.builder import MAX_FINDINGS
 from deltaspec.documents.document import from_data
 from deltaspec.language.checks.foreign import renamed
 from deltaspec.language.checks.gate import gate
-from deltaspec.language.checks.tools import PEFT_METHODS
 from deltaspec.language.checks.whole import check
 from deltaspec.methods.registry import builtin_methods
 
 if TYPE_CHECKING:
     from deltaspec.methods.base import Method
 
+PEFT_METHODS: Mapping[str, str] = {
+    "ADALORA": "adalora", "BOFT": "boft", "C3A": "c3a", "DELORA": "delora", "FOURIERFT": "fourierft", "HIRA": "hira",
+    "HRA": "hra", "IA3": "ia3", "LN_TUNING": "norm", "LOHA": "loha", "LOKR": "lokr", "LORA": "lora", "MISS": "miss",
+    "OFT": "oft", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "soft_prompt", "P_TUNING": "p_tuning", "ROAD": "road",
+    "TRAINABLE_TOKENS": "trainable_tokens", "VERA": "vera",
+}  # fmt: skip
+"""Our methods that PEFT has, too, by its names of them."""
 NAME = "default"
 """What PEFT calls an adapter that nobody named."""
 _PLACES = (
@@ -29,8 +35,8 @@ _PLACES = (
 _HARMLESS = frozenset((
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "fan_in_fan_out", "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config", "init_weights",
-    "init_lora_weights", "deltaT", "eps", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
-    "encoder_reparameterization_type", "prompt_tuning_init", "ensure_weight_tying",
+    "init_lora_weights", "deltaT", "eps", "token_dim", "num_transformer_submodules", "num_attention_heads",
+    "num_layers", "encoder_reparameterization_type", "prompt_tuning_init", "ensure_weight_tying",
 ))  # fmt: skip
 """Keys that change nothing by the values that are left for them here."""
 _UNSET: Mapping[str, Any] = {"decompose_factor": -1, "mini_r": 1}
@@ -40,7 +46,7 @@ _KEPT = ("rank", "alpha")
 
 
 def translated(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]] | None:
-    """Return a spec that says what the configuration does, and the keys that it cannot say; None where there is none."""
+    """Return a spec that says what a configuration does, and the keys it has no word for; None where there is none."""
     method = builtin_methods().get(PEFT_METHODS.get(str(config.get("peft_type", "LORA")), ""))
     if method is None:
         return None
@@ -98,9 +104,9 @@ def _said(meaning: Mapping[Any, str], value: Any) -> dict[str, Any]:
     for given, ours in meaning.items():
         if given is value:
             return _parsed(ours)
-        if isinstance(given, str) and isinstance(value, str | int) and not isinstance(value, bool):
-            if found := re.fullmatch(given, str(value)):
-                return _parsed(found.expand(ours))
+        plain = isinstance(value, str | int) and not isinstance(value, bool)
+        if isinstance(given, str) and plain and (found := re.fullmatch(given, str(value))):
+            return _parsed(found.expand(ours))
     return {}
 
 
@@ -155,9 +161,10 @@ def _others(config: Mapping[str, Any], target: Any) -> Iterator[dict[str, Any]]:
     if saved := config.get("modules_to_save"):
         yield {"name": "saved", "method": "full", "target": {"path": [_path(str(name)) for name in saved]}}
     tokens = config.get("trainable_token_indices")
-    for name, ids in (tokens if isinstance(tokens, dict) else {"": tokens} if tokens else {}).items():
+    tables: dict[str, Any] = tokens if isinstance(tokens, dict) else {"": tokens} if tokens else {}
+    for name, ids in tables.items():
         place = {"target": {"path": _path(str(name))}} if name else {}
-        title = f"tokens_{name}" if name and len(tokens) > 1 else "tokens"
+        title = f"tokens_{name}" if len(tables) > 1 else "tokens"
         yield {"name": title, "method": "trainable_tokens", "params": {"token_ids": ids}, **place}
     if config.get("bias") in ("all", "lora_only"):
         place = {"target": target} if config["bias"] == "lora_only" and target is not None else {}
