@@ -40,6 +40,8 @@ class Adapter:
     folder: Path
     delta: str = ""
     """Name of the delta that it was made of, where it comes out of a saved set."""
+    ours: str = ""
+    """Its method, as it is called here."""
     places: tuple[str, ...] = ()
     """Where that delta works."""
 

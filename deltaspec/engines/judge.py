@@ -17,7 +17,7 @@ from deltaspec.engines.own import read_saved
 from deltaspec.engines.rules import Rule, Rules, rules_of
 from deltaspec.engines.vocabulary import FACTS, OUTCOMES, REWRITES, SERVE
 from deltaspec.formats.opening import located
-from deltaspec.language.checks.translation import PEFT_METHODS
+from deltaspec.language.checks.translation import our_name
 from deltaspec.methods.registry import methods
 from deltaspec.names.folding import shown
 from deltaspec.names.patterns import PatternError
@@ -60,7 +60,7 @@ def judge(adapter: Adapter, base: Base, rules: Rules, max_rank: int | None = Non
 
 def _observed(adapter: Adapter, base: Base) -> Iterator[Observation]:
     if adapter.method != "LORA":
-        label = adapter.method or "none"
+        label = adapter.ours or adapter.method or "none"
         if not adapter.is_lora:
             sites = adapter.places or tuple(dict.fromkeys(filter(None, map(base.module_of, adapter.tensors))))
             hint = None if _changes_weights(adapter.method) else SERVE
@@ -73,8 +73,8 @@ def _observed(adapter: Adapter, base: Base) -> Iterator[Observation]:
 
 
 def _changes_weights(method: str) -> bool:
-    """Return whether a method, by PEFT's name or by ours, is a change of weights, so far as it is known here."""
-    found = methods().get(PEFT_METHODS.get(method, method))
+    """Return whether a method, by PEFT's name, is a change of weights, so far as it is known here."""
+    found = methods().get(our_name(method))
     return found is None or found.promises.weight is not None
 
 

@@ -15,12 +15,11 @@ from deltaspec.documents.document import from_data
 from deltaspec.engines.adapters import Adapter, Header, headers
 from deltaspec.engines.base import Base
 from deltaspec.engines.keys import PREFIX
-from deltaspec.language.checks.translation import PEFT_METHODS
+from deltaspec.language.checks.translation import peft_name
 from deltaspec.language.derivation import METHOD
 from deltaspec.names.folding import unfold
 from deltaspec.storage.saved import SavedSet
 
-PEFT_TYPES: Mapping[str, str] = {ours: theirs for theirs, ours in PEFT_METHODS.items()}
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
@@ -63,7 +62,7 @@ def _adapter(saved: SavedSet, name: str, content: dict[str, Any], base: Base) ->
     file = saved.folder / saved.entry[name]["file"]
     stored = headers(file)
     method = content["method"]
-    config: dict[str, Any] = {"peft_type": PEFT_TYPES.get(method, method)}
+    config: dict[str, Any] = {"peft_type": peft_name(method)}
     tensors: dict[str, Header] = {}
     if method == METHOD:
         params = content["params"]
@@ -73,7 +72,7 @@ def _adapter(saved: SavedSet, name: str, content: dict[str, Any], base: Base) ->
         tensors = {f"{PREFIX}{module}.{end}": Header(shape, dtype) for module, end, shape in ends}
         config |= _configuration(places, params)
     sites = tuple(site for group in content["groups"] for site in unfold(group["at"]))
-    return Adapter(from_data(config, str(file)), tensors, str(file), saved.folder, name, sites)
+    return Adapter(from_data(config, str(file)), tensors, str(file), saved.folder, name, method, sites)
 
 
 def _configuration(places: list[_Place], params: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,8 @@ from deltaspec.methods.registry import builtin_methods
 if TYPE_CHECKING:
     from deltaspec.methods.base import Method
 
-PEFT_METHODS: Mapping[str, str] = {
-    "ADALORA": "adalora", "BOFT": "boft", "C3A": "c3a", "DELORA": "delora", "FOURIERFT": "fourierft", "HIRA": "hira",
-    "HRA": "hra", "IA3": "ia3", "LN_TUNING": "norm", "LOHA": "loha", "LOKR": "lokr", "LORA": "lora", "MISS": "miss",
-    "OFT": "oft", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "soft_prompt", "P_TUNING": "p_tuning", "ROAD": "road",
-    "TRAINABLE_TOKENS": "trainable_tokens", "VERA": "vera",
-}  # fmt: skip
-"""Our methods that PEFT has, too, by its names of them."""
+_OTHERWISE: Mapping[str, str] = {"LN_TUNING": "norm", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "soft_prompt"}
+"""Our names of the methods that PEFT calls otherwise, in more than the case of letters."""
 NAME = "default"
 """What PEFT calls an adapter that nobody named."""
 _PLACES = (
@@ -45,9 +40,19 @@ _KEPT = ("rank", "alpha")
 """Parameters that are written out where they are our defaults, too."""
 
 
+def our_name(peft_type: str) -> str:
+    """Return what a method of PEFT would be called here; there may be none of this name."""
+    return _OTHERWISE.get(peft_type, peft_type.lower())
+
+
+def peft_name(method: str) -> str:
+    """Return what a method of ours would be called in PEFT; there may be none of this name."""
+    return next((theirs for theirs, ours in _OTHERWISE.items() if ours == method), method.upper())
+
+
 def translated(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]] | None:
     """Return a spec that says what a configuration does, and the keys it has no word for; None where there is none."""
-    method = builtin_methods().get(PEFT_METHODS.get(str(config.get("peft_type", "LORA")), ""))
+    method = builtin_methods().get(our_name(str(config.get("peft_type", "LORA"))))
     if method is None:
         return None
     params, left_out = _params(config, method)
@@ -119,7 +124,8 @@ def _target(config: Mapping[str, Any]) -> Any:
     modules, parameters = config.get("target_modules"), config.get("target_parameters")
     inside: dict[str, Any] = {}
     if modules == "all-linear":
-        inside = {"type": ["Linear", "Conv1D"], "not": {"role": "head", "optional": True}}
+        kinds = [{"type": name, "optional": True} for name in ("Linear", "Conv1D")]
+        inside = {"any": kinds, "not": {"role": "head", "optional": True}}
     elif isinstance(modules, str):
         inside = {"regex": modules}
     elif modules:
