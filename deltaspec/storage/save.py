@@ -80,7 +80,7 @@ def save(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[s
     new = changed_since(plan, present, active.host)
     plan = as_it_is(plan, chosen, present, active.host, deltas)
     attached = [name for name in active.active if name in chosen]
-    manifest, read = _manifest(plan, chosen, present, new, active.strengths.as_dict(attached))
+    manifest, read = _manifest(plan, chosen, present, new, attached, active.strengths.as_dict(attached))
     contents = _contents(plan, deltas, chosen, read)
     held = [tensor for name in chosen for _, tensor in deltas[name].tensors()]
 
@@ -96,8 +96,7 @@ def save(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[s
 def write_received(directory: str | PathLike[str], plan: Plan, model: nn.Module, received: DeltaSet) -> None:
     """Write a set that came from elsewhere, as planned on a model, which may lack values. Raises OSError."""
     present = Present(model, unused=lambda: plan.unused)
-    attached = {name: strength for name, strength in received.attached.items() if name in received.names}
-    manifest, read = _manifest(plan, received.names, present, {}, attached)
+    manifest, read = _manifest(plan, received.names, present, {}, list(received.attached), received.attached)
 
     def contents() -> Iterator[_Files]:
         for name in received.names:
@@ -111,11 +110,16 @@ def write_received(directory: str | PathLike[str], plan: Plan, model: nn.Module,
 
 
 def _manifest(
-    plan: Plan, chosen: Collection[str], present: Present, new: Replaced, attached: Mapping[str, float]
+    plan: Plan,
+    chosen: Collection[str],
+    present: Present,
+    new: Replaced,
+    attached: list[str],
+    strengths: Mapping[str, float],
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Return the manifest without its deltas, and which tensors each reads though deltas stand for them.
 
-    `new` are tensors that came after the model was compiled, `attached` the strengths of what is attached.
+    `new` are tensors that came after the model was compiled.
     """
     gone = {**new, **replaced(plan.deltas)}
     read, before = dict[str, list[str]](), dict[str, frozenset[int] | None]()
@@ -132,8 +136,8 @@ def _manifest(
             "weights": weights_fingerprint(present.backbone, present.kept),
             "record": record.to_data(),
         },
-        "attached": list(attached),
-        "strengths": dict(attached),
+        "attached": attached,
+        "strengths": dict(strengths),
     }
     return manifest, read
 
