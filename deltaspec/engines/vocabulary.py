@@ -19,9 +19,11 @@ OUTCOMES: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """Something that an adapter may have: the code of findings about it, and the usual way out."""
+    """Something that an adapter may have, the code of findings about it, and the usual way out."""
 
     code: str
+    what: str
+    """What it is, for the table in docs/engines.md."""
     way_out: str
 
 
@@ -31,45 +33,77 @@ _AGAIN = "save the adapter again from the model that it was trained in"
 _WITHOUT = f"train without it, or {_MERGE}"
 
 FACTS: Mapping[str, Fact] = {
-    "method": Fact("DS601", _APPROXIMATE),
-    "mislabelled": Fact("DS601", "write peft_type: LORA into adapter_config.json, or save the adapter again"),
-    "rank": Fact("DS602", _APPROXIMATE),
-    "rank_pattern": Fact("DS603", _MERGE),
-    "alpha_pattern": Fact("DS603", _MERGE),
-    "factors": Fact("DS603", _MERGE),
-    "rslora": Fact("DS604", _MERGE),
-    "dora": Fact("DS605", _APPROXIMATE),
-    "bias": Fact("DS606", _WITHOUT),
-    "lora_bias": Fact("DS606", _WITHOUT),
-    "saved_module": Fact("DS607", _MERGE),
-    "extra_weight": Fact("DS607", _MERGE),
-    "base_weight": Fact("DS607", _MERGE),
-    "init": Fact("DS608", "save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"),
-    "tokens": Fact("DS609", _MERGE),
-    "added_tokens": Fact("DS609", _MERGE),
-    "parameters": Fact("DS610", _MERGE),
-    "replication": Fact("DS611", _MERGE),
-    "alora": Fact("DS611", "train without alora_invocation_tokens"),
-    "option": Fact("DS611", _WITHOUT),
-    "unknown_key": Fact("DS612", "delete the key, or use the engine's version that knows it"),
-    "embedding": Fact("DS613", _MERGE),
-    "head": Fact("DS613", _MERGE),
-    "kind": Fact("DS614", _MERGE),
-    "module": Fact("DS614", _MERGE),
-    "some_layers": Fact("DS614", _MERGE),
-    "prefix": Fact("DS615", _AGAIN),
-    "path": Fact("DS615", "name the base that it was trained on, or rename the keys"),
-    "layer": Fact("DS616", "name the base that it was trained on, or delete these keys"),
-    "shape": Fact("DS617", "name the base that it was trained on; the file may be damaged"),
-    "other_rank": Fact("DS618", "write into adapter_config.json the ranks that the tensors have"),
-    "unpaired": Fact("DS619", "restore the missing tensor, or delete its partner"),
-    "empty": Fact("DS620", "train it on modules that the base has"),
-    "key": Fact("DS621", _AGAIN),
-    "adapter_name": Fact("DS621", "take the adapter's name out of the keys: lora_A.weight, not lora_A.default.weight"),
-    "file": Fact("DS622", "save it as safetensors"),
-    "dtype": Fact("DS622", "save the tensors as float32, float16 or bfloat16"),
-    "missing_key": Fact("DS623", "write it into adapter_config.json"),
-    "targets": Fact("DS624", "name in target_modules all modules that have tensors, or delete the tensors"),
+    "method": Fact("DS601", "another method than LoRA", _APPROXIMATE),
+    "mislabelled": Fact(
+        "DS601",
+        "tensors of LoRA under another `peft_type`",
+        "write peft_type: LORA into adapter_config.json, or save the adapter again",
+    ),
+    "rank": Fact("DS602", "rank above a limit", _APPROXIMATE),
+    "rank_pattern": Fact("DS603", "ranks that differ", _MERGE),
+    "alpha_pattern": Fact("DS603", "alphas that differ", _MERGE),
+    "factors": Fact("DS603", "factors alpha / rank that differ", _MERGE),
+    "rslora": Fact("DS604", "rsLoRA", _MERGE),
+    "dora": Fact("DS605", "DoRA", _APPROXIMATE),
+    "bias": Fact("DS606", "trained biases (`bias: all`, `lora_only`)", _WITHOUT),
+    "lora_bias": Fact("DS606", "biases of lora_B (`lora_bias`)", _WITHOUT),
+    "saved_module": Fact("DS607", "whole modules (`modules_to_save`)", _MERGE),
+    "extra_weight": Fact("DS607", "whole weights that the configuration does not name", _MERGE),
+    "base_weight": Fact("DS607", "resized tables of the base in the file", _MERGE),
+    "init": Fact(
+        "DS608",
+        "starts that change the base (PiSSA, OLoRA, CorDA, LoftQ)",
+        "save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+    ),
+    "tokens": Fact("DS609", "`trainable_token_indices`", _MERGE),
+    "added_tokens": Fact("DS609", "added tokens beside the adapter", _MERGE),
+    "parameters": Fact("DS610", "stacked experts (`target_parameters`)", _MERGE),
+    "replication": Fact("DS611", "`layer_replication`", _MERGE),
+    "alora": Fact("DS611", "aLoRA", "train without alora_invocation_tokens"),
+    "option": Fact("DS611", "QALoRA, BD-LoRA and other variants", _WITHOUT),
+    "unknown_key": Fact(
+        "DS612", "keys that PEFT's LoRA does not have", "delete the key, or use the engine's version that knows it"
+    ),
+    "embedding": Fact("DS613", "LoRA of embeddings", _MERGE),
+    "head": Fact("DS613", "LoRA of the output head", _MERGE),
+    "kind": Fact("DS614", "LoRA of modules other than linear ones", _MERGE),
+    "module": Fact("DS614", "names of modules", _MERGE),
+    "some_layers": Fact("DS614", "updates on some layers alone", _MERGE),
+    "prefix": Fact("DS615", "keys without `base_model.model.`", _AGAIN),
+    "path": Fact(
+        "DS615",
+        "keys under a path that the base does not have",
+        "name the base that it was trained on, or rename the keys",
+    ),
+    "layer": Fact(
+        "DS616",
+        "keys of layers that the base does not have",
+        "name the base that it was trained on, or delete these keys",
+    ),
+    "shape": Fact(
+        "DS617", "shapes that do not fit the base", "name the base that it was trained on; the file may be damaged"
+    ),
+    "other_rank": Fact(
+        "DS618",
+        "another rank in the configuration than in the tensors",
+        "write into adapter_config.json the ranks that the tensors have",
+    ),
+    "unpaired": Fact("DS619", "one factor without the other", "restore the missing tensor, or delete its partner"),
+    "empty": Fact("DS620", "no update at all", "train it on modules that the base has"),
+    "key": Fact("DS621", "keys that are none of PEFT's", _AGAIN),
+    "adapter_name": Fact(
+        "DS621",
+        "the adapter's name in keys",
+        "take the adapter's name out of the keys: lora_A.weight, not lora_A.default.weight",
+    ),
+    "file": Fact("DS622", "weights that are no safetensors", "save it as safetensors"),
+    "dtype": Fact("DS622", "dtypes", "save the tensors as float32, float16 or bfloat16"),
+    "missing_key": Fact("DS623", "configuration without `r`, `lora_alpha` …", "write it into adapter_config.json"),
+    "targets": Fact(
+        "DS624",
+        "`target_modules` as a pattern, or narrower than the tensors",
+        "name in target_modules all modules that have tensors, or delete the tensors",
+    ),
 }
 """Every fact. Each file of rules decides all of them."""
 
