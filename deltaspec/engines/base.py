@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from deltaspec.backbone.table import ModuleTable, Row
@@ -10,6 +11,7 @@ from deltaspec.names.prefixes import prefixes
 
 _HEADS = ("lm_head", "embed_out", "output_projection")
 """Names of output heads where no map of roles says which module it is."""
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class Base:
@@ -22,6 +24,8 @@ class Base:
         self._layouts: dict[str, list[str]] = {}
         for name in self.rows:
             self._layouts.setdefault(_without_numbers(name), []).append(name)
+        stacked = (row for row in table.rows if any(len(parameter.shape) == 3 for parameter in row.parameters))
+        self._stacks_experts = any(row.fqn.rpartition(".")[2] == "experts" for row in stacked)
         self._own_names = {name.rpartition(".")[2] for name in self.rows}
 
     def row(self, module: str) -> Row | None:
@@ -37,6 +41,15 @@ class Base:
         if row is None or not row.has_parameter(parameter):
             return site, None
         return module, None if len(row.shape_of(parameter)) == 2 else parameter
+
+    def has_stacked(self, module: str) -> bool:
+        """Return whether a module is one of several experts, as older models name them, which are one stack here."""
+        return self._stacks_experts and _ONE_EXPERT.search(module) is not None
+
+    def is_stack(self, module: str) -> bool:
+        """Return whether a module holds stacks of matrices."""
+        row = self.rows.get(module)
+        return row is not None and any(len(parameter.shape) == 3 for parameter in row.parameters)
 
     def has_layout(self, module: str) -> bool:
         """Return whether there is a module of this name but for the numbers of layers."""

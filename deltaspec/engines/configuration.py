@@ -90,7 +90,7 @@ def observed(adapter: Adapter, base: Base) -> Iterator[Observation]:
     data = adapter.data
     yield from _missing(data)
     for key in data:
-        if key not in KNOWN:
+        if key not in KNOWN and data[key] not in (None, False, [], {}, ""):
             yield Observation("unknown_key", f"the key {show_value(key)}, which PEFT's LoRA has not", key, path=(key,))
     for key in OPTIONS:
         if data.get(key):
@@ -98,7 +98,10 @@ def observed(adapter: Adapter, base: Base) -> Iterator[Observation]:
     for key, (fact, part) in _FLAGS.items():
         if data.get(key):
             sites = tuple(dict.fromkeys(found.site for found in adapter.keys if found.part == part))
-            yield Observation(fact, f"{key}: {_short(data[key])}", sites=sites, path=(key,))
+            value = ""
+            if fact == "parameters":
+                value, sites = "stacked", tuple(dict.fromkeys(filter(base.is_stack, (k.site for k in adapter.keys))))
+            yield Observation(fact, f"{key}: {_short(data[key])}", value, sites, (key,))
     bias = data.get("bias")
     if bias not in (None, "none"):
         sites = tuple(dict.fromkeys(found.site for found in adapter.keys if found.part == "bias"))

@@ -21,7 +21,7 @@ from deltaspec.language.checks.translation import our_name
 from deltaspec.methods.registry import methods
 from deltaspec.names.folding import shown
 from deltaspec.names.patterns import PatternError
-from deltaspec.storage.saved import MANIFEST
+from deltaspec.storage.delta_set import MANIFEST
 
 if TYPE_CHECKING:
     from torch import nn

@@ -72,6 +72,10 @@ def _names(adapter: Adapter, base: Base) -> Iterator[Observation]:
     if bare := _modules(key for key in placed if not key.prefixed):
         yield Observation("prefix", f"keys without {PREFIX}", sites=bare)
     lost = [key for key in placed if base.row(key.site) is None]
+    if experts := _modules(key for key in lost if base.has_stacked(key.site)):
+        says = "updates of single experts, which this base holds as one stack"
+        yield Observation("parameters", says, "single", experts)
+        lost = [key for key in lost if not base.has_stacked(key.site)]
     layers = _modules(key for key in lost if base.has_layout(key.site))
     if layers:
         yield Observation("layer", "layers that the base does not have", sites=layers)
