@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.wording import counted
@@ -94,8 +95,28 @@ def _params(adapter: Adapter) -> dict[str, Any]:
         params["use_dora"] = True
     if adapter.option("lora_bias"):
         params["bias"] = True
-    adapter.option("init_lora_weights")
-    return params
+    return params | _start(adapter)
+
+
+def _start(adapter: Adapter) -> dict[str, Any]:
+    """Return what the start means for the outputs: PEFT takes some of them out of the base's weights when it loads."""
+    start = adapter.option("init_lora_weights", True)
+    if start in ("corda", "loftq"):
+        reason = {"corda": "it was taken out of the base's weights by data that the adapter does not hold",
+                  "loftq": "PEFT quantises the base's weights when it loads the adapter"}[start]  # fmt: skip
+        hint = "convert it where it was trained: save_pretrained(dir, path_initial_model_for_weight_conversion=…)"
+        adapter.find("DS544", f"init_lora_weights: {start!r}: {reason}", hint, CONFIG)
+    if start in ("pissa", "olora"):
+        return {"init": start}
+    if isinstance(start, str) and (found := re.fullmatch(r"pissa_niter_(\d+)", start)):
+        adapter.remark(
+            f"init_lora_weights {start}: PEFT takes a decomposition by chance out of the base's weights, another one at "
+            "each load; here it is one drawn by the spec's seed, and outputs are as near as those are to each other"
+        )
+        return {"init": "pissa", "svd_iterations": int(found[1])}
+    if start == "mica":
+        adapter.remark("init_lora_weights mica: PEFT trains lora_A alone; further training here moves both factors")
+    return {"init": "normal"} if start == "gaussian" else {}
 
 
 def _fits(adapter: Adapter, module: str, rank: int, tensors: dict[str, Any]) -> bool:
