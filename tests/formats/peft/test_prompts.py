@@ -1,0 +1,59 @@
+"""Prompt types of PEFT, read beside PEFT: all that it saves of them is one table."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from beside_peft import moved, saved
+from prefixes import qwen3
+from prompt_models import BASIC, COMMON, bart, bert, build, gemma3, gpt2, llama, opt, roberta, t5, tokens
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2ForSequenceClassification
+
+import deltaspec
+
+SEVERAL = {gpt2: "CAUSAL_LM", llama: "CAUSAL_LM", gemma3: "CAUSAL_LM", opt: "CAUSAL_LM", qwen3: "CAUSAL_LM"}
+SEQ2SEQ = {t5: "SEQ_2_SEQ_LM", bart: "SEQ_2_SEQ_LM"}
+
+
+def inputs(make: Any, padded: str = "") -> dict[str, Tensor]:
+    found = {"input_ids": tokens(2, 9)}
+    if padded:
+        mask = torch.ones_like(found["input_ids"])
+        mask[0, (slice(0, 3) if padded == "left" else slice(6, 9))] = 0
+        found["attention_mask"] = mask
+    return found | ({"decoder_input_ids": tokens(2, 5)} if make in SEQ2SEQ else {})
+
+
+def compared(c: Any, made: Any, given: dict[str, Tensor], more: int) -> None:
+    """Assert that logits agree, of the tokens alone, where PEFT's begin with `more` of the prompt."""
+    theirs = made(**given).logits
+    theirs = theirs[:, more:] if theirs.dim() == 3 else theirs
+    ours = c(**given).logits
+    assert ours.shape == theirs.shape
+    seen = given.get("attention_mask") if "decoder_input_ids" not in given and ours.dim() == 3 else None
+    ours, theirs = (ours, theirs) if seen is None else (ours[seen == 1], theirs[seen == 1])
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("make", [*SEVERAL, *SEQ2SEQ])
+def test_prefix_tuning(make: Any, projection: bool, tmp_path: Path) -> None:
+    model = build(make)
+    task = {**SEVERAL, **SEQ2SEQ}[make]
+    config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3, prefix_projection=projection)
+    made = moved(model, config)
+    c = deltaspec.restore(model, saved(made, tmp_path / "french"))
+    assert c.plan["french"].method == "prefix"
+    for padded in ("", "left", "right"):
+        compared(c, made, inputs(make, padded), 0)
+    assert not torch.allclose(c(**inputs(make)).logits, model(**inputs(make)).logits, atol=1e-3)
+    with torch.no_grad():
+        generating = {key: value for key, value in inputs(make, "left").items() if "decoder" not in key}
+        how = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+        assert torch.equal(c.generate(**generating, **how), made.generate(**generating, **how))
