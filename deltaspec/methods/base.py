@@ -148,6 +148,17 @@ class Method(ABC):
         """
         return 0
 
+    def leads(self, params: Any) -> bool:
+        """Return whether the virtual tokens stand in front of padding on the left, and all are numbered by columns.
+
+        Where several prompts are attached, one of them has all do so.
+        """
+        return False
+
+    def stays(self, params: Any) -> bool:
+        """Return whether the virtual tokens stay in what the model gives; one prompt has those of all do so."""
+        return False
+
     def counted_tokens(self, params: Any) -> int:
         """Return the number of positions that a delta takes before those of the tokens that its sites attend to.
 

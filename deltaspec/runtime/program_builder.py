@@ -146,13 +146,14 @@ class ProgramBuilder:
         names = tuple(name for name in names if any(v.virtual_tokens for v in self.placements.of(name)))
         for host in dict.fromkeys(host for name in names for host in self.placements[name]):
             entering = [(v, v.planned.site.row.entrance) for v in self._at(host, names) if v.virtual_tokens]
-            front = Front([placement.virtual_tokens for placement, _ in entering])
+            front = Front([v.virtual_tokens for v, _ in entering], any(v.leads for v, _ in entering))
             entrance = next((entrance for _, entrance in entering if entrance is not None), None)
             if entrance is None:
                 continue
             fqn, follower = entrance.fqn, entrance.follower
             around, embedding = self._so_far(program, fqn), self.modules[host]
-            prompted = Prompted(self.modules[fqn], around, embedding, front, shorten=follower is None)
+            shorten = follower is None and not any(v.stays for v, _ in entering)
+            prompted = Prompted(self.modules[fqn], around, embedding, front, shorten)
             self._write(program, fqn, prompted)
             if follower is not None:
                 around = self._so_far(program, follower)

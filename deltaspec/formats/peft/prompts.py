@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.peft.adapter import CONFIG, Adapter
+from deltaspec.names.paths import is_inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,9 +63,32 @@ def add_soft_prompt(adapter: Adapter) -> None:
     if stacks == 2:
         adapter.remark(f"{tokens} further rows, made for the decoder, are left out: PEFT does not put them in front")
         rows = rows[:tokens].clone()
+    params: dict[str, Any] = {"tokens": tokens, "place": "front"}
+    adapter.remark("the model's outputs have the positions of the input; PEFT's have the prompt's in front of them")
+    if _reads_first(adapter, row):
+        params["output"] = "all"
+        adapter.incoming.remarks[-1] = "its classifier reads the prompt's first position, as PEFT has it"
     default = [r for r in adapter.base.table.rows if r.entrance is not None and r.entrance.problem is None]
     site = IncomingSite(row.fqn, {"prompt": rows})
-    adapter.add("soft_prompt", {"tokens": tokens}, [site], default_target=default == [row])
+    adapter.add("soft_prompt", params, [site], default_target=default == [row])
+
+
+def _reads_first(adapter: Adapter, row: Row) -> bool:
+    """Return whether a head behind the model that is given the prompt reads its first position, as encoders' do."""
+    base, entrance = adapter.base, row.entrance
+    assert entrance is not None
+    if adapter.config.get("task_type") != "SEQ_CLS" or not entrance.fqn:
+        return False
+    inside = [r for r in base.table.rows if r.attends and is_inside(r.fqn, entrance.fqn)]
+    if any(getattr(base.model.get_submodule(r.fqn), "is_causal", False) for r in inside):
+        adapter.remark("PEFT's classifier reads the last column of each row; here it reads the last token, so that "
+                       "rows with padding on the right differ from PEFT's")  # fmt: skip
+        return False
+    if getattr(base.config, "classifier_pooling", "cls") == "mean":
+        message = f"the head of {base.table.model_class} averages over positions, in PEFT over the prompt's, too"
+        adapter.find("DS548", message, _OUT, CONFIG)
+    model: Any = base.model.get_submodule(entrance.fqn)
+    return getattr(model, "pooler", None) is None
 
 
 def _entrance(adapter: Adapter) -> Row | None:

@@ -57,3 +57,23 @@ def test_prefix_tuning(make: Any, projection: bool, tmp_path: Path) -> None:
         generating = {key: value for key, value in inputs(make, "left").items() if "decoder" not in key}
         how = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
         assert torch.equal(c.generate(**generating, **how), made.generate(**generating, **how))
+
+
+@pytest.mark.parametrize("type", ["prompt", "mlp", "lstm"])
+@pytest.mark.parametrize("make", [*SEVERAL, *SEQ2SEQ])
+def test_prompts_in_front(make: Any, type: str, tmp_path: Path) -> None:
+    model, task = build(make), {**SEVERAL, **SEQ2SEQ}[make]
+    config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB")
+    if type != "prompt":
+        kind = {"encoder_reparameterization_type": type.upper(), "encoder_hidden_size": 8, "encoder_dropout": 0.1}
+        config = peft.PromptEncoderConfig(task_type=task, num_virtual_tokens=3, **kind)
+    made = moved(model, config)
+    c = deltaspec.restore(model, saved(made, tmp_path / "french"))
+    assert c.plan["french"].method == "soft_prompt"
+    for padded in ("", "left", "right"):
+        compared(c, made, inputs(make, padded), 0 if make in SEQ2SEQ else 3)
+    assert not torch.allclose(c(**inputs(make)).logits, model(**inputs(make)).logits, atol=1e-3)
+    with torch.no_grad():
+        generating = {key: value for key, value in inputs(make, "left").items() if "decoder" not in key}
+        how = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+        assert torch.equal(c.generate(**generating, **how), made.generate(**generating, **how))
