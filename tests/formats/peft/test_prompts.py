@@ -11,9 +11,21 @@ import pytest
 import torch
 from beside_peft import moved, saved
 from prefixes import qwen3
-from prompt_models import BASIC, COMMON, bart, bert, build, gemma3, gpt2, llama, opt, roberta, t5, tokens
-from torch import Tensor, nn
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from prompt_models import BASIC, COMMON, bart, build, gemma3, gpt2, llama, opt, t5, tokens
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    ElectraConfig,
+    GPT2Config,
+    LlamaConfig,
+    RobertaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import deltaspec
 
@@ -77,3 +89,36 @@ def test_prompts_in_front(make: Any, type: str, tmp_path: Path) -> None:
         generating = {key: value for key, value in inputs(make, "left").items() if "decoder" not in key}
         how = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
         assert torch.equal(c.generate(**generating, **how), made.generate(**generating, **how))
+
+
+CONFIGS = {
+    "bert": lambda: BertConfig(**BASIC, max_position_embeddings=64, num_labels=2),
+    "roberta": lambda: RobertaConfig(**BASIC, max_position_embeddings=64, num_labels=2),
+    "electra": lambda: ElectraConfig(**BASIC, embedding_size=32, max_position_embeddings=64, num_labels=2),
+    "gpt2": lambda: GPT2Config(**COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=64, num_labels=2),
+    "llama": lambda: LlamaConfig(**BASIC, num_key_value_heads=2, num_labels=2),
+}
+TASKS = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": AutoModel,
+}
+KINDS = {"prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig, "p": peft.PromptEncoderConfig}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tasks(name: str, task: str, kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TASKS[task].from_config(CONFIGS[name]()).eval()
+    more = {"encoder_hidden_size": 8} if kind == "p" else {}
+    made = moved(model, KINDS[kind](task_type=task, num_virtual_tokens=3, **more))
+    c = deltaspec.restore(model, saved(made, tmp_path / "french"))
+    given = inputs(None, "" if task == "SEQ_CLS" and name in ("gpt2", "llama") else "right")
+    ours, theirs = c(**given)[0], made(**given)[0]
+    theirs = theirs if ours.dim() < 2 or theirs.shape[1] == ours.shape[1] else theirs[:, 3:]
+    seen = given["attention_mask"] == 1 if ours.dim() > 1 and ours.shape[1] == 9 and len(given) > 1 else ...
+    torch.testing.assert_close(ours[seen], theirs[seen], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(ours, model(**given)[0], atol=1e-3)
