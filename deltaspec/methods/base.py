@@ -45,6 +45,8 @@ class Method(ABC):
     the suggestion itself (`delete it: …`). Names that mean the same in other methods need to be declared by one."""
     start: ClassVar[frozenset[str]] = frozenset({"init"})
     """Names of params on which nothing but the initial values depends."""
+    training: ClassVar[frozenset[str]] = frozenset({"dropout"})
+    """Names of params that act while the model trains, and then alone."""
     default_roles: ClassVar[tuple[str, ...]]
     """Roles that `target` stands for when a delta leaves it out; empty: `target` is required."""
     role_choice: ClassVar[str | None] = None
