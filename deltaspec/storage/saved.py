@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from mmap import ACCESS_COPY, mmap
 from os import PathLike
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from deltaspec.backbone.record import Record
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.language.load import load
+from deltaspec.language.model import DeltaSpec
 from deltaspec.names.folding import unfold
 
 
@@ -39,13 +42,12 @@ _MOST_HEADER = 100_000_000
 _Content = TypeVar("_Content", bytes, mmap)
 
 
-class SavedSet:
-    """A directory written by `save`, its manifest read and checked."""
+class DeltaSet(ABC):
+    """Deltas with all that restoring them takes: a manifest, and three contents of each."""
 
-    def __init__(self, directory: str | PathLike[str]) -> None:
-        self.folder = Path(directory)
-        self._read = b""
-        self.manifest = self._read_manifest()
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
         self.entries: list[dict[str, Any]] = self.manifest["deltas"]
         self.entry = {entry["name"]: entry for entry in self.entries}
         """Entries by the names of the deltas."""
@@ -55,33 +57,42 @@ class SavedSet:
         }
         """Names of the deltas that were attached, and their strengths."""
 
+    notes: tuple[str, ...] = ()
+    """What there is to say of all its deltas, wherever they are read."""
+    compares = True
+    """Whether it knows what its deltas depend on: the structure of their backbone, and its weights."""
+
+    @abstractmethod
+    def replaced(self) -> bool:
+        """Return whether the deltas were saved again since: what was read of this set may be gone."""
+
+    @abstractmethod
+    def spec(self, name: str) -> DeltaSpec:
+        """Read the spec that has a delta. Raises DeltaSpecError."""
+
+    @abstractmethod
+    def keys(self, name: str) -> set[str] | None:
+        """Return the names of the tensors that a file says it has, also where it is damaged behind that."""
+
+    @abstractmethod
+    def tensors(self, name: str, findings: list[Diagnostic]) -> dict[str, Tensor] | None:
+        """Read a delta's tensors, its digest checked; None, with a finding, where that fails."""
+
+    @abstractmethod
+    def read(self, name: str, field: str) -> tuple[bytes | None, list[Diagnostic]]:
+        """Read one of a delta's contents (`file`, `spec` or `lock`), its digest checked: (content, findings)."""
+
+    @abstractmethod
+    def map(self, name: str) -> tuple[mmap | None, list[Diagnostic]]:
+        """Map a delta's tensors' file into memory, its digest checked: (content, findings).
+
+        Writing to the content does not reach the file. `save` never writes into a file that is there, so the content
+        stays what was checked, also when the deltas are saved again.
+        """
+
     def finding(self, code: str, message: str, suggestion: str | None = None, file: str = MANIFEST) -> Diagnostic:
         """Make a finding about one of its files."""
         return Diagnostic(code, message, file=str(self.folder / file), suggestion=suggestion)
-
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.folder / MANIFEST
-        hint = "give the directory that c.save(dir) wrote"
-        try:
-            self._read = path.read_bytes()
-            data = json.loads(self._read, object_pairs_hook=_object)
-        except FileNotFoundError:
-            raise DeltaSpecError([self.finding("DS521", "there are no saved deltas here", hint)]) from None
-        except OSError as error:
-            raise DeltaSpecError([self.finding("DS521", f"cannot be read: {error.strerror}", hint)]) from error
-        except (ValueError, RecursionError) as error:
-            problem = self.finding("DS522", f"is not a manifest: {error}", "save the deltas again")
-            raise DeltaSpecError([problem]) from error
-        if wrong := _manifest_problem(data):
-            raise DeltaSpecError([self.finding("DS522", f"is not a manifest: {wrong}", "save the deltas again")])
-        return dict(data)
-
-    def replaced(self) -> bool:
-        """Return whether the deltas were saved again since: what was read of this set may be gone."""
-        try:
-            return (self.folder / MANIFEST).read_bytes() != self._read
-        except OSError:
-            return False
 
     @property
     def has_record(self) -> bool:
@@ -116,6 +127,25 @@ class SavedSet:
             return [site for sites, _ in self.groups(name) for site in sites], []
         except DeltaSpecError as error:
             return [], list(error.diagnostics)
+
+
+class SavedSet(DeltaSet):
+    """A directory written by `save`, its manifest read and checked."""
+
+    def __init__(self, directory: str | PathLike[str]) -> None:
+        self._read, manifest = _read_manifest(Path(directory))
+        super().__init__(Path(directory), manifest)
+
+    def replaced(self) -> bool:
+        """Return whether the deltas were saved again since: what was read of this set may be gone."""
+        try:
+            return (self.folder / MANIFEST).read_bytes() != self._read
+        except OSError:
+            return False
+
+    def spec(self, name: str) -> DeltaSpec:
+        """Read the spec that has a delta."""
+        return load(self.folder / self.entry[name]["spec"])
 
     def keys(self, name: str) -> set[str] | None:
         """Return the names of the tensors that a file says it has, also where it is damaged behind that."""
@@ -173,6 +203,25 @@ class SavedSet:
             hint = "save the deltas again, or restore the file"
             return None, [self.finding("DS522", message, hint, entry[field])]
         return content, []
+
+
+def _read_manifest(folder: Path) -> tuple[bytes, dict[str, Any]]:
+    def finding(code: str, message: str, hint: str) -> Diagnostic:
+        return Diagnostic(code, message, file=str(folder / MANIFEST), suggestion=hint)
+
+    hint = "give the directory that c.save(dir) wrote, or one of a PEFT, AdapterHub or OpenDelta adapter"
+    try:
+        content = (folder / MANIFEST).read_bytes()
+        data = json.loads(content, object_pairs_hook=_object)
+    except FileNotFoundError:
+        raise DeltaSpecError([finding("DS521", "there are no saved deltas here", hint)]) from None
+    except OSError as error:
+        raise DeltaSpecError([finding("DS521", f"cannot be read: {error.strerror}", hint)]) from error
+    except (ValueError, RecursionError) as error:
+        raise DeltaSpecError([finding("DS522", f"is not a manifest: {error}", "save the deltas again")]) from error
+    if wrong := _manifest_problem(data):
+        raise DeltaSpecError([finding("DS522", f"is not a manifest: {wrong}", "save the deltas again")])
+    return content, dict(data)
 
 
 def _map(path: Path) -> mmap:
