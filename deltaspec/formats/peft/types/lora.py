@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.peft.adapter import CONFIG
+from deltaspec.formats.peft.convolutions import refuse_ignored_dilation
 from deltaspec.formats.peft.parameters import factors, places_of
 from deltaspec.formats.peft.targets import by_pattern, check_targets
 from deltaspec.names.folding import shown
@@ -68,6 +69,7 @@ def read(adapter: Adapter) -> None:
             tensors["magnitude"] = tensors["magnitude"].flatten()
         if row.conv_groups > 1:
             _refuse_groups(adapter, fqn)
+        refuse_ignored_dilation(adapter, fqn)
         differs = {key: value for key, value in own.items() if key not in params or value != params[key]}
         sites.append(IncomingSite(fqn, tensors, differs, place.parameter))
     if doubled := [place.fqn for place in stand_for.values() if place.doubled]:
