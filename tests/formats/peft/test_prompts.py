@@ -185,7 +185,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     refused(build(t5), tmp_path / "b", one, "DS548", "behind them, into one cache")
     sizes = {"global_attn_every_n_layers": 2, "local_attention": 6}
     encoder = AutoModel.from_config(ModernBertConfig(**BASIC, **sizes)).eval()
-    refused(encoder, tmp_path / "c", prefix(task_type="FEATURE_EXTRACTION", **some), "DS548", "takes no past_key_values")
+    refused(
+        encoder, tmp_path / "c", prefix(task_type="FEATURE_EXTRACTION", **some), "DS548", "takes no past_key_values"
+    )
 
 
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
