@@ -45,6 +45,8 @@ class Method(ABC):
     the suggestion itself (`delete it: …`). Names that mean the same in other methods need to be declared by one."""
     start: ClassVar[frozenset[str]] = frozenset({"init"})
     """Names of params on which nothing but the initial values depends."""
+    training: ClassVar[frozenset[str]] = frozenset({"dropout"})
+    """Names of params that act while the model trains, and then alone."""
     default_roles: ClassVar[tuple[str, ...]]
     """Roles that `target` stands for when a delta leaves it out; empty: `target` is required."""
     role_choice: ClassVar[str | None] = None
@@ -126,7 +128,8 @@ class Method(ABC):
         state that enters the site. `base(x)` gives what leaves without this delta; call it once.
         `t.argument(name)` is what the host is called with by that name, None where it is not given (declare the names
         in `arguments`). `t.call(function, *args)` calls a Python function on the values themselves, once a forward.
-        `base(x, weight=w, bias=None)` runs the host's own forward with these parameters in place of its own.
+        `base(x, weight=w, bias=None)` runs the host's own forward with these parameters in place of its own, and
+        `base(x, weight_factor=f, bias=None)` with its own weight times f.
         Dtypes are settled outside: `x` comes in the delta's dtype, the result leaves in the host's.
         """
         raise AssertionError(f"{self.name} has no formula around a module's call")
