@@ -179,6 +179,10 @@ CODES: dict[str, str] = {
     "DS625": "adapter that cannot be read",
     "DS626": "malformed rules of an engine",
     "DS627": "unknown engine",
+    "DS548": "foreign adapter that cannot be had here as it is there",
+    "DS560": "delta without an exact form in another library",
+    "DS561": "form of another library that is not known here",
+    "DS562": "directory that holds deltas in another form",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files, DS6
 engine."""
