@@ -76,7 +76,8 @@ def read_peft(folder: Path) -> Adapter:
         raise DeltaSpecError([config.diagnostic("DS625", "peft_type must be text", ("peft_type",), _WAYS)])
     if kind is None and "r" not in config.data:
         message = "this is no configuration of PEFT: it names no peft_type"
-        raise DeltaSpecError([config.diagnostic("DS625", message, (), _WAYS)])
+        hint = "of another library? deltaspec convert DIRECTORY -o OUT, and check OUT"
+        raise DeltaSpecError([config.diagnostic("DS625", message, (), hint)])
     file = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         _fail(folder, f"there are no weights here: none of {', '.join(_WEIGHTS)}")

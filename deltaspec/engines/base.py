@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from deltaspec.backbone.table import ModuleTable, Row
 from deltaspec.engines.keys import PREFIX
@@ -58,6 +58,11 @@ class Base:
     def has_own_name(self, module: str) -> bool:
         """Return whether some module has the last part of this name for its own."""
         return module.rpartition(".")[2] in self._own_names
+
+    def differ_by_layer(self, ranks: Mapping[str, int]) -> bool:
+        """Return whether modules that are alike but for their layers have different ranks."""
+        found: dict[str, int] = {}
+        return any(found.setdefault(_without_numbers(module), rank) != rank for module, rank in ranks.items())
 
     def on_some_layers(self, modules: Collection[str]) -> tuple[str, ...]:
         """Return those of some modules of the base whose like in other layers are not among them."""

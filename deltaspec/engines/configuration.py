@@ -91,7 +91,9 @@ def observed(adapter: Adapter, base: Base) -> Iterator[Observation]:
     yield from _missing(data)
     for key in data:
         if key not in KNOWN and data[key] not in (None, False, [], {}, ""):
-            yield Observation("unknown_key", f"the key {show_value(key)}, which PEFT's LoRA has not", key, path=(key,))
+            yield Observation(
+                "unknown_key", f"the key {show_value(key)}, which PEFT's LoRA does not have", key, path=(key,)
+            )
     for key in OPTIONS:
         if data.get(key):
             yield Observation("option", key, key, path=(key,))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.documents.document import from_data
+from deltaspec.documents.document import Document
 from deltaspec.engines.adapters import Adapter, Header, headers
 from deltaspec.engines.base import Base
 from deltaspec.engines.keys import PREFIX
@@ -72,7 +72,7 @@ def _adapter(saved: SavedSet, name: str, content: dict[str, Any], base: Base) ->
         tensors = {f"{PREFIX}{module}.{end}": Header(shape, dtype) for module, end, shape in ends}
         config |= _configuration(places, params)
     sites = tuple(site for group in content["groups"] for site in unfold(group["at"]))
-    return Adapter(from_data(config, str(file)), tensors, str(file), saved.folder, name, method, sites)
+    return Adapter(Document(config, str(file)), tensors, str(file), saved.folder, name, method, sites)
 
 
 def _configuration(places: list[_Place], params: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _places(group: Mapping[str, Any], params: Mapping[str, Any], base: Base) -> 
     for site in unfold(group["at"]):
         module, parameter = base.placed(site)
         row = base.row(module)
-        if params["parts"] is not None:  # an export writes them over the whole width, with rows of zeros
+        if params.get("parts") is not None:  # an export writes them over the whole width, with rows of zeros
             downs = [tensors[f"{part}_down"] for part in params["parts"]]
             rows = sum(tensors[f"{part}_up"][0] for part in params["parts"])
             down = (sum(shape[0] for shape in downs), downs[0][1])

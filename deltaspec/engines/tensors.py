@@ -23,7 +23,6 @@ class _Update:
     """The low-rank update of one module, as the file has it."""
 
     parts: dict[str, Header] = field(default_factory=dict)
-    names: list[str] = field(default_factory=list)
 
     @property
     def down(self) -> Header | None:
@@ -147,7 +146,6 @@ def _updates(adapter: Adapter, base: Base) -> Iterator[Observation]:
         if key.part in LORA:
             update = updates.setdefault(key.module, _Update())
             update.parts[key.part] = adapter.tensors[key.name]
-            update.names.append(key.name)
     yield from _unpaired(updates)
     stacked = adapter.data.get("target_parameters")
     pairs = {
@@ -164,7 +162,8 @@ def _updates(adapter: Adapter, base: Base) -> Iterator[Observation]:
     if some := base.on_some_layers(plain):
         yield Observation("some_layers", "updates on some layers alone", sites=some)
     yield from _shapes(plain)
-    yield from _ranks(adapter, {module: down.shape[0] if down.shape else 0 for module, (down, _, _) in plain.items()})
+    ranks = {module: down.shape[0] if down.shape else 0 for module, (down, _, _) in plain.items()}
+    yield from _ranks(adapter, base, ranks)
 
 
 def _site(module: str) -> str:
@@ -237,7 +236,7 @@ def _shown(header: Header) -> str:
     return " × ".join(f"{size:,}" for size in header.shape) or "of a single number"
 
 
-def _ranks(adapter: Adapter, ranks: Mapping[str, int]) -> Iterator[Observation]:
+def _ranks(adapter: Adapter, base: Base, ranks: Mapping[str, int]) -> Iterator[Observation]:
     """Yield ranks and factors of the modules, where the tensors or the configuration have several."""
     data = adapter.data
     usual, alpha, rslora = data.get("r"), data.get("lora_alpha"), bool(data.get("use_rslora"))
@@ -255,7 +254,8 @@ def _ranks(adapter: Adapter, ranks: Mapping[str, int]) -> Iterator[Observation]:
         yield Observation("other_rank", says, sites=sites)
     if uneven := tuple(module for module, rank in expected.items() if rank != usual):
         says = f"ranks {_listed(expected[m] for m in uneven)} beside {usual}"
-        yield Observation("rank_pattern", says, sites=uneven, path=("rank_pattern",))
+        value = "in a name" if base.differ_by_layer(expected) else "by name"
+        yield Observation("rank_pattern", says, value, uneven, ("rank_pattern",))
     alphas = {module: patterned(data.get("alpha_pattern"), module, alpha) for module in ranks}
     if uneven := tuple(module for module, value in alphas.items() if value != alpha):
         says = f"alphas {_listed(alphas[m] for m in uneven)} beside {alpha:g}"

@@ -98,6 +98,18 @@ def test_updates_on_some_layers(tmp_path):
     assert said(folder, llama(1), "lorax")[0].startswith("DS616")
 
 
+@pytest.mark.parametrize("patterns, expected", [
+    ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}}, []),  # one rank a name, one factor
+    ({"rank_pattern": {"q_proj": 2}}, ["DS603 wrong"]),
+    ({"alpha_pattern": {"q_proj": 2}}, ["DS603 wrong"]),
+    ({"rank_pattern": {"1.self_attn.q_proj": 2}, "alpha_pattern": {"1.self_attn.q_proj": 4}}, ["DS603 rejected"]),
+])  # fmt: skip
+def test_ranks_by_name_and_by_layer(patterns, expected, tmp_path):
+    """LoRAX stacks the layers of a name, and takes one factor for all."""
+    folder = written(tmp_path, llama(), target_modules=["q_proj", "v_proj"], lora_alpha=8, **patterns)
+    assert [" ".join(text.split()[:2]) for text in said(folder, llama(), "lorax")] == expected
+
+
 @pytest.mark.parametrize("largest, expected", [(47, []), (48, ["DS609"])])
 def test_added_tokens(largest, expected, tmp_path):
     folder = damaged(tmp_path / "adapter")
@@ -109,4 +121,4 @@ def test_values_of_a_key_that_is_not_known(tmp_path):
     for number, value in enumerate((None, False, [], 0)):
         assert said(damaged(tmp_path / str(number), {"merge_weights": value}), llama(), "vllm") == []
     (found,) = said(damaged(tmp_path / "set", {"merge_weights": True}), llama(), "vllm")
-    assert found.startswith('DS612 ignored by vLLM: the key "merge_weights", which PEFT\'s LoRA has not')
+    assert found.startswith('DS612 ignored by vLLM: the key "merge_weights", which PEFT\'s LoRA does not have')

@@ -37,6 +37,8 @@ def _as_spec(config: dict[str, Any] | None) -> str | None:
     """Say what spec a configuration in PEFT's words would become; None where that takes its model or its weights."""
     if config is None:
         return "what spec it becomes depends on its weights, which lie beside it"
+    if not config:
+        return "it trains no LoRA; a spec says which deltas change which modules"
     import yaml  # a valid spec needs none of this
 
     from deltaspec.language.checks.translation import translated
@@ -97,10 +99,9 @@ _LLAMA_FACTORY: Mapping[str, str] = {
 
 
 def _from_axolotl(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of PEFT that Axolotl makes; an unknown method where it trains none."""
-    adapter = data.get("adapter")
-    if adapter not in ("lora", "qlora"):
-        return {"peft_type": str(adapter)}
+    """Return the configuration of PEFT that Axolotl makes; empty where it trains the model itself."""
+    if data.get("adapter") not in ("lora", "qlora"):
+        return {}
     config = {theirs: data[key] for key, theirs in _AXOLOTL.items() if data.get(key) is not None}
     if data.get("lora_target_linear"):
         config["target_modules"] = "all-linear"
@@ -108,10 +109,9 @@ def _from_axolotl(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_llama_factory(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of PEFT that LLaMA-Factory makes; an unknown method where it trains none."""
-    kind = data.get("finetuning_type", "lora")
-    if kind != "lora":
-        return {"peft_type": str(kind)}
+    """Return the configuration of PEFT that LLaMA-Factory makes; empty where it trains the model itself."""
+    if data.get("finetuning_type", "lora") != "lora":
+        return {}
     config = {theirs: data[key] for key, theirs in _LLAMA_FACTORY.items() if data.get(key) is not None}
     rank = config.setdefault("r", 8)
     if isinstance(rank, int):
