@@ -121,6 +121,17 @@ def test_a_library_of_both_kinds(llama: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(mixed, rows, atol=1e-6, rtol=1e-5)
 
 
+def test_one_of_many_alike_is_damaged(llama: Any, tmp_path: Path) -> None:
+    for seed, name in enumerate(("de", "fr")):
+        adapter(llama, tmp_path / name, seed)
+    _infinite(tmp_path / "fr")
+    library = deltaspec.compile(llama, {"deltaspec": 1, "deltas": [{"name": "own", "method": "bitfit"}]}).library(
+        tmp_path
+    )
+    library.load("de")
+    assert codes(library.load, "fr") == {"DS527"}
+
+
 def test_adapters_of_a_model_with_another_prefix(llama: Any, tmp_path: Path) -> None:
     adapter(llama, tmp_path / "french")
     inner = deltaspec.restore(llama.model, tmp_path / "french")
