@@ -144,11 +144,14 @@ CODES: dict[str, str] = {
     "DS535": "saved spec with deltas that were not saved",
     "DS536": "delta that a changed model cannot take back",
     "DS537": "saved delta that fits in several places",
+    "DS538": "foreign adapter whose files lack part of it",
+    "DS539": "foreign adapter whose files can be read in two ways",
     "DS540": "directory that holds several adapters",
     "DS541": "foreign adapter that fits no delta here",
     "DS542": "foreign adapter that needs the base model's weights",
     "DS543": "foreign adapter whose files do not fit each other",
     "DS544": "option of a foreign adapter that is not known here",
     "DS545": "foreign adapter of an unknown type",
+    "DS549": "foreign adapter that computes what no method here does",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""
