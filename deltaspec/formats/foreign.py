@@ -32,6 +32,8 @@ class Foreign(Unread):
         self.incoming = Incoming(folder, kind)
         self.file = ""
         """Name of the file of tensors."""
+        self.prefix = Prefix()
+        """The saved model in this one, as far as places were asked for."""
 
     def load(self, files: Sequence[str]) -> None:
         """Read the first of these files that there is. Raises DeltaSpecError."""
@@ -76,7 +78,8 @@ class Foreign(Unread):
         rows = self.base.rows
         here = rows if among is None else among
         named = {module: self._today(module) for module in modules}
-        fits: list[Prefix] = prefixes(named.values(), here)
+        fits = prefixes(named.values(), here)
+        self.prefix = fits[0] if fits else self.prefix
         found = {m: fits[0].to_here(n) or "" if fits else n for m, n in named.items() if fits or n in here}
         if lost := [module for module in named if module not in found]:
             kind = self.base.table.model_class
@@ -88,8 +91,10 @@ class Foreign(Unread):
     def owned(self, keys: Iterable[str]) -> dict[str, tuple[str, str]]:
         """Return, of keys that name parameters of the base as they are, each one's module here and own name."""
         owners = {key: key.rpartition(".")[0] for key in keys}
-        rows = self.base.rows
         named = {owner: self._today(owner) for owner in dict.fromkeys(owners.values())}
+        rows, fits = self.base.rows, prefixes(named.values(), self.base.rows)
+        if fits:
+            named = {owner: fits[0].to_here(name) or "" for owner, name in named.items()}
         found: dict[str, tuple[str, str]] = {}
         for key, owner in owners.items():
             row, own = rows.get(named[owner]), key.rpartition(".")[2]
@@ -112,7 +117,12 @@ class Foreign(Unread):
                 self.incoming.account[key] = "the base's own values: not needed"
                 continue
             sites.append(IncomingSite(fqn, {own: value}, parameter=own))
-        by_place = {self._shared(site): site for site in sites}  # a tied parameter is saved under each of its names
+        by_place: dict[str, IncomingSite] = {}
+        for site in sites:  # a tied parameter is saved under each of its names
+            before, own = by_place.setdefault(self._shared(site), site), str(site.parameter)
+            if not before.tensors[str(before.parameter)].equal(site.tensors[own]):
+                message = f"holds {below(site.fqn, own)}, which is tied, with two values"
+                self.find("DS539", message, "save it again from the model that it was trained in", self.file)
         some = any(p.tied for site in by_place.values() for p in self.base.rows[site.fqn].parameters)
         self.add("full", {"tied": tied} if some else {}, by_place.values(), part)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.formats.adapterhub.adapter import Adapter
+from deltaspec.formats.adapterhub.chains import chained, chains
 from deltaspec.formats.adapterhub.invertible import EMBEDDINGS
 from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming, IncomingDelta
@@ -96,7 +97,10 @@ def _stacked(unread: Unread, name: str, adapters: list[Adapter]) -> list[Incomin
             if delta.method == "full":
                 _same_head(unread, heads, delta, name)
                 continue
-            if domain is None and delta.method in ("lora", "ia3") and (twice := _shared(first, delta)):
+            if delta.method == "lora" and chains(first, delta):
+                delta = chained(first, delta)
+                adapter.remark("LoRAs in a Stack, of which the second sees what the first adds, are multiplied to one")
+            elif domain is None and delta.method in ("lora", "ia3") and (twice := _shared(first, delta)):
                 message = (
                     f"two members of its Stack are LoRA or (IA)³ at {shown(twice)}, where the second sees what the "
                 )

@@ -80,12 +80,12 @@ class Saved(Foreign):
         patterns = options.items("modified_modules", [], str)
         excluded = options.items("exclude_modules", ["lm_head"], str)
         common = options.flag("common_structure", False)
-        rows = [row for row in self.base.table.rows if row.fqn]
-        within = structures({row.fqn: row.type for row in self.base.table.rows}) if common else {}
+        here = {self.prefix.to_saved(row.fqn) or row.fqn: row for row in self.base.table.rows}  # as patterns name them
+        within = structures({name: row.type for name, row in here.items()}) if common else {}
         if common and not within:  # OpenDelta knows none either: the file is another library's
             return None
         try:
-            return addressed([row.fqn for row in rows], patterns, excluded, within)
+            return [here[name].fqn for name in addressed([n for n in here if n], patterns, excluded, within)]
         except re.error as error:
             message = f"modified_modules is no regular expression: {error}"
             self.find("DS544", message, "save the delta again", CONFIG)

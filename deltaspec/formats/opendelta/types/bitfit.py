@@ -19,6 +19,9 @@ def read(saved: Saved, options: Options, part: str) -> None:
     places = saved.places(dict.fromkeys(owners.values()))
     sites = []
     for key, module in owners.items():
-        if module in places and (bias := saved.take(key, f"a bias for {places[module]}", (None,))) is not None:
+        if module in places and module in added.values() and saved.base.rows[places[module]].has_parameter("bias"):
+            message = f"has a bias for {module}, which is another model's"
+            saved.find("DS543", message, "load the model that it was trained on", saved.file)
+        elif module in places and (bias := saved.take(key, f"a bias for {places[module]}", (None,))) is not None:
             sites.append(IncomingSite(places[module], {"bias": bias}))
     saved.add("bitfit", {}, sites, f"{part}-new".lstrip("-") if saved.incoming.deltas else part)
