@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from deltaspec.backbone.loading import Wanted
 from deltaspec.diagnostics.wording import closest
 from deltaspec.formats.adapterhub import architectures, heads
 from deltaspec.formats.adapterhub.adapter import CONFIG, WEIGHTS, Adapter
@@ -17,10 +18,14 @@ from deltaspec.formats.adapterhub.setups import SETUP, read_setup
 from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.options import Options
+from deltaspec.formats.unread import Unread
 
 _HERE = (CONFIG, *WEIGHTS, heads.CONFIG, *heads.WEIGHTS)
 FILES = (*_HERE, SETUP, *(f"*/{file}" for file in _HERE), "*/adapter_fusion_config.json",
          "*/pytorch_model_adapter_fusion.bin")  # fmt: skip
+
+_FLEXIBLE = "AdapterModel"
+"""End of the names of AdapterHub's own classes, whose heads no class of transformers has."""
 
 
 def recognises(folder: Path) -> bool:
@@ -29,6 +34,20 @@ def recognises(folder: Path) -> bool:
         return True
     path = folder / CONFIG
     return path.is_file() and b'"config"' in (content := path.read_bytes()) and b'"peft_type"' not in content
+
+
+def base_of(folder: Path) -> tuple[str | None, Wanted]:
+    """Return the base model that an adapter, or the first of a setup, names, and of which class it is to be."""
+    if (folder / SETUP).is_file():
+        inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+        return base_of(inside[0]) if inside else (None, Wanted())
+    unread = Unread(folder)
+    config = unread.json(CONFIG)
+    head = unread.json(heads.CONFIG) if (folder / heads.CONFIG).is_file() else {}
+    name, kind, labels = config.get("model_name"), config.get("model_class"), head.get("num_labels")
+    own = isinstance(kind, str) and not kind.endswith(_FLEXIBLE)
+    settings = {"num_labels": labels} if isinstance(labels, int) and own else {}
+    return name if isinstance(name, str) and name else None, Wanted(kind if own else None, settings)
 
 
 @cache

@@ -8,11 +8,13 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from deltaspec.backbone.loading import Wanted
 from deltaspec.diagnostics.wording import closest
 from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.opendelta import types
 from deltaspec.formats.opendelta.saved import CONFIG, WEIGHTS, Saved
+from deltaspec.formats.unread import Unread
 from deltaspec.names.folding import shown
 
 FILES = (CONFIG, "config.*.json", *WEIGHTS)
@@ -22,6 +24,13 @@ def recognises(folder: Path) -> bool:
     """Return whether a directory holds an OpenDelta delta; a model's own has a configuration of the same name."""
     path = folder / CONFIG
     return path.is_file() and b'"delta_type"' in path.read_bytes()
+
+
+def base_of(folder: Path) -> tuple[str | None, Wanted]:
+    """Return the base model that a delta names, and its class."""
+    config = Unread(folder).json(CONFIG)
+    name, kind = config.get("backbone_checkpoint_name"), config.get("backbone_class")
+    return name if isinstance(name, str) and name else None, Wanted(kind if isinstance(kind, str) else None)
 
 
 @cache

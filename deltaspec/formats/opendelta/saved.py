@@ -16,7 +16,7 @@ from deltaspec.formats.options import Options
 from deltaspec.names.folding import shown
 
 CONFIG = "config.json"
-WEIGHTS = ("pytorch_model.bin", "model.safetensors")
+WEIGHTS = ("pytorch_model.bin",)
 _COMMON = (
     "delta_type", "opendelta_version", "transformers_version", "backbone_class", "backbone_checkpoint_name",
     "backbone_hash", "unfrozen_modules", "interactive_modify", "backend",

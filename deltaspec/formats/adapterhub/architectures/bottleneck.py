@@ -16,7 +16,6 @@ from deltaspec.names.folding import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINDS = ("adapters",)
 _EPS = 1e-5
 """Number added to the variance in the norms that AdapterHub adds itself."""
 
@@ -82,7 +81,7 @@ class _Shape:
     """What one configuration makes of a place and its tensors."""
 
     def __init__(self, adapter: Adapter, options: Options) -> None:
-        self.adapter = adapter
+        self.adapter, self.keys = adapter, adapter.modules("adapters")
         self.norm_before, self.norm_after = options.flag("ln_before", False), options.flag("ln_after", False)
         inside = options.flag("adapter_residual_before_ln", False)
         self.wiring = Wiring(
@@ -111,7 +110,7 @@ class _Shape:
 
     def made(self, module: str, form: Form, place: Place) -> tuple[str, IncomingSite] | None:
         """Take a place's tensors; return the method and the site."""
-        keys = self.adapter.modules("adapters")[module]
+        keys = self.keys[module]
         scale = self._scale(keys, form.site)
         phm = self.phm
         tensors = self._dense(keys, form.site) if phm is None else phm.taken(self.adapter, keys, form.site)

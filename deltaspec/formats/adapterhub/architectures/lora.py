@@ -19,7 +19,6 @@ from deltaspec.methods.shared.parts import whole
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINDS = ("loras",)
 _FUSED = ("q", "k", "v")
 
 

@@ -15,7 +15,6 @@ from deltaspec.methods.shared.activations import Activation, activate
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINDS = ("prefix_tunings", "prefix_gates")
 _POOL = "pool"
 
 

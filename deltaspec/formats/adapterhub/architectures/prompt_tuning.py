@@ -5,8 +5,6 @@ from __future__ import annotations
 from deltaspec.formats.adapterhub.adapter import Adapter
 from deltaspec.formats.options import Options
 
-KINDS = ("prompt_tunings",)
-
 
 def read(adapter: Adapter, options: Options, part: str) -> None:
     """Refuse it: its rows go behind the embeddings, without positions and their LayerNorm."""

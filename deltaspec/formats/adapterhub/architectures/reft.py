@@ -18,8 +18,6 @@ from deltaspec.methods.shared.positions import MASK
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINDS = ("refts",)
-
 
 def read(adapter: Adapter, options: Options, part: str) -> None:
     """Add the delta."""
