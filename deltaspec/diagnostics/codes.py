@@ -144,5 +144,15 @@ CODES: dict[str, str] = {
     "DS535": "saved spec with deltas that were not saved",
     "DS536": "delta that a changed model cannot take back",
     "DS537": "saved delta that fits in several places",
+    "DS540": "directory that holds several adapters",
+    "DS541": "foreign adapter that fits no delta here",
+    "DS542": "foreign adapter that needs the base model's weights",
+    "DS543": "foreign adapter whose files do not fit each other",
+    "DS544": "option of a foreign adapter that is not known here",
+    "DS545": "foreign adapter of an unknown type",
+    "DS548": "foreign adapter that cannot be had here as it is there",
+    "DS560": "delta without an exact form in another library",
+    "DS561": "form of another library that is not known here",
+    "DS562": "directory that holds deltas in another form",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""
