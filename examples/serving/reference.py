@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from _common import BASE, MODELS, OUTPUT, Tokens
-from _peft import write_peft
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
@@ -33,6 +32,8 @@ SPECS = Path(__file__).parent / "specs"
 RATES = {"every": 4e-3, "uneven": 2e-2, "vera": 5e-2}
 STEPS, LEARNT = 40, 0.3
 """Training ends when the loss is this small, or after so many steps."""
+RANK, ROUNDING = 16, 1e-5
+"""What is no LoRA is written as one of this rank, which VeRA's update has: the error is that of rounding."""
 NEW_TOKENS = 12
 MARGIN = 1e-3
 """The two largest logits of a token are at least so far apart: rounding of another engine does not change the token."""
@@ -129,7 +130,9 @@ def write(name: str) -> None:
         with c.only(delta):
             train(c, delta, prompts, answers[delta])
             tokens[delta] = greedy(c.backbone, prompts)
-        write_peft(c, delta, folder / "adapters" / delta)
+        error = max(c.save_as("peft", folder / "adapters" / delta, delta, approximate=RANK).values(), default=0.0)
+        if error > ROUNDING:
+            sys.exit(f"{delta} has no exact form as a LoRA of rank {RANK}: the relative error is {error:.1e}")
     for place, prompt in enumerate(prompts):
         if len({tuple(new[place]) for new in tokens.values()}) < len(tokens):
             sys.exit(f"prompt {prompt}: two of {', '.join(tokens)} answer alike, so engines could not be compared")
