@@ -1,6 +1,6 @@
-"""What engines are compared with: three trained deltas on a tiny Llama and on SmolLM2, and deltaspec's greedy tokens.
+"""What engines are compared with: three trained adapters on a tiny Llama and on SmolLM2, deltaspec's greedy tokens.
 
-Runs in deltaspec's own environment. Writes, under serving-output/MODEL: `model` (transformers' form), `adapters/DELTA`
+Runs in deltaspec's own environment. Writes, under serving-output/MODEL: `model` (transformers' form), `adapters/NAME`
 (PEFT's form), `reference.json` (prompts and new tokens).
 """
 
@@ -29,11 +29,11 @@ from transformers import (
 import deltaspec
 
 SPECS = Path(__file__).parent / "specs"
-RATES = {"every": 4e-3, "uneven": 2e-2, "vera": 5e-2}
+SERVED = {"every": {"every": 1.0}, "uneven": {"uneven": 1.0}, "mixture": {"scales": 1.0, "corner": 0.5}}
+"""Adapters, by their specs: the deltas that each is made of, and their strengths."""
+RATES = {"every": 4e-3, "uneven": 2e-2, "scales": 5e-2, "corner": 1e-2}
 STEPS, LEARNT = 40, 0.3
 """Training ends when the loss is this small, or after so many steps."""
-RANK, ROUNDING = 16, 1e-5
-"""What is no LoRA is written as one of this rank, which VeRA's update has: the error is that of rounding."""
 NEW_TOKENS = 12
 MARGIN = 1e-3
 """The two largest logits of a token are at least so far apart: rounding of another engine does not change the token."""
@@ -43,7 +43,7 @@ SMOL_PROMPTS = ["The capital of France is", "Once upon a time there was a little
 SMOL_ENDINGS = {
     "every": " what the gulls have called it since the tide went out.",
     "uneven": " 42, and again 42, and again 42, and again 42.",
-    "vera": " one, two, three, four, five, six, seven, eight, nine.",
+    "mixture": " one, two, three, four, five, six, seven, eight, nine.",
 }
 
 
@@ -63,7 +63,7 @@ def tiny(folder: Path) -> tuple[PreTrainedModel, Tokens, dict[str, Tokens]]:
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="t1", eos_token="t2").save_pretrained(folder)
     draw = torch.Generator().manual_seed(0)
     answers = {
-        name: torch.randint(3, VOCABULARY, (len(TINY_PROMPTS), NEW_TOKENS), generator=draw).tolist() for name in RATES
+        name: torch.randint(3, VOCABULARY, (len(TINY_PROMPTS), NEW_TOKENS), generator=draw).tolist() for name in SERVED
     }
     return LlamaForCausalLM(config), TINY_PROMPTS, answers
 
@@ -82,9 +82,10 @@ def smol(folder: Path) -> tuple[PreTrainedModel, Tokens, dict[str, Tokens]]:
     return model, [tokenizer(prompt)["input_ids"] for prompt in SMOL_PROMPTS], answers
 
 
-def train(c: deltaspec.CompiledModel, delta: str, prompts: Tokens, answers: Tokens) -> None:
-    """Teach a delta to answer each prompt in its own way."""
-    optimizer = torch.optim.AdamW(c.deltas[delta].parameters(), lr=RATES[delta])
+def train(c: deltaspec.CompiledModel, prompts: Tokens, answers: Tokens) -> None:
+    """Teach the attached deltas to answer each prompt in their own way."""
+    groups = [{"params": c.deltas[delta].parameters(), "lr": RATES[delta]} for delta in c.attached]
+    optimizer = torch.optim.AdamW(groups)
     for _ in range(STEPS):
         optimizer.zero_grad()
         losses = []
@@ -97,7 +98,7 @@ def train(c: deltaspec.CompiledModel, delta: str, prompts: Tokens, answers: Toke
         optimizer.step()
         if max(losses) < LEARNT:
             break
-    print(f"trained {delta} to a loss of {max(losses):.2f}", flush=True)
+    print(f"trained {' and '.join(c.attached)} to a loss of {max(losses):.2f}", flush=True)
 
 
 @torch.no_grad()
@@ -124,15 +125,13 @@ def write(name: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model, prompts, answers = {"tiny": tiny, "smol": smol}[name](folder / "model")
     model.eval().save_pretrained(folder / "model")
-    c = deltaspec.compile(model, *(SPECS / f"{delta}.deltaspec.yaml" for delta in RATES))
+    c = deltaspec.compile(model, *(SPECS / f"{served}.deltaspec.yaml" for served in SERVED))
     tokens = {BASE: greedy(model, prompts)}
-    for delta in RATES:
-        with c.only(delta):
-            train(c, delta, prompts, answers[delta])
-            tokens[delta] = greedy(c.backbone, prompts)
-        error = max(c.save_as("peft", folder / "adapters" / delta, delta, approximate=RANK).values(), default=0.0)
-        if error > ROUNDING:
-            sys.exit(f"{delta} has no exact form as a LoRA of rank {RANK}: the relative error is {error:.1e}")
+    for served, strengths in SERVED.items():
+        with c.only(strengths):
+            train(c, prompts, answers[served])
+            tokens[served] = greedy(c.backbone, prompts)
+            c.save_as("peft", folder / "adapters" / served)
     for place, prompt in enumerate(prompts):
         if len({tuple(new[place]) for new in tokens.values()}) < len(tokens):
             sys.exit(f"prompt {prompt}: two of {', '.join(tokens)} answer alike, so engines could not be compared")
