@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 
@@ -37,8 +38,6 @@ class Shelf:
             raise ValueError(f"DELTASPEC_LIBRARY={folder}: there is no such folder")
         self._max_rank = max_rank
         self._check = check or _rules_for_vllm
-        # What was checked is what is loaded: now, and when vLLM has dropped an adapter and reads it again.
-        self._copies = tempfile.TemporaryDirectory(prefix="deltaspec-served-")
         self._checked: dict[tuple[str, str], Path] = {}
         self._lock = Lock()
 
@@ -59,6 +58,14 @@ class Shelf:
             if key not in self._checked:
                 self._checked[key] = self._copied(name, content, base)
             return self._checked[key]
+
+    @cached_property
+    def _copies(self) -> tempfile.TemporaryDirectory[str]:
+        """Where copies are: what was checked is what is loaded, also when vLLM dropped an adapter and reads it again.
+
+        Made with the first copy, since vLLM registers plugins in each of its processes, and asks them in one.
+        """
+        return tempfile.TemporaryDirectory(prefix="deltaspec-served-")
 
     def _read(self, folder: Path) -> dict[str, bytes] | None:
         """Return the files of an adapter; None where there is no folder of this name, or it leads out of the shelf."""
