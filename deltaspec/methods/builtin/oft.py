@@ -166,4 +166,5 @@ def _turn_patches(x: Tensor, size: tuple[int, int], *turning: Any) -> Tensor:
     patches = F.unfold(x, size).transpose(-2, -1)
     places = patches.shape[1]
     turned = _turn(patches, *turning).reshape(batch, places, channels, -1).transpose(1, 2)
-    return F.fold(turned.reshape(batch, patches.shape[2], places), (height, width), size)
+    added: Tensor = F.fold(turned.reshape(batch, patches.shape[2], places), (height, width), size)
+    return added
