@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from deltaspec.formats.peft.adapter import CONFIG
 
 if TYPE_CHECKING:
@@ -21,11 +23,18 @@ def refuse_ignored_geometry(adapter: Adapter, found: Iterable[Found]) -> None:
     for at in found:
         if at.row.kind != "conv":
             continue
-        module = adapter.base.model.get_submodule(at.fqn)
-        stride, padding, dilation = (getattr(module, name) for name in ("stride", "padding", "dilation"))
-        ignored = [name for name, value in (("stride", stride), ("padding", padding)) if len(set(value)) > 1]
-        ignored += ["dilation"] * (set(dilation) != {1}) + ["padding_mode"] * (module.padding_mode != "zeros")  # type: ignore[arg-type]
-        if ignored:
-            message = f"{adapter.type} on {at.fqn}: PEFT leaves out its {' and '.join(ignored)}, and runs another "
-            message += "convolution than the model has"
+        if reason := ignored_geometry(adapter.base.model.get_submodule(at.fqn)):
+            message = f"{adapter.type} on {at.fqn}: {reason}"
             adapter.find("DS544", message, "merge it with PEFT: model.merge_and_unload()", CONFIG)
+
+
+def ignored_geometry(module: nn.Module) -> str | None:
+    """Return what such a layer leaves out of a convolution; None where it leaves out nothing, or this is none."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return None
+    given = (("stride", module.stride), ("padding", module.padding))
+    ignored = [name for name, value in given if len(set(value)) > 1]
+    ignored += ["dilation"] * (set(module.dilation) != {1}) + ["padding_mode"] * (module.padding_mode != "zeros")
+    if not ignored:
+        return None
+    return f"PEFT leaves out its {' and '.join(ignored)}, and runs another convolution than the model has"
