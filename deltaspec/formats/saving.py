@@ -13,7 +13,7 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import closest
 from deltaspec.documents.atomic import Together, alone_in
 from deltaspec.formats.outgoing import Outgoing
-from deltaspec.storage.saved import MANIFEST
+from deltaspec.storage.delta_set import MANIFEST
 
 
 class Writer(Protocol):

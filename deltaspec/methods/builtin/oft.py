@@ -54,7 +54,7 @@ class Oft(Method):
         "block_share": "shared_blocks",
         "use_cayley_neumann": {True: "transform: cayley_neumann", False: "transform: cayley"},
         "num_cayley_neumann_terms": "terms",
-        "coft": {True: "constraint: 0.00006", False: "constraint: null"},
+        "coft": {True: "constraint: 0.00006"},
         "eps": "constraint",
         "module_dropout": "block_dropout",
     }
