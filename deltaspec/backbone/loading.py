@@ -14,7 +14,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -48,6 +48,25 @@ def model_from(reference: str) -> nn.Module:
     if reference.endswith((".json", ".py")) or not _HUB_ID.fullmatch(reference):
         _fail("DS321", "there is no such file or directory", reference, _WAYS)
     return _from_hub(reference)
+
+
+def loaded_model(reference: str, dtype: str = "auto") -> nn.Module:
+    """Load the model that a reference names, as `model_from` does, with its weights, in a dtype or in their own.
+
+    Raises DeltaSpecError (DS321 to DS324) with one finding about the reference.
+    """
+    if (found := _FACTORY.fullmatch(reference)) and not os.path.exists(os.path.expanduser(reference)):
+        made = _from_factory(reference, found[1], found[2], weights=True)
+        return made if dtype == "auto" else made.to(getattr(torch, dtype))
+    kind: Any = type(model_from(reference))
+    with no_code():
+        try:
+            loaded = kind.from_pretrained(os.path.expanduser(reference), dtype=dtype)
+        except Exception as error:  # whatever the hub's client or a reader of weights raises
+            message = f"the weights of {kind.__name__} cannot be loaded: {_brief(error)}"
+            _fail("DS322", message, reference, "name the directory or hub id that has them")
+    assert isinstance(loaded, nn.Module)
+    return loaded.eval()
 
 
 def _from_directory(reference: str, path: str) -> nn.Module:
@@ -162,7 +181,7 @@ def _remedy(error: Exception) -> str | None:
     return None
 
 
-def _from_factory(reference: str, module_name: str, attribute: str) -> nn.Module:
+def _from_factory(reference: str, module_name: str, attribute: str, *, weights: bool = False) -> nn.Module:
     with _current_directory_first(), no_questions():
         made: Any = _imported(reference, module_name)
         for step in attribute.split("."):
@@ -177,7 +196,7 @@ def _from_factory(reference: str, module_name: str, attribute: str) -> nn.Module
             kind = f"an object of class {type(made).__name__}"
             _fail("DS324", f"{attribute} is {kind}, neither a module nor a factory", reference)
         try:
-            with torch.device("meta"):
+            with nullcontext() if weights else torch.device("meta"):
                 model = made()
         except (Exception, SystemExit):
             # Some constructors compute with values; their failure on real weights is the one that counts.

@@ -144,5 +144,9 @@ CODES: dict[str, str] = {
     "DS535": "saved spec with deltas that were not saved",
     "DS536": "delta that a changed model cannot take back",
     "DS537": "saved delta that fits in several places",
+    "DS550": "golden answers that cannot be kept",
+    "DS551": "saved delta without golden answers",
+    "DS552": "answers that differ from those that were kept",
+    "DS553": "another side that cannot be asked for answers",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""

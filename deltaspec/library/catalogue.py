@@ -11,6 +11,7 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_k
 from deltaspec.diagnostics.progress import tracked
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.ports import View
+from deltaspec.storage.identity import identity_of
 from deltaspec.storage.matching import Match, Matcher, Outcome, present_of
 from deltaspec.storage.saved import MANIFEST, SavedSet
 
@@ -60,7 +61,7 @@ def entries_in(
             continue
         for own in wanted:
             name = own_names[own]
-            if name in found:
+            if name in found and by != "identity":  # which is the same content, wherever it lies
                 message = f"the delta {own!r} is in {found[name].saved.folder}, too"
                 hint = 'name them by their directories: c.library(dir, by="folder")'
                 findings.append(saved.finding("DS530", message, hint))
@@ -73,6 +74,8 @@ def entries_in(
 
 def _known_as(own: str, saved: SavedSet, by: str) -> str:
     """Return the name that a model knows a saved delta by."""
+    if by == "identity":
+        return identity_of(saved, own)
     folder = saved.folder.name
     return own if by == "delta" else folder if len(saved.names) == 1 else f"{folder}/{own}"
 
