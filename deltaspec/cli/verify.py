@@ -40,10 +40,11 @@ def command(
         raise click.UsageError("--model is needed: the base model, with its weights")
     if key_from is not None and key_from not in os.environ:
         raise click.UsageError(f"there is no {key_from} in the environment")
-    from deltaspec.backbone.loading import loaded_model
+    from deltaspec.backbone.loading import Wanted, model_from
     from deltaspec.verification import verify
 
-    base = None if model is None else loaded_model(model, "auto" if url or dtype is None else dtype)
+    wanted = Wanted(weights=True, dtype=None if url else dtype)
+    base = None if model is None else model_from(model, wanted)
     key = None if key_from is None else os.environ[key_from]
     found = verify(directory, base, *names, against=against, tolerance=tolerance, dtype=dtype, key=key)
     say(str(found))

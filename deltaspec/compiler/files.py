@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from os import PathLike
 from typing import Any, Self
 
@@ -10,9 +11,12 @@ from torch import nn
 
 from deltaspec.compiler.answers import kept_answers, verify_saved
 from deltaspec.compiler.handles import known_names
+from deltaspec.formats.base import Base
+from deltaspec.formats.opening import open_set
 from deltaspec.library.libraries import Libraries
 from deltaspec.library.view import LibraryView, open_view
 from deltaspec.runtime.active import Active
+from deltaspec.runtime.copies import without_deltas
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.shared import Shared
 from deltaspec.storage.agreement import Verification
@@ -74,7 +78,12 @@ class Files(nn.Module):
     def load(self, directory: str | PathLike[str], *names: str, match: Match = "weights") -> Self:
         """Read the tensors of saved deltas, by name or all; `match` as for `restore`, `.plan` says what it let pass."""
         level = checked(match)
-        self._shared.plan = load(self._active, self._shared.plan, self._host.deltas, directory, names, level)
+        base = cache(lambda: Base(without_deltas(self._host)))
+        known = names or tuple(delta.name for delta in self._shared.plan.deltas)
+        called = known[0] if len(known) == 1 else None  # a foreign adapter has no name of its own
+        self._shared.plan = load(
+            self._active, self._shared.plan, self._host.deltas, lambda: open_set(directory, base, called), names, level
+        )
         return self
 
     def merge(self, *names: str) -> nn.Module:

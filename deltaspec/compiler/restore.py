@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from os import PathLike
 from typing import Any
 
@@ -14,13 +15,15 @@ from deltaspec.compiler.build import build
 from deltaspec.compiler.compile import refuse_unusable
 from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
+from deltaspec.formats.base import Base
+from deltaspec.formats.opening import open_set
 from deltaspec.language.load import load as load_spec
 from deltaspec.language.model import DeltaSpec
 from deltaspec.planning.plan import Plan
 from deltaspec.planning.resolve import plan
+from deltaspec.storage.delta_set import DeltaSet
 from deltaspec.storage.load import fill, remarked, settled
 from deltaspec.storage.matching import Match, Matcher, Outcome, checked
-from deltaspec.storage.saved import SavedSet
 from deltaspec.storage.specs import moved, specs_of
 
 
@@ -44,11 +47,14 @@ def restore(
     """
     refuse_unusable(model, capture)
     level = checked(match)
-    return settled(directory, lambda saved: _restore(model, saved, names, capture, example_inputs, level))
+    base = cache(lambda: Base(model, example_inputs))
+    return settled(
+        lambda: open_set(directory, base), lambda saved: _restore(model, saved, names, capture, example_inputs, level)
+    )
 
 
 def _restore(
-    model: nn.Module, saved: SavedSet, names: tuple[str, ...], capture: str, example_inputs: Any, match: Match
+    model: nn.Module, saved: DeltaSet, names: tuple[str, ...], capture: str, example_inputs: Any, match: Match
 ) -> CompiledModel:
     require_known(names, saved.names)
     chosen, findings = names or tuple(saved.names), list[Diagnostic]()
@@ -77,7 +83,7 @@ def _restore(
 
 def _planned(
     model: nn.Module,
-    saved: SavedSet,
+    saved: DeltaSet,
     specs: Sequence[DeltaSpec],
     outcomes: Mapping[str, Outcome],
     present: Present,

@@ -144,9 +144,16 @@ CODES: dict[str, str] = {
     "DS535": "saved spec with deltas that were not saved",
     "DS536": "delta that a changed model cannot take back",
     "DS537": "saved delta that fits in several places",
+    "DS540": "directory that holds several adapters",
+    "DS541": "foreign adapter that fits no delta here",
+    "DS542": "foreign adapter that needs the base model's weights",
+    "DS543": "foreign adapter whose files do not fit each other",
+    "DS544": "option of a foreign adapter that is not known here",
+    "DS545": "foreign adapter of an unknown type",
     "DS550": "golden answers that cannot be kept",
     "DS551": "saved delta without golden answers",
     "DS552": "answers that differ from those that were kept",
     "DS553": "another side that cannot be asked for answers",
+    "DS559": "delta without an identity",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""

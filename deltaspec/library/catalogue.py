@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.diagnostics.progress import tracked
+from deltaspec.formats.base import Base
+from deltaspec.formats.opening import adapters_in, format_of, open_set
 from deltaspec.planning.plan import Plan
+from deltaspec.runtime.copies import without_deltas
 from deltaspec.runtime.ports import View
+from deltaspec.storage.delta_set import MANIFEST, DeltaSet
 from deltaspec.storage.identity import identity_of
 from deltaspec.storage.matching import Match, Matcher, Outcome, present_of
-from deltaspec.storage.saved import MANIFEST, SavedSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,7 @@ class SavedDelta:
     """Name that the model knows it by."""
     own: str
     """Name in the manifest."""
-    saved: SavedSet
+    saved: DeltaSet
     outcome: Outcome
     """What came of comparing the backbone with the one that it was saved for."""
 
@@ -45,14 +49,15 @@ def entries_in(
     (DS523), two deltas of one name (DS530), names that are not there (DS434).
     """
     folders = [root]
-    if not (root / MANIFEST).exists() and root.is_dir():
-        folders = sorted(path for path in root.iterdir() if (path / MANIFEST).exists()) or [root]
+    if not (root / MANIFEST).exists() and root.is_dir() and format_of(root) is None:
+        folders = adapters_in(root) or [root]
+    base = cache(lambda: Base(without_deltas(view.host), inputs))
     matcher = Matcher(present_of(view, plan, inputs), match)
     findings: list[Diagnostic] = []
     found: dict[str, SavedDelta] = {}
     for folder in tracked(folders, "reading manifests", len(folders)):
         try:
-            saved = SavedSet(folder)
+            saved = open_set(folder, base)
             own_names = {own: _known_as(own, saved, by) for own in saved.names}
             wanted = [own for own, name in own_names.items() if not names or name in names]
             outcomes = matcher.outcomes(saved, wanted, findings)
@@ -72,7 +77,7 @@ def entries_in(
     return found
 
 
-def _known_as(own: str, saved: SavedSet, by: str) -> str:
+def _known_as(own: str, saved: DeltaSet, by: str) -> str:
     """Return the name that a model knows a saved delta by."""
     if by == "identity":
         return identity_of(saved, own)

@@ -8,7 +8,7 @@ from typing import Any
 
 from deltaspec.backbone.fingerprint import digest
 from deltaspec.diagnostics.findings import DeltaSpecError
-from deltaspec.storage.saved import SavedSet
+from deltaspec.storage.delta_set import DeltaSet
 
 MARK = "sha256:"
 """What every identity begins with."""
@@ -33,11 +33,15 @@ def base_identity(backbone: Mapping[str, Any]) -> str:
     return digest([backbone["structure"], kept])
 
 
-def identity_of(saved: SavedSet, name: str) -> str:
+def identity_of(saved: DeltaSet, name: str) -> str:
     """Return a saved delta's identity, computed from what its files are, also where an earlier version wrote none.
 
-    Raises DeltaSpecError where its lock is damaged, or the manifest says that it has another identity (DS522).
+    Raises DeltaSpecError where its lock is damaged, or the manifest says that it has another identity (DS522), or it
+    was not saved by deltaspec (DS559).
     """
+    if not saved.compares:
+        message, hint = f"{name} has no identity: it was not saved by deltaspec", "deltaspec convert gives it one"
+        raise DeltaSpecError([saved.finding("DS559", message, hint)])
     content, problems = saved.read(name, "lock")
     if content is None:
         raise DeltaSpecError(problems)

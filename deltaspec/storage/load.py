@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from os import PathLike
 from typing import Any, TypeVar
 
 import torch
@@ -17,11 +16,14 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_k
 from deltaspec.diagnostics.progress import tracked
 from deltaspec.methods.base import Method
 from deltaspec.methods.registry import methods
+from deltaspec.names.folding import shown
 from deltaspec.names.prefixes import Prefix
 from deltaspec.planning.plan import Plan
+from deltaspec.planning.planned import PlannedDelta
 from deltaspec.runtime.active import Active
+from deltaspec.storage.delta_set import DeltaSet
 from deltaspec.storage.matching import Match, Matcher, Outcome, present_of
-from deltaspec.storage.saved import SavedSet, without_values
+from deltaspec.storage.saved import without_values
 
 _Read = TypeVar("_Read")
 
@@ -30,11 +32,11 @@ def load(
     active: Active,
     plan: Plan,
     deltas: Deltas,
-    directory: str | PathLike[str],
+    opened: Callable[[], DeltaSet],
     names: tuple[str, ...] = (),
     match: Match = "weights",
 ) -> Plan:
-    """Read the tensors of saved deltas, by default all, into the deltas of the same names. All or nothing.
+    """Read the tensors of a set, by default all, into the deltas of the same names. All or nothing.
 
     Return the plan with what there is to say of them: under which prefix they were found, what `match` let pass.
 
@@ -43,18 +45,22 @@ def load(
     of another shape, of a dtype that would lose digits, or not finite; a model on the meta device.
     """
 
-    def read(saved: SavedSet) -> Plan:
+    def read(saved: DeltaSet) -> Plan:
         require_known(names, saved.names)
         chosen, findings = names or tuple(saved.names), list[Diagnostic]()
         outcomes = Matcher(present_of(active, plan), match).outcomes(saved, chosen, findings)
         for name in chosen:
             if name in known:
-                findings += _other_meaning(saved, name, plan)
+                own = saved.planned(name)
+                other = (
+                    _other_meaning(saved, name, plan) if own is None else _other_params(saved, name, own, plan[name])
+                )
+                findings += other
         fill(active, plan, deltas, saved, outcomes, chosen, findings)
         return remarked(plan, outcomes)
 
     known = [delta.name for delta in plan.deltas]
-    return settled(directory, read)
+    return settled(opened, read)
 
 
 def remarked(plan: Plan, outcomes: Mapping[str, Outcome]) -> Plan:
@@ -63,10 +69,10 @@ def remarked(plan: Plan, outcomes: Mapping[str, Outcome]) -> Plan:
     return plan.with_remarks(notes, {name: outcome.let_pass for name, outcome in outcomes.items()})
 
 
-def settled(directory: str | PathLike[str], read: Callable[[SavedSet], _Read]) -> _Read:
+def settled(opened: Callable[[], DeltaSet], read: Callable[[DeltaSet], _Read]) -> _Read:
     """Read a set: the old one or the new one, where it is saved again meanwhile and the old one's files go."""
     while True:
-        saved = SavedSet(directory)
+        saved = opened()
         try:
             return read(saved)
         except DeltaSpecError:
@@ -78,7 +84,7 @@ def fill(
     active: Active,
     plan: Plan,
     deltas: Deltas,
-    saved: SavedSet,
+    saved: DeltaSet,
     outcomes: Mapping[str, Outcome],
     names: Sequence[str],
     findings: list[Diagnostic],
@@ -109,7 +115,7 @@ def fill(
 
 
 def match(
-    saved: SavedSet,
+    saved: DeltaSet,
     name: str,
     targets: dict[str, Tensor],
     findings: list[Diagnostic],
@@ -142,7 +148,7 @@ def match(
 
 
 def missing_and_surplus(
-    saved: SavedSet, name: str, targets: Iterable[str], findings: list[Diagnostic], prefix: Prefix
+    saved: DeltaSet, name: str, targets: Iterable[str], findings: list[Diagnostic], prefix: Prefix
 ) -> dict[str, str]:
     """List the tensors that a file lacks or has too many, also where it is damaged behind its own list of them.
 
@@ -170,7 +176,7 @@ def saved_keys(here: Iterable[str], there: Collection[str], prefix: Prefix) -> d
     return {key: name if name is not None and name in there else key for key, name in moved.items()}
 
 
-def _other_meaning(saved: SavedSet, name: str, plan: Plan) -> list[Diagnostic]:
+def _other_meaning(saved: DeltaSet, name: str, plan: Plan) -> list[Diagnostic]:
     """Compare a saved delta's spec with the model's: the same tensors mean something else under other params."""
     content, findings = saved.read(name, "spec")
     if content is None:
@@ -186,6 +192,24 @@ def _other_meaning(saved: SavedSet, name: str, plan: Plan) -> list[Diagnostic]:
             hint = "compile the saved spec, or deltaspec.restore(model, dir)"
             findings.append(saved.finding("DS529", message, hint, saved.entry[name]["spec"]))
     return findings
+
+
+def _other_params(saved: DeltaSet, name: str, own: PlannedDelta, theirs: PlannedDelta) -> list[Diagnostic]:
+    """Compare what a delta is here with what a model has under its name, site by site."""
+    hint = "compile the converted spec (deltaspec convert), or deltaspec.restore(model, dir)"
+    if own.method != theirs.method:
+        return [saved.finding("DS529", f"{name}: this is {own.method}, and the model's is {theirs.method}", hint)]
+    start = {"dropout", *methods()[own.method].start}
+    known = {site.fqn: site.params.model_dump() for site in theirs.sites}
+    differs: dict[tuple[str, str, str], list[str]] = {}
+    for site in own.sites:
+        for key, value in site.params.model_dump().items() if site.fqn in known else ():
+            if key not in start and value != (there := known[site.fqn].get(key)):
+                differs.setdefault((key, str(value), str(there)), []).append(site.fqn)
+    return [
+        saved.finding("DS529", f"{name}: params.{key} is {value} at {shown(at)}, and {there} in the model", hint)
+        for (key, value, there), at in differs.items()
+    ]
 
 
 def _meaning(spec: dict[str, Any], name: str) -> dict[str, Any]:

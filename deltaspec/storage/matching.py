@@ -15,8 +15,8 @@ from deltaspec.names.prefixes import Prefix
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.copies import without_deltas
 from deltaspec.runtime.ports import View
+from deltaspec.storage.delta_set import DeltaSet
 from deltaspec.storage.fit import Fit, Fitter
-from deltaspec.storage.saved import SavedSet
 
 Match: TypeAlias = Literal["weights", "structure", "sites"]
 """How much of the backbone must be as it was when the deltas were saved: the values of its weights, too; modules, names
@@ -61,8 +61,10 @@ class Matcher:
         self._fitters: list[tuple[Any, Fitter]] = []
         self._weights: list[str | None] = []
 
-    def outcomes(self, saved: SavedSet, names: Iterable[str], findings: list[Diagnostic]) -> dict[str, Outcome]:
+    def outcomes(self, saved: DeltaSet, names: Iterable[str], findings: list[Diagnostic]) -> dict[str, Outcome]:
         """Return what came of each delta; a finding (DS523, DS537) for those that may not be read."""
+        if not saved.compares:
+            return {name: Outcome(notes=saved.notes) for name in names}
         if not saved.has_record:
             passed, problems = self._by_digest(saved)
             findings += problems
@@ -97,7 +99,7 @@ class Matcher:
         findings += [self._refusal(saved, fit, of) for fit, of in refused.values()]
         return found
 
-    def _fitter(self, saved: SavedSet) -> Fitter:
+    def _fitter(self, saved: DeltaSet) -> Fitter:
         data = saved.manifest["backbone"]["record"]
         for known, fitter in self._fitters:
             if known == data:
@@ -105,7 +107,7 @@ class Matcher:
         self._fitters.append((data, Fitter(saved.record(), self.present)))
         return self._fitters[-1][1]
 
-    def _by_digest(self, saved: SavedSet) -> tuple[tuple[str, ...], list[Diagnostic]]:
+    def _by_digest(self, saved: DeltaSet) -> tuple[tuple[str, ...], list[Diagnostic]]:
         """Compare a set of an earlier version, which kept two digests of the backbone and nothing else."""
         before, passed = saved.manifest["backbone"], list[str]()
         if before["structure"] != self.present.structure:
@@ -128,7 +130,7 @@ class Matcher:
     def _way_out(match: str) -> str:
         return f'load the model that the deltas were trained on; match="{match}" takes them as it is'
 
-    def _refusal(self, saved: SavedSet, fit: Fit, names: list[str]) -> Diagnostic:
+    def _refusal(self, saved: DeltaSet, fit: Fit, names: list[str]) -> Diagnostic:
         who = "" if len(names) == len(saved.names) else f"{', '.join(names[:8])}{' …' * (len(names) > 8)}: "
         if fit.structure:
             was, now = saved.manifest["backbone"]["class"], self.present.modules[""]
@@ -154,7 +156,7 @@ def _listed(fit: Fit) -> str:
     return f"{', '.join(names[:_MOST])}{more} {verb} ({len(names)} of the {fit.compared} tensors that it depends on)"
 
 
-def _ambiguous(saved: SavedSet, name: str, fits: list[Fit]) -> Diagnostic:
+def _ambiguous(saved: DeltaSet, name: str, fits: list[Fit]) -> Diagnostic:
     places = ", ".join(repr(fit.prefix.here) for fit in fits[:8])
     message = f"{name}: the modules that it was trained on are here several times with the same weights: under {places}"
     return saved.finding("DS537", message, f"read it onto one of them, such as model.{fits[0].prefix.here}")

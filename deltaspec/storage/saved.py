@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from deltaspec.backbone.record import Record
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.names.folding import unfold
+from deltaspec.language.load import load
+from deltaspec.language.model import DeltaSpec
+from deltaspec.storage.delta_set import MANIFEST, DeltaSet
 
 
 def without_values(delta: str, done: str) -> Diagnostic:
@@ -27,7 +28,6 @@ def without_values(delta: str, done: str) -> Diagnostic:
     return Diagnostic("DS534", message, file="<model>", suggestion=hint)
 
 
-MANIFEST = "manifest.json"
 FORMAT = 1
 ENDINGS = {"file": "safetensors", "spec": "deltaspec.json", "lock": "deltaspec.lock.json"}
 """The files of one delta, by their field in the manifest."""
@@ -46,42 +46,12 @@ _MOST_HEADER = 100_000_000
 _Content = TypeVar("_Content", bytes, mmap)
 
 
-class SavedSet:
+class SavedSet(DeltaSet):
     """A directory written by `save`, its manifest read and checked."""
 
     def __init__(self, directory: str | PathLike[str]) -> None:
-        self.folder = Path(directory)
-        self._read = b""
-        self.manifest = self._read_manifest()
-        self.entries: list[dict[str, Any]] = self.manifest["deltas"]
-        self.entry = {entry["name"]: entry for entry in self.entries}
-        """Entries by the names of the deltas."""
-        self.names = list(self.entry)
-        self.attached: dict[str, float] = {
-            name: self.manifest.get("strengths", {}).get(name, 1.0) for name in self.manifest["attached"]
-        }
-        """Names of the deltas that were attached, and their strengths."""
-
-    def finding(self, code: str, message: str, suggestion: str | None = None, file: str = MANIFEST) -> Diagnostic:
-        """Make a finding about one of its files."""
-        return Diagnostic(code, message, file=str(self.folder / file), suggestion=suggestion)
-
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.folder / MANIFEST
-        hint = "give the directory that c.save(dir) wrote"
-        try:
-            self._read = path.read_bytes()
-            data = json.loads(self._read, object_pairs_hook=_object)
-        except FileNotFoundError:
-            raise DeltaSpecError([self.finding("DS521", "there are no saved deltas here", hint)]) from None
-        except OSError as error:
-            raise DeltaSpecError([self.finding("DS521", f"cannot be read: {error.strerror}", hint)]) from error
-        except (ValueError, RecursionError) as error:
-            problem = self.finding("DS522", f"is not a manifest: {error}", "save the deltas again")
-            raise DeltaSpecError([problem]) from error
-        if wrong := _manifest_problem(data):
-            raise DeltaSpecError([self.finding("DS522", f"is not a manifest: {wrong}", "save the deltas again")])
-        return dict(data)
+        self._read, manifest = _read_manifest(Path(directory))
+        super().__init__(Path(directory), manifest)
 
     def replaced(self) -> bool:
         """Return whether the deltas were saved again since: what was read of this set may be gone."""
@@ -90,39 +60,9 @@ class SavedSet:
         except OSError:
             return False
 
-    @property
-    def has_record(self) -> bool:
-        """Whether it says what its deltas depend on; earlier versions kept digests alone."""
-        return "record" in self.manifest["backbone"]
-
-    def record(self) -> Record:
-        """Read the record of the backbone that the deltas were saved for. Raises DeltaSpecError (DS522)."""
-        try:
-            return Record.from_data(self.manifest["backbone"]["record"])
-        except (ValueError, RecursionError) as error:
-            raise DeltaSpecError([self.finding("DS522", f"is not a manifest: {error}", "save again")]) from error
-
-    def groups(self, name: str) -> list[tuple[list[str], dict[str, Any]]]:
-        """Return a delta's sites in the model that it was saved from, by the params that an override gave them.
-
-        Raises DeltaSpecError where its lock, which says so, is damaged.
-        """
-        content, problems = self.read(name, "lock")
-        if content is None:
-            raise DeltaSpecError(problems)
-        try:
-            groups = json.loads(content)["deltas"][name]["groups"]
-            return [(unfold(group["at"]), dict(group["params"])) for group in groups]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            problem = self.finding("DS522", f"is no lock: {error}", "save again", self.entry[name]["lock"])
-            raise DeltaSpecError([problem]) from error
-
-    def sites(self, name: str) -> tuple[list[str], list[Diagnostic]]:
-        """Return the FQNs of a delta's sites in the model that it was saved from: (names, findings)."""
-        try:
-            return [site for sites, _ in self.groups(name) for site in sites], []
-        except DeltaSpecError as error:
-            return [], list(error.diagnostics)
+    def spec(self, name: str) -> DeltaSpec:
+        """Read the spec that has a delta."""
+        return load(self.folder / self.entry[name]["spec"])
 
     def keys(self, name: str) -> set[str] | None:
         """Return the names of the tensors that a file says it has, also where it is damaged behind that."""
@@ -182,6 +122,25 @@ class SavedSet:
             hint = "save the deltas again, or restore the file"
             return None, [self.finding("DS522", message, hint, entry[field])]
         return content, []
+
+
+def _read_manifest(folder: Path) -> tuple[bytes, dict[str, Any]]:
+    def finding(code: str, message: str, hint: str) -> Diagnostic:
+        return Diagnostic(code, message, file=str(folder / MANIFEST), suggestion=hint)
+
+    hint = "give the directory that c.save(dir) wrote, or one of a PEFT, AdapterHub or OpenDelta adapter"
+    try:
+        content = (folder / MANIFEST).read_bytes()
+        data = json.loads(content, object_pairs_hook=_object)
+    except FileNotFoundError:
+        raise DeltaSpecError([finding("DS521", "there are no saved deltas here", hint)]) from None
+    except OSError as error:
+        raise DeltaSpecError([finding("DS521", f"cannot be read: {error.strerror}", hint)]) from error
+    except (ValueError, RecursionError) as error:
+        raise DeltaSpecError([finding("DS522", f"is not a manifest: {error}", "save the deltas again")]) from error
+    if wrong := _manifest_problem(data):
+        raise DeltaSpecError([finding("DS522", f"is not a manifest: {wrong}", "save the deltas again")])
+    return content, dict(data)
 
 
 def _map(path: Path) -> mmap:

@@ -8,14 +8,13 @@ from typing import Any
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.progress import tracked
-from deltaspec.language.load import load
 from deltaspec.language.model import DeltaSpec
 from deltaspec.methods.registry import methods
 from deltaspec.names.prefixes import Prefix
-from deltaspec.storage.saved import SavedSet
+from deltaspec.storage.delta_set import DeltaSet
 
 
-def specs_of(saved: SavedSet, names: Iterable[str]) -> list[DeltaSpec]:
+def specs_of(saved: DeltaSet, names: Iterable[str]) -> list[DeltaSpec]:
     """Read the specs of these deltas, cut to them and to what they are derived from; derived ones share one.
 
     Raises DeltaSpecError with the findings of all, a spec with deltas that the manifest does not list (DS535) included.
@@ -31,7 +30,7 @@ def specs_of(saved: SavedSet, names: Iterable[str]) -> list[DeltaSpec]:
         try:
             if problems:
                 raise DeltaSpecError(problems)
-            spec = load(saved.folder / file)
+            spec = saved.spec(name)
         except DeltaSpecError as error:
             findings += error.diagnostics
             continue
@@ -54,7 +53,7 @@ def _cut(spec: DeltaSpec, names: Collection[str]) -> DeltaSpec:
     return spec if len(kept) == len(spec.deltas) else spec.model_copy(update={"deltas": kept})
 
 
-def moved(saved: SavedSet, data: Mapping[str, Any], prefixes: Mapping[str, Prefix], modules: Collection[str]) -> Any:
+def moved(saved: DeltaSet, data: Mapping[str, Any], prefixes: Mapping[str, Prefix], modules: Collection[str]) -> Any:
     """Return a spec's data with the sites named one by one, as they are called here, for deltas under another prefix.
 
     Raises DeltaSpecError where a lock cannot be read.

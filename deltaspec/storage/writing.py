@@ -19,8 +19,9 @@ from deltaspec.names.escaping import file_stem
 from deltaspec.planning.lock import lock, lock_data
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.forks import ForkLock
+from deltaspec.storage.delta_set import MANIFEST
 from deltaspec.storage.identity import base_identity, identity
-from deltaspec.storage.saved import ALL, FORMAT, MANIFEST, TOGETHER, digest, file_names, strays
+from deltaspec.storage.saved import ALL, FORMAT, TOGETHER, digest, file_names, strays
 
 
 @dataclass(frozen=True, slots=True)

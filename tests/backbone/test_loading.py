@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from deltaspec.backbone.loading import loaded_model, model_from
+from deltaspec.backbone.loading import Wanted, model_from
 from deltaspec.diagnostics.findings import DeltaSpecError
 
 LLAMA = dict(model_type="llama", hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
@@ -233,11 +233,11 @@ def test_loaded_models_have_their_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(3)
     weight = torch.nn.Linear(2, 2).weight
-    assert torch.equal(loaded_model("mine:build").weight, weight)
-    assert torch.equal(loaded_model("mine:build", "bfloat16").weight, weight.bfloat16())
+    assert torch.equal(model_from("mine:build", Wanted(weights=True)).weight, weight)
+    assert torch.equal(model_from("mine:build", Wanted(weights=True, dtype="bfloat16")).weight, weight.bfloat16())
     config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     config.architectures = ["BertModel"]
     config.save_pretrained(tmp_path / "empty")
-    with pytest.raises(DeltaSpecError, match="the weights of BertModel cannot be loaded") as raised:
-        loaded_model(str(tmp_path / "empty"))
+    with pytest.raises(DeltaSpecError, match="BertModel cannot be built from this configuration: OSError") as raised:
+        model_from(str(tmp_path / "empty"), Wanted(weights=True))
     assert [finding.code for finding in raised.value.diagnostics] == ["DS322"]

@@ -1,0 +1,120 @@
+"""Opening what a user names: saved deltas, or an adapter that another library wrote, here or on a hub."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Protocol, cast
+
+from deltaspec.backbone.loading import Wanted
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.formats.base import Base
+from deltaspec.formats.incoming import Incoming
+from deltaspec.formats.received import ReceivedSet
+from deltaspec.storage.delta_set import MANIFEST, DeltaSet
+from deltaspec.storage.saved import SavedSet
+
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?P<folder>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
+
+
+class Format(Protocol):
+    """A format: the module `reader` of a package here."""
+
+    FILES: tuple[str, ...]
+    """Globs of the files that a directory of this format consists of, for fetching it from a hub."""
+
+    def recognises(self, folder: Path) -> bool:
+        """Return whether a directory is of this format, by its files alone."""
+
+    def base_of(self, folder: Path) -> tuple[str | None, Wanted]:
+        """Return the base model that a directory names, and of which kind it is to be. Raises DeltaSpecError."""
+
+    def read(self, folder: Path, base: Base, name: str) -> Incoming:
+        """Read a directory for a base model; `name` is what its delta is to be called. Raises DeltaSpecError."""
+
+
+@cache
+def formats() -> tuple[Format, ...]:
+    """Return all formats: the packages here that have a module `reader`."""
+    import deltaspec.formats as home
+
+    found = sorted(info.name for info in pkgutil.iter_modules(home.__path__) if info.ispkg)
+    return tuple(cast("Format", import_module(f"{home.__name__}.{name}.reader")) for name in found)
+
+
+def format_of(folder: Path) -> Format | None:
+    """Return the format of a directory; None where it is none of these."""
+    return next((known for known in formats() if known.recognises(folder)), None)
+
+
+def open_set(directory: str | PathLike[str], base: Callable[[], Base], name: str | None = None) -> DeltaSet:
+    """Open saved deltas or a foreign adapter, by path or hub id; `name` is what the latter's delta is to be called.
+
+    A hub id may have a folder in the repository and a revision: `user/adapters/french@main`. Raises DeltaSpecError.
+    """
+    folder = located(directory)
+    if not (folder / MANIFEST).exists():
+        if (known := format_of(folder)) is not None:
+            return ReceivedSet(known.read(folder, base(), name or delta_name(folder)), base())
+        if folder.is_dir() and (inside := adapters_in(folder)):
+            named = ", ".join(path.name for path in inside[:8]) + " …" * (len(inside) > 8)
+            hint = f"name one of them, such as {folder / inside[0].name}; c.library(dir, by='folder') takes them all"
+            finding = Diagnostic("DS540", f"holds several adapters: {named}", str(folder), suggestion=hint)
+            raise DeltaSpecError([finding])
+    return SavedSet(folder)
+
+
+def adapters_in(folder: Path) -> list[Path]:
+    """Return the directories in a directory that hold saved deltas or an adapter, in order."""
+    inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    return [path for path in inside if (path / MANIFEST).exists() or format_of(path) is not None]
+
+
+def delta_name(folder: Path) -> str:
+    """Return what the delta of a foreign directory is called: as its directory, so far as a name may be so."""
+    return _NAME.sub("-", os.path.basename(os.path.abspath(folder))).strip("-_.")[:60] or "adapter"
+
+
+def located(directory: str | PathLike[str]) -> Path:
+    """Return the directory that is named; one on a hub is fetched, where there is none here by this name."""
+    path = Path(os.path.expanduser(directory))
+    found = _HUB_ID.fullmatch(os.fspath(directory))
+    if path.exists() or found is None:
+        return path
+    return _fetched(found["repo"], found["folder"].strip("/"), found["revision"])
+
+
+def _fetched(repo: str, folder: str, revision: str | None) -> Path:
+    """Fetch an adapter from a hub into the hub's cache."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError:
+        hint = "pip install 'deltaspec[transformers]', or name a directory"
+        finding = Diagnostic("DS521", "there is no such directory here, and no client of a hub", repo, suggestion=hint)
+        raise DeltaSpecError([finding]) from None
+    inside = f"{folder}/" if folder else ""
+    wanted = [f"{inside}{pattern}" for pattern in _patterns()]
+    try:
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # whatever the hub's client raises
+        message = f"there is no such directory here, and none on the hub: {type(error).__name__}: {_brief(error)}"
+        hint = "check the id (org/name, org/name/folder, org/name@revision), or name a directory"
+        raise DeltaSpecError([Diagnostic("DS521", message, repo, suggestion=hint)]) from error
+    return root / folder if folder else root
+
+
+def _patterns() -> Iterable[str]:
+    ours = (MANIFEST, "*.deltaspec.json", "*.deltaspec.lock.json", "*.safetensors")
+    return dict.fromkeys((*ours, *(pattern for known in formats() for pattern in known.FILES)))
+
+
+def _brief(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return said if len(said) <= 300 else f"{said[:299]}…"

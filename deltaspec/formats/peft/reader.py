@@ -1,0 +1,60 @@
+"""Reading a PEFT directory."""
+
+from __future__ import annotations
+
+import pkgutil
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from deltaspec.backbone.loading import Wanted
+from deltaspec.diagnostics.wording import closest
+from deltaspec.formats.base import Base
+from deltaspec.formats.incoming import Incoming
+from deltaspec.formats.peft import types
+from deltaspec.formats.peft.adapter import CONFIG, WEIGHTS, Adapter
+from deltaspec.formats.peft.base_model import base_named_in
+from deltaspec.formats.peft.beside import read_beside
+
+FILES = (CONFIG, *WEIGHTS)
+
+
+def recognises(folder: Path) -> bool:
+    """Return whether a directory holds a PEFT adapter; AdapterHub's has a configuration of the same name."""
+    path = folder / CONFIG
+    return path.is_file() and b'"peft_type"' in path.read_bytes()
+
+
+@cache
+def known_types() -> tuple[str, ...]:
+    """Return the PEFT types that can be read, in upper case."""
+    return tuple(sorted(info.name.upper() for info in pkgutil.iter_modules(types.__path__)))
+
+
+def type_module(name: str) -> ModuleType:
+    """Return the module of a known PEFT type."""
+    return import_module(f"{types.__name__}.{name.lower()}")
+
+
+def base_of(folder: Path) -> tuple[str | None, Wanted]:
+    """Return the base model that an adapter names, and of which class it is to be for the adapter's task."""
+    return base_named_in(folder)
+
+
+def read(folder: Path, base: Base, name: str) -> Incoming:
+    """Read a PEFT adapter for a base model. Raises DeltaSpecError with all findings."""
+    adapter = Adapter(folder, base, name)
+    if adapter.type not in known_types():
+        near = closest(adapter.type, known_types()) if adapter.type else None
+        hint = f"did you mean {near}?" if near else f"known types: {', '.join(known_types())}"
+        adapter.find("DS545", f"peft_type: {adapter.config.get('peft_type')!r} cannot be read", hint, CONFIG)
+        adapter.settle()
+    adapter.load()
+    adapter.incoming.kind = f"PEFT {adapter.type.lower()}"
+    adapter.incoming.base = adapter.config.get("base_model_name_or_path") or None
+    adapter.incoming.revision = adapter.config.get("revision") or None
+    beside = read_beside(adapter)
+    type_module(adapter.type).read(adapter)
+    beside()
+    return adapter.finish()

@@ -1,0 +1,179 @@
+"""A foreign adapter as a set of deltas, in memory: its spec, and each tensor where the plan of that spec has it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from mmap import mmap
+from typing import Any
+
+from torch import Tensor
+
+from deltaspec.deltas.initial import build_delta
+from deltaspec.deltas.modules import storage_key
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics.wording import counted
+from deltaspec.formats.base import Base
+from deltaspec.formats.incoming import Incoming, IncomingDelta, IncomingSite
+from deltaspec.language.load import load
+from deltaspec.language.model import DeltaSpec
+from deltaspec.names.folding import shown
+from deltaspec.names.paths import below
+from deltaspec.planning.plan import Plan
+from deltaspec.planning.planned import PlannedDelta, PlannedSite
+from deltaspec.selection.generalise import selector_of
+from deltaspec.storage.delta_set import DeltaSet
+
+_PLACES = {"file": "safetensors", "spec": "deltaspec.json", "lock": "deltaspec.lock.json"}
+
+
+class ReceivedSet(DeltaSet):
+    """What a reader found, as if it had been saved here. Raises DeltaSpecError where it does not fit the base."""
+
+    compares = False
+
+    def __init__(self, incoming: Incoming, base: Base) -> None:
+        manifest = {
+            "deltas": [{"name": delta.name, **dict.fromkeys(_PLACES, "")} for delta in incoming.deltas],
+            "attached": [delta.name for delta in incoming.deltas if delta.attached],
+            "strengths": {delta.name: delta.strength for delta in incoming.deltas},
+        }
+        super().__init__(incoming.folder, manifest)
+        self.incoming, self.base = incoming, base
+        self.notes = (f"was read from {incoming.kind}", *incoming.remarks)
+        self._delta = {delta.name: delta for delta in incoming.deltas}
+        self._values: dict[str, dict[str, Tensor]] = {}
+        findings: list[Diagnostic] = []
+        for name in self.names:
+            try:
+                self._values[name] = self._placed(self._delta[name])
+            except DeltaSpecError as error:
+                findings += error.diagnostics
+        if findings:
+            raise DeltaSpecError(dict.fromkeys(findings))
+
+    def finding(self, code: str, message: str, suggestion: str | None = None, file: str = "") -> Diagnostic:
+        """Make a finding about one of its files, or about all of it."""
+        return Diagnostic(code, message, file=str(self.folder / file), suggestion=suggestion)
+
+    def replaced(self) -> bool:
+        """Return False: all of it was read at once."""
+        return False
+
+    def document(self, *names: str) -> dict[str, Any]:
+        """Return the spec of these deltas, by default of all, as a person would write it."""
+        deltas = [self._entry(self._delta[name]) for name in names or self.names]
+        model = {} if self.base.table.model_type is None else {"model": {"type": self.base.table.model_type}}
+        return {"deltaspec": 1, **model, "deltas": deltas}
+
+    def spec(self, name: str) -> DeltaSpec:
+        """Return the spec of one delta."""
+        return load(self.document(name))
+
+    def plan(self) -> Plan:
+        """Plan all of its deltas together. Raises DeltaSpecError."""
+        return self.base.plan(self.document())
+
+    def keys(self, name: str) -> set[str] | None:
+        """Return the names of a delta's tensors."""
+        return set(self._values[name])
+
+    def tensors(self, name: str, findings: list[Diagnostic]) -> dict[str, Tensor] | None:
+        """Return a delta's tensors."""
+        return self._values[name]
+
+    def read(self, name: str, field: str) -> tuple[bytes | None, list[Diagnostic]]:
+        """Return one of a delta's contents as it would lie on disk; of the lock, which nothing here needs, none."""
+        if field == "file":
+            from safetensors.torch import save as to_bytes
+
+            plain = {key: value.detach().cpu().contiguous().clone() for key, value in self._values[name].items()}
+            return to_bytes(plain, {"format": "pt"}), []
+        return (json.dumps(self._resolved(name)).encode() if field == "spec" else b""), []
+
+    def map(self, name: str) -> tuple[mmap | None, list[Diagnostic]]:
+        """Return a delta's tensors as a mapped file would hold them."""
+        content, _ = self.read(name, "file")
+        assert content is not None
+        mapped = mmap(-1, len(content))
+        mapped.write(content)
+        return mapped, []
+
+    def planned(self, name: str) -> PlannedDelta | None:
+        """Plan one delta, under a name that adapters alike share."""
+        return self._alone(name)["delta"]
+
+    def _alone(self, name: str) -> Plan:
+        document = self.document(name)
+        document["deltas"][0]["name"] = "delta"
+        return self.base.plan(document)
+
+    def _resolved(self, name: str) -> dict[str, Any]:
+        """Return the spec of a delta with every parameter written out."""
+        data = self._alone(name).document("delta")
+        return {**data, "deltas": [{**data["deltas"][0], "name": name}]}
+
+    def _entry(self, delta: IncomingDelta) -> dict[str, Any]:
+        """Write one delta of the spec."""
+        data: dict[str, Any] = {"name": delta.name, "method": delta.method}
+        if delta.params:
+            data["params"] = dict(delta.params)
+        if delta.target is not None:
+            data["target"] = delta.target
+        elif not delta.default_target:
+            data["target"] = self._selector(delta.sites, None)
+        if overrides := self._overrides(delta.sites):
+            data["overrides"] = overrides
+        return data
+
+    def _overrides(self, sites: tuple[IncomingSite, ...]) -> list[dict[str, Any]]:
+        groups: dict[str, list[IncomingSite]] = {}
+        for site in sites:
+            if site.params:
+                groups.setdefault(json.dumps(dict(site.params), sort_keys=True), []).append(site)
+        return [{"match": self._selector(tuple(own), sites), "params": json.loads(key)} for key, own in groups.items()]
+
+    def _selector(self, sites: Iterable[IncomingSite], among: Iterable[IncomingSite] | None) -> Any:
+        places = frozenset((site.fqn, site.parameter) for site in sites)
+        others = None if among is None else frozenset((site.fqn, site.parameter) for site in among)
+        if (places, others) not in self.base.selectors:
+            self.base.selectors[places, others] = selector_of(places, self.base.table, others)
+        return self.base.selectors[places, others]
+
+    def _placed(self, delta: IncomingDelta) -> dict[str, Tensor]:
+        """Return a delta's tensors by storage key: those that came, and the buffers that follow from the base."""
+        planned = self._alone(delta.name)["delta"]
+        given = {(site.fqn, site.parameter): site for site in delta.sites}
+        values: dict[str, Tensor] = {}
+        lacking: list[tuple[PlannedSite, str, bool]] = []
+        for at in planned.sites:
+            own = given.pop((at.site.row.fqn, at.site.parameter), None)
+            tensors: Mapping[str, Tensor] = own.tensors if own is not None else {}
+            for spec in at.tensors:
+                key = storage_key(at.site.row.fqn, spec)
+                if spec.name in tensors:
+                    values[key] = tensors[spec.name]
+                else:
+                    lacking.append((at, key, spec.buffer))
+            if surplus := tensors.keys() - {spec.name for spec in at.tensors}:
+                raise AssertionError(f"{delta.method} has no {sorted(surplus)} at {at.fqn}")
+        findings = []
+        if given:
+            places = shown(below(fqn, parameter or "").rstrip(".") for fqn, parameter in given)
+            message = f"{delta.name}: {self.incoming.kind} changes {places}, and {delta.method} cannot here"
+            findings.append(self.finding("DS541", message, "report it, with the adapter's configuration"))
+        missing = [at.fqn for at, key, buffer in lacking if key not in values and not buffer]
+        if missing:
+            message = f"{delta.name}: there are no values for {counted(len(missing), 'tensor')} of {shown(missing)}"
+            findings.append(self.finding("DS541", message, "the adapter was cut, or is for another model"))
+        buffers = {key for _, key, buffer in lacking if buffer and key not in values}
+        if buffers and self.base.is_meta:
+            message = f"{delta.name}: {delta.method} keeps {counted(len(buffers), 'tensor')} that follow from the "
+            message += "base model's weights, and there are none"
+            findings.append(self.finding("DS542", message, "name the folder of the base model with its weights"))
+        if findings:
+            raise DeltaSpecError(findings)
+        if buffers:
+            made = dict(build_delta(planned, planned.seed, self.base.model).tensors())
+            values |= {key: made[key] for key in buffers}
+        return values

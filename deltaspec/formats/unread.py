@@ -1,0 +1,107 @@
+"""A foreign directory while it is read: what is wrong with it, all of it, before anything is made of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MOST_JSON = 16 << 20
+
+
+class Unread:
+    """Reads the files of a directory and collects findings."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.findings: list[Diagnostic] = []
+
+    def find(self, code: str, message: str, suggestion: str | None = None, file: str = "") -> None:
+        """Add a finding about a file of the directory, or about all of it."""
+        place = str(self.folder / file) if file else str(self.folder)
+        self.findings.append(Diagnostic(code, message, file=place, suggestion=suggestion))
+
+    def settle(self) -> None:
+        """Raise DeltaSpecError where anything was found."""
+        if self.findings:
+            raise DeltaSpecError(dict.fromkeys(self.findings))
+
+    def json(self, file: str) -> dict[str, Any]:
+        """Read a JSON object. Raises DeltaSpecError where there is none."""
+        try:
+            with (self.folder / file).open("rb") as stream:
+                content = stream.read(_MOST_JSON + 1)
+            if len(content) > _MOST_JSON:
+                raise ValueError(f"it is larger than {_MOST_JSON >> 20} MiB")
+            data = json.loads(content, object_pairs_hook=_object)
+            if not isinstance(data, dict):
+                raise TypeError(f"it holds a {type(data).__name__}, not an object")
+        except OSError as error:
+            self.find("DS521", f"cannot be read: {error.strerror}", "restore the file", file)
+        except (ValueError, TypeError, RecursionError) as error:
+            self.find("DS522", f"is no JSON object: {error}", "restore the file", file)
+        else:
+            return data
+        raise DeltaSpecError(self.findings)
+
+    def tensors(self, file: str) -> dict[str, Tensor]:
+        """Read a file of tensors: safetensors, or a pickle of tensors alone, of which nothing is executed.
+
+        Raises DeltaSpecError where it is neither.
+        """
+        path = self.folder / file
+        try:
+            found = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+        except OSError as error:
+            self.find("DS521", f"cannot be read: {error.strerror or error}", "restore the file", file)
+        except (ValueError, RuntimeError) as error:
+            self.find("DS522", f"is no file of tensors: {_brief(error)}", "restore the file, or save the adapter again",
+                      file)  # fmt: skip
+        else:
+            return found
+        raise DeltaSpecError(self.findings)
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    content = path.read_bytes()  # a mapped file that is cut meanwhile would end the process
+    try:
+        return dict(load(content))
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    import pickle
+
+    import torch
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(_brief(error)) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}, not a dict of tensors")
+    wrong = [key for key, value in found.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))]
+    if wrong:
+        raise ValueError(f"it holds more than tensors, such as {str(wrong[0])[:80]!r}")
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise ValueError("it has a key twice")
+    return data
+
+
+def _brief(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return said if len(said) <= 300 else f"{said[:299]}…"
