@@ -13,8 +13,9 @@ import re
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -34,33 +35,48 @@ _OWN_CODE = "this configuration needs model code of its own, which is never run 
 _WAYS = "name a directory with a config.json, a config.json, a hub id (org/name) or package.module:factory"
 
 
-def model_from(reference: str) -> nn.Module:
-    """Build the model that a reference names, on the meta device where possible.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is wanted of the model that a configuration describes, where that is not all that it names itself."""
 
-    Raises DeltaSpecError (DS321 to DS324) with one finding about the reference.
+    kind: str | None = None
+    """Class, or Auto class, of transformers in place of the one that the configuration names."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the configuration that are other: `{"num_labels": 3}`."""
+    weights: bool = False
+    """Load the weights, too, which must lie beside the configuration."""
+
+
+_AS_NAMED = Wanted()
+
+
+def model_from(reference: str, wanted: Wanted = _AS_NAMED) -> nn.Module:
+    """Build the model that a reference names, on the meta device where possible and no weights are wanted.
+
+    A factory decides alone what it makes. Raises DeltaSpecError (DS321 to DS324) with one finding about the reference.
     """
     if "\0" not in reference and os.path.isdir(os.path.expanduser(reference)):
-        return _from_directory(reference, os.path.expanduser(reference))
+        return _from_directory(reference, os.path.expanduser(reference), wanted)
     if "\0" not in reference and os.path.isfile(os.path.expanduser(reference)):
-        return _from_config_file(reference, os.path.expanduser(reference))
+        return _from_config_file(reference, os.path.expanduser(reference), wanted)
     if found := _FACTORY.fullmatch(reference):
-        return _from_factory(reference, found[1], found[2])
+        return _from_factory(reference, found[1], found[2], weights=wanted.weights)
     if reference.endswith((".json", ".py")) or not _HUB_ID.fullmatch(reference):
         _fail("DS321", "there is no such file or directory", reference, _WAYS)
-    return _from_hub(reference)
+    return _from_hub(reference, wanted)
 
 
-def _from_directory(reference: str, path: str) -> nn.Module:
+def _from_directory(reference: str, path: str, wanted: Wanted) -> nn.Module:
     file = os.path.join(path, "config.json")
     if os.path.isfile(file):
-        return _from_config_file(reference, file)
+        return _from_config_file(reference, file, wanted)
     hint = _WAYS
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
         hint = "this directory holds a PEFT adapter: name the directory of its base model"
     _fail("DS321", "this directory has no config.json", reference, hint)
 
 
-def _from_config_file(reference: str, file: str) -> nn.Module:
+def _from_config_file(reference: str, file: str, wanted: Wanted) -> nn.Module:
     try:
         with open(file, encoding="utf-8") as stream:
             data = json.load(stream)
@@ -70,14 +86,14 @@ def _from_config_file(reference: str, file: str) -> nn.Module:
         message = f"{os.path.basename(file)} names no model_type, so it is no configuration of a transformers model"
         _fail("DS322", message, reference, _WAYS)
     _refuse_kernels(reference, data)
-    return _build(reference, file, local=True)
+    return _build(reference, file, wanted, local=True)
 
 
-def _from_hub(reference: str) -> nn.Module:
+def _from_hub(reference: str, wanted: Wanted) -> nn.Module:
     if not _cached(reference) and not reachable():
         message = "no such file or directory here, and the hub cannot be reached"
         _fail("DS321", message, reference, f"check the name and the network, or {_WAYS}")
-    return _build(reference, reference, local=False)
+    return _build(reference, reference, wanted, local=False)
 
 
 def _cached(reference: str) -> bool:
@@ -105,15 +121,17 @@ def reachable() -> bool:
     return True
 
 
-def _build(reference: str, source: str, local: bool) -> nn.Module:
-    """Build the class that a configuration names, on the meta device."""
+def _build(reference: str, source: str, wanted: Wanted, local: bool) -> nn.Module:
+    """Build the class that a configuration names, on the meta device, or with its weights where they are wanted."""
     try:
         import transformers
     except ModuleNotFoundError:
         _fail("DS322", "transformers is not installed", reference, "pip install 'deltaspec[transformers]'")
     with _quiet(transformers), no_code():
         try:
-            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+            config = transformers.AutoConfig.from_pretrained(
+                source, trust_remote_code=False, local_files_only=local, **wanted.settings
+            )
         except Exception as error:  # whatever the hub's client or a configuration class raises
             if local or _remedy(error):
                 message = f"transformers cannot use this configuration: {_brief(error)}"
@@ -121,10 +139,12 @@ def _build(reference: str, source: str, local: bool) -> nn.Module:
             message = f"no such directory here, and no configuration on the hub: {_brief(error)}"
             _fail("DS321", message, reference, f"check the id, or {_WAYS}")
         _refuse_kernels(reference, config)
-        named = getattr(config, "architectures", None) or ["AutoModel"]
+        named = wanted.kind or getattr(config, "architectures", None) or ["AutoModel"]
         named = [named] if isinstance(named, str) else named
         maker = _model_class(reference, str(named[0]), config)
         try:
+            if wanted.weights:
+                return _weighted(reference, source, str(named[0]), config, local)
             with torch.device("meta"):
                 model = maker(config)
         except Exception as error:  # a configuration can fail in any line of any model's constructor
@@ -145,7 +165,7 @@ def _model_class(reference: str, name: str, config: Any) -> Callable[[Any], Any]
     import transformers
 
     found: Any = getattr(transformers, name, None)
-    if name == "AutoModel":
+    if name.startswith("AutoModel") and found is not None:
         return partial(found.from_config, trust_remote_code=False)
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found._from_config  # unlike the constructor, it follows the configuration's dtype
@@ -162,7 +182,17 @@ def _remedy(error: Exception) -> str | None:
     return None
 
 
-def _from_factory(reference: str, module_name: str, attribute: str) -> nn.Module:
+def _weighted(reference: str, source: str, name: str, config: Any, local: bool) -> nn.Module:
+    """Load a model with its weights; of a configuration file, those that lie beside it."""
+    import transformers
+
+    place = os.path.dirname(os.path.abspath(source)) if local else source
+    made: Any = getattr(transformers, name).from_pretrained(place, config=config, trust_remote_code=False)
+    assert isinstance(made, nn.Module)
+    return made.eval()
+
+
+def _from_factory(reference: str, module_name: str, attribute: str, *, weights: bool) -> nn.Module:
     with _current_directory_first(), no_questions():
         made: Any = _imported(reference, module_name)
         for step in attribute.split("."):
@@ -177,7 +207,7 @@ def _from_factory(reference: str, module_name: str, attribute: str) -> nn.Module
             kind = f"an object of class {type(made).__name__}"
             _fail("DS324", f"{attribute} is {kind}, neither a module nor a factory", reference)
         try:
-            with torch.device("meta"):
+            with torch.device("cpu" if weights else "meta"):
                 model = made()
         except (Exception, SystemExit):
             # Some constructors compute with values; their failure on real weights is the one that counts.

@@ -21,9 +21,9 @@ from deltaspec.language.load import load as load_spec
 from deltaspec.language.model import DeltaSpec
 from deltaspec.planning.plan import Plan
 from deltaspec.planning.resolve import plan
+from deltaspec.storage.delta_set import DeltaSet
 from deltaspec.storage.load import fill, remarked, settled
 from deltaspec.storage.matching import Match, Matcher, Outcome, checked
-from deltaspec.storage.saved import DeltaSet
 from deltaspec.storage.specs import moved, specs_of
 
 

@@ -12,14 +12,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Protocol, cast
 
+from deltaspec.backbone.loading import Wanted
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.received import ReceivedSet
-from deltaspec.storage.saved import MANIFEST, DeltaSet, SavedSet
+from deltaspec.storage.delta_set import MANIFEST, DeltaSet
+from deltaspec.storage.saved import SavedSet
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?P<folder>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?", re.ASCII)
-_NAME = re.compile(r"[^A-Za-z0-9_-]+")
+_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
 class Format(Protocol):
@@ -30,6 +32,9 @@ class Format(Protocol):
 
     def recognises(self, folder: Path) -> bool:
         """Return whether a directory is of this format, by its files alone."""
+
+    def base_of(self, folder: Path) -> tuple[str | None, Wanted]:
+        """Return the base model that a directory names, and of which kind it is to be. Raises DeltaSpecError."""
 
     def read(self, folder: Path, base: Base, name: str) -> Incoming:
         """Read a directory for a base model; `name` is what its delta is to be called. Raises DeltaSpecError."""
@@ -74,7 +79,7 @@ def adapters_in(folder: Path) -> list[Path]:
 
 def delta_name(folder: Path) -> str:
     """Return what the delta of a foreign directory is called: as its directory, so far as a name may be so."""
-    return _NAME.sub("-", os.path.basename(os.path.abspath(folder))).strip("-_")[:60] or "adapter"
+    return _NAME.sub("-", os.path.basename(os.path.abspath(folder))).strip("-_.")[:60] or "adapter"
 
 
 def located(directory: str | PathLike[str]) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from mmap import mmap
 from typing import Any
 
@@ -20,9 +20,9 @@ from deltaspec.language.model import DeltaSpec
 from deltaspec.names.folding import shown
 from deltaspec.names.paths import below
 from deltaspec.planning.plan import Plan
-from deltaspec.planning.planned import PlannedSite
+from deltaspec.planning.planned import PlannedDelta, PlannedSite
 from deltaspec.selection.generalise import selector_of
-from deltaspec.storage.saved import DeltaSet
+from deltaspec.storage.delta_set import DeltaSet
 
 _PLACES = {"file": "safetensors", "spec": "deltaspec.json", "lock": "deltaspec.lock.json"}
 
@@ -89,7 +89,7 @@ class ReceivedSet(DeltaSet):
 
             plain = {key: value.detach().cpu().contiguous().clone() for key, value in self._values[name].items()}
             return to_bytes(plain, {"format": "pt"}), []
-        return (json.dumps(self.document(name)).encode() if field == "spec" else b""), []
+        return (json.dumps(self._resolved(name)).encode() if field == "spec" else b""), []
 
     def map(self, name: str) -> tuple[mmap | None, list[Diagnostic]]:
         """Return a delta's tensors as a mapped file would hold them."""
@@ -99,6 +99,20 @@ class ReceivedSet(DeltaSet):
         mapped.write(content)
         return mapped, []
 
+    def planned(self, name: str) -> PlannedDelta | None:
+        """Plan one delta, under a name that adapters alike share."""
+        return self._alone(name)["delta"]
+
+    def _alone(self, name: str) -> Plan:
+        document = self.document(name)
+        document["deltas"][0]["name"] = "delta"
+        return self.base.plan(document)
+
+    def _resolved(self, name: str) -> dict[str, Any]:
+        """Return the spec of a delta with every parameter written out."""
+        data = self._alone(name).document("delta")
+        return {**data, "deltas": [{**data["deltas"][0], "name": name}]}
+
     def _entry(self, delta: IncomingDelta) -> dict[str, Any]:
         """Write one delta of the spec."""
         data: dict[str, Any] = {"name": delta.name, "method": delta.method}
@@ -107,7 +121,7 @@ class ReceivedSet(DeltaSet):
         if delta.target is not None:
             data["target"] = delta.target
         elif not delta.default_target:
-            data["target"] = self._selector(delta.sites)
+            data["target"] = self._selector(delta.sites, None)
         if overrides := self._overrides(delta.sites):
             data["overrides"] = overrides
         return data
@@ -117,19 +131,18 @@ class ReceivedSet(DeltaSet):
         for site in sites:
             if site.params:
                 groups.setdefault(json.dumps(dict(site.params), sort_keys=True), []).append(site)
-        return [{"match": self._selector(tuple(own)), "params": json.loads(key)} for key, own in groups.items()]
+        return [{"match": self._selector(tuple(own), sites), "params": json.loads(key)} for key, own in groups.items()]
 
-    def _selector(self, sites: tuple[IncomingSite, ...]) -> Any:
-        places = tuple((site.fqn, site.parameter) for site in sites)
-        if places not in self.base.selectors:
-            self.base.selectors[places] = selector_of(places, self.base.table)
-        return self.base.selectors[places]
+    def _selector(self, sites: Iterable[IncomingSite], among: Iterable[IncomingSite] | None) -> Any:
+        places = frozenset((site.fqn, site.parameter) for site in sites)
+        others = None if among is None else frozenset((site.fqn, site.parameter) for site in among)
+        if (places, others) not in self.base.selectors:
+            self.base.selectors[places, others] = selector_of(places, self.base.table, others)
+        return self.base.selectors[places, others]
 
     def _placed(self, delta: IncomingDelta) -> dict[str, Tensor]:
         """Return a delta's tensors by storage key: those that came, and the buffers that follow from the base."""
-        document = self.document(delta.name)
-        document["deltas"][0]["name"] = "delta"  # so that adapters alike share one plan
-        planned = self.base.plan(document)["delta"]
+        planned = self._alone(delta.name)["delta"]
         given = {(site.fqn, site.parameter): site for site in delta.sites}
         values: dict[str, Tensor] = {}
         lacking: list[tuple[PlannedSite, str, bool]] = []

@@ -15,8 +15,8 @@ from deltaspec.formats.opening import adapters_in, format_of, open_set
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.copies import without_deltas
 from deltaspec.runtime.ports import View
+from deltaspec.storage.delta_set import MANIFEST, DeltaSet
 from deltaspec.storage.matching import Match, Matcher, Outcome, present_of
-from deltaspec.storage.saved import MANIFEST, DeltaSet
 
 
 @dataclass(frozen=True, slots=True)

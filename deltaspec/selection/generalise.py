@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from deltaspec.backbone.table import ModuleTable, Row
@@ -17,21 +17,24 @@ _NO_GLOB = re.compile(r"[*?\[\]{}()|\\^$+,\s]")
 """What a glob cannot hold as it is."""
 
 
-def selector_of(places: Sequence[Place], table: ModuleTable) -> dict[str, Any]:
-    """Return a selector, as a document writes it, that means these places and no others.
+def selector_of(places: Iterable[Place], table: ModuleTable, among: Collection[Place] | None = None) -> dict[str, Any]:
+    """Return a selector, as a document writes it, that means these places and no others; with `among`, no others there.
 
     Of those that do, the one that a person would write: roles, roles in some layers, globs over all layers, globs in
     some layers, then names one by one. Raises ValueError for a place that the table does not have.
     """
     wanted = set(places)
-    rows = {row.fqn: row for row in table.rows if row.fqn}
-    if lost := [fqn for fqn, _ in places if fqn not in rows]:
+    order = {row.fqn: number for number, row in enumerate(table.rows) if row.fqn}
+    if lost := [fqn for fqn, _ in wanted if fqn not in order]:
         raise ValueError(f"no such module: {lost[0]!r}")
-    if any(parameter is not None for _, parameter in places):
-        return _by_parameter(places, table)
-    chosen = [rows[fqn] for fqn, _ in places]
-    for candidate in (_by_role(chosen, table), _by_path(chosen, table)):
-        if candidate is not None and meant(candidate, table) == wanted:
+    if any(parameter is not None for _, parameter in wanted):
+        return _by_parameter(sorted(wanted, key=lambda place: (order[place[0]], place[1] or "")), table)
+    chosen = [table.rows[number] for number in sorted(order[fqn] for fqn, _ in wanted)]
+    others = None if among is None else {fqn for fqn, _ in among}
+    there = [row for row in table.rows if row.fqn and (others is None or row.fqn in others)]
+    for candidate in (_by_role(chosen, there), _by_path(chosen, there)):
+        found = None if candidate is None else meant(candidate, table)
+        if candidate is not None and found is not None and (found if among is None else found & {*among}) == wanted:
             return candidate
     return {"any": [_exact(row.fqn) for row in chosen]} if len(chosen) > 1 else _exact(chosen[0].fqn)
 
@@ -44,15 +47,15 @@ def meant(selector: dict[str, Any], table: ModuleTable) -> set[Place] | None:
     return None if findings else {(match.row.fqn, match.parameter) for match in matches}
 
 
-def _by_role(chosen: Sequence[Row], table: ModuleTable) -> dict[str, Any] | None:
+def _by_role(chosen: Sequence[Row], there: Sequence[Row]) -> dict[str, Any] | None:
     names = {row.fqn for row in chosen}
     layers = {row.layer for row in chosen}
-    everywhere = _covering(chosen, [row for row in table.rows if row.roles], names)
+    everywhere = _covering(chosen, [row for row in there if row.roles], names)
     if everywhere is not None:
         return {"role": _one_or_more(everywhere)}
     if None in layers:
         return None
-    inside = [row for row in table.rows if row.roles and row.layer in layers]
+    inside = [row for row in there if row.roles and row.layer in layers]
     some = _covering(chosen, inside, names)
     return None if some is None else {"role": _one_or_more(some), "layers": _layers(layers)}
 
@@ -75,11 +78,11 @@ def _covering(chosen: Sequence[Row], among: Iterable[Row], names: set[str]) -> l
     return sorted(found, key=lambda role: order[role])
 
 
-def _by_path(chosen: Sequence[Row], table: ModuleTable) -> dict[str, Any] | None:
+def _by_path(chosen: Sequence[Row], there: Sequence[Row]) -> dict[str, Any] | None:
     names = {row.fqn for row in chosen}
     if any(_NO_GLOB.search(name) for name in names):
         return None
-    everything = [row.fqn for row in table.rows if row.fqn]
+    everything = [row.fqn for row in there]
     groups: dict[str, list[Row]] = {}
     for row in chosen:
         groups.setdefault(".".join("*" if s.isdigit() else s for s in row.fqn.split(".")), []).append(row)

@@ -16,11 +16,14 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_k
 from deltaspec.diagnostics.progress import tracked
 from deltaspec.methods.base import Method
 from deltaspec.methods.registry import methods
+from deltaspec.names.folding import shown
 from deltaspec.names.prefixes import Prefix
 from deltaspec.planning.plan import Plan
+from deltaspec.planning.planned import PlannedDelta
 from deltaspec.runtime.active import Active
+from deltaspec.storage.delta_set import DeltaSet
 from deltaspec.storage.matching import Match, Matcher, Outcome, present_of
-from deltaspec.storage.saved import DeltaSet, without_values
+from deltaspec.storage.saved import without_values
 
 _Read = TypeVar("_Read")
 
@@ -48,7 +51,11 @@ def load(
         outcomes = Matcher(present_of(active, plan), match).outcomes(saved, chosen, findings)
         for name in chosen:
             if name in known:
-                findings += _other_meaning(saved, name, plan)
+                own = saved.planned(name)
+                other = (
+                    _other_meaning(saved, name, plan) if own is None else _other_params(saved, name, own, plan[name])
+                )
+                findings += other
         fill(active, plan, deltas, saved, outcomes, chosen, findings)
         return remarked(plan, outcomes)
 
@@ -185,6 +192,24 @@ def _other_meaning(saved: DeltaSet, name: str, plan: Plan) -> list[Diagnostic]:
             hint = "compile the saved spec, or deltaspec.restore(model, dir)"
             findings.append(saved.finding("DS529", message, hint, saved.entry[name]["spec"]))
     return findings
+
+
+def _other_params(saved: DeltaSet, name: str, own: PlannedDelta, theirs: PlannedDelta) -> list[Diagnostic]:
+    """Compare what a delta is here with what a model has under its name, site by site."""
+    hint = "compile the converted spec (deltaspec convert), or deltaspec.restore(model, dir)"
+    if own.method != theirs.method:
+        return [saved.finding("DS529", f"{name}: this is {own.method}, and the model's is {theirs.method}", hint)]
+    start = {"dropout", *methods()[own.method].start}
+    known = {site.fqn: site.params.model_dump() for site in theirs.sites}
+    differs: dict[tuple[str, str, str], list[str]] = {}
+    for site in own.sites:
+        for key, value in site.params.model_dump().items() if site.fqn in known else ():
+            if key not in start and value != (there := known[site.fqn].get(key)):
+                differs.setdefault((key, str(value), str(there)), []).append(site.fqn)
+    return [
+        saved.finding("DS529", f"{name}: params.{key} is {value} at {shown(at)}, and {there} in the model", hint)
+        for (key, value, there), at in differs.items()
+    ]
 
 
 def _meaning(spec: dict[str, Any], name: str) -> dict[str, Any]:

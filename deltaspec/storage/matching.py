@@ -15,8 +15,8 @@ from deltaspec.names.prefixes import Prefix
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.copies import without_deltas
 from deltaspec.runtime.ports import View
+from deltaspec.storage.delta_set import DeltaSet
 from deltaspec.storage.fit import Fit, Fitter
-from deltaspec.storage.saved import DeltaSet
 
 Match: TypeAlias = Literal["weights", "structure", "sites"]
 """How much of the backbone must be as it was when the deltas were saved: the values of its weights, too; modules, names

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 
 from deltaspec.backbone.fingerprint import weights_fingerprint
+from deltaspec.backbone.record import Present
 from deltaspec.backbone.sharded import is_sharded, unsharded
 from deltaspec.deltas.finite import is_finite, not_finite
 from deltaspec.deltas.modules import Deltas
@@ -34,13 +36,13 @@ from deltaspec.planning.plan import Plan
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.forks import ForkLock
 from deltaspec.storage.changed import as_it_is, changed_since
-from deltaspec.storage.depends import reads, replaced
+from deltaspec.storage.delta_set import MANIFEST, DeltaSet
+from deltaspec.storage.depends import Replaced, reads, replaced
 from deltaspec.storage.matching import present_of
 from deltaspec.storage.processes import in_first_process
 from deltaspec.storage.saved import (
     ENDINGS,
     FORMAT,
-    MANIFEST,
     digest,
     file_names,
     strays,
@@ -77,25 +79,8 @@ def save(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[s
     present = present_of(active, plan)
     new = changed_since(plan, present, active.host)
     plan = as_it_is(plan, chosen, present, active.host, deltas)
-    gone = new | replaced(plan.deltas)
-    read, before = dict[str, list[str]](), dict[str, frozenset[int] | None]()
-    for planned in plan.deltas:
-        if planned.name in chosen and (own := reads(planned, before, gone)):
-            read[planned.name] = own
-        before |= replaced([planned])
-    record = present.record(gone, [name for own in read.values() for name in own], plan.unused)
     attached = [name for name in active.active if name in chosen]
-    manifest = {
-        "deltaspec": FORMAT,
-        "backbone": {
-            "class": plan.model_class,
-            "structure": plan.structure,
-            "weights": weights_fingerprint(present.backbone, present.kept),
-            "record": record.to_data(),
-        },
-        "attached": attached,
-        "strengths": active.strengths.as_dict(attached),
-    }
+    manifest, read = _manifest(plan, chosen, present, new, attached, active.strengths.as_dict(attached))
     contents = _contents(plan, deltas, chosen, read)
     held = [tensor for name in chosen for _, tensor in deltas[name].tensors()]
 
@@ -106,6 +91,55 @@ def save(active: Active, plan: Plan, deltas: Deltas, directory: str | PathLike[s
         in_first_process(write, contents)
     else:
         write(contents)
+
+
+def write_received(directory: str | PathLike[str], plan: Plan, model: nn.Module, received: DeltaSet) -> None:
+    """Write a set that came from elsewhere, as planned on a model, which may lack values. Raises OSError."""
+    present = Present(model, unused=lambda: plan.unused)
+    manifest, read = _manifest(plan, received.names, present, {}, list(received.attached), received.attached)
+
+    def contents() -> Iterator[_Files]:
+        for name in received.names:
+            part = plan.alone(name, received.names)
+            values, _ = received.read(name, "file")
+            assert values is not None
+            content = {"file": values, "spec": _json(part.specs[0].to_data()), "lock": lock(part).encode()}
+            yield name, content, read.get(name, [])
+
+    _write(Path(directory), manifest, tracked(contents(), "writing deltas", len(received.names)))
+
+
+def _manifest(
+    plan: Plan,
+    chosen: Collection[str],
+    present: Present,
+    new: Replaced,
+    attached: list[str],
+    strengths: Mapping[str, float],
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Return the manifest without its deltas, and which tensors each reads though deltas stand for them.
+
+    `new` are tensors that came after the model was compiled.
+    """
+    gone = {**new, **replaced(plan.deltas)}
+    read, before = dict[str, list[str]](), dict[str, frozenset[int] | None]()
+    for planned in plan.deltas:
+        if planned.name in chosen and (own := reads(planned, before, gone)):
+            read[planned.name] = own
+        before |= replaced([planned])
+    record = present.record(gone, [name for own in read.values() for name in own], plan.unused)
+    manifest = {
+        "deltaspec": FORMAT,
+        "backbone": {
+            "class": plan.model_class,
+            "structure": plan.structure,
+            "weights": weights_fingerprint(present.backbone, present.kept),
+            "record": record.to_data(),
+        },
+        "attached": attached,
+        "strengths": dict(strengths),
+    }
+    return manifest, read
 
 
 _IMPORTS = ForkLock()

@@ -11,7 +11,7 @@ from deltaspec.diagnostics.progress import tracked
 from deltaspec.language.model import DeltaSpec
 from deltaspec.methods.registry import methods
 from deltaspec.names.prefixes import Prefix
-from deltaspec.storage.saved import DeltaSet
+from deltaspec.storage.delta_set import DeltaSet
 
 
 def specs_of(saved: DeltaSet, names: Iterable[str]) -> list[DeltaSpec]:

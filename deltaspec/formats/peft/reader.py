@@ -8,11 +8,13 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from deltaspec.backbone.loading import Wanted
 from deltaspec.diagnostics.wording import closest
 from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.peft import types
 from deltaspec.formats.peft.adapter import CONFIG, WEIGHTS, Adapter
+from deltaspec.formats.peft.base_model import base_named_in
 from deltaspec.formats.peft.beside import read_beside
 
 FILES = (CONFIG, *WEIGHTS)
@@ -33,6 +35,11 @@ def known_types() -> tuple[str, ...]:
 def type_module(name: str) -> ModuleType:
     """Return the module of a known PEFT type."""
     return import_module(f"{types.__name__}.{name.lower()}")
+
+
+def base_of(folder: Path) -> tuple[str | None, Wanted]:
+    """Return the base model that an adapter names, and of which class it is to be for the adapter's task."""
+    return base_named_in(folder)
 
 
 def read(folder: Path, base: Base, name: str) -> Incoming:

@@ -1,0 +1,110 @@
+"""A set of deltas with all that restoring them takes, wherever it comes from: saved here, or by another library."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from mmap import mmap
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from deltaspec.backbone.record import Record
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.language.model import DeltaSpec
+from deltaspec.names.folding import unfold
+from deltaspec.planning.planned import PlannedDelta
+
+MANIFEST = "manifest.json"
+
+
+class DeltaSet(ABC):
+    """Deltas with all that restoring them takes: a manifest, and three contents of each."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.entries: list[dict[str, Any]] = self.manifest["deltas"]
+        self.entry = {entry["name"]: entry for entry in self.entries}
+        """Entries by the names of the deltas."""
+        self.names = list(self.entry)
+        self.attached: dict[str, float] = {
+            name: self.manifest.get("strengths", {}).get(name, 1.0) for name in self.manifest["attached"]
+        }
+        """Names of the deltas that were attached, and their strengths."""
+
+    notes: tuple[str, ...] = ()
+    """What there is to say of all its deltas, wherever they are read."""
+    compares = True
+    """Whether it knows what its deltas depend on: the structure of their backbone, and its weights."""
+
+    @abstractmethod
+    def replaced(self) -> bool:
+        """Return whether the deltas were saved again since: what was read of this set may be gone."""
+
+    @abstractmethod
+    def spec(self, name: str) -> DeltaSpec:
+        """Read the spec that has a delta. Raises DeltaSpecError."""
+
+    def planned(self, name: str) -> PlannedDelta | None:
+        """Return what a delta is on the backbone at hand, where that is known already."""
+        return None
+
+    @abstractmethod
+    def keys(self, name: str) -> set[str] | None:
+        """Return the names of the tensors that a file says it has, also where it is damaged behind that."""
+
+    @abstractmethod
+    def tensors(self, name: str, findings: list[Diagnostic]) -> dict[str, Tensor] | None:
+        """Read a delta's tensors, its digest checked; None, with a finding, where that fails."""
+
+    @abstractmethod
+    def read(self, name: str, field: str) -> tuple[bytes | None, list[Diagnostic]]:
+        """Read one of a delta's contents (`file`, `spec` or `lock`), its digest checked: (content, findings)."""
+
+    @abstractmethod
+    def map(self, name: str) -> tuple[mmap | None, list[Diagnostic]]:
+        """Map a delta's tensors' file into memory, its digest checked: (content, findings).
+
+        Writing to the content does not reach the file. `save` never writes into a file that is there, so the content
+        stays what was checked, also when the deltas are saved again.
+        """
+
+    def finding(self, code: str, message: str, suggestion: str | None = None, file: str = MANIFEST) -> Diagnostic:
+        """Make a finding about one of its files."""
+        return Diagnostic(code, message, file=str(self.folder / file), suggestion=suggestion)
+
+    @property
+    def has_record(self) -> bool:
+        """Whether it says what its deltas depend on; earlier versions kept digests alone."""
+        return "record" in self.manifest["backbone"]
+
+    def record(self) -> Record:
+        """Read the record of the backbone that the deltas were saved for. Raises DeltaSpecError (DS522)."""
+        try:
+            return Record.from_data(self.manifest["backbone"]["record"])
+        except (ValueError, RecursionError) as error:
+            raise DeltaSpecError([self.finding("DS522", f"is not a manifest: {error}", "save again")]) from error
+
+    def groups(self, name: str) -> list[tuple[list[str], dict[str, Any]]]:
+        """Return a delta's sites in the model that it was saved from, by the params that an override gave them.
+
+        Raises DeltaSpecError where its lock, which says so, is damaged.
+        """
+        content, problems = self.read(name, "lock")
+        if content is None:
+            raise DeltaSpecError(problems)
+        try:
+            groups = json.loads(content)["deltas"][name]["groups"]
+            return [(unfold(group["at"]), dict(group["params"])) for group in groups]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            problem = self.finding("DS522", f"is no lock: {error}", "save again", self.entry[name]["lock"])
+            raise DeltaSpecError([problem]) from error
+
+    def sites(self, name: str) -> tuple[list[str], list[Diagnostic]]:
+        """Return the FQNs of a delta's sites in the model that it was saved from: (names, findings)."""
+        try:
+            return [site for sites, _ in self.groups(name) for site in sites], []
+        except DeltaSpecError as error:
+            return [], list(error.diagnostics)
