@@ -15,6 +15,7 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming, IncomingDelta, IncomingSite
+from deltaspec.formats.layout import laid_out
 from deltaspec.language.load import load
 from deltaspec.language.model import DeltaSpec
 from deltaspec.names.folding import shown
@@ -93,11 +94,7 @@ class ReceivedSet(DeltaSet):
 
     def map(self, name: str) -> tuple[mmap | None, list[Diagnostic]]:
         """Return a delta's tensors as a mapped file would hold them."""
-        content, _ = self.read(name, "file")
-        assert content is not None
-        mapped = mmap(-1, len(content))
-        mapped.write(content)
-        return mapped, []
+        return laid_out(self._values[name], self.base.headers), []
 
     def planned(self, name: str) -> PlannedDelta | None:
         """Plan one delta, under a name that adapters alike share."""
