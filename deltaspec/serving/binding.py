@@ -83,7 +83,8 @@ def put_prompts_in_front(
             continue
         entrance = prompts[0][1].planned.site.row.entrance
         assert entrance is not None
-        front = RowFront([(slot, placement.virtual_tokens) for slot, placement in prompts])
+        leading = [slot for slot, placement in prompts if placement.leads]
+        front = RowFront([(slot, placement.virtual_tokens) for slot, placement in prompts], leading)
         tables = []
         for slot, placement in prompts:
             sources = sources_of(placement, stacks.of(placement.delta), builder.deltas)

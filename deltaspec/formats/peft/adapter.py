@@ -157,8 +157,8 @@ def _plain(key: str) -> str:
     segments = [segment for segment in key.split(".") if segment not in _WRAPPERS[2:] and segment != "_orig_mod"]
     while segments and segments[0] == "module":
         segments = segments[1:]
-    if segments[:2] == ["base_model", "model"]:
-        segments = segments[2:]
+    if segments[:1] == ["base_model"]:  # which is all that types without layers of their own put in front
+        segments = segments[2:] if segments[1:2] == ["model"] else segments[1:]
         while segments and segments[0] == "module":
             segments = segments[1:]
     return ".".join(segments)
