@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from deltaspec.deltas.finite import is_finite, not_finite
 from deltaspec.deltas.initial import build_delta
 from deltaspec.deltas.modules import storage_key
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
@@ -18,6 +19,7 @@ from deltaspec.formats.incoming import Incoming, IncomingDelta, IncomingSite
 from deltaspec.formats.layout import laid_out
 from deltaspec.language.load import load
 from deltaspec.language.model import DeltaSpec
+from deltaspec.methods.declarations import TensorSpec
 from deltaspec.names.folding import shown
 from deltaspec.names.paths import below
 from deltaspec.planning.plan import Plan
@@ -130,6 +132,16 @@ class ReceivedSet(DeltaSet):
                 groups.setdefault(json.dumps(dict(site.params), sort_keys=True), []).append(site)
         return [{"match": self._selector(tuple(own), sites), "params": json.loads(key)} for key, own in groups.items()]
 
+    def _wrong(self, delta: str, at: PlannedSite, spec: TensorSpec, value: Tensor) -> list[Diagnostic]:
+        """Return what is wrong with the shape or the numbers of a tensor."""
+        if tuple(value.shape) != spec.shape:
+            message = f"{delta}: {spec.name} of {at.fqn} is {list(value.shape)}, and must be {list(spec.shape)} here"
+            hint = "the adapter is for a model of other widths, or its configuration was changed"
+            return [self.finding("DS526", message, hint)]
+        if not is_finite(value):
+            return [not_finite(delta, f"{at.fqn}.{spec.name}", str(self.folder))]
+        return []
+
     def _selector(self, sites: Iterable[IncomingSite], among: Iterable[IncomingSite] | None) -> Any:
         places = frozenset((site.fqn, site.parameter) for site in sites)
         others = None if among is None else frozenset((site.fqn, site.parameter) for site in among)
@@ -143,6 +155,7 @@ class ReceivedSet(DeltaSet):
         given = {(site.fqn, site.parameter): site for site in delta.sites}
         values: dict[str, Tensor] = {}
         lacking: list[tuple[PlannedSite, str, bool]] = []
+        findings: list[Diagnostic] = []
         for at in planned.sites:
             own = given.pop((at.site.row.fqn, at.site.parameter), None)
             tensors: Mapping[str, Tensor] = own.tensors if own is not None else {}
@@ -150,11 +163,11 @@ class ReceivedSet(DeltaSet):
                 key = storage_key(at.site.row.fqn, spec)
                 if spec.name in tensors:
                     values[key] = tensors[spec.name]
+                    findings += self._wrong(delta.name, at, spec, values[key])
                 else:
                     lacking.append((at, key, spec.buffer))
             if surplus := tensors.keys() - {spec.name for spec in at.tensors}:
                 raise AssertionError(f"{delta.method} has no {sorted(surplus)} at {at.fqn}")
-        findings = []
         if given:
             places = shown(below(fqn, parameter or "").rstrip(".") for fqn, parameter in given)
             message = f"{delta.name}: {self.incoming.kind} changes {places}, and {delta.method} cannot here"
