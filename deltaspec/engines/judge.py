@@ -15,10 +15,9 @@ from deltaspec.engines.base import Base
 from deltaspec.engines.observation import Observation
 from deltaspec.engines.own import read_saved
 from deltaspec.engines.rules import Rule, Rules, rules_of
-from deltaspec.engines.vocabulary import FACTS, OUTCOMES, REWRITES, SERVE
+from deltaspec.engines.vocabulary import EXPORT, FACTS, OUTCOMES, REWRITES
+from deltaspec.engines.ways_out import way_out
 from deltaspec.formats.opening import located
-from deltaspec.language.checks.translation import our_name
-from deltaspec.methods.registry import methods
 from deltaspec.names.folding import shown
 from deltaspec.names.patterns import PatternError
 from deltaspec.storage.delta_set import MANIFEST
@@ -63,19 +62,13 @@ def _observed(adapter: Adapter, base: Base) -> Iterator[Observation]:
         label = adapter.ours or adapter.method or "none"
         if not adapter.is_lora:
             sites = adapter.places or tuple(dict.fromkeys(filter(None, map(base.module_of, adapter.tensors))))
-            hint = None if _changes_weights(adapter.method) else SERVE
-            yield Observation("method", f"the method {label}", adapter.method, sites, ("peft_type",), hint)
+            path, hint = ("peft_type",), way_out(adapter.method)
+            yield Observation("method", f"the method {label}", adapter.method, sites, path, hint)
         elif adapter.method:
             yield Observation("mislabelled", f"tensors of LoRA under peft_type: {label}", label, path=("peft_type",))
     if adapter.is_lora:
         yield from configuration.observed(adapter, base)
     yield from tensors.observed(adapter, base)
-
-
-def _changes_weights(method: str) -> bool:
-    """Return whether a method, by PEFT's name, is a change of weights, so far as it is known here."""
-    found = methods().get(our_name(method))
-    return found is None or found.promises.weight is not None
 
 
 def _too_high(rules: Rules, rank: int, max_rank: int | None) -> Rule | None:
@@ -100,8 +93,9 @@ def _finding(adapter: Adapter, observation: Observation, rules: Rules, rule: Rul
     message = f"{who}{OUTCOMES[rule.outcome].format(rules.title)}: {observation.says}{at}: {rule.happens}"
     ways = [observation.hint or rule.hint or ("" if rule.rewrite else fact.way_out)]
     if rule.rewrite is not None:
-        ways.insert(0, f"deltaspec export {adapter.folder} --for {rules.engine} -o OUT {REWRITES[rule.rewrite]}")
-    suggestion = "; or ".join(filter(None, ways)).replace("ADAPTER", str(adapter.folder))
+        ways.insert(0, f"{EXPORT} {REWRITES[rule.rewrite]}")
+    suggestion = "; or ".join(filter(None, ways)).replace("ENGINE", rules.engine)
+    suggestion = suggestion.replace("ADAPTER", str(adapter.folder))
     if observation.path is None or adapter.delta:
         return Diagnostic(fact.code, message, adapter.file, suggestion=suggestion, where=adapter.delta)
     return adapter.config.diagnostic(fact.code, message, observation.path, suggestion)

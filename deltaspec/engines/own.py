@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -71,8 +71,28 @@ def _adapter(saved: SavedSet, name: str, content: dict[str, Any], base: Base) ->
         ends = ((place.module, end, shape) for place in places for end, shape in place.shapes.items())
         tensors = {f"{PREFIX}{module}.{end}": Header(shape, dtype) for module, end, shape in ends}
         config |= _configuration(places, params)
+    elif method in _BESIDE:
+        config = {"peft_type": "LORA", **_usual(), **_BESIDE[method](content["groups"])}
+        tensors = {f"{PREFIX}{key}": header for key, header in stored.items()}
     sites = tuple(site for group in content["groups"] for site in unfold(group["at"]))
     return Adapter(Document(config, str(file)), tensors, str(file), saved.folder, name, method, sites)
+
+
+def _usual() -> dict[str, Any]:
+    """Return what stands in every configuration of LoRA, also where it updates nothing."""
+    return {"r": 8, "lora_alpha": 8, "target_modules": []}
+
+
+def _saved(groups: list[Mapping[str, Any]]) -> dict[str, Any]:
+    sites = [site for group in groups for site in unfold(group["at"])]
+    return {"modules_to_save": list(dict.fromkeys(site.rpartition(".")[2] for site in sites))}
+
+
+_BESIDE: Mapping[str, Callable[[list[Mapping[str, Any]]], dict[str, Any]]] = {
+    "full": _saved,
+    "bitfit": lambda _: {"bias": "all"},
+}
+"""Methods whose tensors PEFT keeps beside a LoRA, and what its configuration says then."""
 
 
 def _configuration(places: list[_Place], params: Mapping[str, Any]) -> dict[str, Any]:

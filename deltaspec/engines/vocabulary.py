@@ -107,10 +107,15 @@ FACTS: Mapping[str, Fact] = {
 }
 """Every fact. Each file of rules decides all of them."""
 
+EXPORT = "deltaspec export ADAPTER --for ENGINE -o OUT"
+"""Command that writes what an engine reads."""
+AS_LORA = f"{EXPORT} writes it as a LoRA, exactly"
+"""Way out for methods that are low-rank updates."""
 SERVE = "no weight can hold it: serve it with deltaspec, a delta for each row, or train lora"
 """Way out for methods that cannot be merged."""
 
 REWRITES: Mapping[str, str] = {
+    "low_rank": "writes low-rank updates of any method as LoRA",
     "rslora_to_alpha": "writes the factor alpha / sqrt(rank) as a plain alpha",
     "one_rank": "pads the ranks with zeros to one",
     "one_factor": "folds what differs in alpha into lora_B",

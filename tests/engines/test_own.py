@@ -54,24 +54,36 @@ def test_each_delta_is_judged_by_itself(tmp_path):
     assert codes(tmp_path, "vllm") == {
         "magnitudes": ["rejected DS605"],
         "start": ["rejected DS602"],  # its start is subtracted as another ten ranks
-        **{name: ["rejected DS601"] for name in ("scales", "bottleneck", "head")},
+        "head": ["rejected DS607"],
+        **{name: ["rejected DS601"] for name in ("scales", "bottleneck")},
     }
     assert codes(tmp_path, "sglang") == {
         "scaled": ["wrong DS604"],
         "uneven": ["rejected DS603"],
         "magnitudes": ["rejected DS605"],
         "both": ["rejected DS603", "rejected DS603"],
-        **{name: ["rejected DS601"] for name in ("scales", "bottleneck", "head")},
+        "head": ["ignored DS607"],
+        **{name: ["rejected DS601"] for name in ("scales", "bottleneck")},
     }
-    assert codes(tmp_path, "peft") == {name: ["rejected DS601"] for name in ("bottleneck", "head")}
+    assert codes(tmp_path, "peft") == {"bottleneck": ["rejected DS601"]}
 
 
 def test_the_way_out_is_one_that_the_method_has(tmp_path):
-    saved(tmp_path, {"name": "a", "method": "adapter", "params": {"width": 4}}, {"name": "i", "method": "ia3"})
-    bottleneck, scales = engines.check(tmp_path, base("llama"), "vllm")
+    low = {"name": "l", "method": "vera", "params": {"rank": 4}}
+    saved(tmp_path, {"name": "a", "method": "adapter", "params": {"width": 4}}, {"name": "i", "method": "ia3"}, low)
+    bottleneck, scales, low_rank = engines.check(tmp_path, base("llama"), "vllm")
+    assert low_rank.suggestion == f"deltaspec export {tmp_path} --for vllm -o OUT writes it as a LoRA, exactly"
     assert "at model.layers.{0..1}.self_attn.o_proj, model.layers.{0..1}.mlp.down_proj:" in bottleneck.message
     assert "merge" not in bottleneck.suggestion
     assert f"deltaspec.restore(model, {tmp_path}).merge()" in scales.suggestion
+
+
+def test_biases_and_whole_modules_are_judged_as_peft_keeps_them(tmp_path):
+    model = base("bert")
+    top = [f"cls.predictions.transform.{name}" for name in ("dense", "LayerNorm")]
+    saved(tmp_path, {"name": "b", "method": "bitfit"}, {"name": "h", "method": "full", "target": top}, model=model)
+    assert codes(tmp_path, "vllm", model) == {"b": ["rejected DS606"], "h": ["rejected DS607"] * 2}
+    assert codes(tmp_path, "peft", model) == {}
 
 
 def test_parts_of_a_fused_projection_are_judged_over_its_whole_width(tmp_path):

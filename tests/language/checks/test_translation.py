@@ -69,10 +69,8 @@ def test_what_becomes_a_delta_of_its_own(tmp_path):
 
 
 def test_what_has_no_word_is_named_and_what_needs_the_model_has_no_spec(tmp_path):
-    found = translated(written(tmp_path, "LORA", init_lora_weights="olora"))
-    assert found is not None and found[1] == ["init_lora_weights"]
-    found = translated(written(tmp_path, "BOFT", boft_dropout=0.5))
-    assert found is not None and found[1] == ["boft_dropout"]
+    found = translated(written(tmp_path, "LORA") | {"use_qalora": True, "use_newest": 3})
+    assert found is not None and found[1] == ["use_qalora", "use_newest"]
     assert translated(written(tmp_path, "BOFT", boft_block_size=0, boft_block_num=4)) is None
     assert translated({"peft_type": "XLORA"}) is None
     assert translated({"peft_type": "LORA", "r": -1, "target_modules": ["q"]}) is None
