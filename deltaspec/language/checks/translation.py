@@ -27,6 +27,18 @@ _PLACES = (
     "modules_to_save", "trainable_token_indices", "bias",
 )  # fmt: skip
 """Keys that say where something is changed, or become deltas of their own."""
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "target_modules": (str, list),
+    "target_parameters": (list,),
+    "exclude_modules": (str, list),
+    "layers_to_transform": (int, list),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "modules_to_save": (list,),
+    "trainable_token_indices": (list, dict),
+    "bias": (str,),
+}
+"""Types of these, where they are set."""
 _HARMLESS = frozenset((
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "fan_in_fan_out", "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config", "init_weights",
@@ -53,7 +65,7 @@ def peft_name(method: str) -> str:
 def translated(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]] | None:
     """Return a spec that says what a configuration does, and the keys it has no word for; None where there is none."""
     method = builtin_methods().get(our_name(str(config.get("peft_type", "LORA"))))
-    if method is None:
+    if method is None or not _is_of_peft(config):
         return None
     params, left_out = _params(config, method)
     if params is None:
@@ -68,6 +80,12 @@ def translated(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]] | 
         delta["overrides"] = overrides
     spec = {"deltaspec": 1, "deltas": [delta, *_others(config, target)]}
     return (spec, left_out) if _is_valid(spec) else None
+
+
+def _is_of_peft(config: Mapping[str, Any]) -> bool:
+    """Return whether the keys that say places hold what PEFT writes there."""
+    given = ((config[key], kinds) for key, kinds in _TYPES.items() if config.get(key))
+    return all(isinstance(value, kinds) and not isinstance(value, bool) for value, kinds in given)
 
 
 def _is_valid(spec: dict[str, Any]) -> bool:

@@ -73,4 +73,11 @@ def test_what_has_no_word_is_named_and_what_needs_the_model_has_no_spec(tmp_path
     assert found is not None and found[1] == ["use_qalora", "use_newest"]
     assert translated(written(tmp_path, "BOFT", boft_block_size=0, boft_block_num=4)) is None
     assert translated({"peft_type": "XLORA"}) is None
+    for wrong in (
+        {"target_modules": 3},
+        {"rank_pattern": [1]},
+        {"modules_to_save": "head"},
+        {"layers_to_transform": 1.5},
+    ):
+        assert translated({"peft_type": "LORA", "target_modules": ["q"], **wrong}) is None
     assert translated({"peft_type": "LORA", "r": -1, "target_modules": ["q"]}) is None
