@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from deltaspec.formats.peft.adapter import CONFIG
 
@@ -19,13 +21,31 @@ def refuse_ignored_geometry(adapter: Adapter, found: Iterable[Found]) -> None:
     and padding mode: they run, and compute something else than the convolution does.
     """
     for at in found:
-        if at.row.kind != "conv":
-            continue
-        module = adapter.base.model.get_submodule(at.fqn)
-        stride, padding, dilation = (getattr(module, name) for name in ("stride", "padding", "dilation"))
-        ignored = [name for name, value in (("stride", stride), ("padding", padding)) if len(set(value)) > 1]
-        ignored += ["dilation"] * (set(dilation) != {1}) + ["padding_mode"] * (module.padding_mode != "zeros")  # type: ignore[arg-type]
-        if ignored:
-            message = f"{adapter.type} on {at.fqn}: PEFT leaves out its {' and '.join(ignored)}, and runs another "
-            message += "convolution than the model has"
+        if at.row.kind == "conv" and (reason := ignored_geometry(adapter.base.model.get_submodule(at.fqn))):
+            message = f"{adapter.type} on {at.fqn}: {reason}"
             adapter.find("DS544", message, "merge it with PEFT: model.merge_and_unload()", CONFIG)
+
+
+def refuse_ignored_dilation(adapter: Adapter, fqn: str) -> None:
+    """Refuse a convolution whose dilation or padding mode PEFT's layer of LoRA leaves out."""
+    if adapter.base.rows[fqn].kind == "conv" and (ignored := _ignored(adapter.base.model.get_submodule(fqn))):
+        message = f"{adapter.type} on {fqn}: {_said(ignored)}"
+        adapter.find("DS544", message, "train it again without this module", CONFIG)
+
+
+def ignored_geometry(module: nn.Module) -> str | None:
+    """Return what PEFT's layer leaves out of a convolution; None where it leaves out nothing, or this is none."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return None
+    given = (("stride", module.stride), ("padding", module.padding))
+    ignored = [*(name for name, value in given if len(set(value)) > 1), *_ignored(module)]
+    return _said(ignored) if ignored else None
+
+
+def _ignored(module: Any) -> list[str]:
+    dilated, padded = set(module.dilation) != {1}, module.padding_mode != "zeros"
+    return ["dilation"] * dilated + ["padding_mode"] * padded
+
+
+def _said(ignored: list[str]) -> str:
+    return f"PEFT leaves out its {' and '.join(ignored)}, and runs another convolution than the model has"
