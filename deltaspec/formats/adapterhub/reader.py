@@ -50,6 +50,11 @@ def base_of(folder: Path) -> tuple[str | None, Wanted]:
     return name if isinstance(name, str) and name else None, Wanted(kind if own else None, settings)
 
 
+def signature(folder: Path) -> bytes | None:
+    """Return None: what an adapter comes to depends on the values in its files."""
+    return None
+
+
 @cache
 def known_architectures() -> dict[str, ModuleType]:
     """Return the modules of the architectures that can be read, by name."""

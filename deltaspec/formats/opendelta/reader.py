@@ -33,6 +33,11 @@ def base_of(folder: Path) -> tuple[str | None, Wanted]:
     return name if isinstance(name, str) and name else None, Wanted(kind if isinstance(kind, str) else None)
 
 
+def signature(folder: Path) -> bytes | None:
+    """Return None: what a delta comes to depends on the values in its files."""
+    return None
+
+
 @cache
 def known_types() -> dict[str, ModuleType]:
     """Return the modules of the delta types that can be read, by `delta_type`."""
