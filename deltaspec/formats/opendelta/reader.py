@@ -72,9 +72,9 @@ def read(folder: Path, base: Base, name: str) -> Incoming:
     saved.settle()
     saved.in_full("trained", [key for key in saved.weights if kinds != ["bitfit"] or not key.endswith("bias")])
     for file, config in configs.items():
-        options, before = saved.options(config, file), len(saved.findings)
+        options = saved.options(config, file)
         known_types()[config["delta_type"]].read(saved, options, config["delta_type"] if len(configs) > 1 else "")
-        if len(saved.findings) == before:
+        if not saved.findings:  # else not all options were asked for
             options.finish(f"OpenDelta's {config['delta_type']}")
     return saved.finish()
 
