@@ -33,6 +33,11 @@ def base_of(folder: Path) -> tuple[str | None, Wanted]:
     return name if isinstance(name, str) and name else None, Wanted(kind if isinstance(kind, str) else None)
 
 
+def signature(folder: Path) -> bytes | None:
+    """Return None: what a delta comes to depends on the values in its files."""
+    return None
+
+
 @cache
 def known_types() -> dict[str, ModuleType]:
     """Return the modules of the delta types that can be read, by `delta_type`."""
@@ -67,9 +72,9 @@ def read(folder: Path, base: Base, name: str) -> Incoming:
     saved.settle()
     saved.in_full("trained", [key for key in saved.weights if kinds != ["bitfit"] or not key.endswith("bias")])
     for file, config in configs.items():
-        options, before = saved.options(config, file), len(saved.findings)
+        options = saved.options(config, file)
         known_types()[config["delta_type"]].read(saved, options, config["delta_type"] if len(configs) > 1 else "")
-        if len(saved.findings) == before:
+        if not saved.findings:  # else not all options were asked for
             options.finish(f"OpenDelta's {config['delta_type']}")
     return saved.finish()
 

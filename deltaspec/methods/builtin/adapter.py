@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from deltaspec.methods.declarations import Form, Init, Promises, Site, TensorSpec
+from deltaspec.methods.declarations import Form, Init, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.activations import Activation, activate
 from deltaspec.methods.shared.bottleneck import SerialMethod, SerialParams, bottleneck_width, in_series
+from deltaspec.methods.shared.gates import gate_of, opened, refuse_gate
 from deltaspec.methods.shared.shapes import hidden_width
 
 
@@ -24,6 +25,9 @@ class AdapterParams(SerialParams):
     """A LayerNorm of its own on the bottleneck's output, before that is scaled and added; its weight starts at zero."""
     norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
     """What these norms add to the variance."""
+    gate: bool = False
+    """Multiply the bottleneck's output by a gate in (0, 1) that its input opens: the mean over positions, padding
+    included, of the sigmoid of a linear map (UniPELT, arXiv:2110.07577)."""
     residual: bool = True
     """Add the bottleneck's output to the hidden state; false puts it in its place, and nothing is the identity then."""
 
@@ -41,13 +45,18 @@ class Adapter(SerialMethod):
         **SerialMethod.foreign,
         "ln_before": "norm_before",
         "ln_after": "norm_after",
-        **dict.fromkeys(("use_gating", "inv_adapter", "cross_adapter", "original_ln_before", "original_ln_after")),
+        "use_gating": "gate",
+        **dict.fromkeys(("inv_adapter", "cross_adapter", "original_ln_before", "original_ln_after")),
         **dict.fromkeys(("residual_before_ln", "adapter_residual_before_ln", "output_adapter")),
     }
 
     def is_identity_at_start(self, params: AdapterParams) -> bool:
         """Return whether it has its residual."""
         return params.residual
+
+    def refuse(self, site: Site, params: AdapterParams) -> Refusal | None:
+        """Also refuse a gate where the hidden state has no positions, or more dimensions of them."""
+        return super().refuse(site, params) or (refuse_gate(site) if params.gate else None)
 
     def tensors(self, site: Site, params: AdapterParams) -> tuple[TensorSpec, ...]:
         """Declare D `[width, hidden]`, its bias, U `[hidden, width]`, its bias, and the norms' weights and biases."""
@@ -68,22 +77,21 @@ class Adapter(SerialMethod):
         if params.norm_after:
             start = Init("zeros" if params.residual else "ones")
             specs += [TensorSpec("norm_after_weight", (hidden,), start), TensorSpec("norm_after_bias", (hidden,))]
-        return tuple(specs)
+        return (*specs, *(gate_of(hidden) if params.gate else ()))
 
     def apply(self, form: Form, params: AdapterParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute h + scale · bottleneck(h) with h = base(x), or base of the same on x."""
         from torch.nn import functional as F
 
-        def bottleneck(h: Any) -> Any:
+        def bottleneck(entering: Any) -> Any:
             if params.norm_before:
-                h = F.layer_norm(
-                    h, t.norm_before_weight.shape, t.norm_before_weight, t.norm_before_bias, params.norm_eps
-                )
-            h = activate(params.activation, F.linear(t.dropout(h), t.down, t.down_bias))
+                weight, bias = t.norm_before_weight, t.norm_before_bias
+                entering = F.layer_norm(entering, weight.shape, weight, bias, params.norm_eps)
+            h = activate(params.activation, F.linear(t.dropout(entering), t.down, t.down_bias))
             h = F.linear(h, t.up, t.up_bias)
             if params.norm_after:
                 h = F.layer_norm(h, t.norm_after_weight.shape, t.norm_after_weight, t.norm_after_bias, params.norm_eps)
-            return h
+            return h * opened(t, entering) if params.gate else h
 
         if params.residual:
             return in_series(params, x, base, bottleneck)

@@ -10,6 +10,7 @@ from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import Form, Init, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.activations import Activation, activate
 from deltaspec.methods.shared.bottleneck import Dropout, Scale, WidthParams, bottleneck_width, refuse_serial
+from deltaspec.methods.shared.gates import gate_of, opened, refuse_gate
 from deltaspec.methods.shared.shapes import hidden_width
 
 
@@ -22,6 +23,9 @@ class ParallelAdapterParams(WidthParams):
     """Probability of dropping an entry of the bottleneck's input while training."""
     scale: Scale = 4.0
     """Factor in front of the bottleneck's output; the paper's scaled variant has 4, its plain one 1."""
+    gate: bool = False
+    """Multiply the bottleneck's output by a gate in (0, 1) that its input opens: the mean over positions, padding
+    included, of the sigmoid of a linear map (UniPELT, arXiv:2110.07577)."""
     learn_scale: bool = False
     """Train the scale, from `scale`."""
 
@@ -48,7 +52,7 @@ class ParallelAdapter(Method):
                 f"this {site.row.type} gives other positions than it takes, so nothing can stand beside it",
                 "select the blocks or linear layers inside it",
             )
-        return None
+        return refuse_gate(site) if params.gate else None
 
     def tensors(self, site: Site, params: ParallelAdapterParams) -> tuple[TensorSpec, ...]:
         """Declare D `[width, in]`, its bias, U `[out, width]`, its bias, and the scale `[1]` if it is trained."""
@@ -64,7 +68,7 @@ class ParallelAdapter(Method):
         ]
         if params.learn_scale:
             specs.append(TensorSpec("scale", (1,), Init("constant", params.scale)))
-        return tuple(specs)
+        return (*specs, *(gate_of(entering) if params.gate else ()))
 
     def apply(self, form: Form, params: ParallelAdapterParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute base(x) + scale · bottleneck(x)."""
@@ -73,6 +77,8 @@ class ParallelAdapter(Method):
 
         inner = activate(params.activation, F.linear(t.dropout(x), t.down, t.down_bias))
         change = F.linear(inner, t.up, t.up_bias)
+        if params.gate:
+            change = change * opened(t, x)
         if params.learn_scale:
             return base(x) + t.scale * change
         return torch.add(base(x), change, alpha=params.scale)

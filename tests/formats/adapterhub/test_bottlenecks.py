@@ -32,6 +32,8 @@ SAID = [
     {"original_ln_before": False, "residual_before_ln": False, "non_linearity": "gelu_new"},
     {"original_ln_after": False, "residual_before_ln": False, "ln_before": True},
     {"original_ln_after": False, "residual_before_ln": False, "ln_after": True, "scaling": "channel"},
+    {"use_gating": True, "scaling": -2.0},
+    {"use_gating": True, "original_ln_before": False, "scaling": "channel"},
 ]
 UNSAID = [
     {"ln_before": True},
@@ -41,7 +43,7 @@ UNSAID = [
     {"original_ln_before": False, "original_ln_after": False},
     {"original_ln_before": False, "ln_after": True, "adapter_residual_before_ln": True},
     {"is_parallel": True},
-    {"use_gating": True},
+    {"use_gating": True, "original_ln_before": False, "ln_after": True},
     {"ln_after": True},
 ]
 
@@ -79,6 +81,8 @@ def computed(config: dict[str, Any], t: dict[str, Tensor], h: Tensor, x: Tensor,
     inner = F.linear(own, t[f"{lead}.weight"], t[f"{lead}.bias"])
     inner = F.leaky_relu(inner) if config["non_linearity"] == "leakyrelu" else F.gelu(inner, approximate="tanh")
     u = F.linear(inner, t["adapter_up.weight"], t["adapter_up.bias"]) * t.get("scaling", config["scaling"])
+    if config.get("use_gating"):
+        u = u * torch.sigmoid(F.linear(z, t["gate.weight"], t["gate.bias"])).mean(1, keepdim=True)
     if config.get("ln_after"):
         u = F.layer_norm(u, (HIDDEN,), t["adapter_norm_after.weight"], t["adapter_norm_after.bias"])
     return norm(u + residual + x) if config["original_ln_after"] else u + residual

@@ -38,6 +38,14 @@ def test_what_norms_add_to_the_variance():
     follows("adapter", {"width": 4, "norm_before": True, "norm_after": True, "norm_eps": 0.5}, formula)
 
 
+def test_gate():
+    def formula(t, x, host):
+        h = F.layer_norm(host(x), (16,), t.norm_before_weight, t.norm_before_bias)
+        return host(x) + 0.5 * bottleneck(t, h) * torch.sigmoid(h @ t.gate.T + t.gate_bias).mean(-2, keepdim=True)
+
+    follows("adapter", {"width": 4, "gate": True, "norm_before": True, "scale": 0.5}, formula)
+
+
 def test_without_the_residual():
     params = {"width": 4, "residual": False, "scale": 2.0}
     follows("adapter", params, lambda t, x, host: 2 * bottleneck(t, host(x)))
@@ -45,7 +53,9 @@ def test_without_the_residual():
 
 
 @pytest.mark.parametrize("made", [bert, gpt2, llama])
-@pytest.mark.parametrize("params", [{}, {"norm_before": True, "norm_after": True}, {"reduction": 4, "dropout": 0.1}])
+@pytest.mark.parametrize(
+    "params", [{}, {"norm_before": True, "norm_after": True}, {"reduction": 4, "dropout": 0.1}, {"gate": True}]
+)
 def test_it_keeps_its_promises(made, params):
     keeps_promises(made(), "adapter", params, {"role": ["attn.o", "mlp.down"]}, identity=True)
     keeps_promises(made(), "adapter", params, {"role": "block"}, identity=True)

@@ -27,6 +27,13 @@ def test_a_learned_scale_starts_as_given():
     assert c.deltas["d"].tensor("encoder.layer.0.attention.scale").tolist() == [2.0]
 
 
+def test_gate():
+    def formula(t, x, host):
+        return host(x) + 4 * bottleneck(t, x) * torch.sigmoid(x @ t.gate.T + t.gate_bias).mean(-2, keepdim=True)
+
+    follows("parallel_adapter", {"width": 4, "gate": True}, formula)
+
+
 @pytest.mark.parametrize("made", [bert, gpt2, llama])
 @pytest.mark.parametrize("params", [{}, {"reduction": 4, "dropout": 0.1, "learn_scale": True}])
 def test_it_keeps_its_promises(made, params):

@@ -22,7 +22,6 @@ _EPS = 1e-5
 
 def read(adapter: Adapter, options: Options, part: str) -> None:
     """Add the deltas: one for each of the domains."""
-    options.refuse("use_gating", "a gate that depends on the input scales the bottleneck", "train it without")
     places = _places(adapter, options)
     shape = _Shape(adapter, options)
     read_invertible(adapter, options, shape.activation, part)
@@ -84,6 +83,9 @@ class _Shape:
         self.adapter, self.keys = adapter, adapter.modules("adapters")
         self.norm_before, self.norm_after = options.flag("ln_before", False), options.flag("ln_after", False)
         inside = options.flag("adapter_residual_before_ln", False)
+        self.gated = options.flag("use_gating", False)
+        if self.gated and (self.norm_before or self.norm_after):
+            adapter.unsupported("use_gating", "a gate beside norms of its own has no counterpart", "train it without")
         self.wiring = Wiring(
             options.flag("original_ln_before", False),
             options.flag("original_ln_after", True),
@@ -118,7 +120,7 @@ class _Shape:
             return None
         method = "parallel_adapter" if form.domain == "around" else "adapter"
         if self.phm is not None:
-            plain = method == "adapter" and not (self.norm_before or self.norm_after or form.before)
+            plain = method == "adapter" and not (self.norm_before or self.norm_after or form.before or self.gated)
             if plain and (scale is None or scale.numel() == 1):
                 method = "compacter"
             else:
@@ -128,6 +130,12 @@ class _Shape:
             return None
         if scale is not None:
             tensors = _scaled(tensors, scale, method)
+        if self.gated:
+            gate = self._need(keys, "gate.weight", f"gate of {form.site}", (1, len(tensors["up_bias"])))
+            gate_bias = self._need(keys, "gate.bias", f"gate_bias of {form.site}", (1,))
+            if gate is None or gate_bias is None:
+                return None
+            tensors |= {"gate": gate, "gate_bias": gate_bias}
         if method == "adapter":
             norms = self._norms(keys, form)
             if norms is None:
@@ -198,6 +206,8 @@ class _Shape:
             params["scale"] = number
         if self.dropout:
             params["dropout"] = self.dropout
+        if self.gated:
+            params["gate"] = True
         if before:
             params["position"] = "before"
         if method == "compacter" and self.phm is not None:

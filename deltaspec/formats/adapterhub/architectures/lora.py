@@ -24,7 +24,7 @@ _FUSED = ("q", "k", "v")
 
 def read(adapter: Adapter, options: Options, part: str) -> None:
     """Add the delta, or the two that a DoRA comes to."""
-    options.refuse("use_gating", "a gate that depends on the input scales the update", "train it without")
+    gated = options.flag("use_gating", False)
     enabled = options.items("attn_matrices", ["q", "v"], str)
     chosen = enabled if options.flag("selfattn_lora", True) else []
     wanted = set(chosen) | ({"qkv"} if set(chosen) & set(_FUSED) else set())
@@ -42,10 +42,15 @@ def read(adapter: Adapter, options: Options, part: str) -> None:
         return
     parts = [name for name in _FUSED if name in chosen]
     fused = {fqn: parts for fqn, (name, _) in linears.items() if name == "qkv"}
-    if options.text("composition_mode", "add") == "scale":
+    scales = options.text("composition_mode", "add") == "scale"
+    if gated and (scales or options.flag("use_dora", False) or any(fqn in places.values() for fqn in fused)):
+        why = "a gate that the input opens has a counterpart for LoRA on one projection alone"
+        adapter.unsupported("use_gating", why, "train it without")
+        return
+    if scales:
         _scales(adapter, options, part, places, fused)
     else:
-        _updates(adapter, options, part, places, fused)
+        _updates(adapter, options, part, places, fused, gated)
 
 
 def _scales(adapter: Adapter, options: Options, part: str, places: dict[str, str], fused: dict[str, list[str]]) -> None:
@@ -72,7 +77,7 @@ def _scales(adapter: Adapter, options: Options, part: str, places: dict[str, str
 
 
 def _updates(
-    adapter: Adapter, options: Options, part: str, places: dict[str, str], fused: dict[str, list[str]]
+    adapter: Adapter, options: Options, part: str, places: dict[str, str], fused: dict[str, list[str]], gated: bool
 ) -> None:
     """Add LoRA: y = Wx + b + alpha / r · BAx; VeRA's four factors are two here."""
     rank, alpha = options.whole("r", 8, least=1), options.number("alpha", 8.0)
@@ -99,9 +104,18 @@ def _updates(
             m = adapter.need(f"{lead}m.weight", f"magnitude of {fqn}", (up.shape[0], 1))
             if m is not None:
                 magnitudes[fqn] = m[:, 0]
+        if gated:
+            sites += _gated(adapter, lead, fqn, down, up)
+            continue
         if alpha <= 0:  # which no spec can say
             up = up * (alpha / rank)
         sites.append(_site(adapter, fqn, down, up, names, rank))
+    if gated:
+        adapter.remark("its gate is in the place of alpha / r: it is a parallel_adapter without activation, whose "
+                       "biases are zero and would train")  # fmt: skip
+        plain = {"width": rank, "activation": "identity", "scale": 1.0, "gate": True}
+        adapter.add("parallel_adapter", plain | ({"dropout": dropout} if dropout else {}), sites, part)
+        return
     params = {"rank": rank, "alpha": alpha if alpha > 0 else float(rank)} | ({"dropout": dropout} if dropout else {})
     if alpha <= 0:
         adapter.remark(f"its scale {alpha:g} / {rank} is in its factors up: no spec has one that is not positive")
@@ -124,6 +138,16 @@ def _pair(adapter: Adapter, lead: str, fqn: str, rank: int, names: list[str] | N
     down = adapter.need(f"{lead}lora_A", f"down of {fqn}", (rows, None))
     up = adapter.need(f"{lead}lora_B", f"up of {fqn}", (None, rank))
     return None if down is None or up is None else (down, up)
+
+
+def _gated(adapter: Adapter, lead: str, fqn: str, down: Tensor, up: Tensor) -> list[IncomingSite]:
+    """Return the site of a pair with a gate: nothing where it has none, which is a finding."""
+    gate = adapter.need(f"{lead}gate.weight", f"gate of {fqn}", (1, down.shape[1]))
+    bias = adapter.need(f"{lead}gate.bias", f"gate_bias of {fqn}", (1,))
+    if gate is None or bias is None:
+        return []
+    zeros = {"down_bias": down.new_zeros(len(down)), "up_bias": up.new_zeros(len(up))}
+    return [IncomingSite(fqn, {"down": down, "up": up, **zeros, "gate": gate, "gate_bias": bias})]
 
 
 def _site(adapter: Adapter, fqn: str, down: Tensor, up: Tensor, names: list[str] | None, rank: int) -> IncomingSite:
