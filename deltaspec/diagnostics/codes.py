@@ -156,6 +156,8 @@ CODES: dict[str, str] = {
     "DS553": "another side that cannot be asked for answers",
     "DS554": "folder of weights that cannot be read",
     "DS555": "folder that lacks what a delta changes",
+    "DS556": "models of different structure",
+    "DS557": "difference that no delta says",
     "DS558": "folder that is there already",
     "DS559": "delta without an identity",
 }
