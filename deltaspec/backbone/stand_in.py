@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.offload import brought, is_hooked
-from deltaspec.backbone.weight_forms import is_plain, plain_class
+from deltaspec.backbone.weight_forms import is_plain, own_values, plain_class
 
 
 def stand_in(module: nn.Module, tensors: dict[str, Any]) -> nn.Module:
@@ -78,14 +78,21 @@ def keep_state(before: State) -> None:
 _compiling = torch.compiler.is_compiling
 
 
+WEIGHT_FACTOR = "weight_factor"
+
+
 class Swapped:
-    """The module's own forward, with parameters given at each call."""
+    """The module's own forward, with parameters given at each call; a weight may be given as a factor of its own."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def __call__(self, parameters: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
+        if WEIGHT_FACTOR in parameters:
+            parameters = {**parameters}
+            factor, weight = parameters.pop(WEIGHT_FACTOR), own_values(self.module)["weight"]
+            parameters["weight"] = weight * factor.to(weight.dtype)
         shadow = stand_in(self.module, parameters)
         before = states(self.module, shadow)
         output = shadow.forward(*args, **kwargs)

@@ -160,5 +160,9 @@ CODES: dict[str, str] = {
     "DS557": "difference that no delta says",
     "DS558": "folder that is there already",
     "DS559": "delta without an identity",
+    "DS548": "foreign adapter that cannot be had here as it is there",
+    "DS560": "delta without an exact form in another library",
+    "DS561": "form of another library that is not known here",
+    "DS562": "directory that holds deltas in another form",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""

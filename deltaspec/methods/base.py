@@ -7,7 +7,7 @@ where torch need not be installed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from deltaspec.backbone.table import Row
@@ -45,6 +45,8 @@ class Method(ABC):
     the suggestion itself (`delete it: …`). Names that mean the same in other methods need to be declared by one."""
     start: ClassVar[frozenset[str]] = frozenset({"init"})
     """Names of params on which nothing but the initial values depends."""
+    training: ClassVar[frozenset[str]] = frozenset({"dropout"})
+    """Names of params that act while the model trains, and then alone."""
     default_roles: ClassVar[tuple[str, ...]]
     """Roles that `target` stands for when a delta leaves it out; empty: `target` is required."""
     role_choice: ClassVar[str | None] = None
@@ -126,7 +128,8 @@ class Method(ABC):
         state that enters the site. `base(x)` gives what leaves without this delta; call it once.
         `t.argument(name)` is what the host is called with by that name, None where it is not given (declare the names
         in `arguments`). `t.call(function, *args)` calls a Python function on the values themselves, once a forward.
-        `base(x, weight=w, bias=None)` runs the host's own forward with these parameters in place of its own.
+        `base(x, weight=w, bias=None)` runs the host's own forward with these parameters in place of its own, and
+        `base(x, weight_factor=f, bias=None)` with its own weight times f.
         Dtypes are settled outside: `x` comes in the delta's dtype, the result leaves in the host's.
         """
         raise AssertionError(f"{self.name} has no formula around a module's call")
@@ -147,6 +150,32 @@ class Method(ABC):
         those of the next: `apply` gives its own ones their rows.
         """
         return 0
+
+    def leads(self, params: Any) -> bool:
+        """Return whether the virtual tokens stand in front of padding on the left, and all are numbered by columns.
+
+        Where several prompts are attached, one of them has all do so.
+        """
+        return False
+
+    def stays(self, params: Any) -> bool:
+        """Return whether the virtual tokens stay in what the model gives; one prompt has those of all do so."""
+        return False
+
+    def counted_tokens(self, params: Any) -> int:
+        """Return the number of positions that a delta takes before those of the tokens that its sites attend to.
+
+        What is put in front of keys then has the positions from 0 on, and a window that ends before them hides them.
+        """
+        return 0
+
+    def agree(self, sites: Sequence[tuple[Site, Any]]) -> Refusal | None:
+        """Return why sites, each with its params, cannot be those of one delta; None where they can."""
+        return None
+
+    def scales(self, params: Any) -> bool:
+        """Return whether a delta acts in part by a strength, under these params."""
+        return self.strength is not None
 
     def ends_matter(self, params: Any) -> bool:
         """Return whether the formula must know where a prompt ends while text is generated."""
@@ -184,6 +213,10 @@ class Method(ABC):
     def folds(self, site: Site, params: Any) -> bool:
         """Return whether the delta works by `fold` here: the method says so, or nothing calls the module."""
         return site.host is not None or self.lowers(site, params)
+
+    def unmergeable(self, site: Site, params: Any) -> str | None:
+        """Return why the formula is no change of the weight here, though the method's is one elsewhere; None: it is."""
+        return None
 
     def fold(self, site: Site, params: Any, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the host's own parameters with this delta folded in: own name -> new tensor.

@@ -217,8 +217,9 @@ def _meaning(spec: dict[str, Any], name: str) -> dict[str, Any]:
     delta = next(delta for delta in spec["deltas"] if delta["name"] == name)
     params = {f"params.{key}": json.loads(json.dumps(value)) for key, value in delta.get("params", {}).items()}
     rest = {key: json.loads(json.dumps(delta[key])) for key in ("method", "overrides", "from") if key in delta}
-    start = methods()[delta["method"]].start if delta.get("method") in methods() else Method.start
-    return {k: v for k, v in (params | rest).items() if k not in {f"params.{key}" for key in ("dropout", *start)}}
+    method = methods().get(delta.get("method", ""))
+    start = Method.start | Method.training if method is None else method.start | method.training
+    return {k: v for k, v in (params | rest).items() if k not in {f"params.{key}" for key in start}}
 
 
 def _fits(saved: torch.dtype, held: torch.dtype) -> bool:

@@ -16,7 +16,10 @@ from deltaspec.names.folding import shown
 ALL_LINEAR = "all-linear"
 
 
-def check_targets(adapter: Adapter, modules: Mapping[str, str]) -> None:
+LAYERS = ("linear", "conv1d", "conv")
+
+
+def check_targets(adapter: Adapter, modules: Mapping[str, str], kinds: Iterable[str] = LAYERS) -> None:
     """Compare the modules that have keys, with their FQNs here, with those that the configuration means.
 
     PEFT leaves out keys of modules that it does not mean, and draws at random those that are missing, in silence.
@@ -31,7 +34,7 @@ def check_targets(adapter: Adapter, modules: Mapping[str, str]) -> None:
         return
     try:
         meant = {name for name in names if is_meant(name, targets, excluded, layers, pattern)}
-        here = [row.fqn for row in adapter.base.table.rows if row.fqn and row.kind in ("linear", "conv1d", "conv")]
+        here = [row.fqn for row in adapter.base.table.rows if row.fqn and row.kind in kinds]
         wanted = {fqn for fqn in here if is_meant(fqn, targets, excluded, layers, pattern)}
     except re.error as error:
         adapter.find("DS544", f"target_modules is no regular expression: {error}", "save the adapter again", CONFIG)
@@ -86,3 +89,11 @@ def by_pattern(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
         if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default
+
+
+def by_pattern_below(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    """Return what a pattern of FourierFT or C3A says of a module: of its keys, a regex below a module, or the name."""
+    for key, value in patterns.items():
+        if re.match(rf".*\.{key}$", name):
+            return value
+    return patterns.get(name, default)

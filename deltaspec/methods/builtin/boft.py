@@ -9,6 +9,7 @@ from pydantic import Field
 
 from deltaspec.methods.base import Method, Tensors, Weights
 from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods.shared.dropouts import Probability, drop_blocks, training
 from deltaspec.methods.shared.rotations import cayley, filter_width, refuse_blocks, rotate
 from deltaspec.methods.shared.weights import canonical, host_bias, own_layout, refuse_weight, weight_shape
 
@@ -23,6 +24,8 @@ class BoftParams(MethodParams):
     """Width of the blocks that are turned; it must divide the input's width."""
     factors: Annotated[int, Field(ge=1, le=16)] = 1
     """Number of butterfly factors: with m of them a value reaches 2^(m-1) blocks. One is block-diagonal, as in OFT."""
+    block_dropout: Probability = 0.0
+    """Part of the blocks of one factor, both drawn anew in each forward, that turn nothing while training."""
 
 
 class Boft(Method):
@@ -40,13 +43,21 @@ class Boft(Method):
         "boft_block_size": "block_size",
         "boft_block_num": "write block_size: 4 instead; there, that is the number of blocks; block_size is their width",
         "boft_n_butterfly_factor": "factors",
-        "boft_dropout": None,
+        "boft_dropout": "block_dropout",
     }
+    training = frozenset({"block_dropout"})
+
+    def dropout(self, params: BoftParams) -> float:
+        """Return the part of the blocks: by it, a formula sees whether the model trains."""
+        return params.block_dropout
 
     def refuse(self, site: Site, params: BoftParams) -> Refusal | None:
         """Take linear layers and convolutions whose width the butterfly fills."""
-        if refusal := refuse_weight(site, "boft", ("linear", "conv1d", "conv")):
+        if refusal := refuse_weight(site, "boft", ("linear", "conv1d", "conv"), params.block_dropout):
             return refusal
+        if params.block_dropout and site.kind == "conv":
+            reason = f"a convolution's weight is turned, so block_dropout has no place on this {site.row.type}"
+            return Refusal(reason, "set block_dropout: 0 for this site in overrides")
         width, size = filter_width(site), params.block_size
         if refusal := refuse_blocks(site, width, size):
             return refusal
@@ -85,7 +96,8 @@ class Boft(Method):
 
     def apply(self, form: Form, params: BoftParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute s ⊙ (base(x R) - b) + b."""
-        y = base(t.call(turn, x, t.rotation))
+        probe = training(t, t.rotation) if params.block_dropout else None
+        y = base(t.call(turn, x, t.rotation, False, probe, params.block_dropout))
         return y + (t.output_scale - 1) * (y - host_bias(form, base, t.output_scale))
 
     def fold(self, site: Site, params: BoftParams, t: Any, weights: Weights) -> Tensors:
@@ -95,13 +107,20 @@ class Boft(Method):
         return {"weight": own_layout(site.kind, turned.reshape(rows.shape))}
 
 
-def turn(x: Tensor, rotation: Tensor, inverse: bool = False) -> Tensor:
-    """Multiply x, `[…, width]`, by the butterfly matrix Bₘ … B₂ B₁, or by its inverse."""
+def turn(
+    x: Tensor, rotation: Tensor, inverse: bool = False, probe: Tensor | None = None, dropped: float = 0.0
+) -> Tensor:
+    """Multiply x, `[…, width]`, by the butterfly matrix Bₘ … B₂ B₁, or by its inverse.
+
+    With a `probe` of training, that part `dropped` of the blocks is left out.
+    """
     import torch
 
     factors, _, size, _ = rotation.shape
     skew = (rotation - rotation.transpose(-2, -1)) / 2
     orthogonal = cayley(skew.flatten(0, 1)).reshape(rotation.shape)
+    if probe is not None:
+        orthogonal = drop_blocks(probe, orthogonal, dropped)
     for index in range(factors) if inverse else reversed(range(factors)):
         turns = orthogonal[index].transpose(-2, -1) if inverse else orthogonal[index]
         if index == 0:

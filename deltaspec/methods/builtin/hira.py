@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
 from typing import Any, Literal
 
 from deltaspec.methods.base import Method, Tensors, Weights
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods.shared.dropouts import Probability
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.weights import canonical, refuse_weight, weight_shape
 
@@ -18,6 +20,8 @@ class HiraParams(MethodParams):
     """Rank of the factor B A. The update W ⊙ (B A) has up to the weight's rank times that."""
     init: Literal["kaiming_uniform", "normal"] = "kaiming_uniform"
     """How A starts; B starts at zero. `normal` has standard deviation 1 / rank."""
+    dropout: Probability = 0.0
+    """Probability of dropping an entry of the update's input while training; not for embeddings."""
 
 
 class Hira(Method):
@@ -32,10 +36,13 @@ class Hira(Method):
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
     small = {"rank": 2}
+    foreign = {"hira_dropout": "dropout"}
 
     def refuse(self, site: Site, params: HiraParams) -> Refusal | None:
         """Take linear layers, embeddings and convolutions."""
-        return refuse_weight(site, "hira")
+        if params.dropout and site.kind == "embedding":
+            return Refusal("an embedding takes ids, which cannot be dropped", "set dropout: 0 for it in overrides")
+        return refuse_weight(site, "hira", dropout=params.dropout)
 
     def tensors(self, site: Site, params: HiraParams) -> tuple[TensorSpec, ...]:
         """Declare A `[rank, in, *kernel]` as `down`, B `[out, rank]` as `up`."""
@@ -48,8 +55,12 @@ class Hira(Method):
         return TensorSpec("down", down, start), TensorSpec("up", up, Init("zeros"))
 
     def lowers(self, site: Site, params: HiraParams) -> bool:
-        """Work through the weight: the formula is about its entries."""
-        return True
+        """Work through the weight, about whose entries the formula is, unless the update has an input of its own."""
+        return not params.dropout
+
+    def substitutes(self, site: Site, params: HiraParams) -> bool:
+        """Return True where the host runs on the scaled weight besides its own."""
+        return bool(params.dropout)
 
     def reads_weight(self, site: Site, params: HiraParams) -> bool:
         """Return True: it scales the entries of the weight."""
@@ -58,6 +69,15 @@ class Hira(Method):
     def needs_base(self, site: Site, params: HiraParams) -> bool:
         """Return True: its factors are of the backbone's entries, also beside another one."""
         return True
+
+    def apply(self, form: Form, params: HiraParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
+        """Compute base(x) + (W ⊙ (B A)) drop(x)."""
+        import torch
+
+        y, factor = base(x), canonical(form.kind, torch.tensordot(t.up, t.down, dims=1))
+        # Conv1D's addmm needs a bias to add.
+        bias = t.up.detach()[:, 0] * 0 if form.kind == "conv1d" else None
+        return y + base(t.dropout(x), weight_factor=factor, bias=bias)
 
     def fold(self, site: Site, params: HiraParams, t: Any, weights: Weights) -> Tensors:
         """Scale the weight's entries."""

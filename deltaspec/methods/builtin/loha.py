@@ -10,6 +10,7 @@ from pydantic import Field
 
 from deltaspec.methods.base import Method, Tensors, Weights
 from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods.shared.dropouts import Probability, drop_update, training
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.weights import add_update, fold_update, refuse_weight, substitutes_update, weight_shape
 
@@ -24,6 +25,10 @@ class LohaParams(MethodParams):
     tucker: bool = False
     """For convolutions with kernels larger than 1: factors over the channels around a small kernel of `[rank, rank, …]`
     (proposition 3 of the paper), instead of factors of the flattened kernel."""
+    rank_dropout: Probability = 0.0
+    """Probability of dropping a row of the update while training, one drawing a forward; the others are scaled up."""
+    module_dropout: Probability = 0.0
+    """Probability of dropping the whole update of a module while training, one drawing a forward."""
 
     @property
     def scale(self) -> float:
@@ -43,10 +48,15 @@ class Loha(Method):
     matrices = True
     small = {"rank": 2}
     foreign = {"use_effective_conv2d": "tucker"}
+    training = frozenset({"rank_dropout", "module_dropout"})
+
+    def dropout(self, params: LohaParams) -> float:
+        """Return the larger of the two: by it, a formula sees whether the model trains."""
+        return max(params.rank_dropout, params.module_dropout)
 
     def refuse(self, site: Site, params: LohaParams) -> Refusal | None:
         """Take linear layers, embeddings and convolutions."""
-        return refuse_weight(site, "loha")
+        return refuse_weight(site, "loha", dropout=self.dropout(params))
 
     def tensors(self, site: Site, params: LohaParams) -> tuple[TensorSpec, ...]:
         """Declare B₁, B₂ `[out, rank]`, A₁, A₂ `[rank, in, *kernel]`; with a core, A `[rank, in]` and the cores."""
@@ -71,7 +81,11 @@ class Loha(Method):
     def apply(self, form: Form, params: LohaParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute base(x) and the update's output."""
         y = base(x)
-        return add_update(form, y, x, _update(params, t, "core_1" in form.tensors), base)
+        update = _update(params, t, "core_1" in form.tensors)
+        if self.dropout(params):
+            probe = training(t, t.up_1)
+            update = t.call(drop_update, probe, update, params.rank_dropout, True, params.module_dropout)
+        return add_update(form, y, x, update, base)
 
     def fold(self, site: Site, params: LohaParams, t: Any, weights: Weights) -> Tensors:
         """Add the update to the weight."""

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from deltaspec.methods.base import Method, Tensors, Weights
 from deltaspec.methods.declarations import Form, Init, MethodParams, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods.shared.dropouts import Probability, drop_update, training
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.weights import add_update, fold_update, refuse_weight, substitutes_update, weight_shape
 
@@ -30,6 +31,15 @@ class LokrParams(MethodParams):
     """For convolutions with kernels larger than 1: a core of `[rank, rank, …]` instead of the flattened kernel."""
     init: Literal["zero_small", "zero_large"] = "zero_small"
     """Which factor starts at zero: the small one, or the large one (as LyCORIS does)."""
+    rank_dropout: Probability = 0.0
+    """Probability of dropping a row of the update while training, one drawing a forward."""
+    rank_dropout_scale: bool = False
+    """Scale up the rows that rank_dropout leaves."""
+    module_dropout: Probability = 0.0
+    """Probability of dropping the whole update of a module while training, one drawing a forward."""
+    order: Literal["kronecker", "peft_conv1d"] = "kronecker"
+    """Where the entries of the product stand. `peft_conv1d`: as PEFT has them on a Conv1d with a full large factor, for
+    adapters that were trained there; no Kronecker product of the weight's sides."""
 
     @property
     def scale(self) -> float:
@@ -48,11 +58,28 @@ class Lokr(Method):
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
     small = {"rank": 2}
-    foreign = {"decompose_factor": "factor", "rank_dropout_scale": None}
+    foreign = {"decompose_factor": "factor"}
+    training = frozenset({"rank_dropout", "rank_dropout_scale", "module_dropout"})
+
+    def dropout(self, params: LokrParams) -> float:
+        """Return the larger of the two: by it, a formula sees whether the model trains."""
+        return max(params.rank_dropout, params.module_dropout)
 
     def refuse(self, site: Site, params: LokrParams) -> Refusal | None:
         """Take linear layers, embeddings and convolutions."""
-        return refuse_weight(site, "lokr")
+        if refusal := refuse_weight(site, "lokr", dropout=self.dropout(params)):
+            return refusal
+        if params.order == "peft_conv1d" and (len(weight_shape(site)) != 3 or not self._is_full(site, params)):
+            return Refusal(
+                f"order: peft_conv1d is for a Conv1d with a full large factor, not this {site.row.type}",
+                "leave order out, or set it in overrides for what it is for",
+            )
+        return None
+
+    @staticmethod
+    def _is_full(site: Site, params: LokrParams) -> bool:
+        out_width, in_width, *_ = weight_shape(site)
+        return params.rank >= max(split(out_width, params.factor)[1], split(in_width, params.factor)[1]) / 2
 
     def tensors(self, site: Site, params: LokrParams) -> tuple[TensorSpec, ...]:
         """Declare `small` `[m, p]`, `large` `[n, q, *kernel]` for a weight `[m·n, p·q, *kernel]`, or their factors."""
@@ -64,7 +91,7 @@ class Lokr(Method):
             specs = [TensorSpec("small_up", (m, rank), small), TensorSpec("small_down", (rank, p), start)]
         else:
             specs = [TensorSpec("small", (m, p), small)]
-        if rank >= max(n, q) / 2:
+        if self._is_full(site, params):
             specs.append(TensorSpec("large", (n, q, *kernel), large))
         elif params.tucker and any(size > 1 for size in kernel):
             specs += [TensorSpec("large_up", (n, rank), start), TensorSpec("large_down", (rank, q), large)]
@@ -80,7 +107,11 @@ class Lokr(Method):
     def apply(self, form: Form, params: LokrParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
         """Compute base(x) and the update's output."""
         y = base(x)
-        return add_update(form, y, x, _update(params, t, form.tensors, form.channel_dims), base)
+        update = _update(params, t, form.tensors, form.channel_dims)
+        if self.dropout(params):
+            probe, rows = training(t, update), (params.rank_dropout, params.rank_dropout_scale)
+            update = t.call(drop_update, probe, update, *rows, params.module_dropout)
+        return add_update(form, y, x, update, base)
 
     def fold(self, site: Site, params: LokrParams, t: Any, weights: Weights) -> Tensors:
         """Add the update to the weight."""
@@ -107,6 +138,9 @@ def _update(params: LokrParams, t: Any, names: tuple[str, ...], kernel_dims: int
         large = torch.einsum("ij...,jc,oi->oc...", t.large_core, t.large_down, t.large_up)
     else:
         large = torch.tensordot(t.large_up, t.large_down, dims=1)
+    if params.order == "peft_conv1d":
+        rows, columns = small.shape[0] * large.shape[0], small.shape[1] * large.shape[1]
+        return torch.kron(small, large.contiguous()).reshape(rows, columns, large.shape[2]) * params.scale
     for _ in range(kernel_dims):
         small = small.unsqueeze(-1)
     return torch.kron(small, large.contiguous()) * params.scale

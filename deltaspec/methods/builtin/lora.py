@@ -14,7 +14,7 @@ from deltaspec.methods.shared.dora import decompose, decomposed_output, squared_
 from deltaspec.methods.shared.parts import PartNames, add_to_parts, fused_roles_of, refuse_parts, spread
 from deltaspec.methods.shared.rank import Rank
 from deltaspec.methods.shared.shapes import along_channels
-from deltaspec.methods.shared.starts import orthogonal, principal
+from deltaspec.methods.shared.starts import orthogonal, principal, triangular
 from deltaspec.methods.shared.weights import canonical, reader, refuse_weight, wasted_rank, weight_shape
 
 if TYPE_CHECKING:
@@ -32,10 +32,11 @@ class LoraParams(MethodParams):
     """Probability of dropping an entry of the update's input while training."""
     scaling: Literal["standard", "rslora"] = "standard"
     """`standard`: alpha / rank. `rslora`: alpha / sqrt(rank), stable for large ranks (arXiv:2312.03732)."""
-    init: Literal["kaiming_uniform", "normal", "orthogonal", "pissa"] = "kaiming_uniform"
+    init: Literal["kaiming_uniform", "normal", "orthogonal", "pissa", "olora"] = "kaiming_uniform"
     """How A and B start. `kaiming_uniform` and `normal` (standard deviation 1 / rank): A, with B zero. `orthogonal`:
-    both random, with B A = 0; even ranks. `pissa`: the weight's largest singular directions (arXiv:2404.02948). The
-    last two keep their start as frozen buffers and subtract it, so that a fresh delta changes nothing."""
+    both random, with B A = 0; even ranks. `pissa`: the weight's largest singular directions (arXiv:2404.02948).
+    `olora`: the first columns of its QR decomposition (arXiv:2406.01775). The last three keep their start as frozen
+    buffers and subtract it, so that a fresh delta changes nothing."""
     svd_iterations: Annotated[int, Field(ge=1, le=1000)] | None = None
     """For `init: pissa`: power iterations of a fast randomised decomposition; left out, the full one."""
     use_dora: bool = False
@@ -60,7 +61,7 @@ class LoraParams(MethodParams):
     @property
     def keeps_start(self) -> bool:
         """Whether the initial product is kept and subtracted."""
-        return self.init in ("orthogonal", "pissa")
+        return self.init in ("orthogonal", "pissa", "olora")
 
 
 class Lora(Method):
@@ -83,7 +84,7 @@ class Lora(Method):
         **{key: {True: "scaling: rslora", False: "scaling: standard"} for key in ("use_rslora", "rslora")},
         "init_lora_weights": {
             "gaussian": "init: normal",
-            "(pissa|orthogonal)": r"init: \1",
+            "(pissa|orthogonal|olora)": r"init: \1",
             r"pissa_niter_(\d+)": r"{init: pissa, svd_iterations: \1}",
         },
         **dict.fromkeys(("layer_replication", "megatron_core", "use_bdlora", "use_qalora", "qalora_group_size")),
@@ -122,9 +123,9 @@ class Lora(Method):
             return Refusal(reason, "use init: kaiming_uniform here")
         if params.init == "orthogonal" and rank % 2:
             return Refusal(f"init: orthogonal needs an even rank, not {rank}", f"use rank: {rank + 1}")
-        if params.init == "pissa" and rank > min(weight_shape(site)):
+        if params.init != "orthogonal" and rank > min(weight_shape(site)):
             widest = min(weight_shape(site))
-            return Refusal(f"init: pissa: this weight has {widest} singular values, not {rank}", f"use rank: {widest}")
+            return Refusal(f"init: {params.init}: this weight has rank {widest}, not {rank}", f"use rank: {widest}")
         return None
 
     def remark(self, site: Site, params: LoraParams) -> str | None:
@@ -172,6 +173,8 @@ class Lora(Method):
             if params.init == "pissa":
                 weight = canonical(site.kind, weights["weight"])
                 down, up = principal(weight, params.rank, params.scale, params.svd_iterations, generator)
+            elif params.init == "olora":
+                down, up = triangular(canonical(site.kind, weights["weight"]), params.rank)
             else:
                 down, up = orthogonal(weight_shape(site)[0], weight_shape(site)[1], params.rank, generator)
             given |= {"down": down, "down_start": down.clone(), "up": up, "up_start": up.clone()}

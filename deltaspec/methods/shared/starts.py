@@ -37,6 +37,14 @@ def principal(
     return root[:, None] * v[:rank], u[:, :rank] * root
 
 
+def triangular(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the first columns of the QR decomposition of a canonical weight as factors (down, up) (OLoRA)."""
+    import torch
+
+    q, r = torch.linalg.qr(weight)
+    return r[:rank].contiguous(), q[:, :rank].contiguous()
+
+
 def orthogonal(out_width: int, in_width: int, rank: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Return random factors (down, up) of an even rank whose product is zero but for round-off."""
     import torch

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.outgoing import Outgoing, Part
+from deltaspec.formats.peft.adapter import CONFIG
+from deltaspec.formats.peft.aside import write_aside
+from deltaspec.formats.peft.convolutions import refuse_ignored_dilation
+from deltaspec.formats.peft.factors import Update, joined, lora_updates
+from deltaspec.formats.peft.low_rank import refusal, with_bias, write_lora
+from deltaspec.formats.peft.parameters import factors, places_of
 from deltaspec.formats.peft.targets import by_pattern, check_targets
+from deltaspec.names.folding import shown
 
 if TYPE_CHECKING:
     from deltaspec.formats.peft.adapter import Adapter
+
+METHODS = frozenset({"lora"})
+"""Methods that are written so."""
 
 KEYS = (
     "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
@@ -31,12 +43,15 @@ def read(adapter: Adapter) -> None:
     params = _params(adapter)
     modules = adapter.modules(*KEYS)
     places = adapter.places(modules)
-    check_targets(adapter, places)
+    stand_for = places_of(adapter, places)
+    check_targets(adapter, {name: fqn for name, fqn in places.items() if stand_for[name].name == name})
     rank, alpha = adapter.option("r", 8), adapter.option("lora_alpha", 8)
     ranks, alphas = adapter.option("rank_pattern") or {}, adapter.option("alpha_pattern") or {}
     sites = []
     for module, fqn in places.items():
-        own = {"rank": by_pattern(module, ranks, rank), "alpha": float(by_pattern(module, alphas, alpha))}
+        place = stand_for[module]
+        own: dict[str, Any] = {"rank": by_pattern(place.name, ranks, rank)}
+        own["alpha"] = float(by_pattern(place.name, alphas, alpha)) * (2 if place.doubled else 1)
         tensors = {
             _OURS[suffix]: value
             for suffix in KEYS
@@ -44,13 +59,41 @@ def read(adapter: Adapter) -> None:
         }
         if not _fits(adapter, module, own["rank"], tensors):
             continue
-        if "down" in tensors and (surplus := own["rank"] - tensors["down"].shape[0]):
+        row = adapter.base.rows[fqn]
+        experts = row.shape_of(place.parameter)[0] if place.parameter and len(row.shape_of(place.parameter)) == 3 else 1
+        if surplus := own["rank"] * experts - tensors["down"].shape[0]:
             message = f"{module}: its rank is {own['rank']}, and lora_A has {surplus} rows fewer"
             adapter.find("DS543", message, "the configuration and the file are of two adapters", adapter.file)
             continue
-        differs = {key: value for key, value in own.items() if value != params[key]}
-        sites.append(IncomingSite(fqn, tensors, differs))
+        if place.bypassed:
+            own |= {"dropout": 0.0} if "dropout" in params else {}
+            if "bias" in tensors:
+                message = f"lora_bias on {place.fqn}: PEFT trains it, and adds it nowhere or once"
+                adapter.find("DS544", message, "train it again with lora_bias=False", CONFIG)
+        if place.parameter or place.name != module:
+            tensors = factors(adapter, place, tensors)
+        if "magnitude" in tensors:
+            tensors["magnitude"] = tensors["magnitude"].flatten()
+        if row.conv_groups > 1:
+            _refuse_groups(adapter, fqn)
+        refuse_ignored_dilation(adapter, fqn)
+        differs = {key: value for key, value in own.items() if key not in params or value != params[key]}
+        sites.append(IncomingSite(fqn, tensors, differs, place.parameter))
+    if doubled := [place.fqn for place in stand_for.values() if place.doubled]:
+        adapter.remark(
+            f"PEFT adds the update of {shown(doubled)} twice, and computes the gradient of one: it acts twice here, too "
+            "(alpha is doubled), and learns by the gradient of both"
+        )
     adapter.add("lora", params, sites)
+
+
+def _refuse_groups(adapter: Adapter, fqn: str) -> None:
+    message = (
+        f"LoRA on {fqn}, a grouped convolution: PEFT's lora_A sees all of its channels, so the update is no change "
+    )
+    message += "of its weight"
+    hint = "train it again without grouped convolutions (exclude_modules), or with LoHa or LoKr there"
+    adapter.find("DS544", message, hint, CONFIG)
 
 
 def _params(adapter: Adapter) -> dict[str, Any]:
@@ -63,8 +106,28 @@ def _params(adapter: Adapter) -> dict[str, Any]:
         params["use_dora"] = True
     if adapter.option("lora_bias"):
         params["bias"] = True
-    adapter.option("init_lora_weights")
-    return params
+    return params | _start(adapter)
+
+
+def _start(adapter: Adapter) -> dict[str, Any]:
+    """Return what the start means for the outputs: PEFT takes some of them out of the base's weights when it loads."""
+    start = adapter.option("init_lora_weights", True)
+    if start in ("corda", "loftq"):
+        reason = {"corda": "it was taken out of the base's weights by data that the adapter does not hold",
+                  "loftq": "PEFT quantises the base's weights when it loads the adapter"}[start]  # fmt: skip
+        hint = "convert it where it was trained: save_pretrained(dir, path_initial_model_for_weight_conversion=…)"
+        adapter.find("DS544", f"init_lora_weights: {start!r}: {reason}", hint, CONFIG)
+    if start in ("pissa", "olora"):
+        return {"init": start}
+    if isinstance(start, str) and (found := re.fullmatch(r"pissa_niter_(\d+)", start)):
+        adapter.remark(
+            f"init_lora_weights {start}: PEFT takes a decomposition by chance out of the base's weights, another one at "
+            "each load; here it is one drawn by the spec's seed, and outputs are as near as those are to each other"
+        )
+        return {"init": "pissa", "svd_iterations": int(found[1])}
+    if start == "mica":
+        adapter.remark("init_lora_weights mica: PEFT trains lora_A alone; further training here moves both factors")
+    return {"init": "normal"} if start == "gaussian" else {}
 
 
 def _fits(adapter: Adapter, module: str, rank: int, tensors: dict[str, Any]) -> bool:
@@ -73,3 +136,38 @@ def _fits(adapter: Adapter, module: str, rank: int, tensors: dict[str, Any]) -> 
         message = f"{module}: {counted(len(lacking), 'factor')} of the pair is missing"
         adapter.find("DS543", message, "the file was cut: save the adapter again", adapter.file)
     return not lacking
+
+
+def write(out: Outgoing) -> None:
+    """Write all low-rank updates as one LoRA."""
+    added = write_aside(out, biases=True)
+    found = out.take(lambda part: part.method in METHODS)
+    updates: dict[str, Update] = {}
+    for fqn, parts in found.items():
+        if (update := _update(out, parts)) is not None:
+            updates[fqn] = update
+    for fqn, bias in added.items():
+        if fqn not in found and (reason := refusal(out, out.at(fqn)[0])):
+            out.refuse(out.at(fqn), reason)
+            continue
+        updates[fqn] = with_bias(updates.get(fqn), bias, out.base.rows[fqn])
+    out.settle()
+    write_lora(out, updates, dropout=max((part.params.dropout for own in found.values() for part in own), default=0.0))
+
+
+def _update(out: Outgoing, parts: list[Part]) -> Update | None:
+    """Return what deltas add to one module; None, with a finding, where PEFT has no form for it."""
+    part = parts[0]
+    if reason := refusal(out, part):
+        out.refuse(parts, reason)
+        return None
+    decomposed = [p for p in parts if p.params.use_dora]
+    if decomposed and len(parts) > 1:
+        out.refuse(parts, "PEFT's DoRA stands alone on a module, and several deltas are added here")
+    elif decomposed and part.strength != 1:
+        out.refuse(parts, f"DoRA at strength {part.strength:g} is no DoRA")
+    elif decomposed and part.params.keeps_start:
+        out.refuse(parts, "PEFT's DoRA has no place for a start that is subtracted")
+    else:
+        return joined([u for p in parts for u in lora_updates(p)], part.at.site.row.conv_groups)
+    return None

@@ -1,0 +1,34 @@
+"""C3A of PEFT: circulant blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.peft.sites import differs, found_modules, overrides
+from deltaspec.formats.peft.targets import by_pattern_below
+
+if TYPE_CHECKING:
+    from deltaspec.formats.peft.adapter import Adapter
+
+_STARTS = {True: "zeros", "gaussian": "normal", "kaiming_uniform": "kaiming_uniform"}
+
+
+def read(adapter: Adapter) -> None:
+    """Add the delta of a C3A adapter."""
+    size, sizes = adapter.option("block_size", 256), adapter.option("block_size_pattern") or {}
+    params: dict[str, Any] = {"block_size": size}
+    if (start := adapter.option("init_weights")) in _STARTS:
+        params["init"] = _STARTS[start]
+    sites = []
+    for found in found_modules(adapter, {"c3a_kernel": "kernels"}):
+        own = {"block_size": by_pattern_below(found.module, sizes, size)}
+        if differs(adapter, found, "block_size", own["block_size"], found.tensors["kernels"].shape[-1]):
+            continue
+        sites.append(IncomingSite(found.fqn, found.tensors, overrides(params, own)))
+    if sites:
+        adapter.remark(
+            "PEFT's own backward of C3A gives its kernels and what is before them a wrong gradient: outputs are equal, and "
+            "further training here follows the formula"
+        )
+    adapter.add("c3a", params, sites)

@@ -1,0 +1,44 @@
+"""FourierFT of PEFT: spectral coefficients at places that follow from a seed."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.peft.sites import differs, found_modules, overrides
+from deltaspec.formats.peft.targets import by_pattern_below
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltaspec.formats.peft.adapter import Adapter
+
+
+def read(adapter: Adapter) -> None:
+    """Add the delta of a FourierFT adapter."""
+    adapter.ignore("fan_in_fan_out")
+    count, seed = adapter.option("n_frequency", 1000), adapter.option("random_loc_seed", 777)
+    counts = adapter.option("n_frequency_pattern") or {}
+    params: dict[str, Any] = {
+        "frequencies": count, "scale": float(adapter.option("scaling", 150.0)), "frequency_seed": seed,
+        "init": "zeros" if adapter.option("init_weights") else "normal",
+    }  # fmt: skip
+
+    @cache
+    def places(size: int, number: int) -> Tensor:  # sites of one shape share one tensor
+        return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:number].clone()
+
+    sites = []
+    for found in found_modules(adapter, {"fourierft_spectrum": "coefficients"}):
+        own = {"frequencies": by_pattern_below(found.module, counts, count)}
+        held = found.tensors["coefficients"].shape[0]
+        if differs(adapter, found, "n_frequency", own["frequencies"], held):
+            continue
+        assert found.row.in_features is not None and found.row.out_features is not None
+        size = found.row.in_features * found.row.out_features
+        frequencies = places(size, held)
+        sites.append(IncomingSite(found.fqn, {**found.tensors, "frequencies": frequencies}, overrides(params, own)))
+    adapter.add("fourierft", params, sites)

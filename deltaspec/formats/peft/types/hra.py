@@ -1,0 +1,28 @@
+"""HRA of PEFT: Householder reflections of the input."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.peft.convolutions import refuse_ignored_geometry
+from deltaspec.formats.peft.sites import differs, found_modules
+
+if TYPE_CHECKING:
+    from deltaspec.formats.peft.adapter import Adapter
+
+
+def read(adapter: Adapter) -> None:
+    """Add the delta of an HRA adapter."""
+    adapter.ignore("init_weights")
+    params: dict[str, Any] = {"rank": adapter.option("r", 8)}
+    if adapter.option("apply_GS"):
+        params["orthogonal"] = True
+    found = found_modules(adapter, {"hra_u": "directions"})
+    refuse_ignored_geometry(adapter, found)
+    adapter.add(
+        "hra", params, [
+            IncomingSite(at.fqn, at.tensors) for at in found
+            if not differs(adapter, at, "r", params["rank"], at.tensors["directions"].shape[1])
+        ],
+    )  # fmt: skip

@@ -1,0 +1,48 @@
+"""LN tuning of PEFT: trained copies of norms, or of whatever else is targeted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.peft.targets import check_targets
+from deltaspec.names.folding import shown
+from deltaspec.names.paths import below
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltaspec.formats.peft.adapter import Adapter
+
+_MARK = "ln_tuning_layers"
+
+
+def read(adapter: Adapter) -> None:
+    """Add the delta of an LN tuning adapter: `norm` where all of it is norms' scales and shifts, else `full`."""
+    keys = {key: _split(key) for key in adapter.weights if _MARK in key.split(".")}
+    if inside := sorted({target for target, inner, _ in keys.values() if inner}):
+        message = f"has copies of {shown(inside)} with modules inside, whose keys PEFT itself does not find again"
+        adapter.find("DS543", message, "name the modules inside as target_modules, and train it again", adapter.file)
+        adapter.settle()
+    targets = adapter.places(dict.fromkeys(target for target, _, _ in keys.values()))
+    check_targets(adapter, targets, kinds=("norm", "linear", "conv1d", "conv", "embedding"))
+    copies: dict[str, dict[str, Tensor]] = {}
+    for key, (target, _, name) in keys.items():
+        if target not in targets:
+            continue
+        fqn = targets[target]
+        value = adapter.take(key, f"{below(fqn, name)}, in full")
+        assert value is not None
+        copies.setdefault(fqn, {})[name] = value
+    rows = adapter.base.rows
+    norms = all(rows[fqn].kind == "norm" and set(own) <= {"weight", "bias"} for fqn, own in copies.items())
+    tied = any(parameter.tied for fqn in copies for parameter in rows[fqn].parameters)
+    params = {"tied": "alone"} if tied and not norms else {}
+    adapter.add("norm" if norms else "full", params, [IncomingSite(fqn, own) for fqn, own in copies.items()])
+
+
+def _split(key: str) -> tuple[str, str, str]:
+    """Return the module that is copied, the module inside it that owns a tensor (often none), the tensor's own name."""
+    segments = key.split(".")
+    at = segments.index(_MARK)
+    return ".".join(segments[:at]), ".".join(segments[at + 1 : -1]), segments[-1]

@@ -1,0 +1,51 @@
+"""LoHa of PEFT: Hadamard products of two low-rank updates, around a core on convolutions if so wanted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.peft.sites import differs, found_modules, lacks, overrides
+from deltaspec.formats.peft.targets import by_pattern
+
+if TYPE_CHECKING:
+    from deltaspec.formats.peft.adapter import Adapter
+
+_NAMES = {"hada_w1_a": "up_1", "hada_w1_b": "down_1", "hada_w2_a": "up_2", "hada_w2_b": "down_2", "hada_t1": "core_1",
+          "hada_t2": "core_2"}  # fmt: skip
+
+
+def read(adapter: Adapter) -> None:
+    """Add the delta of a LoHa adapter."""
+    adapter.ignore("init_weights")
+    rank, alpha = adapter.option("r", 8), adapter.option("alpha", 8)
+    ranks, alphas = adapter.option("rank_pattern") or {}, adapter.option("alpha_pattern") or {}
+    params: dict[str, Any] = {"rank": rank, "alpha": float(alpha)}
+    for name in ("rank_dropout", "module_dropout"):
+        if dropout := adapter.option(name, 0.0):
+            params[name] = float(dropout)
+    if adapter.option("use_effective_conv2d"):
+        params["tucker"] = True
+    sites = []
+    for found in found_modules(adapter, _NAMES):
+        if lacks(adapter, found, ("up_1", "down_1", "up_2", "down_2")):
+            continue
+        own = {"rank": by_pattern(found.module, ranks, rank), "alpha": float(by_pattern(found.module, alphas, alpha))}
+        if differs(adapter, found, "r", own["rank"], found.tensors["down_1"].shape[0]):
+            continue
+        tensors = dict(found.tensors)
+        kernel = found.row.shape_of("weight")[2:]
+        for index in (1, 2):
+            up, down, core = f"up_{index}", f"down_{index}", f"core_{index}"
+            if core in tensors:
+                tensors[up] = tensors[up].t()
+                tensors[core] = tensors[core].reshape(*tensors[core].shape[:2], *kernel)
+            elif kernel:
+                tensors[down] = tensors[down].reshape(own["rank"], -1, *kernel)
+        sites.append(IncomingSite(found.fqn, tensors, overrides(params, own)))
+    if any("core_1" in site.tensors for site in sites):
+        adapter.remark(
+            "PEFT's own backward of LoHa with a core gives its first factor a wrong gradient: outputs are equal, and "
+            "further training here follows the formula"
+        )
+    adapter.add("loha", params, sites)

@@ -1,0 +1,68 @@
+"""LoKr of PEFT: Kronecker products of a small matrix with a low-rank or full one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.peft.sites import Found, found_modules, overrides
+from deltaspec.formats.peft.targets import by_pattern
+from deltaspec.names.folding import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltaspec.formats.peft.adapter import Adapter
+
+_NAMES = {"lokr_w1": "small", "lokr_w1_a": "small_up", "lokr_w1_b": "small_down", "lokr_w2": "large",
+          "lokr_w2_a": "large_up", "lokr_w2_b": "large_down", "lokr_t2": "large_core"}  # fmt: skip
+
+
+def read(adapter: Adapter) -> None:
+    """Add the delta of a LoKr adapter."""
+    params = _params(adapter)
+    rank, alpha = params["rank"], params["alpha"]
+    ranks, alphas = adapter.option("rank_pattern") or {}, adapter.option("alpha_pattern") or {}
+    sites, scrambled = [], []
+    for found in found_modules(adapter, _NAMES):
+        own = {"rank": by_pattern(found.module, ranks, rank), "alpha": float(by_pattern(found.module, alphas, alpha))}
+        if len(found.row.shape_of("weight")) == 3 and "large" in found.tensors:
+            own["order"] = "peft_conv1d"
+            scrambled.append(found.fqn)
+        sites.append(IncomingSite(found.fqn, _tensors(found, own["rank"]), overrides(params, own)))
+    if scrambled:
+        adapter.remark(
+            f"PEFT puts the entries of the product on {shown(scrambled)} in an order that is no Kronecker product's; "
+            "it is kept (order: peft_conv1d)"
+        )
+    adapter.add("lokr", params, sites)
+
+
+def _params(adapter: Adapter) -> dict[str, Any]:
+    params: dict[str, Any] = {"rank": adapter.option("r", 8), "alpha": float(adapter.option("alpha", 8))}
+    for name in ("rank_dropout", "module_dropout"):
+        if dropout := adapter.option(name, 0.0):
+            params[name] = float(dropout)
+    if adapter.option("rank_dropout_scale") and "rank_dropout" in params:
+        params["rank_dropout_scale"] = True
+    if adapter.option("decompose_both"):
+        params["decompose_both"] = True
+    if adapter.option("use_effective_conv2d"):
+        params["tucker"] = True
+    if (factor := adapter.option("decompose_factor", -1)) != -1:
+        params["factor"] = factor
+    if adapter.option("init_weights") == "lycoris":
+        params["init"] = "zero_large"
+    return params
+
+
+def _tensors(found: Found, rank: int) -> dict[str, Tensor]:
+    tensors, kernel = dict(found.tensors), found.row.shape_of("weight")[2:]
+    if "large_core" in tensors:
+        core = tensors["large_core"]
+        tensors["large_core"] = core.reshape(*core.shape[:2], *kernel)
+        tensors["large_up"] = tensors["large_up"].t()
+    elif kernel and "large_down" in tensors:
+        down = tensors["large_down"]
+        tensors["large_down"] = down.reshape(down.shape[0], -1, *kernel)
+    return tensors

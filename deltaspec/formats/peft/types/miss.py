@@ -1,0 +1,33 @@
+"""MiSS of PEFT: one small matrix shared by all shards of a weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.peft.sites import differs, found_modules
+
+if TYPE_CHECKING:
+    from deltaspec.formats.peft.adapter import Adapter
+
+
+def read(adapter: Adapter) -> None:
+    """Add the delta of a MiSS adapter; what it computes is what its start was called."""
+    start, dropout = adapter.option("init_weights", True), adapter.option("miss_dropout", 0.0)
+    params: dict[str, Any] = {"rank": adapter.option("r", 64)}
+    width = adapter.option("mini_r", 1)
+    if start in ("bat", "mini"):
+        params["variant"] = start
+    if start == "mini":
+        params["width"] = width
+    if dropout and start == "bat":
+        adapter.remark(f"miss_dropout {dropout} was left out: PEFT never calls it where init_weights is bat")
+    elif dropout:
+        params["dropout"] = float(dropout)
+    modules = found_modules(adapter, {"miss_block": "shard"})
+    adapter.add(
+        "miss", params, [
+            IncomingSite(at.fqn, at.tensors) for at in modules
+            if not differs(adapter, at, "r", params["rank"], at.tensors["shard"].shape[1 if start == "bat" else 0])
+        ],
+    )  # fmt: skip

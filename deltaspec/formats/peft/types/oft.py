@@ -1,0 +1,60 @@
+"""OFT of PEFT: rotations of blocks of the input, constrained or not."""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.peft.adapter import CONFIG
+from deltaspec.formats.peft.sites import found_modules, overrides
+from deltaspec.names.folding import shown
+
+if TYPE_CHECKING:
+    from deltaspec.formats.peft.adapter import Adapter
+
+_NAMES = {"oft_R.weight": "rotation", "oft_embedding_R.weight": "rotation"}
+
+
+def read(adapter: Adapter) -> None:
+    """Add the delta of an OFT adapter. The width of the blocks is that of the file: PEFT moves it to what divides."""
+    adapter.ignore("init_weights", "fan_in_fan_out", "r")
+    adapter.option("oft_block_size", 32)
+    params = _params(adapter)
+    modules = found_modules(adapter, _NAMES)
+    if not modules:
+        return
+    sizes = [(1 + isqrt(1 + 8 * found.tensors["rotation"].shape[-1])) // 2 for found in modules]
+    params["block_size"] = sizes[0]
+    sites = []
+    for found, size in zip(modules, sizes, strict=True):
+        own: dict[str, Any] = {"block_size": size}
+        if found.row.kind == "conv":
+            own["patches"] = list(found.row.shape_of("weight")[2:])
+        sites.append(IncomingSite(found.fqn, found.tensors, overrides(params, own)))
+    if turned := [found.fqn for found in modules if found.row.kind == "conv"]:
+        adapter.remark(
+            f"PEFT turns patches of what enters {shown(turned)} and adds them up in an order that is not that of their "
+            "places, which its own merging does not: here it is as in its forward (patches), and cannot be merged"
+        )
+    adapter.add("oft", params, sites)
+
+
+def _params(adapter: Adapter) -> dict[str, Any]:
+    params: dict[str, Any] = {}
+    if adapter.option("block_share"):
+        params["shared_blocks"] = True
+    eps = adapter.option("eps", 6e-5)
+    if adapter.option("coft"):
+        params["constraint"] = float(eps)
+    terms = adapter.option("num_cayley_neumann_terms", 5)
+    if not adapter.option("use_cayley_neumann", True):
+        params["transform"] = "cayley"
+    elif terms < 2:
+        message = f"num_cayley_neumann_terms: {terms} turns nothing"
+        adapter.find("DS544", message, "train it again with 5 terms", CONFIG)
+    else:
+        params["terms"] = 4 if terms == 3 else terms  # PEFT's series has the same four at three
+    if dropout := adapter.option("module_dropout", 0.0):
+        adapter.remark(f"module_dropout {dropout} was left out: PEFT makes it for OFT and never calls it")
+    return params

@@ -1,0 +1,29 @@
+"""RoAd of PEFT: rotations of pairs of output features."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.peft.adapter import CONFIG
+from deltaspec.formats.peft.sites import found_modules, lacks
+
+if TYPE_CHECKING:
+    from deltaspec.formats.peft.adapter import Adapter
+
+_VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}
+
+
+def read(adapter: Adapter) -> None:
+    """Add the delta of a RoAd adapter."""
+    adapter.ignore("init_weights")
+    variant = adapter.option("variant", "road_1")
+    if variant not in _VARIANTS:
+        adapter.find("DS544", f"variant: {variant!r} is not known here", f"it is one of {', '.join(_VARIANTS)}", CONFIG)
+        return
+    params: dict[str, Any] = {"variant": _VARIANTS[variant], "group_size": adapter.option("group_size", 64)}
+    modules = found_modules(adapter, {"road_theta": "angle", "road_alpha": "scale"})
+    adapter.add(
+        "road", params,
+        [IncomingSite(at.fqn, at.tensors) for at in modules if not lacks(adapter, at, ("angle", "scale"))],
+    )  # fmt: skip
