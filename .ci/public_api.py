@@ -26,6 +26,7 @@ FACES = {
         "Form", "Init", "Method", "MethodParams", "Promises", "Rank", "Refusal", "Site", "TensorSpec",
         "builtin_methods", "methods",
     ),
+    "deltaspec.engines": ("check", "known", "needs", "notes"),
     "deltaspec.testing": ("check_method",),
     "deltaspec.allocation": ("RankAllocator",),
     "deltaspec.verification": ("verify",),

@@ -86,18 +86,19 @@ class Files(nn.Module):
         *names: str,
         uniform: bool = False,
         approximate: int | None = None,
-    ) -> None:
+    ) -> dict[str, float]:
         """Write these deltas, or all attached ones, as one adapter in the form of another library, such as `peft`.
 
         It computes what they compute together here, at their strengths: several low-rank deltas become one. `uniform`
         gives all modules one rank and one scale, for readers that know no patterns. What has no exact form is refused,
-        and nothing is written; `approximate` is the rank of updates that stand for it, with their errors in the card.
-        Raises DeltaSpecError (DS560) with all findings.
+        and nothing is written; `approximate` is the rank of low-rank updates that stand for it. Return the relative
+        error of each module where they do; the card has them, too. Raises DeltaSpecError (DS560) with all findings.
         """
-        target, wishes = writer(form), Wishes(uniform, approximate)
+        target, wishes = writer(form), Wishes(uniform=uniform, approximate=approximate)
         chosen = known_names(self._shared, names) if names else self._active.active
         out = leaving(self._active, self._shared, self._host, chosen, wishes)
         write_files(Path(directory), target.write(out), target.MAIN)
+        return out.errors
 
     def load(self, directory: str | PathLike[str], *names: str, match: Match = "weights") -> Self:
         """Read the tensors of saved deltas, by name or all; `match` as for `restore`, `.plan` says what it let pass."""
