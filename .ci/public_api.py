@@ -30,11 +30,12 @@ FACES = {
     "deltaspec.testing": ("check_method",),
     "deltaspec.allocation": ("RankAllocator",),
     "deltaspec.verification": ("verify",),
+    "deltaspec.folders": ("extract", "merge_folder"),
     "deltaspec.demo.model": ("build",),
 }  # fmt: skip
 """What users import, and from where."""
 GIVEN = (
-    "Rows", "Restore", "LibraryView", "Verification", "Agreement", "Delta", "Region", "UnknownDeltaError", "ContractError",
+    "Rows", "Restore", "LibraryView", "Verification", "Agreement", "Extraction", "Change", "Delta", "Region", "UnknownDeltaError", "ContractError",
     "PlannedDelta", "PlannedSite", "Site", "TensorSpec", "Init", "MethodParams", "ModuleTable", "Row", "ParameterInfo",
     "DeltaEntry", "Override", "Expect", "DeltaExpect", "ModelContract", "Count", "Trainable", "Selector", "Layers",
     "Shape",

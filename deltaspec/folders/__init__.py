@@ -3,6 +3,7 @@
 Uses plans and saved sets; no compiled model is made.
 """
 
+from deltaspec.folders.extraction import extract as extract
 from deltaspec.folders.merge import merge_folder as merge_folder
 
-__all__ = ["merge_folder"]
+__all__ = ["extract", "merge_folder"]

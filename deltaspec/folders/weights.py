@@ -100,6 +100,7 @@ class Named:
         self.folder, self._prefix = folder, f"{getattr(model, 'base_model_prefix', '')}."
         self.ties: dict[str, tuple[str, ...]] = {p.fqn: p.tied for row in table.rows for p in row.parameters}
         """The other places of each parameter."""
+        self._known = {p.fqn for row in table.rows for p in (*row.parameters, *row.buffers)}
         self._headed = any(name.startswith(self._prefix) for name in self.ties)
 
     def own_key(self, name: str) -> str | None:
@@ -110,6 +111,11 @@ class Named:
         """Return the key of a tensor, of a tied one perhaps that of another place; None where there is none."""
         places = (name, *self.ties.get(name, ()))
         return next((key for place in places if (key := self.own_key(place)) is not None), None)
+
+    def unnamed(self) -> set[str]:
+        """Return the keys of tensors that the model does not have."""
+        known = {form for name in self._known for form in self._forms(name)}
+        return self.folder.shard.keys() - known
 
     def new_key(self, name: str) -> str:
         """Return the key that a tensor would have which the folder does not have yet, named as the others are."""

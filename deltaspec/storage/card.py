@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from deltaspec.diagnostics.clean import clean
@@ -16,18 +17,18 @@ _OURS = "<!-- written by deltaspec -->"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
-def write_card(folder: Path, plan: Plan, kind: type, base: str | None) -> None:
+def write_card(folder: Path, plan: Plan, kind: type, base: str | None, notes: Sequence[str] = ()) -> None:
     """Write the card of the deltas of a plan, unless there is one that somebody else wrote.
 
-    `kind` is the model's class, `base` the name or path that the model was loaded from.
+    `kind` is the model's class, `base` the name or path that the model was loaded from; `notes` are further lines.
     """
     path = folder / CARD
     if path.exists() and _OURS not in path.read_text(encoding="utf-8", errors="replace"):
         return
-    write_atomically(path, card(plan, kind, base).encode())
+    write_atomically(path, card(plan, kind, base, notes).encode())
 
 
-def card(plan: Plan, kind: type, base: str | None) -> str:
+def card(plan: Plan, kind: type, base: str | None, notes: Sequence[str] = ()) -> str:
     """Return a card as Markdown, with the metadata that hubs read."""
     methods = list(dict.fromkeys(delta.method for delta in plan.deltas))
     named = [f"- `{delta.name}`: {delta.method}, {delta.trainable:,} parameters" for delta in plan.deltas]
@@ -44,4 +45,5 @@ def card(plan: Plan, kind: type, base: str | None) -> str:
         f"model = {maker}({where})  # the model that they were trained on",
         'compiled = deltaspec.restore(model, "this directory")', "```", "",
         "`compiled.merge()` is a plain model with the deltas in its weights; its `save_pretrained` saves it whole.", "",
+        *([*notes, ""] if notes else []),
     ])  # fmt: skip
