@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.wording import counted
@@ -29,6 +30,7 @@ def read(adapter: Adapter) -> None:
              ("num_layers", layers), ("num_attention_heads", heads)) if not isinstance(value, int) or value < 1]  # fmt: skip
     if wrong:
         adapter.find("DS544", f"{', '.join(wrong)} is no number", "save the adapter again", CONFIG)
+        adapter.take(KEY, "not read")
         return
     whole = table(adapter, tokens, layers * 2 * width, f"keys and values of {counted(tokens, 'token')}")
     rows = _layers(adapter, layers)
@@ -51,6 +53,9 @@ def _layers(adapter: Adapter, layers: int) -> dict[int, Row]:
     """Return the modules that attend to the tokens, by the number of their layer, as a cache counts them."""
     stack = _stack(adapter)
     found: dict[int, Row] = {}
+    if stack is not None and (problem := _unreached(adapter, stack)) is not None:
+        adapter.find("DS548", f"PEFT's keys do not get into {adapter.base.table.model_class}: {problem}", _OUT, CONFIG)
+        return {}
     for row in adapter.base.table.rows:
         told = row.positions
         if told is None or told.fqn != stack or not row.attends or "cross_attn" in row.roles:
@@ -76,6 +81,20 @@ def _layers(adapter: Adapter, layers: int) -> dict[int, Row]:
         adapter.find("DS523", message, "load the model that it was trained on", adapter.file)
         return {}
     return dict(sorted(found.items()))
+
+
+def _unreached(adapter: Adapter, stack: str) -> str | None:
+    """Return why a model makes nothing, or not what is meant, of the cache that PEFT gives it; None where it does."""
+    base = adapter.base
+    model = base.model.get_submodule(stack)
+    if getattr(base.config, "is_encoder_decoder", False):
+        if submodules(adapter) == 1:
+            return "with num_transformer_submodules: 1 its decoder puts the encoder's keys behind them, into one cache"
+    elif "past_key_values" not in signature(type(model).forward).parameters:
+        return f"{type(model).__name__} takes no past_key_values"
+    elif any(row.positions.together for row in base.table.rows if row.positions is not None):
+        return f"{type(model).__name__} uses no past_key_values in an encoder"
+    return None
 
 
 def _stack(adapter: Adapter) -> str | None:
