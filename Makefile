@@ -94,12 +94,13 @@ bench: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(ARGS)
 
 # Files that are generated from the code: the JSON Schema, the README's table of methods, the public signatures, the
-# picture of the layers, the locks of the demo's specs.
+# picture of the layers, the table of engines, the locks of the demo's specs.
 schema-check: .venv/.dev
 	$(BIN)/deltaspec schema --check
 	$(BIN)/deltaspec methods README.md --check
 	$(BIN)/python .ci/public_api.py --check
 	$(BIN)/python docs/draw_architecture.py --check
+	$(BIN)/python docs/engines_table.py --check
 
 lock-check: .venv/.test
 	$(BIN)/deltaspec plan --check $(DEMO_PLAN)
@@ -109,6 +110,7 @@ generate: .venv/.test
 	$(BIN)/deltaspec methods README.md
 	$(BIN)/python .ci/public_api.py
 	$(BIN)/python docs/draw_architecture.py
+	$(BIN)/python docs/engines_table.py
 	$(BIN)/deltaspec lock $(DEMO_PLAN)
 
 # Wheel and sdist in dist/, their contents checked, the wheel installed alone and used.
