@@ -93,7 +93,7 @@ class Shelf:
 
 
 def identity(content: dict[str, bytes]) -> str:
-    """Return the name that an adapter has by its files. (Manifests of deltaspec have another: `sha256:`, of a delta.)"""
+    """Return the name that an adapter has by its files; `sha256:`, in manifests, is another: a delta's."""
     whole = hashlib.sha256()
     for file in FILES:
         whole.update(hashlib.sha256(content[file]).digest())
