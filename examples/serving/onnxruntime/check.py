@@ -47,7 +47,9 @@ class LogitsOf(nn.Module):
     def forward(self, input_ids: Tensor, factors: dict[str, Tensor]) -> Tensor:
         """Return logits `[rows, tokens, vocabulary]`."""
         self.given.update(factors)
-        return self.model(input_ids=input_ids, use_cache=False).logits
+        logits = self.model(input_ids=input_ids, use_cache=False).logits
+        self.given.clear()  # what tracing made must not stay
+        return logits
 
 
 def export(reference: Reference) -> Path:
@@ -56,7 +58,7 @@ def export(reference: Reference) -> Path:
     Each module has a rank of its own. Without a default of the same name, an `.onnx_adapter` cannot set an input.
     """
     path = reference.built("onnxruntime") / "model.onnx"
-    net = LogitsOf(AutoModelForCausalLM.from_pretrained(reference.model, attn_implementation="eager").eval())
+    net = LogitsOf(AutoModelForCausalLM.from_pretrained(reference.model, attn_implementation="eager")).eval()
     example, free = {}, {}
     rank = tokens = torch.export.Dim.DYNAMIC
     for name in net.names:

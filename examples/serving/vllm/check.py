@@ -105,7 +105,7 @@ def refusals(server: Server, reference: Reference, report: Report) -> None:
         status, text = server.ask(name, prompt, 1)
         print(f"    {name}: {status} {text[:400]}")
         report.expect(reference, f"{name}: refused with a reason", (status, "[DS" in text), (400, True))
-    for name in ("link", "../adapters/every", "nobody", f"sha256:{'0' * 64}"):
+    for name in ("link", "../adapters/every", "nobody", f"content:{'0' * 64}"):
         status, _ = server.ask(name, prompt, 1)
         report.expect(reference, f"{name[:20]}: not found", status, 404)
 

@@ -16,7 +16,7 @@ from deltaspec import DeltaSpecError, Diagnostic
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 _NAME = re.compile(r"[^\W_][\w.%-]{0,199}", re.ASCII)
 """Names of folders that are looked up: no separators, and no dot in front."""
-_BY_CONTENT = re.compile(r"sha256:[0-9a-f]{64}")
+_BY_CONTENT = re.compile(r"content:[0-9a-f]{64}")
 
 Check = Callable[[Path, str, int | None], Iterable[Diagnostic]]
 
@@ -93,11 +93,11 @@ class Shelf:
 
 
 def identity(content: dict[str, bytes]) -> str:
-    """Return the name that an adapter has by its content."""
+    """Return the name that an adapter has by its files; `sha256:`, in manifests, is another: a delta's."""
     whole = hashlib.sha256()
     for file in FILES:
         whole.update(hashlib.sha256(content[file]).digest())
-    return f"sha256:{whole.hexdigest()}"
+    return f"content:{whole.hexdigest()}"
 
 
 def identity_of(folder: Path) -> str:
