@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.peft.convolutions import refuse_ignored_geometry
-from deltaspec.formats.peft.sites import found_modules, lacks, overrides
+from deltaspec.formats.peft.sites import Found, found_modules, lacks, overrides
+from deltaspec.names.paths import below
 
 if TYPE_CHECKING:
     from deltaspec.formats.peft.adapter import Adapter
@@ -41,7 +42,29 @@ def read(adapter: Adapter) -> None:
         own: dict[str, Any] = {"block_size": shape[-1], "factors": shape[0]}
         if dropout and found.row.kind == "conv":
             own["block_dropout"] = 0.0
-            adapter.remark(f"boft_dropout {dropout} on {found.fqn} was left out: a convolution's blocks turn its weight")
+            adapter.remark(
+                f"boft_dropout {dropout} on {found.fqn} was left out: a convolution's blocks turn its weight"
+            )
         tensors = {"rotation": found.tensors["rotation"], "output_scale": found.tensors["output_scale"].flatten()}
         sites.append(IncomingSite(found.fqn, tensors, overrides(params, own)))
     adapter.add("boft", params, sites)
+    _biases(adapter, modules)
+
+
+def _biases(adapter: Adapter, modules: list[Found]) -> None:
+    """Add the trained biases of the same modules, as changes of what leaves BOFT: it scales all but the bias."""
+    sites = []
+    for found in modules:
+        keys = (below(found.module, name) for name in ("base_layer.bias", "bias"))
+        key = next((key for key in keys if key in adapter.weights), None)
+        if key is None:
+            continue
+        if adapter.base.is_meta:
+            message = f"bias of {found.fqn} is read as a change of the base model's, and there are no weights"
+            adapter.find("DS542", message, "name the folder of the base model with its weights", adapter.file)
+            return
+        value = adapter.take(key, f"bias of {found.fqn}, less the base's own")
+        assert value is not None
+        own = adapter.base.tensor(below(found.fqn, "bias")).to("cpu", value.dtype)
+        sites.append(IncomingSite(found.fqn, {"bias": value - own}))
+    adapter.add("bitfit", {}, sites, "shift")

@@ -10,6 +10,7 @@ from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.adapter import CONFIG
 from deltaspec.formats.peft.aside import write_aside
+from deltaspec.formats.peft.convolutions import refuse_ignored_dilation
 from deltaspec.formats.peft.factors import Update, joined, lora_updates
 from deltaspec.formats.peft.low_rank import refusal, with_bias, write_lora
 from deltaspec.formats.peft.parameters import factors, places_of
@@ -75,6 +76,7 @@ def read(adapter: Adapter) -> None:
             tensors["magnitude"] = tensors["magnitude"].flatten()
         if row.conv_groups > 1:
             _refuse_groups(adapter, fqn)
+        refuse_ignored_dilation(adapter, fqn)
         differs = {key: value for key, value in own.items() if key not in params or value != params[key]}
         sites.append(IncomingSite(fqn, tensors, differs, place.parameter))
     if doubled := [place.fqn for place in stand_for.values() if place.doubled]:
@@ -86,7 +88,9 @@ def read(adapter: Adapter) -> None:
 
 
 def _refuse_groups(adapter: Adapter, fqn: str) -> None:
-    message = f"LoRA on {fqn}, a grouped convolution: PEFT's lora_A sees all of its channels, so the update is no change "
+    message = (
+        f"LoRA on {fqn}, a grouped convolution: PEFT's lora_A sees all of its channels, so the update is no change "
+    )
     message += "of its weight"
     hint = "train it again without grouped convolutions (exclude_modules), or with LoHa or LoKr there"
     adapter.find("DS544", message, hint, CONFIG)
