@@ -21,7 +21,7 @@ from deltaspec.names.paths import is_inside
 PAST = "past_key_values_length"
 """Name under which an embedding of positions is told how many tokens came before those that it numbers itself."""
 NUMBERS = "position_ids"
-_CROSS = re.compile(r"cross|enc(oder)?_?(dec(oder)?)?_?att", re.IGNORECASE)
+_CROSS = re.compile(r"cross|enc[a-z]*_?(dec[a-z]*)?_?att", re.IGNORECASE)
 
 
 def positions(modules: list[tuple[str, nn.Module]]) -> dict[int, Positions]:

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from deltaspec.backbone.table import Row
 
 KEY = "prompt_embeddings"
+_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _OUT = "merging is not possible with a prompt: train it anew with deltaspec, or go on with PEFT"
+
+
+def check_task(adapter: Adapter) -> None:
+    """Refuse an adapter of a task for which PEFT runs the model without its prompt, in silence."""
+    if (task := adapter.config.get("task_type")) not in _TASKS:
+        message = f"task_type: {task!r}: without one of its tasks PEFT runs the model without the prompt"
+        adapter.find("DS548", message, f"write the task that it was trained for: {', '.join(_TASKS)}", CONFIG)
 
 
 def submodules(adapter: Adapter) -> int:
@@ -45,6 +53,7 @@ def add_soft_prompt(adapter: Adapter) -> None:
     """Add the embeddings that stand in front of the input, however they were trained."""
     tokens, width = adapter.option("num_virtual_tokens"), adapter.option("token_dim")
     adapter.ignore("num_attention_heads", "num_layers")
+    check_task(adapter)
     stacks = submodules(adapter)
     row = _entrance(adapter)
     known = isinstance(tokens, int) and tokens > 0

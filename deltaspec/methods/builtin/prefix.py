@@ -25,6 +25,9 @@ class PrefixParams(MethodParams):
     """`mlp` computes keys and values from one prefix that all sites share: stabler training, and it folds away."""
     width: Annotated[int, Field(ge=1, le=65536)] = 512
     """Hidden width of the reparametrisation."""
+    prefix_width: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """Width of the prefix that all sites share under the reparametrisation; left out: that of what enters the sites.
+    PEFT's is that of the keys, which is smaller where heads are grouped."""
     positions: Literal["none", "counted"] = "none"
     """`none`: they take no positions of the model's context, so that every token keeps its own. `counted`: they take
     the first positions, and the tokens those behind them, as with a key-value cache that was there before (PEFT)."""
@@ -82,8 +85,9 @@ class Prefix(Method):
                 f"no forward pass reached the attention function of this {site.row.type}; it must be sdpa or eager",
                 'call model.set_attn_implementation("sdpa"), pass example_inputs, or leave this module out',
             )
-        if params.reparametrisation == "mlp" and site.in_width is None:
-            return Refusal(f"the width of what enters this {site.row.type} is not known", "set reparametrisation: none")
+        if params.reparametrisation == "mlp" and site.in_width is None and params.prefix_width is None:
+            hint = "set prefix_width, or reparametrisation: none"
+            return Refusal(f"the width of what enters this {site.row.type} is not known", hint)
         return None if params.positions == "none" else self._uncounted(site, params)
 
     def _uncounted(self, site: Site, params: PrefixParams) -> Refusal | None:
@@ -130,7 +134,7 @@ class Prefix(Method):
         sizes = {name: site.attention.heads * width for name, width in widths.items()}
         if params.reparametrisation == "none":
             return tuple(TensorSpec(name, (params.tokens, size), Init("normal", 1.0)) for name, size in sizes.items())
-        hidden, inner = site.in_width, params.width
+        hidden, inner = params.prefix_width or site.in_width, params.width
         assert hidden is not None
         start = Init("kaiming_uniform", sqrt(5))
         # Sites of one width share these, as the paper's one MLP serves all layers.

@@ -190,12 +190,34 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_heads_that_read_other_positions(tmp_path: Path) -> None:
+    sizes = {"global_attn_every_n_layers": 2, "local_attention": 6, "num_labels": 2}
+    for pooling in ("cls", "mean"):
+        torch.manual_seed(0)
+        config = ModernBertConfig(**BASIC, **sizes, classifier_pooling=pooling)
+        model = AutoModelForSequenceClassification.from_config(config).eval()
+        prompt = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+        if pooling == "mean":
+            refused(model, tmp_path / pooling, prompt, "DS548", "averages over positions, in PEFT over the prompt's")
+            continue
+        made = moved(model, prompt)
+        c = deltaspec.restore(model, saved(made, tmp_path / pooling))
+        compared(c, made, inputs(None, "right"), 0)
+        assert c.plan["cls"].params.output == "all"
+
+
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
     model = build(gpt2)
     folder = saved(moved(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)), tmp_path / "a")
     config = json.loads((folder / "adapter_config.json").read_text())
-    for change, code in (({"num_virtual_tokens": 4}, "DS543"), ({"num_layers": None}, "DS544"), ({"new": 1}, "DS544"),
-                         ({"num_layers": 4, "token_dim": 16}, "DS523")):  # fmt: skip
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"num_virtual_tokens": 4}, "DS543"),
+        ({"num_layers": None}, "DS544"),
+        ({"new": 1}, "DS544"),
+        ({"task_type": None}, "DS548"),
+        ({"num_layers": 4, "token_dim": 16}, "DS523"),
+    ]
+    for change, code in changes:
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(deltaspec.DeltaSpecError) as caught:
             deltaspec.restore(model, folder)

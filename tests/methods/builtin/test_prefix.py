@@ -42,13 +42,17 @@ def test_equals_a_cache_that_was_there_before(make: Any, heads: int, implementat
     assert not torch.allclose(out.logits, model(input_ids=ids, attention_mask=mask).logits, atol=1e-3)
 
 
-@pytest.mark.parametrize(("make", "heads", "reparametrised"), [(gpt2, 4, False), (gpt2, 4, True), (llama, 2, False)])
+@pytest.mark.parametrize(
+    ("make", "heads", "reparametrised"), [(gpt2, 4, False), (gpt2, 4, True), (llama, 2, False), (llama, 2, True)]
+)
 def test_equals_peft(make: Any, heads: int, reparametrised: bool) -> None:
     from peft import PrefixTuningConfig, get_peft_model
 
     model = build(make)
     ids = tokens()
-    params = {"reparametrisation": "mlp", "width": 16} if reparametrised else {}
+    params: dict[str, Any] = {"reparametrisation": "mlp", "width": 16} if reparametrised else {}
+    if reparametrised and make is llama:  # the width of grouped keys
+        params["prefix_width"] = 16
     c = compiled(model, tokens=3, **params)
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=reparametrised, encoder_hidden_size=16
@@ -60,7 +64,7 @@ def test_equals_peft(make: Any, heads: int, reparametrised: bool) -> None:
     shared = {key.rpartition(".")[2]: value for key, value in c.deltas["p0"].tensors()}
     with torch.no_grad():
         if reparametrised:
-            encoder.embedding.weight.copy_(c.deltas["p0"].tensor("prefix_3x32x16"))
+            encoder.embedding.weight.copy_(c.deltas["p0"].tensor(f"prefix_3x{heads * 8}x16"))
             encoder.transform[0].weight.copy_(shared["down"])
             encoder.transform[0].bias.copy_(shared["down_bias"].normal_())
         for layer, planned in enumerate(c.plan.sites):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.peft.adapter import CONFIG, Adapter
-from deltaspec.formats.peft.prompts import KEY, submodules, table
+from deltaspec.formats.peft.prompts import KEY, check_task, submodules, table
 from deltaspec.names.folding import shown
 from deltaspec.names.paths import is_inside
 
@@ -25,6 +25,7 @@ def read(adapter: Adapter) -> None:
     adapter.ignore(*_TRAINING)
     tokens, width = adapter.option("num_virtual_tokens"), adapter.option("token_dim")
     layers, heads = adapter.option("num_layers"), adapter.option("num_attention_heads")
+    check_task(adapter)
     stacks = submodules(adapter)
     sizes = {"num_virtual_tokens": tokens, "token_dim": width, "num_layers": layers, "num_attention_heads": heads}
     wrong = [f"{name}: {value!r}" for name, value in sizes.items() if not isinstance(value, int) or value < 1]
