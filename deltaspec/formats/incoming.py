@@ -54,6 +54,8 @@ class Incoming:
     """In order of application."""
     account: dict[str, str] = field(default_factory=dict)
     """Each key of its files, and what became of it."""
+    loaded: dict[str, Tensor] = field(default_factory=dict)
+    """Each tensor of its file as it was read, for finding out whether the deltas hold these very ones. May be empty."""
     remarks: list[str] = field(default_factory=list)
     """What its reader must know: where the original library computes something odd, what was left out and why."""
     base: str | None = None

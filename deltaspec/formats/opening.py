@@ -14,6 +14,7 @@ from typing import Protocol, cast
 
 from deltaspec.backbone.loading import Wanted
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.formats.alike import AlikeSet, Kind, signature, stamp
 from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.received import ReceivedSet
@@ -62,13 +63,25 @@ def open_set(directory: str | PathLike[str], base: Callable[[], Base], name: str
     folder = located(directory)
     if not (folder / MANIFEST).exists():
         if (known := format_of(folder)) is not None:
-            return ReceivedSet(known.read(folder, base(), name or delta_name(folder)), base())
+            return _received(known, folder, base(), name or delta_name(folder))
         if folder.is_dir() and (inside := adapters_in(folder)):
             named = ", ".join(path.name for path in inside[:8]) + " …" * (len(inside) > 8)
             hint = f"name one of them, such as {folder / inside[0].name}; c.library(dir, by='folder') takes them all"
             finding = Diagnostic("DS540", f"holds several adapters: {named}", str(folder), suggestion=hint)
             raise DeltaSpecError([finding])
     return SavedSet(folder)
+
+
+def _received(known: Format, folder: Path, base: Base, name: str) -> ReceivedSet:
+    """Read a foreign adapter, unless one that differs in its values alone was read for this base."""
+    common, when = signature(folder, known.FILES), stamp(folder, known.FILES)
+    if (kind := base.kinds.get(common)) is not None:
+        return AlikeSet(kind, folder, name, base, when)
+    received = ReceivedSet(known.read(folder, base, name), base, when)
+    if common is not None and common == signature(folder, known.FILES):  # not replaced meanwhile
+        base.kinds[common] = Kind.of(received, name, common)
+    received.incoming.loaded = {}
+    return received
 
 
 def adapters_in(folder: Path) -> list[Path]:

@@ -35,9 +35,10 @@ class ReceivedSet(DeltaSet):
 
     compares = False
 
-    def __init__(self, incoming: Incoming, base: Base) -> None:
+    def __init__(self, incoming: Incoming, base: Base, stamp: str = "") -> None:
+        """Find the place of each tensor; `stamp` is another one where the files are."""
         manifest = {
-            "deltas": [{"name": delta.name, **dict.fromkeys(_PLACES, "")} for delta in incoming.deltas],
+            "deltas": [{"name": delta.name, **dict.fromkeys(_PLACES, ""), "stamp": stamp} for delta in incoming.deltas],
             "attached": [delta.name for delta in incoming.deltas if delta.attached],
             "strengths": {delta.name: delta.strength for delta in incoming.deltas},
         }
@@ -46,6 +47,10 @@ class ReceivedSet(DeltaSet):
         self.notes = (f"was read from {incoming.kind}", *incoming.remarks)
         self._delta = {delta.name: delta for delta in incoming.deltas}
         self._values: dict[str, dict[str, Tensor]] = {}
+        self._place_all()
+
+    def _place_all(self) -> None:
+        """Find the place of each tensor. Raises DeltaSpecError."""
         findings: list[Diagnostic] = []
         for name in self.names:
             try:

@@ -42,7 +42,9 @@ def read(adapter: Adapter) -> None:
         own: dict[str, Any] = {"block_size": shape[-1], "factors": shape[0]}
         if dropout and found.row.kind == "conv":
             own["block_dropout"] = 0.0
-            adapter.remark(f"boft_dropout {dropout} on {found.fqn} was left out: a convolution's blocks turn its weight")
+            adapter.remark(
+                f"boft_dropout {dropout} on {found.fqn} was left out: a convolution's blocks turn its weight"
+            )
         tensors = {"rotation": found.tensors["rotation"], "output_scale": found.tensors["output_scale"].flatten()}
         sites.append(IncomingSite(found.fqn, tensors, overrides(params, own)))
     adapter.add("boft", params, sites)

@@ -88,7 +88,9 @@ def read(adapter: Adapter) -> None:
 
 
 def _refuse_groups(adapter: Adapter, fqn: str) -> None:
-    message = f"LoRA on {fqn}, a grouped convolution: PEFT's lora_A sees all of its channels, so the update is no change "
+    message = (
+        f"LoRA on {fqn}, a grouped convolution: PEFT's lora_A sees all of its channels, so the update is no change "
+    )
     message += "of its weight"
     hint = "train it again without grouped convolutions (exclude_modules), or with LoHa or LoKr there"
     adapter.find("DS544", message, hint, CONFIG)
