@@ -70,7 +70,7 @@ def _restore(
     chosen = tuple(name for name in saved.names if name in together)
     outcomes = matcher.outcomes(saved, chosen, findings)
     try:
-        planned = _planned(model, saved, specs, outcomes, matcher.present, example_inputs)
+        planned = planned_on(model, saved, specs, outcomes, matcher.present, example_inputs)
     except DeltaSpecError as error:
         raise DeltaSpecError([*findings, *error.diagnostics]) from error
     # Every value comes from the files: no decomposition of a weight, no tokenizer of a text is needed.
@@ -81,7 +81,7 @@ def _restore(
     return compiled
 
 
-def _planned(
+def planned_on(
     model: nn.Module,
     saved: DeltaSet,
     specs: Sequence[DeltaSpec],
@@ -90,6 +90,8 @@ def _planned(
     example_inputs: Any,
 ) -> Plan:
     """Plan the specs; where names have another prefix here and a selector means it, with the sites named one by one."""
+    if (known := saved.whole_plan(tuple(outcomes))) is not None:
+        return known
     prefixes = {name: outcome.prefix for name, outcome in outcomes.items() if outcome.prefix.changes}
     if not prefixes:
         return plan(model, *specs, example_inputs=example_inputs)

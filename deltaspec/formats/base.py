@@ -30,8 +30,9 @@ class Base:
         """Selectors by the places that they were made for: adapters of one base mostly have the same ones."""
         self.headers: Headers = {}
         """Headers of files that hold the same tensors, but for their values."""
-        self.kinds: dict[Any, Any] = {}
-        """What was found out about adapters that differ in their values alone, by what they have in common."""
+
+        self.recipes: dict[Any, Any] = {}
+        """How adapters were read, by all of them but their values: see `formats/alike.py`."""
 
     @cached_property
     def table(self) -> ModuleTable:

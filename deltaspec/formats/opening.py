@@ -14,7 +14,7 @@ from typing import Protocol, cast
 
 from deltaspec.backbone.loading import Wanted
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.formats.alike import AlikeSet, Kind, signature, stamp
+from deltaspec.formats.alike import AlikeSet, recipe_of
 from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.received import ReceivedSet
@@ -36,6 +36,9 @@ class Format(Protocol):
 
     def base_of(self, folder: Path) -> tuple[str | None, Wanted]:
         """Return the base model that a directory names, and of which kind it is to be. Raises DeltaSpecError."""
+
+    def signature(self, folder: Path) -> bytes | None:
+        """Return all of a directory but the values of its tensors; None where it is not worth it, or cannot be read."""
 
     def read(self, folder: Path, base: Base, name: str) -> Incoming:
         """Read a directory for a base model; `name` is what its delta is to be called. Raises DeltaSpecError."""
@@ -72,15 +75,15 @@ def open_set(directory: str | PathLike[str], base: Callable[[], Base], name: str
     return SavedSet(folder)
 
 
-def _received(known: Format, folder: Path, base: Base, name: str) -> ReceivedSet:
-    """Read a foreign adapter, unless one that differs in its values alone was read for this base."""
-    common, when = signature(folder, known.FILES), stamp(folder, known.FILES)
-    if (kind := base.kinds.get(common)) is not None:
-        return AlikeSet(kind, folder, name, base, when)
-    received = ReceivedSet(known.read(folder, base, name), base, when)
-    if common is not None and common == signature(folder, known.FILES):  # not replaced meanwhile
-        base.kinds[common] = Kind.of(received, name, common)
-    received.incoming.loaded = {}
+def _received(known: Format, folder: Path, base: Base, name: str) -> DeltaSet:
+    """Read a foreign adapter; those that differ from one before in their values alone are read as that was."""
+    signature = known.signature(folder)
+    recipe = base.recipes.get(signature)
+    if signature is not None and recipe is not None:
+        return AlikeSet(folder, name, recipe)
+    received = ReceivedSet(known.read(folder, base, name), base)
+    if signature is not None and (made := recipe_of(received, name)) is not None:
+        base.recipes[signature] = made
     return received
 
 

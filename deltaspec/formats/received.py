@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from mmap import mmap
+from mmap import ACCESS_COPY, mmap
 from typing import Any
 
 from torch import Tensor
@@ -35,10 +35,9 @@ class ReceivedSet(DeltaSet):
 
     compares = False
 
-    def __init__(self, incoming: Incoming, base: Base, stamp: str = "") -> None:
-        """Find the place of each tensor; `stamp` is another one where the files are."""
+    def __init__(self, incoming: Incoming, base: Base) -> None:
         manifest = {
-            "deltas": [{"name": delta.name, **dict.fromkeys(_PLACES, ""), "stamp": stamp} for delta in incoming.deltas],
+            "deltas": [{"name": delta.name, **dict.fromkeys(_PLACES, "")} for delta in incoming.deltas],
             "attached": [delta.name for delta in incoming.deltas if delta.attached],
             "strengths": {delta.name: delta.strength for delta in incoming.deltas},
         }
@@ -47,10 +46,6 @@ class ReceivedSet(DeltaSet):
         self.notes = (f"was read from {incoming.kind}", *incoming.remarks)
         self._delta = {delta.name: delta for delta in incoming.deltas}
         self._values: dict[str, dict[str, Tensor]] = {}
-        self._place_all()
-
-    def _place_all(self) -> None:
-        """Find the place of each tensor. Raises DeltaSpecError."""
         findings: list[Diagnostic] = []
         for name in self.names:
             try:
@@ -59,6 +54,16 @@ class ReceivedSet(DeltaSet):
                 findings += error.diagnostics
         if findings:
             raise DeltaSpecError(dict.fromkeys(findings))
+        self._renamed = self._unchanged()
+
+    def _unchanged(self) -> dict[str, dict[str, str]]:
+        """Return the storage keys by the names in the file, of the deltas of which that has every tensor as it is."""
+        origin, found = self.incoming.origin, dict[str, dict[str, str]]()
+        for name, values in self._values.items() if self.incoming.file else ():
+            names = [origin.get(id(value)) for value in values.values()]
+            if None not in names and len(set(names)) == len(names):
+                found[name] = {theirs: key for theirs, key in zip(names, values, strict=True) if theirs is not None}
+        return found
 
     def finding(self, code: str, message: str, suggestion: str | None = None, file: str = "") -> Diagnostic:
         """Make a finding about one of its files, or about all of it."""
@@ -99,8 +104,18 @@ class ReceivedSet(DeltaSet):
             return to_bytes(plain, {"format": "pt"}), []
         return (json.dumps(self._resolved(name)).encode() if field == "spec" else b""), []
 
+    def renamed(self, name: str) -> Mapping[str, str]:
+        """Return the storage keys of a delta's tensors by their names in the adapter's file, if that has them all."""
+        return self._renamed.get(name, {})
+
+    def whole_plan(self, names: tuple[str, ...]) -> Plan | None:
+        """Plan these deltas together. Raises DeltaSpecError."""
+        return self.base.plan(self.document(*names))
+
     def map(self, name: str) -> tuple[mmap | None, list[Diagnostic]]:
-        """Return a delta's tensors as a mapped file would hold them."""
+        """Return a delta's tensors as a mapped file holds them: the adapter's own, or one in memory."""
+        if name in self._renamed:
+            return map_file(self, self.incoming.file)
         return laid_out(self._values[name], self.base.headers), []
 
     def planned(self, name: str) -> PlannedDelta | None:
@@ -192,3 +207,13 @@ class ReceivedSet(DeltaSet):
             made = dict(build_delta(planned, planned.seed, self.base.model).tensors())
             values |= {key: made[key] for key in buffers}
         return values
+
+
+def map_file(of: DeltaSet, file: str) -> tuple[mmap | None, list[Diagnostic]]:
+    """Map a file of a set into memory; writing to the content does not reach it."""
+    try:
+        with (of.folder / file).open("rb") as stream:
+            return mmap(stream.fileno(), 0, access=ACCESS_COPY), []
+    except (OSError, ValueError) as error:
+        message = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        return None, [of.finding("DS521", message, "restore the file", file)]

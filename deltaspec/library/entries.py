@@ -140,6 +140,8 @@ class Reader:
             deltas = [delta["name"] for delta in data["deltas"]]
             if entry.own not in deltas:
                 raise KeyError(entry.own)
+            for delta in data["deltas"]:
+                delta.pop("provenance", None)  # which changes nothing: those alike but for it are alike
             data = moved(entry.saved, data, {entry.own: entry.outcome.prefix}, self._modules())
             if len(deltas) == 1:  # alone in its spec, it may be called anything
                 data["deltas"][0] = {**data["deltas"][0], "name": "delta"}
@@ -202,9 +204,9 @@ class Reader:
         if values is None:
             return None
         keys = {old: new for new, old in saved_keys(template.tensors, values, template.prefix).items()}
-        begins = {
-            key: length + about["data_offsets"][0] for key, about in json.loads(header[8:]).items() if key in values
-        }
+        named = entry.saved.renamed(entry.own)
+        offsets = ((named.get(key, key), about) for key, about in json.loads(header[8:]).items())
+        begins = {key: length + about["data_offsets"][0] for key, about in offsets if key in values}
         pieces = [Piece(keys[key], v.dtype, tuple(v.shape), begins[key], v.numel()) for key, v in values.items()]
         contents = Contents(tuple(sorted(pieces, key=lambda piece: piece.begin)), len(file))
         self._contents[header, template] = contents

@@ -25,6 +25,8 @@ from deltaspec.cli import main
 from deltaspec.diagnostics.findings import DeltaSpecError
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+_PT = {"format": "pt"}
+"""What PEFT writes into its files: adapters alike have the same header."""
 QV = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
@@ -121,6 +123,17 @@ def test_a_library_of_both_kinds(llama: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(mixed, rows, atol=1e-6, rtol=1e-5)
 
 
+def test_one_of_many_alike_is_damaged(llama: Any, tmp_path: Path) -> None:
+    for seed, name in enumerate(("de", "fr")):
+        adapter(llama, tmp_path / name, seed)
+    _infinite(tmp_path / "fr")
+    library = deltaspec.compile(llama, {"deltaspec": 1, "deltas": [{"name": "own", "method": "bitfit"}]}).library(
+        tmp_path
+    )
+    library.load("de")
+    assert codes(library.load, "fr") == {"DS527"}
+
+
 def test_adapters_of_a_model_with_another_prefix(llama: Any, tmp_path: Path) -> None:
     adapter(llama, tmp_path / "french")
     inner = deltaspec.restore(llama.model, tmp_path / "french")
@@ -162,7 +175,7 @@ def _misfit(folder: Path) -> None:
 def _infinite(folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
-    save_file(tensors | {key: value * torch.inf for key, value in list(tensors.items())[:1]}, file)
+    save_file(tensors | {key: value * torch.inf for key, value in list(tensors.items())[:1]}, file, _PT)
 
 
 def _hostile(folder: Path) -> None:

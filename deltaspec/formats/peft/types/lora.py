@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.adapter import CONFIG
-from deltaspec.formats.peft.aside import write_aside
 from deltaspec.formats.peft.convolutions import refuse_ignored_dilation
-from deltaspec.formats.peft.factors import Update, joined, lora_updates
-from deltaspec.formats.peft.low_rank import refusal, with_bias, write_lora
-from deltaspec.formats.peft.parameters import factors, places_of
+from deltaspec.formats.peft.factors import Update
+from deltaspec.formats.peft.low_rank import write_updates
+from deltaspec.formats.peft.parameters import factors, matrices_of, places_of
 from deltaspec.formats.peft.targets import by_pattern, check_targets
+from deltaspec.methods.shared.parts import spread
 from deltaspec.names.folding import shown
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ def read(adapter: Adapter) -> None:
         if not _fits(adapter, module, own["rank"], tensors):
             continue
         row = adapter.base.rows[fqn]
-        experts = row.shape_of(place.parameter)[0] if place.parameter and len(row.shape_of(place.parameter)) == 3 else 1
-        if surplus := own["rank"] * experts - tensors["down"].shape[0]:
+        if surplus := own["rank"] * matrices_of(row, place) - tensors["down"].shape[0]:
             message = f"{module}: its rank is {own['rank']}, and lora_A has {surplus} rows fewer"
             adapter.find("DS543", message, "the configuration and the file are of two adapters", adapter.file)
             continue
@@ -81,17 +81,15 @@ def read(adapter: Adapter) -> None:
         sites.append(IncomingSite(fqn, tensors, differs, place.parameter))
     if doubled := [place.fqn for place in stand_for.values() if place.doubled]:
         adapter.remark(
-            f"PEFT adds the update of {shown(doubled)} twice, and computes the gradient of one: it acts twice here, too "
+            f"PEFT adds the update of {shown(doubled)} twice, and computes the gradient of one: here it acts twice "
             "(alpha is doubled), and learns by the gradient of both"
         )
     adapter.add("lora", params, sites)
 
 
 def _refuse_groups(adapter: Adapter, fqn: str) -> None:
-    message = (
-        f"LoRA on {fqn}, a grouped convolution: PEFT's lora_A sees all of its channels, so the update is no change "
-    )
-    message += "of its weight"
+    message = f"LoRA on {fqn}, a grouped convolution: PEFT's lora_A sees all of its channels, so the update is no "
+    message += "change of its weight"
     hint = "train it again without grouped convolutions (exclude_modules), or with LoHa or LoKr there"
     adapter.find("DS544", message, hint, CONFIG)
 
@@ -121,8 +119,8 @@ def _start(adapter: Adapter) -> dict[str, Any]:
         return {"init": start}
     if isinstance(start, str) and (found := re.fullmatch(r"pissa_niter_(\d+)", start)):
         adapter.remark(
-            f"init_lora_weights {start}: PEFT takes a decomposition by chance out of the base's weights, another one at "
-            "each load; here it is one drawn by the spec's seed, and outputs are as near as those are to each other"
+            f"init_lora_weights {start}: PEFT takes a random decomposition out of the base's weights, another one at "
+            "each load; here it is drawn by the spec's seed, and outputs are about as near as those of two loads"
         )
         return {"init": "pissa", "svd_iterations": int(found[1])}
     if start == "mica":
@@ -140,34 +138,27 @@ def _fits(adapter: Adapter, module: str, rank: int, tensors: dict[str, Any]) -> 
 
 def write(out: Outgoing) -> None:
     """Write all low-rank updates as one LoRA."""
-    added = write_aside(out, biases=True)
-    found = out.take(lambda part: part.method in METHODS)
-    updates: dict[str, Update] = {}
-    for fqn, parts in found.items():
-        if (update := _update(out, parts)) is not None:
-            updates[fqn] = update
-    for fqn, bias in added.items():
-        if fqn not in found and (reason := refusal(out, out.at(fqn)[0])):
-            out.refuse(out.at(fqn), reason)
-            continue
-        updates[fqn] = with_bias(updates.get(fqn), bias, out.base.rows[fqn])
-    out.settle()
-    write_lora(out, updates, dropout=max((part.params.dropout for own in found.values() for part in own), default=0.0))
+    write_updates(out, {"lora": updates})
 
 
-def _update(out: Outgoing, parts: list[Part]) -> Update | None:
-    """Return what deltas add to one module; None, with a finding, where PEFT has no form for it."""
-    part = parts[0]
-    if reason := refusal(out, part):
-        out.refuse(parts, reason)
-        return None
-    decomposed = [p for p in parts if p.params.use_dora]
-    if decomposed and len(parts) > 1:
-        out.refuse(parts, "PEFT's DoRA stands alone on a module, and several deltas are added here")
-    elif decomposed and part.strength != 1:
-        out.refuse(parts, f"DoRA at strength {part.strength:g} is no DoRA")
-    elif decomposed and part.params.keeps_start:
-        out.refuse(parts, "PEFT's DoRA has no place for a start that is subtracted")
-    else:
-        return joined([u for p in parts for u in lora_updates(p)], part.at.site.row.conv_groups)
-    return None
+def updates(part: Part) -> Iterator[Update]:
+    """Yield what a delta adds at one place."""
+    params, own = part.params, part.own
+    scale = params.scale * part.strength
+    row = part.at.site.row
+    if params.parts is not None:
+        assert row.parts is not None
+        for name in params.parts:
+            up = spread(row.parts, {name: getattr(own, f"{name}_up")}, 0.0, (params.rank,))
+            yield Update(getattr(own, f"{name}_down"), up, scale)
+        return
+    names = {spec.name for spec in part.at.tensors}
+    yield Update(
+        own.down, own.up, scale,
+        bias=own.bias if "bias" in names else None,
+        alpha=params.alpha * part.strength,
+        rooted=params.scaling == "rslora",
+        magnitude=own.magnitude if "magnitude" in names else None,
+    )  # fmt: skip
+    if params.keeps_start:
+        yield Update(own.down_start, own.up_start, -scale)
