@@ -33,8 +33,14 @@ class Recipe:
 
 
 def recipe_of(received: ReceivedSet, name: str) -> Recipe | None:
-    """Return how an adapter was read; None where its tensors are not all in its file as they are."""
-    if not all(received.renamed(own) and own.startswith(name) for own in received.names):
+    """Return how an adapter was read; None where its tensors are not all in its file as they are, or not all of those.
+
+    What was left out, such as a copy of the base's own table, was left out for its values: another's may differ.
+    """
+    renamed = {own: received.renamed(own) for own in received.names}
+    if not all(keys and own.startswith(name) for own, keys in renamed.items()):
+        return None
+    if {theirs for keys in renamed.values() for theirs in keys} != set(received.incoming.origin.values()):
         return None
     documents = {own: json.loads(received.read(own, "spec")[0] or b"") for own in received.names}
     return Recipe(received, name, documents)

@@ -76,6 +76,22 @@ def open_set(directory: str | PathLike[str], base: Callable[[], Base], name: str
 
 
 def _received(known: Format, folder: Path, base: Base, name: str) -> DeltaSet:
+    """Read a foreign adapter, and note which files that was: those that are written again are others."""
+    stamp = _stamp(folder, known.FILES)
+    received = _read(known, folder, base, name)
+    for entry in received.entries:
+        entry["stamp"] = stamp
+    return received
+
+
+def _stamp(folder: Path, patterns: Iterable[str]) -> list[tuple[str, int, int, int]]:
+    """Return what tells files from those that took their place, without reading them."""
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    stats = [(path.name, path.stat()) for path in found if path.is_file()]
+    return [(name, about.st_ino, about.st_size, about.st_mtime_ns) for name, about in stats]
+
+
+def _read(known: Format, folder: Path, base: Base, name: str) -> DeltaSet:
     """Read a foreign adapter; those that differ from one before in their values alone are read as that was."""
     signature = known.signature(folder)
     recipe = base.recipes.get(signature)
