@@ -153,6 +153,8 @@ CODES: dict[str, str] = {
     "DS543": "foreign adapter whose files do not fit each other",
     "DS544": "option of a foreign adapter that is not known here",
     "DS545": "foreign adapter of an unknown type",
+    "DS548": "foreign adapter that cannot be had here as it is there",
+    "DS549": "foreign adapter that computes what no method here does",
     # DS6: engine
     "DS601": "method that an engine does not read",
     "DS602": "rank that an engine does not take",
@@ -181,8 +183,6 @@ CODES: dict[str, str] = {
     "DS625": "adapter that cannot be read",
     "DS626": "malformed rules of an engine",
     "DS627": "unknown engine",
-    "DS549": "foreign adapter that computes what no method here does",
-    "DS548": "foreign adapter that cannot be had here as it is there",
     "DS560": "delta without an exact form in another library",
     "DS561": "form of another library that is not known here",
     "DS562": "directory that holds deltas in another form",
