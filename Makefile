@@ -16,7 +16,10 @@ DEMO_PLAN := deltaspec.demo.model:build specs/demo-tweets.deltaspec.yaml specs/d
 # Libraries that pack weights; deltaspec imports none of them.
 QUANTISED := bitsandbytes==0.50.0 torchao==0.18.0 optimum-quanto==0.2.7
 
-.PHONY: demo example test test-inductor test-quantised lint format bench schema-check lock-check generate wheel clean
+# Ray Serve has an environment of its own: it pins what other engines pin otherwise.
+RAY := ray[serve]==2.60.0
+
+.PHONY: demo example test test-inductor test-quantised check-ray lint format bench schema-check lock-check generate wheel clean
 
 demo: .venv/.demo
 	$(BIN)/deltaspec demo $(ARGS)
@@ -36,6 +39,13 @@ test-inductor: .venv/.test
 # Deltas on weights that other libraries packed.
 test-quantised: .venv/.quantised
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/others/test_quantised.py $(ARGS)
+
+# Deltas of all methods on two replicas of Ray Serve, one of which is killed: 3 minutes on two cores, and as long to compare ways.
+check-ray: .venv-ray/.made
+	PYTHONPATH=examples:examples/serving OMP_NUM_THREADS=1 RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S=2 \
+		.venv-ray/bin/python -m pytest -s -W ignore::DeprecationWarning examples/serving/test_ray_serve.py $(ARGS)
+	PYTHONPATH=examples:examples/serving OMP_NUM_THREADS=1 RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S=2 \
+		.venv-ray/bin/python examples/serving/ray_throughput.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -78,7 +88,7 @@ wheel:
 	$(PYTHON) .ci/check_wheel.py
 
 clean:
-	rm -rf .venv .coverage build dist demo-output example-output example-output-quick
+	rm -rf .venv .venv-ray .coverage build dist demo-output example-output example-output-quick
 
 .venv/.made:
 	@echo "-- making .venv with $$($(PYTHON) --version)"
@@ -109,4 +119,11 @@ clean:
 .venv/.quantised: .venv/.dev Makefile
 	@echo "-- installing libraries that pack weights (100 MB): $(QUANTISED)"
 	@$(INSTALL) $(QUANTISED)
+	@touch $@
+
+.venv-ray/.made: Makefile pyproject.toml constraints.txt
+	@echo "-- installing deltaspec and Ray Serve into .venv-ray (1.6 GB)"
+	@$(PYTHON) -m venv .venv-ray
+	@.venv-ray/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[transformers]' '$(RAY)' pytest
 	@touch $@

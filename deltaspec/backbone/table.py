@@ -84,6 +84,8 @@ class Row:
     """Whether it looks up its attention function in transformers' AttentionInterface."""
     entrance: Entrance | None = None
     """Entrance of its ids into the model, if it is the embedding of token ids."""
+    positions: Positions | None = None
+    """Where the positions of what it attends to are told, if it attends to tokens."""
     computed: tuple[str, ...] = ()
     """Names of the tensors that a hook computes before each forward (the older weight and spectral norms)."""
     arguments: tuple[str, ...] = ()
@@ -157,3 +159,19 @@ class Entrance:
     """Number of positions that the model has, where its config says."""
     problem: str | None = None
     """Reason why no tokens can be put in front here; None: they can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Where a model is told which positions the tokens have that some of its modules attend to."""
+
+    fqn: str
+    """FQN of the innermost model that takes ids and a mask."""
+    takers: tuple[str, ...] = ()
+    """FQNs of the modules whose forward is given the positions: embeddings of them, rotary ones, or the model."""
+    together: tuple[str, ...] = ()
+    """FQNs of all modules that attend to these tokens, where one of them makes a bias by distance for all."""
+    places: int | None = None
+    """Number of positions that the model has, where they are a table."""
+    problem: str | None = None
+    """Reason why they cannot be told otherwise; None: they can."""

@@ -20,7 +20,8 @@ from deltaspec.backbone.attention import is_routable
 from deltaspec.backbone.entrances import entrances, part_of
 from deltaspec.backbone.faithful import is_faithful
 from deltaspec.backbone.forwards import arguments_of, foreign_forward
-from deltaspec.backbone.table import ConvInfo, Entrance, ModuleTable, Packed, ParameterInfo, Row
+from deltaspec.backbone.positions import positions
+from deltaspec.backbone.table import ConvInfo, Entrance, ModuleTable, Packed, ParameterInfo, Positions, Row
 from deltaspec.backbone.walk import Node, model_type_of, own, subtree_sizes, walk
 from deltaspec.backbone.weight_forms import packed_form, packed_weight, shape_of_values, unpacked_class
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
@@ -54,9 +55,13 @@ def tabulate(model: nn.Module) -> ModuleTable:
     sizes = subtree_sizes(nodes, holders)
     classes: dict[type, tuple[tuple[str, ...], str]] = {}
     vocabulary = part_of(model, "get_input_embeddings")
-    doors = entrances([(node.fqn, node.module) for node in nodes])
+    named = [(node.fqn, node.module) for node in nodes]
+    doors, told = entrances(named), positions(named)
     rows = tuple(
-        [_row(node, holders, sizes, classes, node.module is vocabulary, doors.get(id(node.module))) for node in nodes]
+        [
+            _row(n, holders, sizes, classes, n.module is vocabulary, doors.get(id(n.module)), told.get(id(n.module)))
+            for n in nodes
+        ]
     )
     root_type = model_type_of(getattr(model, "config", None)) or (model_types[0] if len(model_types) == 1 else None)
     return ModuleTable(
@@ -76,6 +81,7 @@ def _row(
     classes: dict[type, tuple[tuple[str, ...], str]],
     vocabulary: bool,
     entrance: Entrance | None,
+    told: Positions | None,
 ) -> Row:
     module, kind_of = node.module, class_of(node.module)
     if kind_of not in classes:
@@ -118,6 +124,7 @@ def _row(
         aliases=tuple(node.aliases),
         attends="config" in module.__dict__ and is_routable(module),
         entrance=entrance,
+        positions=told,
         computed=tuple(name for name, value in attributes if isinstance(value, Tensor)),
         arguments=_arguments(kind_of.forward),
         transposed=not _IN_OUT.isdisjoint(bases)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from functools import cache
 from os import PathLike
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import nn
 
 from deltaspec.compiler.handles import known_names
+from deltaspec.compiler.leaving import leaving
 from deltaspec.formats.base import Base
 from deltaspec.formats.opening import open_set
+from deltaspec.formats.outgoing import Wishes
+from deltaspec.formats.saving import write_files, writer
 from deltaspec.library.libraries import Libraries
 from deltaspec.library.view import LibraryView, open_view
 from deltaspec.runtime.active import Active
@@ -55,6 +59,26 @@ class Files(nn.Module):
     def save(self, directory: str | PathLike[str], *names: str) -> None:
         """Write deltas, by name or all (safetensors, resolved spec, lock), to a directory, in place of what it held."""
         save(self._active, self._shared.plan, self._host.deltas, directory, names)
+
+    def save_as(
+        self,
+        form: str,
+        directory: str | PathLike[str],
+        *names: str,
+        uniform: bool = False,
+        approximate: int | None = None,
+    ) -> None:
+        """Write these deltas, or all attached ones, as one adapter in the form of another library, such as `peft`.
+
+        It computes what they compute together here, at their strengths: several low-rank deltas become one. `uniform`
+        gives all modules one rank and one scale, for readers that know no patterns. What has no exact form is refused,
+        and nothing is written; `approximate` is the rank of updates that stand for it, with their errors in the card.
+        Raises DeltaSpecError (DS560) with all findings.
+        """
+        target, wishes = writer(form), Wishes(uniform, approximate)
+        chosen = known_names(self._shared, names) if names else self._active.active
+        out = leaving(self._active, self._shared, self._host, chosen, wishes)
+        write_files(Path(directory), target.write(out), target.MAIN)
 
     def load(self, directory: str | PathLike[str], *names: str, match: Match = "weights") -> Self:
         """Read the tensors of saved deltas, by name or all; `match` as for `restore`, `.plan` says what it let pass."""

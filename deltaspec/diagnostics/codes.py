@@ -150,5 +150,9 @@ CODES: dict[str, str] = {
     "DS543": "foreign adapter whose files do not fit each other",
     "DS544": "option of a foreign adapter that is not known here",
     "DS545": "foreign adapter of an unknown type",
+    "DS548": "foreign adapter that cannot be had here as it is there",
+    "DS560": "delta without an exact form in another library",
+    "DS561": "form of another library that is not known here",
+    "DS562": "directory that holds deltas in another form",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""

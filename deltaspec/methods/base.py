@@ -7,7 +7,7 @@ where torch need not be installed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from deltaspec.backbone.table import Row
@@ -150,6 +150,32 @@ class Method(ABC):
         those of the next: `apply` gives its own ones their rows.
         """
         return 0
+
+    def leads(self, params: Any) -> bool:
+        """Return whether the virtual tokens stand in front of padding on the left, and all are numbered by columns.
+
+        Where several prompts are attached, one of them has all do so.
+        """
+        return False
+
+    def stays(self, params: Any) -> bool:
+        """Return whether the virtual tokens stay in what the model gives; one prompt has those of all do so."""
+        return False
+
+    def counted_tokens(self, params: Any) -> int:
+        """Return the number of positions that a delta takes before those of the tokens that its sites attend to.
+
+        What is put in front of keys then has the positions from 0 on, and a window that ends before them hides them.
+        """
+        return 0
+
+    def agree(self, sites: Sequence[tuple[Site, Any]]) -> Refusal | None:
+        """Return why sites, each with its params, cannot be those of one delta; None where they can."""
+        return None
+
+    def scales(self, params: Any) -> bool:
+        """Return whether a delta acts in part by a strength, under these params."""
+        return self.strength is not None
 
     def ends_matter(self, params: Any) -> bool:
         """Return whether the formula must know where a prompt ends while text is generated."""

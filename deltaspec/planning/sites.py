@@ -66,6 +66,8 @@ class Placer:
                 self._find("DS408", choice.problem, choice.suggestion, ("params", choice.name, "budget"))
         entry = self.entry
         sites = self._refuse([*sites, *self._tied_places(sites)])
+        if refusal := self.method.agree([(site, params) for site, params, _ in sites]):
+            self._find("DS402", refusal.reason, refusal.suggestion)
         planned = tuple(
             PlannedSite(site, params, _in_dtype(site_tensors(self.method, site, params), entry.dtype), override)
             for site, params, override in sites

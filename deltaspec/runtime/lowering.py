@@ -56,6 +56,11 @@ class Attend:
     scaled: bool = False
     """Whether its strength comes after its tensors in the call."""
 
+    @property
+    def counted(self) -> int:
+        """Number of positions that what it puts in front of keys takes."""
+        return self.method.counted_tokens(self.params)
+
     def bind(self, own: Any, toward: Callable[[Tensor, Tensor], Tensor] | None) -> Hook:
         """Return the hook that computes attention with these tensors; `toward` goes from what is without to with it."""
 
@@ -121,7 +126,8 @@ class Lowered:
             hooks.append(attend.bind(own, by_strength))
             start += attend.scaled
         if hooks:
-            self.router.route(shadow, hooks)
+            counted = [attend.counted for attend in self.attends]
+            self.router.route(shadow, hooks, [0] * len(self.hooks) + counted)
         before = states(self.host, shadow)
         output = self.code(shadow, *args, **kwargs)
         keep_state(before)

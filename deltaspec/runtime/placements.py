@@ -26,6 +26,21 @@ class Placement:
         return methods()[self.method].virtual_tokens(self.planned.params)
 
     @property
+    def leads(self) -> bool:
+        """Whether those tokens stand in front of padding on the left."""
+        return methods()[self.method].leads(self.planned.params)
+
+    @property
+    def stays(self) -> bool:
+        """Whether those tokens stay in what the model gives."""
+        return methods()[self.method].stays(self.planned.params)
+
+    @property
+    def counted_tokens(self) -> int:
+        """Number of positions that the delta takes in front of the tokens that are attended to here."""
+        return methods()[self.method].counted_tokens(self.planned.params)
+
+    @property
     def arguments(self) -> tuple[str, ...]:
         """Names of the host's arguments that the delta's formula reads."""
         return methods()[self.method].arguments(self.planned.site, self.planned.params)

@@ -27,6 +27,7 @@ from deltaspec.graphs.symbolic import SiteNames, compile_graph, copy_graph, rewr
 from deltaspec.methods.registry import methods
 from deltaspec.names.escaping import escaped
 from deltaspec.runtime.beside import Beside
+from deltaspec.runtime.counting import Counted
 from deltaspec.runtime.forms import argument_names, call_form, computed_in, form_of
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.lowering import Attend, Fold, Lowered
@@ -114,6 +115,7 @@ class ProgramBuilder:
         for fqn in self.statistics:
             if fqn not in hosts or fqn in inline:
                 self._write(program, fqn, self.host.frozen_statistics(fqn))
+        self._count_positions(program, names)
         self._put_prompts_in_front(program, names)
         if wrap_root is not None:
             self._write(program, "", wrap_root(self._so_far(program, "")))
@@ -126,18 +128,32 @@ class ProgramBuilder:
         """Return the forward that a module has under a program that is being built."""
         return program.forwards.get(self.host.socket(fqn)) or self.own_forward(fqn)
 
+    def _count_positions(self, program: Program, names: tuple[str, ...]) -> None:
+        """Number tokens behind the positions that deltas take; a delta takes as many at all of a model's modules."""
+        taken: dict[str, dict[str, int]] = {}
+        for name in names:
+            for placement in self.placements.of(name):
+                told = placement.planned.site.row.positions
+                if told is not None and placement.counted_tokens:
+                    for taker in told.takers:
+                        taken.setdefault(taker, {})[name] = placement.counted_tokens
+        for taker, tokens in taken.items():
+            forward = self._so_far(program, taker)
+            self._write(program, taker, Counted(self.modules[taker], forward, sum(tokens.values())))
+
     def _put_prompts_in_front(self, program: Program, names: tuple[str, ...]) -> None:
         """Put virtual tokens in front of the inputs whose embeddings have some."""
         names = tuple(name for name in names if any(v.virtual_tokens for v in self.placements.of(name)))
         for host in dict.fromkeys(host for name in names for host in self.placements[name]):
             entering = [(v, v.planned.site.row.entrance) for v in self._at(host, names) if v.virtual_tokens]
-            front = Front([placement.virtual_tokens for placement, _ in entering])
+            front = Front([v.virtual_tokens for v, _ in entering], any(v.leads for v, _ in entering))
             entrance = next((entrance for _, entrance in entering if entrance is not None), None)
             if entrance is None:
                 continue
             fqn, follower = entrance.fqn, entrance.follower
             around, embedding = self._so_far(program, fqn), self.modules[host]
-            prompted = Prompted(self.modules[fqn], around, embedding, front, shorten=follower is None)
+            shorten = follower is None and not any(v.stays for v, _ in entering)
+            prompted = Prompted(self.modules[fqn], around, embedding, front, shorten)
             self._write(program, fqn, prompted)
             if follower is not None:
                 around = self._so_far(program, follower)

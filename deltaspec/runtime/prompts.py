@@ -81,9 +81,10 @@ class Gap:
 class Front:
     """The virtual tokens of one embedding, the same in each row. Their ids go down from -1, as the places do."""
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], leads: bool = False) -> None:
         self.total = sum(lengths)
         """Number of tokens of all deltas."""
+        self.leads = leads  # in front of padding; then all is numbered by columns
         after = [sum(lengths[number:]) for number in range(1, len(lengths) + 1)]
         self._ids = [-1 - more - place for length, more in zip(lengths, after, strict=True) for place in range(length)]
         """In the deltas' order; the last delta is the outermost at the embedding, so its ids start at -1."""
@@ -97,8 +98,15 @@ class Front:
         return torch.tensor([self._ids], device=device)
 
     def gap(self, mask: Tensor | None, most: int, behind: bool = True) -> Gap:
-        """Say where the tokens of each row stand: right before the first place that a `[rows, places]` mask shows."""
-        return Gap(most, most, None if mask is None else padding_of(mask))
+        """Say where the tokens of each row stand: right before the first place that a `[rows, places]` mask shows.
+
+        Those that lead stand before all places.
+        """
+        return Gap(most, most, None if mask is None or self.leads else padding_of(mask))
+
+    def positions(self, given: Tensor, entering: Tensor, past: int) -> Tensor | None:
+        """Return the positions that tokens have without the prompt; None: those that the model gives them."""
+        return None if self.leads else given
 
 
 def padding_of(mask: Tensor) -> Tensor:
@@ -143,7 +151,10 @@ class Prompted(Around):
         if entering is None or not most:
             return self.forward(**given)
         seen = self._seen(given.get("past_key_values"))
-        gap = self._open(given, entering, most, seen - most if seen else 0)
+        past = seen - most if seen else 0
+        if (numbers := given.get("position_ids")) is not None:
+            given["position_ids"] = self.front.positions(numbers, entering, past)
+        gap = self._open(given, entering, most, past)
         if not seen:
             return self._start(given, gap, entering)
         self._check_positions(given, seen + entering.shape[1], most)  # the prompt is in the cache

@@ -73,7 +73,7 @@ class Shared:
     def refuse_strengths(self, names: Iterable[str]) -> None:
         """Raise DeltaSpecError (DS446) for those of these deltas that cannot act in part."""
         planned = [self.planned[name] for name in names]
-        if findings := [_no_strength(p) for p in planned if methods()[p.method].strength is None]:
+        if findings := [_no_strength(p) for p in planned if not _scales(p)]:
             raise DeltaSpecError(findings)
 
     def prove_reached(self, seen: dict[str, Observation], names: Iterable[str]) -> None:
@@ -224,6 +224,13 @@ def _identities(deltas: Deltas) -> tuple[int, ...]:
     return tuple([id(tensor) for delta in deltas.held() for _, tensor in delta.tensors()])
 
 
+def _scales(planned: PlannedDelta) -> bool:
+    method = methods()[planned.method]
+    return method.scales(planned.params) and all(method.scales(site.params) for site in planned.sites)
+
+
 def _no_strength(planned: PlannedDelta) -> Diagnostic:
-    message = f"delta {planned.name!r} has no strength between none and all: {planned.method} adds tokens to the input"
+    adds = methods()[planned.method].strength is None
+    why = f"{planned.method} {'adds tokens to the input' if adds else 'moves the positions of the tokens'}"
+    message = f"delta {planned.name!r} has no strength between none and all: {why}"
     return Diagnostic("DS446", message, suggestion="attach it at strength 1, or leave it out")

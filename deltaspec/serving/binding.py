@@ -83,7 +83,8 @@ def put_prompts_in_front(
             continue
         entrance = prompts[0][1].planned.site.row.entrance
         assert entrance is not None
-        front = RowFront([(slot, placement.virtual_tokens) for slot, placement in prompts])
+        leading = [slot for slot, placement in prompts if placement.leads]
+        front = RowFront([(slot, placement.virtual_tokens) for slot, placement in prompts], leading)
         tables = []
         for slot, placement in prompts:
             sources = sources_of(placement, stacks.of(placement.delta), builder.deltas)
@@ -106,6 +107,8 @@ def touched(builder: ProgramBuilder, names: Iterable[str]) -> set[str]:
             found.add(host)
             entering = [v.planned.site.row.entrance for v in placements if v.virtual_tokens]
             found.update(fqn for e in entering if e is not None for fqn in (e.fqn, e.follower) if fqn is not None)
+            told = [v.planned.site.row.positions for v in placements if v.counted_tokens]
+            found.update(fqn for t in told if t is not None for fqn in t.takers)
     return found
 
 

@@ -137,6 +137,10 @@ def refusals(builder: ProgramBuilder, name: str) -> list[Diagnostic]:
 def _refusal(builder: ProgramBuilder, placement: Placement) -> str | None:
     if not methods()[placement.method].promises.per_row:
         return f"{placement.method} is not usable for single rows"
+    if placement.virtual_tokens and placement.stays:
+        return "what the model gives has the positions of its prompt, too, and rows of one batch are equally long"
+    if placement.counted_tokens:
+        return "it takes positions in front of the tokens, and rows of one batch have theirs in common"
     site = placement.planned.site
     kind = type(builder.modules[host_of(site)])
     if methods()[placement.method].substitutes(site, placement.planned.params):

@@ -32,10 +32,12 @@ from deltaspec.serving.slots import Slot, Table
 class RowFront(Front):
     """The virtual tokens of one embedding's rows. Their ids go down from -1, slot by slot."""
 
-    def __init__(self, parts: Sequence[tuple[Slot, int]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Slot, int]], leading: Sequence[Slot] = ()) -> None:
         self.parts = tuple(parts)
         """Slots in order of application, and the number of tokens that a delta in them has."""
-        super().__init__([tokens for _, tokens in parts])
+        super().__init__([tokens for _, tokens in parts], leads=bool(leading))
+        self.leading = tuple(leading)
+        """Slots whose deltas have their tokens stand in front of padding."""
         self.entering = False
         """The forward that runs starts a sequence, so there are virtual tokens among its ids."""
         self.entered = False
@@ -57,7 +59,21 @@ class RowFront(Front):
     def gap(self, mask: Tensor | None, most: int, behind: bool = True) -> Gap:
         """Say where the tokens of each row stand; those that a row lacks of `most` stand at one end."""
         assert mask is not None
-        return Gap(most, self.lengths(mask.shape[0], mask.device), padding_of(mask), behind)
+        size, padding = mask.shape[0], padding_of(mask)
+        if self.leads:
+            padding = torch.where(self._led(size).to(mask.device), 0, padding)
+        return Gap(most, self.lengths(size, mask.device), padding, behind)
+
+    def positions(self, given: Tensor, entering: Tensor, past: int) -> Tensor | None:
+        """Return the positions that tokens have without prompts: those of columns for rows whose prompts lead."""
+        if not self.leads:
+            return given
+        columns = torch.arange(entering.shape[1], device=given.device, dtype=given.dtype) + past
+        return torch.where(self._led(entering.shape[0]).to(given.device), columns, given)
+
+    def _led(self, size: int) -> Tensor:
+        """Return which rows have their tokens in front of padding, `[size, 1]`."""
+        return torch.stack([slot.grown("index", size) > 0 for slot in self.leading]).any(0)[:, None]
 
     def ids(self, size: int, device: torch.device) -> Tensor:
         """Return the ids of each row's tokens, `[size, total]`: first those it has, in order, then the others."""

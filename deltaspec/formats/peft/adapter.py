@@ -54,11 +54,13 @@ class Adapter(Unread):
             self.find("DS521", f"has no {WEIGHTS[0]}", "save the adapter again: model.save_pretrained(dir)")
             self.settle()
         self.file = held[0]
+        self.incoming.file = self.file if self.file.endswith(".safetensors") else ""
         for key, value in self.tensors(self.file).items():
             plain = _plain(key)
             if plain in self.weights:
                 self.find("DS543", f"has {plain} twice, under two prefixes", "save the adapter again", self.file)
             self.weights[plain] = value
+            self.incoming.origin[id(value)] = key
             self.incoming.account[plain] = ""
 
     # Options.
@@ -157,8 +159,8 @@ def _plain(key: str) -> str:
     segments = [segment for segment in key.split(".") if segment not in _WRAPPERS[2:] and segment != "_orig_mod"]
     while segments and segments[0] == "module":
         segments = segments[1:]
-    if segments[:2] == ["base_model", "model"]:
-        segments = segments[2:]
+    if segments[:1] == ["base_model"]:  # which is all that types without layers of their own put in front
+        segments = segments[2:] if segments[1:2] == ["model"] else segments[1:]
         while segments and segments[0] == "module":
             segments = segments[1:]
     return ".".join(segments)

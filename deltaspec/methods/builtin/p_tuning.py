@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from deltaspec.methods.base import Tensors
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Site, TensorSpec
-from deltaspec.methods.shared.prompts import PromptMethod
+from deltaspec.methods.declarations import Init, Promises, Site, TensorSpec
+from deltaspec.methods.shared.prompts import PromptMethod, PromptParams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _SIDES = ("", "_reverse")
 
 
-class PTuningParams(MethodParams):
+class PTuningParams(PromptParams):
     """Parameters of p_tuning."""
 
     tokens: Annotated[int, Field(ge=1, le=65536)] = 20
@@ -94,7 +94,7 @@ class PTuning(PromptMethod):
 
     def simpler(self, params: PTuningParams) -> tuple[str, dict[str, Any]] | None:
         """Return a soft prompt: what is left without the encoder."""
-        return "soft_prompt", {"tokens": params.tokens}
+        return "soft_prompt", {"tokens": params.tokens} | params.kept
 
     def simplified(self, site: Site, params: PTuningParams, t: Any) -> Tensors:
         """Keep what the encoder gives."""

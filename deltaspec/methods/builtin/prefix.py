@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import sqrt
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,11 +20,14 @@ class PrefixParams(MethodParams):
     """Parameters of prefix."""
 
     tokens: Annotated[int, Field(ge=1, le=65536)] = 6
-    """Number of learned keys and values at each site. They take no positions of the model's context."""
+    """Number of learned keys and values at each site."""
     reparametrisation: Literal["none", "mlp"] = "none"
     """`mlp` computes keys and values from one prefix that all sites share: stabler training, and it folds away."""
     width: Annotated[int, Field(ge=1, le=65536)] = 512
     """Hidden width of the reparametrisation."""
+    positions: Literal["none", "counted"] = "none"
+    """`none`: they take no positions of the model's context, so that every token keeps its own. `counted`: they take
+    the first positions, and the tokens those behind them, as with a key-value cache that was there before (PEFT)."""
 
 
 class Prefix(Method):
@@ -48,6 +51,18 @@ class Prefix(Method):
         **dict.fromkeys(("cross_prefix", "encoder_prefix")),
     }
 
+    def roles(self, params: PrefixParams) -> tuple[str, ...]:
+        """Leave out what attends to an encoder's output, where positions of tokens are counted."""
+        return self.default_roles if params.positions == "none" else self.default_roles[:1]
+
+    def counted_tokens(self, params: PrefixParams) -> int:
+        """Return the number of tokens, where they take positions."""
+        return params.tokens if params.positions == "counted" else 0
+
+    def scales(self, params: PrefixParams) -> bool:
+        """Act wholly or not at all where positions are counted: those of the tokens do not move in part."""
+        return params.positions == "none"
+
     def descends_to(self, row: Row) -> bool:
         """Stand for the modules that call the attention function; a block may hold them further down."""
         return row.attends
@@ -69,6 +84,43 @@ class Prefix(Method):
             )
         if params.reparametrisation == "mlp" and site.in_width is None:
             return Refusal(f"the width of what enters this {site.row.type} is not known", "set reparametrisation: none")
+        return None if params.positions == "none" else self._uncounted(site, params)
+
+    def _uncounted(self, site: Site, params: PrefixParams) -> Refusal | None:
+        """Say why no positions can be taken in front of the tokens that a site attends to."""
+        told, way_out = site.row.positions, "set positions: none, or leave this module out"
+        if told is None:
+            reason = "no model of transformers that takes input_ids and attention_mask has this module in it"
+            return Refusal(f"{reason}, so there are no positions to count", way_out)
+        problem = told.problem
+        if problem is None and "cross_attn" in site.row.roles:
+            problem = "it attends to what an encoder gives"
+        if problem is not None:
+            return Refusal(f"positions: counted cannot be at this {site.row.type}: {problem}", way_out)
+        if told.places is not None and params.tokens >= told.places:
+            reason = f"{params.tokens:,} tokens leave no room in the {told.places:,} positions of this model"
+            return Refusal(reason, "set fewer tokens, or positions: none")
+        return None
+
+    def agree(self, sites: Sequence[tuple[Site, PrefixParams]]) -> Refusal | None:
+        """Ask for as many positions at all modules of one model; for all of them where they share a bias."""
+        models: dict[str, dict[str, int]] = {}
+        for site, params in sites:
+            if (told := site.row.positions) is not None:
+                models.setdefault(told.fqn, {})[site.row.fqn] = self.counted_tokens(params)
+        for site, _ in sites:
+            told = site.row.positions
+            counts = {} if told is None else models[told.fqn]
+            if told is None or not any(counts.values()):
+                continue
+            own = set(counts.values())
+            lacking = set(told.together) - set(counts)
+            if len(own) > 1 or lacking:
+                where = f"{told.fqn or 'the model'} has one count of positions"
+                reason = f"{where}, and its modules have {' and '.join(map(str, sorted(own)))} tokens in front"
+                if lacking:
+                    reason = f"{where}, in a bias that its modules share, and {', '.join(sorted(lacking))} takes none"
+                return Refusal(reason, "give all modules of a model the same tokens, or set positions: none")
         return None
 
     def tensors(self, site: Site, params: PrefixParams) -> tuple[TensorSpec, ...]:
@@ -119,7 +171,8 @@ class Prefix(Method):
 
     def simpler(self, params: PrefixParams) -> tuple[str, dict[str, Any]] | None:
         """Return the plain method: what is left without the reparametrisation."""
-        return None if params.reparametrisation == "none" else (self.name, {"tokens": params.tokens})
+        plain = params.model_dump(include={"tokens", "positions"}, exclude_defaults=True)
+        return None if params.reparametrisation == "none" else (self.name, {"tokens": params.tokens} | plain)
 
     def simplified(self, site: Site, params: PrefixParams, t: Any) -> Tensors:
         """Keep the keys and values that the reparametrisation gives."""

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.base import Tensors, Weights
-from deltaspec.methods.declarations import Init, MethodParams, Promises, Refusal, Site, TensorSpec
-from deltaspec.methods.shared.prompts import PromptMethod
+from deltaspec.methods.declarations import Init, Promises, Refusal, Site, TensorSpec
+from deltaspec.methods.shared.prompts import PromptMethod, PromptParams
 from deltaspec.methods.shared.text import TextError, ids_of
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ TOKENS = 100
 """Number of learned embeddings where none is given."""
 
 
-class SoftPromptParams(MethodParams):
+class SoftPromptParams(PromptParams):
     """Parameters of soft_prompt."""
 
     tokens: Annotated[int, Field(ge=1, le=65536)] | None = None

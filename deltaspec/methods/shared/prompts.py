@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from deltaspec.backbone.table import Row
 from deltaspec.methods.base import Method
-from deltaspec.methods.declarations import Form, Refusal, Site
+from deltaspec.methods.declarations import Form, MethodParams, Refusal, Site
+
+
+class PromptParams(MethodParams):
+    """Parameters of all methods that put virtual tokens in front of the input."""
+
+    place: Literal["tokens", "front"] = "tokens"
+    """`tokens`: right before a row's first token, behind padding on the left, which then changes nothing. `front`: in
+    front of everything (PEFT); positions are those of the columns, padding counted, whatever position_ids say."""
+    output: Literal["tokens", "all"] = "tokens"
+    """`tokens`: what the model gives has the positions of the input. `all`: also those of the virtual tokens, in front
+    (PEFT); a classifier that reads the first position then reads theirs."""
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Those of them that are not the default, for a method that does the same."""
+        return self.model_dump(include={"place", "output"}, exclude_defaults=True)
 
 
 class PromptMethod(Method):
@@ -27,6 +43,14 @@ class PromptMethod(Method):
     def virtual_tokens(self, params: Any) -> int:
         """Return the number of rows."""
         return int(params.tokens)
+
+    def leads(self, params: Any) -> bool:
+        """Return whether they stand in front of padding, too."""
+        return bool(params.place == "front")
+
+    def stays(self, params: Any) -> bool:
+        """Return whether they stay in what the model gives."""
+        return bool(params.output == "all")
 
     def refuse(self, site: Site, params: Any) -> Refusal | None:
         """Take the embedding that a transformers model looks its `input_ids` up in."""

@@ -7,14 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.adapter import CONFIG
+from deltaspec.formats.peft.aside import write_aside
 from deltaspec.formats.peft.convolutions import refuse_ignored_dilation
+from deltaspec.formats.peft.factors import Update, joined, lora_updates
+from deltaspec.formats.peft.low_rank import refusal, with_bias, write_lora
 from deltaspec.formats.peft.parameters import factors, matrices_of, places_of
 from deltaspec.formats.peft.targets import by_pattern, check_targets
 from deltaspec.names.folding import shown
 
 if TYPE_CHECKING:
     from deltaspec.formats.peft.adapter import Adapter
+
+METHODS = frozenset({"lora"})
+"""Methods that are written so."""
 
 KEYS = (
     "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
@@ -126,3 +133,38 @@ def _fits(adapter: Adapter, module: str, rank: int, tensors: dict[str, Any]) -> 
         message = f"{module}: {counted(len(lacking), 'factor')} of the pair is missing"
         adapter.find("DS543", message, "the file was cut: save the adapter again", adapter.file)
     return not lacking
+
+
+def write(out: Outgoing) -> None:
+    """Write all low-rank updates as one LoRA."""
+    added = write_aside(out, biases=True)
+    found = out.take(lambda part: part.method in METHODS)
+    updates: dict[str, Update] = {}
+    for fqn, parts in found.items():
+        if (update := _update(out, parts)) is not None:
+            updates[fqn] = update
+    for fqn, bias in added.items():
+        if fqn not in found and (reason := refusal(out, out.at(fqn)[0])):
+            out.refuse(out.at(fqn), reason)
+            continue
+        updates[fqn] = with_bias(updates.get(fqn), bias, out.base.rows[fqn])
+    out.settle()
+    write_lora(out, updates, dropout=max((part.params.dropout for own in found.values() for part in own), default=0.0))
+
+
+def _update(out: Outgoing, parts: list[Part]) -> Update | None:
+    """Return what deltas add to one module; None, with a finding, where PEFT has no form for it."""
+    part = parts[0]
+    if reason := refusal(out, part):
+        out.refuse(parts, reason)
+        return None
+    decomposed = [p for p in parts if p.params.use_dora]
+    if decomposed and len(parts) > 1:
+        out.refuse(parts, "PEFT's DoRA stands alone on a module, and several deltas are added here")
+    elif decomposed and part.strength != 1:
+        out.refuse(parts, f"DoRA at strength {part.strength:g} is no DoRA")
+    elif decomposed and part.params.keeps_start:
+        out.refuse(parts, "PEFT's DoRA has no place for a start that is subtracted")
+    else:
+        return joined([u for p in parts for u in lora_updates(p)], part.at.site.row.conv_groups)
+    return None

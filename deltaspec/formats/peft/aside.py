@@ -1,0 +1,145 @@
+"""What PEFT keeps beside the tensors of a type, on the way out: whole modules, biases, rows of single tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from deltaspec.formats.outgoing import Outgoing, Part
+from deltaspec.formats.peft.naming import saved_list
+from deltaspec.methods.registry import methods
+from deltaspec.names.paths import below, is_inside
+
+PREFIX = "base_model.model."
+WHOLE = frozenset({"full", "norm"})
+"""Methods whose deltas put other tensors in the place of a module's own."""
+ROWS = "trainable_tokens"
+SHIFTS = "bitfit"
+ASIDE = frozenset({*WHOLE, ROWS, SHIFTS})
+"""Methods that go beside any type that PEFT has."""
+
+
+def write_aside(out: Outgoing, *, biases: bool) -> dict[str, Tensor]:
+    """Take the parts that PEFT keeps beside a type's tensors; `biases`: whether the type has an option for those.
+
+    Return the biases of modules that have none of their own, by FQN: the type may add them, or refuse them.
+    """
+    _whole(out)
+    _rows(out)
+    return _shifts(out) if biases else {}
+
+
+def _whole(out: Outgoing) -> None:
+    places = {part.fqn for part in out.parts if part.method in WHOLE}
+    tops = [fqn for fqn in places if not any(other != fqn and is_inside(fqn, other) for other in places)]
+    found = out.take(lambda part: any(is_inside(part.fqn, top) for top in tops))
+    if not found:
+        return
+    parts = [part for own in found.values() for part in own]
+    if other := [part for part in parts if methods()[part.method].promises.weight is None]:
+        out.refuse(other, "PEFT has no adapter on a module that is trained in full")
+        return
+    if "" in tops:
+        out.refuse(parts, "PEFT cannot save the model itself as a module, and some of its own parameters are trained")
+        return
+    shared = [part for part in parts if part.at.site.row.aliases]
+    if shared:
+        out.refuse(shared, "PEFT would replace the module under one of its names alone")
+        return
+    names = [name for name, _ in out.base.model.named_modules(remove_duplicate=False) if name]
+    listed = saved_list(tops, names)
+    if listed is None or not all(_is_pattern_of(name) for name in listed):
+        out.refuse(parts, "PEFT's modules_to_save cannot mean this module and no other")
+        return
+    out.config["modules_to_save"] = listed
+    for top in tops:
+        _copy(out, top, {fqn: own for fqn, own in found.items() if is_inside(fqn, top)})
+
+
+def _is_pattern_of(name: str) -> bool:
+    """Return whether PEFT, which reads these names as regular expressions too, finds this one by itself."""
+    try:
+        return re.fullmatch(name, name) is not None
+    except re.error:
+        return False
+
+
+def _copy(out: Outgoing, top: str, found: dict[str, list[Part]]) -> None:
+    """Write all that a module holds: what deltas made of it, and the base's own values of the rest."""
+    changed = {
+        below(fqn, name): (value, own)
+        for fqn, own in found.items()
+        for name, value in out.folded(fqn, own).items()
+    }  # fmt: skip
+    held = out.base.model.get_submodule(top).state_dict(keep_vars=True)
+    for name, value in held.items():
+        key = below(top, name)
+        if key not in changed and value.is_meta:
+            own = [part for parts in found.values() for part in parts]
+            out.refuse(own, f"{key} must be written too, and the base has no values here", "name a base with weights")
+            return
+        out.tensors[PREFIX + key] = changed.pop(key)[0] if key in changed else value.detach()
+    for key, (_, own) in changed.items():
+        out.refuse(own, f"the module has no {key.rpartition('.')[2]} of its own")
+
+
+def _rows(out: Outgoing) -> None:
+    found = out.take(lambda part: part.method == ROWS)
+    if not found:
+        return
+    tied = {at.fqn for own in found.values() for part in own for at in part.at.site.row.parameters if at.tied}
+    places = [fqn for fqn, own in found.items() if not _is_head_of(own, tied)]
+    names = [name for name, _ in out.base.model.named_modules(remove_duplicate=False) if name]
+    given = {}
+    for fqn in places:
+        parts = found[fqn]
+        ids = list(dict.fromkeys(i for part in parts for i in part.params.token_ids))
+        listed = saved_list([fqn], names)
+        if listed is None or (out.config.get("modules_to_save") and fqn in _saved(out)):
+            out.refuse(parts, "PEFT's trainable_token_indices cannot mean this module and no other")
+            continue
+        given[listed[0]] = ids
+        plain = len(parts) == 1 and parts[0].strength == 1
+        rows = parts[0].own.weight if plain else out.folded(fqn, parts)["weight"][ids]
+        out.tensors[f"{PREFIX}{fqn}.token_adapter.trainable_tokens_delta"] = rows
+    out.config["trainable_token_indices"] = given
+    _refuse_untied(out, found)
+
+
+def _saved(out: Outgoing) -> set[str]:
+    return {key.removeprefix(PREFIX).rpartition(".")[0] for key in out.tensors}
+
+
+def _is_head_of(parts: Iterable[Part], tied: set[str]) -> bool:
+    """Return whether a place is the head that is tied to a table: PEFT changes it with the table."""
+    return all(part.at.site.kind == "linear" and below(part.fqn, "weight") in tied for part in parts)
+
+
+def _refuse_untied(out: Outgoing, found: dict[str, list[Part]]) -> None:
+    for own in found.values():
+        for part in own:
+            if part.params.tied == "alone" and any(p.tied for p in part.at.site.row.parameters):
+                out.refuse([part], "PEFT changes a tied head with the table, and this delta the table alone")
+
+
+def _shifts(out: Outgoing) -> dict[str, Tensor]:
+    """Take the changes of biases; return those of modules without one."""
+    found = out.take(lambda part: part.method == SHIFTS)
+    added: dict[str, Tensor] = {}
+    for fqn, parts in found.items():
+        row = parts[0].at.site.row
+        if any({spec.name for spec in part.at.tensors} != {"bias"} for part in parts):
+            out.refuse(parts, "PEFT has a form for the bias of a module alone, and this one holds several")
+        elif not row.has_parameter("bias"):
+            if row.kind == "norm":
+                out.refuse(parts, f"this {row.type} has no bias, and PEFT adds none to it")
+            else:
+                added[fqn] = out.folded(fqn, parts)["bias"]
+        elif out.base.is_meta:
+            out.refuse(parts, "PEFT keeps whole biases, and the base has no values here", "name a base with weights")
+        else:
+            out.tensors[f"{PREFIX}{fqn}.bias"] = out.folded(fqn, parts)["bias"]
+            out.config["bias"] = "all"
+    return added

@@ -1,0 +1,121 @@
+"""Low-rank updates as PEFT's LoRA has them: one pair of factors a module, made of all that deltas add there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from deltaspec.formats.outgoing import Part
+from deltaspec.methods.shared.parts import spread
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """scale · (up · down), and scale · bias beside it."""
+
+    down: Tensor
+    """`[rank, in]`; of a convolution `[rank, in per group, *kernel]`."""
+    up: Tensor
+    """`[out, rank]`; of a convolution `[out, rank per group, *ones]`."""
+    scale: float
+    bias: Tensor | None = None
+    alpha: float | None = None
+    """Numerator of the scale over the rank (or its root), where the update is as a delta has it."""
+    rooted: bool = False
+    """Whether that is over the root of the rank (rsLoRA)."""
+    magnitude: Tensor | None = None
+    """Norms of the decomposed weight (DoRA)."""
+
+    @property
+    def rank(self) -> int:
+        """Rank of the update."""
+        return self.down.shape[0]
+
+    def alpha_as(self, rooted: bool) -> float:
+        """Return the numerator with which PEFT computes this scale."""
+        if self.alpha is not None and self.rooted == rooted:
+            return self.alpha
+        return self.scale * (sqrt(self.rank) if rooted else self.rank)
+
+
+def lora_updates(part: Part) -> Iterator[Update]:
+    """Yield what a delta of method lora adds at one place."""
+    params, own = part.params, part.own
+    scale = params.scale * part.strength
+    row = part.at.site.row
+    if params.parts is not None:
+        assert row.parts is not None
+        width = row.out_features
+        assert width is not None
+        for name in params.parts:
+            up = spread(row.parts, {name: getattr(own, f"{name}_up")}, 0.0, (params.rank,))
+            yield Update(getattr(own, f"{name}_down"), up, scale)
+        return
+    names = {spec.name for spec in part.at.tensors}
+    yield Update(
+        own.down, own.up, scale,
+        bias=own.bias if "bias" in names else None,
+        alpha=params.alpha * part.strength,
+        rooted=params.scaling == "rslora",
+        magnitude=own.magnitude if "magnitude" in names else None,
+    )  # fmt: skip
+    if params.keeps_start:
+        yield Update(own.down_start, own.up_start, -scale)
+
+
+def joined(updates: Iterable[Update], groups: int = 1) -> Update:
+    """Return one update that is the sum of several; a single one of a positive scale stays as it is."""
+    all_of_them = list(updates)
+    if len(all_of_them) == 1 and all_of_them[0].scale > 0:
+        return all_of_them[0]
+    scale = max(abs(update.scale) for update in all_of_them) or 1.0
+    downs = [_grouped(update.down, groups) for update in all_of_them]
+    ups = [_times(update.up, update.scale / scale) for update in all_of_them]
+    biases = [_times(update.bias, update.scale / scale) for update in all_of_them if update.bias is not None]
+    shape = all_of_them[0].down.shape[1:]
+    down = torch.cat(_alike(downs), 1).reshape(-1, *shape)
+    return Update(down, torch.cat(_alike(ups), 1), scale, bias=sum(_alike(biases)) if biases else None)  # type: ignore[arg-type]
+
+
+def padded(update: Update, rank: int, scale: float, groups: int = 1) -> Update:
+    """Return an update of a higher rank, zeros behind its own, and of another scale."""
+    factor = update.scale / scale
+    up, bias = _times(update.up, factor), None if update.bias is None else _times(update.bias, factor)
+    lacking = rank - update.rank
+    down = _grouped(update.down, groups)
+    down = torch.cat((down, down.new_zeros(groups, lacking // groups, *down.shape[2:])), 1)
+    up = torch.cat((up, up.new_zeros(up.shape[0], lacking // groups, *up.shape[2:])), 1)
+    return Update(down.reshape(rank, *update.down.shape[1:]), up, scale, bias=bias, magnitude=update.magnitude)
+
+
+def ungrouped(down: Tensor, groups: int) -> Tensor:
+    """Return A of a grouped convolution as PEFT has it: over all channels, zeros for those of other groups."""
+    if groups == 1:
+        return down
+    rank, per_group, *kernel = down.shape
+    wide = down.new_zeros(rank, groups, per_group, *kernel)
+    for group, rows in enumerate(torch.arange(rank).chunk(groups)):
+        wide[rows, group] = down[rows]
+    return wide.reshape(rank, groups * per_group, *kernel)
+
+
+def _grouped(down: Tensor, groups: int) -> Tensor:
+    return down.reshape(groups, -1, *down.shape[1:])
+
+
+def _times(value: Tensor, factor: float) -> Tensor:
+    """Scale a tensor; what is rounded by it is so in float32 at least."""
+    if factor == 1:
+        return value
+    return value.to(torch.promote_types(value.dtype, torch.float32)) * factor
+
+
+def _alike(values: list[Tensor]) -> list[Tensor]:
+    wide = values[0].dtype
+    for value in values:
+        wide = torch.promote_types(wide, value.dtype)
+    return [value.to(wide) for value in values]
