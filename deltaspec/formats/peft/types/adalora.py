@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from deltaspec.formats.incoming import IncomingSite
-from deltaspec.formats.peft.sites import Found, differs, found_modules, lacks
+from deltaspec.formats.peft.sites import Found, differs, found_modules, lacks, misfits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +41,11 @@ def read(adapter: Adapter) -> None:
         if lacks(adapter, found, _NAMES.values()):
             continue
         mask = kept.get(found.module, [True] * initial)
-        ranks = (sum(mask), len(mask))
-        if differs(adapter, found, "rank_pattern", ranks, (found.tensors["down"].shape[0], initial)):
+        (out, *inner), held = found.row.shape_of("weight"), sum(mask)
+        if found.row.kind == "conv1d":
+            out, inner = inner[0], [out]
+        shapes = {"down": (held, prod(inner)), "singular": (held, 1), "up": (out, held)}
+        if differs(adapter, found, "rank_pattern", len(mask), initial) or misfits(adapter, found, shapes):
             continue
         sites.append(IncomingSite(found.fqn, _spread(found, mask)))
     adapter.add("adalora", params, sites)

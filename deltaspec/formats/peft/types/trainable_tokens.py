@@ -28,7 +28,7 @@ def read(adapter: Adapter) -> None:
         return any(parameter.tied for parameter in tables[fqn].parameters)
 
     found = list({
-        group(at.fqn): at for at in reversed(found_modules(adapter, {"trainable_tokens_delta": "weight"}, is_tied))
+        group(at.fqn): at for at in reversed(found_modules(adapter, {"trainable_tokens_delta": "weight"}, untargeted=is_tied))
     }.values())  # fmt: skip
     for at in reversed(found):
         rows = at.tensors["weight"]

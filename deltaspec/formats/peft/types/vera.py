@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from deltaspec.formats.peft.adapter import Adapter
 
 
+_NAMES = {"vera_lambda_d": "inner_scale", "vera_lambda_b": "outer_scale"}
+
+
 def read(adapter: Adapter) -> None:
     """Add the delta of a VeRA adapter."""
     adapter.ignore("init_weights", "fan_in_fan_out")
@@ -28,7 +31,7 @@ def read(adapter: Adapter) -> None:
         params["initial_scale"] = float(start)
     modules = [
         found
-        for found in found_modules(adapter, {"vera_lambda_d": "inner_scale", "vera_lambda_b": "outer_scale"})
+        for found in found_modules(adapter, _NAMES, {"inner_scale": 1, "outer_scale": 1})
         if not lacks(adapter, found, ("inner_scale", "outer_scale"))
         and not differs(adapter, found, "r", rank, found.tensors["inner_scale"].shape[0])
     ]
