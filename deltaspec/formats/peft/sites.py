@@ -37,7 +37,7 @@ def found_modules(
 ) -> list[Found]:
     """Take all tensors whose keys end in one of these names, and give them the names of the method here.
 
-    `dims` says how many dimensions each must have, by those names: 2 if left out, None for those of the module's weight.
+    `dims` says how many dimensions each must have, by those names: 2 if left out, None for those of the weight.
     What the configuration targets is compared with them, but for `untargeted` ones: `target_modules` and all beside it
     are taken.
     """
