@@ -70,7 +70,7 @@ def _restore(
     chosen = tuple(name for name in saved.names if name in together)
     outcomes = matcher.outcomes(saved, chosen, findings)
     try:
-        planned = _planned(model, saved, specs, outcomes, matcher.present, example_inputs)
+        planned = planned_on(model, saved, specs, outcomes, matcher.present, example_inputs)
     except DeltaSpecError as error:
         raise DeltaSpecError([*findings, *error.diagnostics]) from error
     # Every value comes from the files: no decomposition of a weight, no tokenizer of a text is needed.
@@ -81,7 +81,7 @@ def _restore(
     return compiled
 
 
-def _planned(
+def planned_on(
     model: nn.Module,
     saved: DeltaSet,
     specs: Sequence[DeltaSpec],

@@ -36,6 +36,11 @@ class Part:
     strength: float
 
     @property
+    def is_weight(self) -> bool:
+        """Whether it can be expressed as a change of the module's own parameters."""
+        return methods()[self.method].promises.weight is not None
+
+    @property
     def params(self) -> Any:
         """Parameters of the method here."""
         return self.at.params
@@ -57,6 +62,8 @@ class Wishes:
 
     uniform: bool = False
     """One rank and one scale for all modules, for readers that know no patterns."""
+    low_rank: bool = False
+    """LoRA alone, for readers that know no other method."""
     approximate: int | None = None
     """Rank of the updates that stand for what has no exact form."""
 
@@ -75,11 +82,14 @@ class Outgoing:
     wishes: Wishes = Wishes()
     config: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    findings: list[Diagnostic] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     """What the reader of the result must know."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Relative error of each module whose change was approximated, by FQN."""
     all_parts: tuple[Part, ...] = field(init=False)
     """All that goes out."""
+    _refused: dict[tuple[str, str, str], dict[str, None]] = field(default_factory=dict)
+    """Places by delta, reason and way out."""
 
     def __post_init__(self) -> None:
         self.all_parts = tuple(self.parts)
@@ -102,15 +112,9 @@ class Outgoing:
 
     def refuse(self, parts: Iterable[Part], reason: str, hint: str | None = None) -> None:
         """Say that these parts have no form in what is written."""
-        by_delta: dict[str, list[str]] = {}
         for part in parts:
-            by_delta.setdefault(part.delta, []).append(part.at.fqn)
-        for name, places in by_delta.items():
-            message = f"{name}: {reason} ({shown(dict.fromkeys(places))})"
-            way = hint or self.way_out(name)
-            finding = Diagnostic("DS560", message, file="<model>", suggestion=way)
-            if finding not in self.findings:
-                self.findings.append(finding)
+            places = self._refused.setdefault((part.delta, reason, hint or self.way_out(part.delta)), {})
+            places[part.at.fqn] = None
 
     def way_out(self, name: str) -> str:
         """Return what can be done with a delta that has no form there."""
@@ -120,9 +124,13 @@ class Outgoing:
         return ways if self.wishes.approximate else f"{ways}; approximate=RANK (--approximate RANK) a LoRA close to it"
 
     def settle(self) -> None:
-        """Raise DeltaSpecError where anything was found."""
-        if self.findings:
-            raise DeltaSpecError(self.findings)
+        """Raise DeltaSpecError where anything was refused."""
+        findings = [
+            Diagnostic("DS560", f"{name}: {reason} ({shown(places)})", file="<model>", suggestion=hint)
+            for (name, reason, hint), places in self._refused.items()
+        ]
+        if findings:
+            raise DeltaSpecError(findings)
 
     @torch.no_grad()
     def folded(self, fqn: str, parts: Iterable[Part]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Base models for adapters that PEFT makes, and how they are run: transformers, convolutions, packed attention."""
+"""Base models for adapters that PEFT makes, and how they are run: transformers, convolutions, attention."""
 
 from __future__ import annotations
 

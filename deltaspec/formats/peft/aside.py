@@ -26,9 +26,10 @@ def write_aside(out: Outgoing, *, biases: bool) -> dict[str, Tensor]:
 
     Return the biases of modules that have none of their own, by FQN: the type may add them, or refuse them.
     """
+    added = _shifts(out) if biases else {}
     _whole(out)
     _rows(out)
-    return _shifts(out) if biases else {}
+    return added
 
 
 def _whole(out: Outgoing) -> None:
@@ -124,9 +125,14 @@ def _refuse_untied(out: Outgoing, found: dict[str, list[Part]]) -> None:
                 out.refuse([part], "PEFT changes a tied head with the table, and this delta the table alone")
 
 
+def _is_bias(part: Part) -> bool:
+    return part.method == SHIFTS or (part.method in WHOLE and {spec.name for spec in part.at.tensors} == {"bias"})
+
+
 def _shifts(out: Outgoing) -> dict[str, Tensor]:
     """Take the changes of biases; return those of modules without one."""
-    found = out.take(lambda part: part.method == SHIFTS)
+    whole = {part.fqn for part in out.parts if part.method in WHOLE and not _is_bias(part)}
+    found = out.take(lambda part: _is_bias(part) and not any(is_inside(part.fqn, other) for other in whole))
     added: dict[str, Tensor] = {}
     for fqn, parts in found.items():
         row = parts[0].at.site.row

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from deltaspec.formats.peft.adapter import CONFIG
 
 if TYPE_CHECKING:
@@ -19,16 +21,25 @@ def refuse_ignored_geometry(adapter: Adapter, found: Iterable[Found]) -> None:
     and padding mode: they run, and compute something else than the convolution does.
     """
     for at in found:
-        if at.row.kind == "conv":
-            module: Any = adapter.base.model.get_submodule(at.fqn)
-            uneven = [name for name in ("stride", "padding") if len(set(getattr(module, name))) > 1]
-            _refuse(adapter, at.fqn, [*uneven, *_ignored(module)], "merge it with PEFT: model.merge_and_unload()")
+        if at.row.kind == "conv" and (reason := ignored_geometry(adapter.base.model.get_submodule(at.fqn))):
+            message = f"{adapter.type} on {at.fqn}: {reason}"
+            adapter.find("DS544", message, "merge it with PEFT: model.merge_and_unload()", CONFIG)
 
 
 def refuse_ignored_dilation(adapter: Adapter, fqn: str) -> None:
     """Refuse a convolution whose dilation or padding mode PEFT's layer of LoRA leaves out."""
-    if adapter.base.rows[fqn].kind == "conv":
-        _refuse(adapter, fqn, _ignored(adapter.base.model.get_submodule(fqn)), "train it again without this module")
+    if adapter.base.rows[fqn].kind == "conv" and (ignored := _ignored(adapter.base.model.get_submodule(fqn))):
+        message = f"{adapter.type} on {fqn}: {_said(ignored)}"
+        adapter.find("DS544", message, "train it again without this module", CONFIG)
+
+
+def ignored_geometry(module: nn.Module) -> str | None:
+    """Return what PEFT's layer leaves out of a convolution; None where it leaves out nothing, or this is none."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return None
+    given = (("stride", module.stride), ("padding", module.padding))
+    ignored = [*(name for name, value in given if len(set(value)) > 1), *_ignored(module)]
+    return _said(ignored) if ignored else None
 
 
 def _ignored(module: Any) -> list[str]:
@@ -36,7 +47,5 @@ def _ignored(module: Any) -> list[str]:
     return ["dilation"] * dilated + ["padding_mode"] * padded
 
 
-def _refuse(adapter: Adapter, fqn: str, ignored: list[str], hint: str) -> None:
-    if ignored:
-        message = f"{adapter.type} on {fqn}: PEFT leaves out its {' and '.join(ignored)}, and runs another "
-        adapter.find("DS544", message + "convolution than the model has", hint, CONFIG)
+def _said(ignored: list[str]) -> str:
+    return f"PEFT leaves out its {' and '.join(ignored)}, and runs another convolution than the model has"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -13,14 +14,15 @@ from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.adapter import CONFIG, WEIGHTS
 from deltaspec.formats.peft.aside import ASIDE
 from deltaspec.formats.peft.card import CARD, card
+from deltaspec.formats.peft.low_rank import write_updates
 from deltaspec.formats.peft.reader import known_types, type_module
 from deltaspec.formats.peft.task import base_of, task
 from deltaspec.names.escaping import file_stem
 from deltaspec.planning.lock import lock
 
 MAIN = CONFIG
-_USUAL = "LORA"
-"""Type that carries what goes beside any type, where that is all there is."""
+_USUAL = "lora"
+"""Method whose deltas are one where there are several, at any strength."""
 
 
 @torch.no_grad()
@@ -28,9 +30,8 @@ def write(out: Outgoing) -> dict[str, bytes]:
     """Return the files of a PEFT adapter. Raises DeltaSpecError with all findings."""
     from safetensors.torch import save as to_bytes
 
-    kind = _type(out)
-    if kind is not None:
-        kind.write(out)
+    if (write_type := _writer(out)) is not None:
+        write_type(out)
     out.refuse(out.parts, "PEFT has no form for it here")
     out.settle()
     config = _config(out)
@@ -43,28 +44,65 @@ def write(out: Outgoing) -> dict[str, bytes]:
     }
 
 
-def _type(out: Outgoing) -> ModuleType | None:
-    """Return the module of the type to write; None, with findings, where there is none for all methods together."""
+def _writer(out: Outgoing) -> Callable[[Outgoing], None] | None:
+    """Return what writes the type that fits; None, with findings, where there is none for all methods together."""
     present = {part.method for part in out.parts}
     main = present - ASIDE
     writers = [module for name in known_types() if hasattr(module := type_module(name), "write")]
-    fitting = [module for module in writers if (main or present) <= module.METHODS]
-    if fitting or not main:
-        return fitting[0] if fitting else type_module(_USUAL)
+    low_rank = {method: module.updates for module in writers if hasattr(module, "updates") for method in module.METHODS}
+    own = main or present - {"full"} or present
+    fitting = [module for module in writers if own <= module.METHODS and _fits(out, module)]
+    if fitting and not out.wishes.low_rank:
+        write: Callable[[Outgoing], None] = fitting[0].write
+        return write
     known = frozenset[str]().union(*(module.METHODS for module in writers))
-    if lost := main - known:
+    close = {part.method for part in out.parts if part.is_weight} if out.wishes.approximate else set[str]()
+    if main <= {*low_rank, *close}:
+        return partial(write_updates, known=low_rank)
+    if out.wishes.low_rank or (lost := main - known - close):
+        lost = main - {*low_rank, *close}
         for method in sorted(lost):
-            out.refuse([part for part in out.parts if part.method == method], f"PEFT has no form for {method}")
-        out.parts = []
-        return None
-    together = ", ".join(sorted(main))
-    out.refuse(
-        [part for part in out.parts if part.method in main],
-        f"a PEFT adapter is of one type, and {together} are of several",
-        "write them one by one: " + "; ".join(f"c.save_as('peft', …, {name!r})" for name in out.strengths),
-    )
+            what = "is no low-rank update" if out.wishes.low_rank else "has no form in PEFT"
+            out.refuse([part for part in out.parts if part.method == method], f"{method} {what}")
+    else:
+        _refuse_together(out, sorted(main))
     out.parts = []
     return None
+
+
+def _refuse_together(out: Outgoing, main: list[str]) -> None:
+    parts = [part for part in out.parts if part.method in main]
+    if len(main) > 1:
+        reason = f"a PEFT adapter is of one type, and {', '.join(main)} are of several"
+        out.refuse(parts, reason, "write them one by one: " + _one_by_one(out))
+        return
+    several = {part.fqn for part in parts if len(out.at(part.fqn)) > 1}
+    if any(part.strength != 1 for part in parts):
+        strong = [part for part in parts if part.strength != 1]
+        out.refuse(strong, f"strength {strong[0].strength:g} has no place in PEFT's {main[0]}")
+    elif several:
+        reason = "PEFT has one of this type a module, and several deltas are here"
+        out.refuse(
+            [part for part in parts if part.fqn in several], reason, "write them one by one: " + _one_by_one(out)
+        )
+    else:
+        out.refuse(parts, f"PEFT's {main[0]} has no form for these parameters")
+
+
+def _one_by_one(out: Outgoing) -> str:
+    return "; ".join(f"c.save_as('peft', …, {name!r})" for name in out.strengths)
+
+
+def _fits(out: Outgoing, module: ModuleType) -> bool:
+    """Return whether a type has a form for all its parts, so far as that does not depend on the modules."""
+    parts = [part for part in out.parts if part.method in module.METHODS]
+    if module.METHODS <= ASIDE:
+        return not hasattr(module, "fits_together") or bool(module.fits_together(parts))
+    if _USUAL in module.METHODS or not (hasattr(module, "updates") or out.wishes.approximate):
+        return True  # what does not fit is refused by name when it is written
+    alone = all(part.strength == 1 for part in parts) and len({part.fqn for part in parts}) == len(parts)
+    fits = all(module.fits(part) for part in parts) if hasattr(module, "fits") else True
+    return alone and fits and (not hasattr(module, "fits_together") or bool(module.fits_together(parts)))
 
 
 def _config(out: Outgoing) -> dict[str, Any]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import sqrt
 
 import torch
 from torch import Tensor
-
-from deltaspec.formats.outgoing import Part
-from deltaspec.methods.shared.parts import spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,31 +37,6 @@ class Update:
         if self.alpha is not None and self.rooted == rooted:
             return self.alpha
         return self.scale * (sqrt(self.rank) if rooted else self.rank)
-
-
-def lora_updates(part: Part) -> Iterator[Update]:
-    """Yield what a delta of method lora adds at one place."""
-    params, own = part.params, part.own
-    scale = params.scale * part.strength
-    row = part.at.site.row
-    if params.parts is not None:
-        assert row.parts is not None
-        width = row.out_features
-        assert width is not None
-        for name in params.parts:
-            up = spread(row.parts, {name: getattr(own, f"{name}_up")}, 0.0, (params.rank,))
-            yield Update(getattr(own, f"{name}_down"), up, scale)
-        return
-    names = {spec.name for spec in part.at.tensors}
-    yield Update(
-        own.down, own.up, scale,
-        bias=own.bias if "bias" in names else None,
-        alpha=params.alpha * part.strength,
-        rooted=params.scaling == "rslora",
-        magnitude=own.magnitude if "magnitude" in names else None,
-    )  # fmt: skip
-    if params.keeps_start:
-        yield Update(own.down_start, own.up_start, -scale)
 
 
 def joined(updates: Iterable[Update], groups: int = 1) -> Update:

@@ -1,156 +1,88 @@
-"""A PEFT LoRA made of one low-rank update a module: its configuration, and each tensor under PEFT's name."""
+"""What deltas add to modules as one low-rank update each: exact where their methods are low-rank, else the closest."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from deltaspec.backbone.table import Row
 from deltaspec.formats.outgoing import Outgoing, Part
-from deltaspec.formats.peft.aside import PREFIX
-from deltaspec.formats.peft.factors import Update, padded, ungrouped
-from deltaspec.formats.peft.naming import by_name, hidden_by, target_list
-from deltaspec.methods.shared.dora import squared_norms
-from deltaspec.methods.shared.weights import canonical
+from deltaspec.formats.peft.aside import PREFIX, write_aside
+from deltaspec.formats.peft.closest import closest_update
+from deltaspec.formats.peft.factors import Update, joined
+from deltaspec.formats.peft.lora_form import with_bias, write_lora
+from deltaspec.formats.peft.single import LAYERS, unknown_layer, unplaced
 
-NO_MODULES = "dummy-target-modules"
-"""PEFT's own name for an adapter that has no module of its type, but others beside it."""
+Updates = Callable[[Part], Iterable[Update]]
+"""What a delta of a method adds at one place."""
 
 
-def refusal(out: Outgoing, part: Part) -> str | None:
-    """Return why PEFT's layers have no form for an update at a place; None where they have one."""
-    site = part.at.site
-    module = out.base.model.get_submodule(part.fqn)
-    if site.parameter is not None:
-        return "PEFT's LoRA takes modules, not this parameter"
-    if site.host is not None:
-        return "PEFT adds to what a module gives when it is called, and this one's weight is read without a call"
-    if site.row.aliases:
-        return "PEFT would replace the module under one of its names alone"
-    if not part.fqn:
-        return "PEFT cannot replace the model itself"
-    known = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    if not isinstance(module, known) and site.kind != "conv1d":
-        return f"PEFT's LoRA has no form for {site.row.type}"
-    dilated = any(step != 1 for step in getattr(module, "dilation", ()))
-    if dilated or getattr(module, "padding_mode", "zeros") != "zeros":
-        return "PEFT's LoRA leaves out dilation and padding_mode of a convolution"
+def write_updates(out: Outgoing, known: Mapping[str, Updates]) -> None:
+    """Write one LoRA; `known` are the methods that are low-rank themselves."""
+    added = write_aside(out, biases=True)
+    rank = out.wishes.approximate
+    found = out.take(lambda part: part.method in known or (rank is not None and part.is_weight))
+    updates: dict[str, Update] = {}
+    dropouts = {0.0}
+    for fqn, parts in found.items():
+        if reason := _unplaced(out, parts):
+            out.refuse(parts, reason)
+            continue
+        dropouts |= {float(getattr(part.params, "dropout", 0.0)) for part in parts}
+        reason = _inexact(parts, known)
+        if reason is None:
+            made = [update for part in parts for update in known[part.method](part)]
+            updates[fqn] = joined(made, parts[0].at.site.row.conv_groups)
+        elif rank is None:
+            out.refuse(parts, reason)
+        elif (close := closest_update(out, fqn, parts, rank)) is not None:
+            updates[fqn] = close.update
+            out.errors[fqn] = close.error
+            _shift(out, fqn, close.bias, added)
+    for fqn, bias in added.items():
+        if fqn not in found and (reason := _unplaced(out, out.at(fqn))):
+            out.refuse(out.at(fqn), reason)
+            continue
+        updates[fqn] = with_bias(updates.get(fqn), bias, out.base.rows[fqn])
+    out.settle()
+    if len(dropouts - {0.0}) > 1:
+        out.remarks.append(f"dropouts differ between modules (up to {max(dropouts):g}): PEFT has one")
+    write_lora(out, updates, dropout=max(dropouts))
+
+
+def _unplaced(out: Outgoing, parts: Iterable[Part]) -> str | None:
+    """Return why PEFT's LoRA does not act at a place; None where it does."""
+    for part in parts:
+        if reason := unplaced(out, part) or unknown_layer(out, part, (*LAYERS, "Conv1D"), "LoRA"):
+            return reason
+        module = out.base.model.get_submodule(part.fqn)
+        dilated = any(step != 1 for step in getattr(module, "dilation", ()))
+        if dilated or getattr(module, "padding_mode", "zeros") != "zeros":
+            return "PEFT's LoRA leaves out dilation and padding_mode of a convolution"
     return None
 
 
-def with_bias(update: Update | None, bias: Tensor, row: Row) -> Update:
-    """Return an update that adds a bias, too; one of zeros where there is none yet."""
-    if update is None:
-        assert row.in_features is not None and row.out_features is not None
-        if row.kind == "conv":
-            out_channels, in_per_group, *kernel = row.shape_of("weight")
-            groups, ones = row.conv_groups, (1,) * len(kernel)
-            down, up = bias.new_zeros(groups, in_per_group, *kernel), bias.new_zeros(out_channels, 1, *ones)
-        else:
-            down, up = bias.new_zeros(1, row.in_features), bias.new_zeros(row.out_features, 1)
-        return Update(down, up, 1.0 / down.shape[0], bias=bias * down.shape[0], alpha=1.0)
-    shift = bias / update.scale
-    return replace(update, bias=shift if update.bias is None else update.bias + shift)
+def _inexact(parts: list[Part], known: Mapping[str, Updates]) -> str | None:
+    """Return why these parts are no sum of low-rank updates; None where they are."""
+    if other := [part.method for part in parts if part.method not in known]:
+        return f"{other[0]} is no low-rank update"
+    decomposed = [part for part in parts if getattr(part.params, "use_dora", False)]
+    if not decomposed:
+        return None
+    if len(parts) > 1:
+        return "PEFT's DoRA stands alone on a module, and several deltas are added here"
+    if parts[0].strength != 1:
+        return f"DoRA at strength {parts[0].strength:g} is no DoRA"
+    return "PEFT's DoRA has no place for a start that is subtracted" if parts[0].params.keeps_start else None
 
 
-def write_lora(out: Outgoing, updates: Mapping[str, Update], dropout: float = 0.0) -> None:
-    """Add the configuration and the tensors of a LoRA to what goes out."""
-    if any(update.magnitude is not None for update in updates.values()):
-        updates = _decomposed(out, updates)
-    if out.wishes.uniform and updates:
-        updates = _uniform(out, updates)
-    rooted = bool(updates) and all(u.rooted and u.alpha is not None for u in updates.values())
-    ranks = {fqn: update.rank for fqn, update in updates.items()}
-    alphas = {fqn: _plain(update.alpha_as(rooted)) for fqn, update in updates.items()}
-    rank, alpha = _usual(ranks, 8), _usual(alphas, 8)
-    biased = any(update.bias is not None for update in updates.values())
-    rows = out.base.rows
-    names = [name for name, _ in out.base.model.named_modules() if name]
-    out.config |= {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "target_modules": target_list(list(updates), names) if updates else NO_MODULES,
-        "rank_pattern": by_name(ranks, rank),
-        "alpha_pattern": by_name(alphas, alpha),
-        "use_rslora": rooted,
-        "use_dora": any(update.magnitude is not None for update in updates.values()),
-        "fan_in_fan_out": bool(updates) and all(rows[fqn].kind == "conv1d" for fqn in updates),
-        "init_lora_weights": True,
-        **({"lora_bias": True} if biased else {}),
-    }
-    out.config.setdefault("bias", "none")
-    for fqn in hidden_by(out.config.get("modules_to_save") or (), updates):
-        out.refuse(out.at(fqn), "PEFT gives no adapter to a module that modules_to_save seems to mean")
-    for fqn, update in updates.items():
-        _put(out, fqn, update, rows[fqn], biased)
-
-
-def _put(out: Outgoing, fqn: str, update: Update, row: Row, biased: bool) -> None:
-    at = f"{PREFIX}{fqn}."
-    if row.kind == "embedding":
-        out.tensors |= {f"{at}lora_embedding_A": update.down, f"{at}lora_embedding_B": update.up}
-    else:
-        down = ungrouped(update.down, row.conv_groups)
-        out.tensors |= {f"{at}lora_A.weight": down, f"{at}lora_B.weight": update.up}
-        if biased:
-            bias = update.up.new_zeros(update.up.shape[0]) if update.bias is None else update.bias
-            out.tensors[f"{at}lora_B.bias"] = bias
-    if update.magnitude is not None:
-        out.tensors[f"{at}lora_magnitude_vector"] = update.magnitude
-    if (own := out.tensors.pop(f"{at}bias", None)) is not None:
-        out.tensors[f"{at}base_layer.bias"] = own
-
-
-def _usual(values: Mapping[str, Any], default: Any) -> Any:
-    """Return the value that most modules have."""
-    return Counter(values.values()).most_common(1)[0][0] if values else default
-
-
-def _plain(number: float) -> int | float:
-    return int(number) if number == int(number) else number
-
-
-def _uniform(out: Outgoing, updates: Mapping[str, Update]) -> dict[str, Update]:
-    """Give all updates one rank, the largest, and one scale."""
-    rank = max(update.rank for update in updates.values())
-    scale = _usual({fqn: update.scale for fqn, update in updates.items()}, 1.0)
-    found = {}
-    for fqn, update in updates.items():
-        groups = out.base.rows[fqn].conv_groups
-        if update.rank == rank and update.scale == scale and not update.rooted:
-            found[fqn] = update
-        elif rank % groups:
-            out.refuse(out.at(fqn), f"rank {rank}, that of other modules, is no multiple of the {groups} groups here")
-        else:
-            found[fqn] = padded(update, rank, scale, groups)
-    return found
-
-
-def _decomposed(out: Outgoing, updates: Mapping[str, Update]) -> dict[str, Update]:
-    """Give all updates a magnitude, since PEFT's DoRA is for all modules or none: where they have none, the norms that
-    the changed weight has anyway.
-    """
-    found = {}
-    for fqn, update in updates.items():
-        own = out.at(fqn)
-        kind = out.base.rows[fqn].kind
-        if update.bias is not None:
-            out.refuse(own, "PEFT has no bias in a DoRA")
-        elif update.magnitude is not None:
-            found[fqn] = update
-        elif kind == "conv":
-            out.refuse(own, "PEFT's DoRA is for all modules of an adapter or none, and this convolution has none")
-        elif out.base.is_meta:
-            out.refuse(own, "PEFT's DoRA needs the norms of this weight, and the base has no values here")
-        else:
-            weight = out.base_values(fqn)["weight"].double()
-            changed = weight + canonical(kind, update.scale * update.up.double() @ update.down.double())
-            found[fqn] = replace(update, magnitude=squared_norms(kind, changed).sqrt().to(torch.float32))
-    return found
+def _shift(out: Outgoing, fqn: str, bias: Tensor | None, added: dict[str, Tensor]) -> None:
+    """Write what an approximated delta made of a bias: the module's own, or one that LoRA adds."""
+    if bias is None:
+        return
+    if not out.base.rows[fqn].has_parameter("bias"):
+        added[fqn] = bias + added.get(fqn, 0)
+        return
+    written = out.tensors.get(f"{PREFIX}{fqn}.bias")
+    out.tensors[f"{PREFIX}{fqn}.bias"] = bias if written is None else written + bias - out.base_values(fqn)["bias"]
+    out.config["bias"] = "all"

@@ -9,6 +9,8 @@ import re
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import TypeVar
 
+from deltaspec.formats.peft.targets import by_pattern_below
+
 Value = TypeVar("Value", bound=Hashable)
 
 
@@ -57,6 +59,24 @@ def by_name(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
     return found
 
 
+def by_name_below(values: Mapping[str, Value], default: Value) -> dict[str, Value] | None:
+    """Return a pattern of FourierFT or C3A; None where theirs cannot tell the modules apart.
+
+    Their keys are regular expressions that fit behind a dot, or whole names as they are.
+    """
+    found: dict[str, Value] = {}
+    for value in dict.fromkeys(values.values()):
+        if value == default:
+            continue
+        own = [name for name, given in values.items() if given == value]
+        endings = _endings(own, values)
+        if endings is None:
+            return None
+        found |= {ending if ending in values else re.escape(ending): value for ending in endings}
+    fits = all(by_pattern_below(name, found, default) == value for name, value in values.items())
+    return found if fits else None
+
+
 def saved_list(wanted: Collection[str], names: Collection[str]) -> list[str] | None:
     """Return `modules_to_save` for these modules among all names; None where they cannot be told from others.
 
@@ -76,3 +96,16 @@ def hidden_by(saved: Iterable[str], targets: Iterable[str]) -> list[str]:
     """Return the modules that PEFT gives no adapter, since `modules_to_save` stands for them. Raises re.error."""
     patterns = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in saved]
     return [target for target in targets if any(pattern.match(target) for pattern in patterns)]
+
+
+def forward_lists(
+    wanted: Collection[str], before: Collection[str], others: Collection[str]
+) -> tuple[list[str] | str, list[str] | str]:
+    """Return `target_modules` and `feedforward_modules` of (IA)³: the latter must be among the former, and mean
+    whatever ends with one of their texts.
+    """
+    own = [name for name in wanted if name not in set(before)]
+    first, second = _endings(own, others) if own else [], _endings(before, others) if before else []
+    if first is not None and second is not None and not any(name.endswith(end) for name in own for end in second):
+        return sorted({*first, *second}), second
+    return tuple("(?:" + "|".join(map(re.escape, sorted(names))) + ")" for names in (wanted, before))  # type: ignore[return-value]

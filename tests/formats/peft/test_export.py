@@ -188,7 +188,7 @@ def test_heads_that_no_list_tells_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("deltas", "reason"),
     [
-        ([{"name": "a", "method": "adapter", "target": {"role": "mlp"}}], "no form for adapter"),
+        ([{"name": "a", "method": "adapter", "target": {"role": "mlp"}}], "adapter has no form in PEFT"),
         ([lora(use_dora=True), lora("c")], "DoRA stands alone"),
         ([{"name": "b", "method": "bitfit", "target": {"role": "norm"}}], "has no bias"),
     ],

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.outgoing import Outgoing, Part
+from deltaspec.formats.peft.factors import Update
+from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import Found, differs, found_modules, lacks, misfits
 
 if TYPE_CHECKING:
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
     from deltaspec.formats.peft.adapter import Adapter
 
+METHODS = frozenset({"adalora"})
+"""Methods that are written so."""
 _NAMES = {"lora_A": "down", "lora_E": "singular", "lora_B": "up"}
 _TRAINING = (
     "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "init_lora_weights",
@@ -69,3 +74,25 @@ def _spread(found: Found, mask: list[bool]) -> dict[str, Tensor]:
     singular = singular.new_zeros(len(mask)).index_copy(0, places, singular.flatten())
     kernel = found.row.shape_of("weight")[2:] if found.row.kind == "conv" else ()
     return {"down": down.reshape(len(mask), -1, *kernel), "singular": singular, "up": up}
+
+
+def write(out: Outgoing) -> None:
+    """Write an AdaLoRA adapter. Ranks that were dropped stay in their places, as zeros."""
+    single = Single(out, "ADALORA", "adalora", ("Linear", "Conv1D", "Conv2d"))
+    initial = single.agreed("init_r", lambda part: part.params.initial_rank, 12)
+    alpha = single.agreed("lora_alpha", lambda part: part.params.alpha, 8)
+    target = single.agreed("target_r", lambda part: part.params.rank, 8)
+    single.put("lora_A", lambda part: part.own.down.flatten(1))
+    single.put("lora_E", lambda part: part.own.singular[:, None])
+    single.put("lora_B", lambda part: part.own.up)
+    dropout = single.largest(lambda part: part.params.dropout)
+    # PEFT does not load one without steps to train for.
+    single.finish(init_r=initial, target_r=target, lora_alpha=alpha, lora_dropout=dropout, total_step=1)
+
+
+def updates(part: Part) -> list[Update]:
+    """Return the update as LoRA has it."""
+    singular = part.own.singular.reshape(-1, *(1,) * (part.own.down.dim() - 1))
+    kernel = (1,) * (part.own.down.dim() - 2)
+    up = part.own.up.reshape(*part.own.up.shape, *kernel)
+    return [Update(singular * part.own.down, up, part.params.scale * part.strength)]

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.outgoing import Outgoing
+from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import differs, found_modules, overrides
 from deltaspec.formats.peft.targets import by_pattern_below
 
 if TYPE_CHECKING:
     from deltaspec.formats.peft.adapter import Adapter
 
+METHODS = frozenset({"c3a"})
+"""Methods that are written so."""
 _STARTS = {True: "zeros", "gaussian": "normal", "kaiming_uniform": "kaiming_uniform"}
 
 
@@ -32,3 +36,11 @@ def read(adapter: Adapter) -> None:
             "follows the formula here"
         )
     adapter.add("c3a", params, sites)
+
+
+def write(out: Outgoing) -> None:
+    """Write a C3A adapter."""
+    single = Single(out, "C3A", "c3a", ("Linear",))
+    single.put("c3a_kernel", lambda part: part.own.kernels)
+    single.patterned("block_size", "block_size_pattern", lambda part: part.params.block_size, 256, below=True)
+    single.finish()

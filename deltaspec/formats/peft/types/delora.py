@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.outgoing import Outgoing, Part
+from deltaspec.formats.peft.factors import Update
+from deltaspec.formats.peft.single import Single, most
 from deltaspec.formats.peft.sites import differs, found_modules, lacks, overrides
 from deltaspec.formats.peft.targets import by_pattern
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from deltaspec.formats.peft.adapter import Adapter
 
+METHODS = frozenset({"delora"})
+"""Methods that are written so."""
 _NAMES = {"delora_A": "down", "delora_B": "up", "delora_lambda": "boundary", "delora_w_norm": "norm"}
 
 
@@ -33,3 +40,37 @@ def read(adapter: Adapter) -> None:
             continue
         sites.append(IncomingSite(found.fqn, found.tensors, overrides(params, own)))
     adapter.add("delora", params, sites)
+
+
+def fits(part: Part) -> bool:
+    """Return whether PEFT's own type has a form for a part: it subtracts no start."""
+    return bool(part.params.init != "kept")
+
+
+def write(out: Outgoing) -> None:
+    """Write a DeLoRA adapter."""
+    single = Single(out, "DELORA", "delora", ("Linear",))
+    for name, ours in (
+        ("delora_A", "down"),
+        ("delora_B", "up"),
+        ("delora_lambda", "boundary"),
+        ("delora_w_norm", "norm"),
+    ):
+        single.put(name, lambda part, ours=ours: getattr(part.own, ours))  # type: ignore[misc]
+    single.patterned("r", "rank_pattern", lambda part: part.params.rank, 8)
+    bound = most({fqn: part.params.boundary for fqn, part in single.parts.items()}, 15.0)
+    single.finish(delora_lambda=bound, module_dropout=single.largest(lambda part: part.params.dropout))
+
+
+def updates(part: Part) -> list[Update]:
+    """Return the update as LoRA has it: less what it started as, where that is kept."""
+    own = part.own
+    found = [_update(own.down, own.up, own.boundary, own.norm, part.strength)]
+    if part.params.init == "kept":
+        found.append(_update(own.down_start, own.up_start, own.boundary_start, own.norm, -part.strength))
+    return found
+
+
+def _update(down: Tensor, up: Tensor, boundary: Tensor, norm: Tensor, strength: float) -> Update:
+    factor = boundary / down.shape[0] / (down.norm(dim=1).clamp(min=1e-4) * up.norm(dim=0).clamp(min=1e-4))
+    return Update(down * norm, up * factor, strength)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.outgoing import Outgoing, Part
+from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import differs, found_modules, overrides
 from deltaspec.formats.peft.targets import by_pattern_below
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deltaspec.formats.peft.adapter import Adapter
+
+METHODS = frozenset({"fourierft"})
+"""Methods that are written so."""
 
 
 def read(adapter: Adapter) -> None:
@@ -42,3 +47,23 @@ def read(adapter: Adapter) -> None:
         frequencies = places(size, held)
         sites.append(IncomingSite(found.fqn, {**found.tensors, "frequencies": frequencies}, overrides(params, own)))
     adapter.add("fourierft", params, sites)
+
+
+def write(out: Outgoing) -> None:
+    """Write a FourierFT adapter."""
+    single = Single(out, "FOURIERFT", "fourierft", ("Linear", "Conv1D"))
+    seed = single.agreed("random_loc_seed", lambda part: part.params.frequency_seed, 777)
+    scale = single.agreed("scaling", lambda part: part.params.scale, 150.0)
+    single.keep(_elsewhere)
+    single.put("fourierft_spectrum", lambda part: part.own.coefficients)
+    single.patterned("n_frequency", "n_frequency_pattern", lambda part: part.params.frequencies, 1000, below=True)
+    single.finish(random_loc_seed=seed, scaling=scale)
+
+
+def _elsewhere(part: Part) -> str | None:
+    """Return that the frequencies are others than those that PEFT draws from the seed; None where they are these."""
+    row, held = part.at.site.row, part.own.frequencies
+    assert row.in_features is not None and row.out_features is not None
+    generator = torch.Generator().manual_seed(part.params.frequency_seed)
+    drawn = torch.randperm(row.in_features * row.out_features, generator=generator)[: held.shape[0]]
+    return None if torch.equal(drawn, held) else "its frequencies are not those that PEFT draws from the seed"

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.outgoing import Outgoing, Part
+from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import differs, found_modules, lacks, overrides
 from deltaspec.formats.peft.targets import by_pattern
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from deltaspec.formats.peft.adapter import Adapter
 
+METHODS = frozenset({"hira"})
+"""Methods that are written so."""
 _NAMES = {"hira_A": "down", "hira_B": "up", "hira_embedding_A": "down", "hira_embedding_B": "up"}
 
 
@@ -39,3 +47,28 @@ def read(adapter: Adapter) -> None:
     if ignored:
         adapter.remark("rank_pattern: PEFT does not look at it where it makes HiRA, and its file has tensors of r")
     adapter.add("hira", params, sites)
+
+
+def write(out: Outgoing) -> None:
+    """Write a HiRA adapter. All modules get the largest rank, filled with zeros: PEFT does not look at rank_pattern."""
+    layers = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
+    single = Single(out, "HIRA", "hira", layers, biases=False)
+    rank = max((part.params.rank for part in single.parts.values()), default=32)
+    for theirs, ours in _NAMES.items():
+        embedding = "embedding" in theirs
+        single.put(
+            f"{theirs}",
+            lambda part, ours=ours, embedding=embedding: (  # type: ignore[misc]
+                _tensor(part, ours, rank) if (part.at.site.kind == "embedding") == embedding else None
+            ),
+        )
+    single.finish(r=rank, hira_dropout=single.largest(lambda part: getattr(part.params, "dropout", 0.0)))
+
+
+def _tensor(part: Part, name: str, rank: int) -> Tensor:
+    value: Tensor = getattr(part.own, name)
+    lacking = rank - part.params.rank
+    if name == "down":
+        return torch.cat((value, value.new_zeros(lacking, *value.shape[1:])))
+    value = torch.cat((value, value.new_zeros(value.shape[0], lacking)), 1)
+    return value.reshape(*value.shape, *(1 for _ in part.own.down.shape[2:]))

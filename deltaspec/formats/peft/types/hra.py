@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
-from deltaspec.formats.peft.convolutions import refuse_ignored_geometry
+from deltaspec.formats.outgoing import Outgoing
+from deltaspec.formats.peft.convolutions import ignored_geometry, refuse_ignored_geometry
+from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import differs, found_modules
 
 if TYPE_CHECKING:
     from deltaspec.formats.peft.adapter import Adapter
+
+METHODS = frozenset({"hra"})
+"""Methods that are written so."""
 
 
 def read(adapter: Adapter) -> None:
@@ -26,3 +31,13 @@ def read(adapter: Adapter) -> None:
             if not differs(adapter, at, "r", params["rank"], at.tensors["directions"].shape[1])
         ],
     )  # fmt: skip
+
+
+def write(out: Outgoing) -> None:
+    """Write an HRA adapter."""
+    single = Single(out, "HRA", "hra", ("Linear", "Conv2d"))
+    single.keep(lambda part: ignored_geometry(out.base.model.get_submodule(part.fqn)))
+    rank = single.agreed("r", lambda part: part.params.rank, 8)
+    orthogonal = single.agreed("apply_GS", lambda part: part.params.orthogonal, False)
+    single.put("hra_u", lambda part: part.own.directions)
+    single.finish(r=rank, apply_GS=orthogonal)

@@ -6,11 +6,19 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.adapter import CONFIG
+from deltaspec.formats.peft.naming import forward_lists
+from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import Found, differs, found_modules
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from deltaspec.formats.peft.adapter import Adapter
+
+METHODS = frozenset({"ia3"})
+"""Methods that are written so."""
 
 
 def read(adapter: Adapter) -> None:
@@ -49,3 +57,25 @@ def _is_before(adapter: Adapter, found: Found, modules: Any) -> bool | None:
     width = found.row.in_features if before else found.row.out_features
     shape = (1, width, *(1,) * (scale.dim() - 2)) if before or scale.dim() > 2 else (width, 1)
     return None if differs(adapter, found, "the scale's shape", list(shape), list(scale.shape)) else before
+
+
+def write(out: Outgoing) -> None:
+    """Write an (IA)³ adapter."""
+    single = Single(out, "IA3", "ia3", ("Linear", "Conv1D", "Conv2d", "Conv3d"), biases=False)
+    single.put("ia3_l", _scale)
+    before = [fqn for fqn, part in single.parts.items() if _enters(part)]
+    single.finish()
+    names = [name for name, _ in out.base.model.named_modules() if name]
+    targets, feedforward = forward_lists(list(single.parts), before, names)
+    out.config |= {"target_modules": targets, "feedforward_modules": feedforward}
+
+
+def _enters(part: Part) -> bool:
+    return part.at.tensors[0].name == "scale_in"
+
+
+def _scale(part: Part) -> Tensor:
+    value: Tensor = part.own.scale_in if _enters(part) else part.own.scale_out
+    if part.at.site.kind == "conv":
+        return value.reshape(1, -1, *(1,) * (len(part.at.site.row.shape_of("weight")) - 2))
+    return value[None] if _enters(part) else value[:, None]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.outgoing import Outgoing
+from deltaspec.formats.peft.aside import PREFIX, write_aside
+from deltaspec.formats.peft.single import name_modules, unplaced
 from deltaspec.formats.peft.targets import check_targets
 from deltaspec.names.folding import shown
 from deltaspec.names.paths import below
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
 
     from deltaspec.formats.peft.adapter import Adapter
 
+METHODS = frozenset({"norm"})
+"""Methods that are written so."""
 _MARK = "ln_tuning_layers"
 
 
@@ -51,3 +56,21 @@ def _split(key: str) -> tuple[str, str, str]:
     segments = key.split(".")
     at = segments.index(_MARK)
     return ".".join(segments[:at]), ".".join(segments[at + 1 : -1]), segments[-1]
+
+
+def write(out: Outgoing) -> None:
+    """Write copies of norms."""
+    found = out.take(lambda part: part.method in METHODS)
+    write_aside(out, biases=False)
+    for fqn, parts in found.items():
+        if reason := unplaced(out, parts[0]):
+            out.refuse(parts, reason)
+            continue
+        changed = out.folded(fqn, parts)
+        for name, value in out.base.model.get_submodule(fqn).state_dict().items():
+            if name not in changed and value.is_meta:
+                out.refuse(parts, f"{name} must be written too, and the base has no values here",
+                           "name a base with weights")  # fmt: skip
+            out.tensors[f"{PREFIX}{fqn}.{_MARK}.{name}"] = changed.get(name, value)
+    name_modules(out, list(found))
+    out.config["peft_type"] = "LN_TUNING"

@@ -6,6 +6,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.outgoing import Outgoing, Part
+from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import Found, found_modules, lacks, misfits, overrides
 from deltaspec.formats.peft.targets import by_pattern
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
     from deltaspec.formats.peft.adapter import Adapter
 
+METHODS = frozenset({"loha"})
+"""Methods that are written so."""
 _NAMES = {"hada_w1_a": "up_1", "hada_w1_b": "down_1", "hada_w2_a": "up_2", "hada_w2_b": "down_2", "hada_t1": "core_1",
           "hada_t2": "core_2"}  # fmt: skip
 
@@ -68,3 +72,28 @@ def _tensors(adapter: Adapter, found: Found, rank: int) -> dict[str, Tensor] | N
         elif kernel:
             tensors[down] = tensors[down].reshape(rank, inner[0], *kernel)
     return tensors
+
+
+def write(out: Outgoing) -> None:
+    """Write a LoHa adapter."""
+    single = Single(out, "LOHA", "loha", ("Linear", "Conv1d", "Conv2d"), biases=False)
+    core = single.agreed("use_effective_conv2d", lambda part: part.params.tucker, False)
+    for theirs, ours in _NAMES.items():
+        single.put(theirs, lambda part, ours=ours: _tensor(part, ours))  # type: ignore[misc]
+    single.patterned("r", "rank_pattern", lambda part: part.params.rank, 8)
+    single.patterned("alpha", "alpha_pattern", lambda part: part.params.alpha, 8.0)
+    single.finish(
+        use_effective_conv2d=core,
+        rank_dropout=single.largest(lambda part: part.params.rank_dropout),
+        module_dropout=single.largest(lambda part: part.params.module_dropout),
+    )
+
+
+def _tensor(part: Part, name: str) -> Tensor | None:
+    names = {spec.name for spec in part.at.tensors}
+    if name not in names:
+        return None
+    value: Tensor = getattr(part.own, name)
+    if "core_1" in names:
+        return value.t() if name.startswith("up") else value
+    return value.flatten(1)

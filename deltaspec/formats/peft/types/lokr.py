@@ -6,6 +6,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.outgoing import Outgoing, Part
+from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import Found, differs, found_modules, lacks, misfits, overrides
 from deltaspec.formats.peft.targets import by_pattern
 from deltaspec.names.folding import shown
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
     from deltaspec.formats.peft.adapter import Adapter
 
+METHODS = frozenset({"lokr"})
+"""Methods that are written so."""
 _NAMES = {"lokr_w1": "small", "lokr_w1_a": "small_up", "lokr_w1_b": "small_down", "lokr_w2": "large",
           "lokr_w2_a": "large_up", "lokr_w2_b": "large_down", "lokr_t2": "large_core"}  # fmt: skip
 
@@ -75,3 +79,40 @@ def _tensors(adapter: Adapter, found: Found) -> dict[str, Tensor] | None:
             return None
         tensors["large_down"] = down.reshape(down.shape[0], -1, *kernel)
     return tensors
+
+
+def write(out: Outgoing) -> None:
+    """Write a LoKr adapter."""
+    single = Single(out, "LOKR", "lokr", ("Linear", "Conv1d", "Conv2d"), biases=False)
+    single.keep(_scrambled)
+    core = single.agreed("use_effective_conv2d", lambda part: part.params.tucker, False)
+    both = single.agreed("decompose_both", lambda part: part.params.decompose_both, False)
+    factor = single.agreed("decompose_factor", lambda part: part.params.factor or -1, -1)
+    for theirs, ours in _NAMES.items():
+        single.put(theirs, lambda part, ours=ours: _tensor(part, ours))  # type: ignore[misc]
+    single.patterned("r", "rank_pattern", lambda part: part.params.rank, 8)
+    single.patterned("alpha", "alpha_pattern", lambda part: part.params.alpha, 8.0)
+    single.finish(
+        use_effective_conv2d=core, decompose_both=both, decompose_factor=factor,
+        rank_dropout=single.largest(lambda part: part.params.rank_dropout),
+        rank_dropout_scale=any(part.params.rank_dropout_scale for part in single.parts.values()),
+        module_dropout=single.largest(lambda part: part.params.module_dropout),
+    )  # fmt: skip
+
+
+def _scrambled(part: Part) -> str | None:
+    """Return that PEFT puts the entries of a full large factor on a Conv1d in an order of its own."""
+    full = any(spec.name == "large" for spec in part.at.tensors)
+    if full and len(part.at.site.row.shape_of("weight")) == 3 and part.params.order == "kronecker":
+        return "PEFT puts the entries of this product in an order that is no Kronecker product's"
+    return None
+
+
+def _tensor(part: Part, name: str) -> Tensor | None:
+    names = {spec.name for spec in part.at.tensors}
+    if name not in names:
+        return None
+    value: Tensor = getattr(part.own, name)
+    if "large_core" in names and name == "large_up":
+        return value.t()
+    return value.flatten(1) if name == "large_down" else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.backbone.table import Row
@@ -10,12 +11,12 @@ from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.adapter import CONFIG
-from deltaspec.formats.peft.aside import write_aside
 from deltaspec.formats.peft.convolutions import refuse_ignored_dilation
-from deltaspec.formats.peft.factors import Update, joined, lora_updates
-from deltaspec.formats.peft.low_rank import refusal, with_bias, write_lora
+from deltaspec.formats.peft.factors import Update
+from deltaspec.formats.peft.low_rank import write_updates
 from deltaspec.formats.peft.parameters import factors, matrices_of, places_of
 from deltaspec.formats.peft.targets import by_pattern, check_targets
+from deltaspec.methods.shared.parts import spread
 from deltaspec.names.folding import shown
 
 if TYPE_CHECKING:
@@ -145,34 +146,27 @@ def _fits(adapter: Adapter, module: str, row: Row, tensors: dict[str, Any]) -> b
 
 def write(out: Outgoing) -> None:
     """Write all low-rank updates as one LoRA."""
-    added = write_aside(out, biases=True)
-    found = out.take(lambda part: part.method in METHODS)
-    updates: dict[str, Update] = {}
-    for fqn, parts in found.items():
-        if (update := _update(out, parts)) is not None:
-            updates[fqn] = update
-    for fqn, bias in added.items():
-        if fqn not in found and (reason := refusal(out, out.at(fqn)[0])):
-            out.refuse(out.at(fqn), reason)
-            continue
-        updates[fqn] = with_bias(updates.get(fqn), bias, out.base.rows[fqn])
-    out.settle()
-    write_lora(out, updates, dropout=max((part.params.dropout for own in found.values() for part in own), default=0.0))
+    write_updates(out, {"lora": updates})
 
 
-def _update(out: Outgoing, parts: list[Part]) -> Update | None:
-    """Return what deltas add to one module; None, with a finding, where PEFT has no form for it."""
-    part = parts[0]
-    if reason := refusal(out, part):
-        out.refuse(parts, reason)
-        return None
-    decomposed = [p for p in parts if p.params.use_dora]
-    if decomposed and len(parts) > 1:
-        out.refuse(parts, "PEFT's DoRA stands alone on a module, and several deltas are added here")
-    elif decomposed and part.strength != 1:
-        out.refuse(parts, f"DoRA at strength {part.strength:g} is no DoRA")
-    elif decomposed and part.params.keeps_start:
-        out.refuse(parts, "PEFT's DoRA has no place for a start that is subtracted")
-    else:
-        return joined([u for p in parts for u in lora_updates(p)], part.at.site.row.conv_groups)
-    return None
+def updates(part: Part) -> Iterator[Update]:
+    """Yield what a delta adds at one place."""
+    params, own = part.params, part.own
+    scale = params.scale * part.strength
+    row = part.at.site.row
+    if params.parts is not None:
+        assert row.parts is not None
+        for name in params.parts:
+            up = spread(row.parts, {name: getattr(own, f"{name}_up")}, 0.0, (params.rank,))
+            yield Update(getattr(own, f"{name}_down"), up, scale)
+        return
+    names = {spec.name for spec in part.at.tensors}
+    yield Update(
+        own.down, own.up, scale,
+        bias=own.bias if "bias" in names else None,
+        alpha=params.alpha * part.strength,
+        rooted=params.scaling == "rslora",
+        magnitude=own.magnitude if "magnitude" in names else None,
+    )  # fmt: skip
+    if params.keeps_start:
+        yield Update(own.down_start, own.up_start, -scale)

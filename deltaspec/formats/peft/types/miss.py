@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.outgoing import Outgoing
+from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import differs, found_modules
 
 if TYPE_CHECKING:
     from deltaspec.formats.peft.adapter import Adapter
+
+METHODS = frozenset({"miss"})
+"""Methods that are written so."""
 
 
 def read(adapter: Adapter) -> None:
@@ -31,3 +36,14 @@ def read(adapter: Adapter) -> None:
             if not differs(adapter, at, "r", params["rank"], at.tensors["shard"].shape[1 if start == "bat" else 0])
         ],
     )  # fmt: skip
+
+
+def write(out: Outgoing) -> None:
+    """Write a MiSS adapter."""
+    single = Single(out, "MISS", "miss", ("Linear",))
+    rank = single.agreed("r", lambda part: part.params.rank, 64)
+    variant = single.agreed("init_weights", lambda part: part.params.variant, "miss")
+    width = single.agreed("mini_r", lambda part: part.params.width if variant == "mini" else 1, 1)
+    single.put("miss_block", lambda part: part.own.shard)
+    dropout = single.largest(lambda part: part.params.dropout)
+    single.finish(r=rank, init_weights=True if variant == "miss" else variant, mini_r=width, miss_dropout=dropout)

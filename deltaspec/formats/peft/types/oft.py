@@ -6,13 +6,17 @@ from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.adapter import CONFIG
+from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import found_modules, overrides
 from deltaspec.names.folding import shown
 
 if TYPE_CHECKING:
     from deltaspec.formats.peft.adapter import Adapter
 
+METHODS = frozenset({"oft"})
+"""Methods that are written so."""
 _NAMES = {"oft_R.weight": "rotation", "oft_embedding_R.weight": "rotation"}
 
 
@@ -58,3 +62,26 @@ def _params(adapter: Adapter) -> dict[str, Any]:
     if dropout := adapter.option("module_dropout", 0.0):
         adapter.remark(f"module_dropout {dropout} was left out: PEFT makes it for OFT and never calls it")
     return params
+
+
+def write(out: Outgoing) -> None:
+    """Write an OFT adapter."""
+    single = Single(out, "OFT", "oft", ("Linear", "Conv2d", "Embedding"))
+    single.keep(lambda part: "PEFT's series of three terms has four" if _terms(part) == 3 else None)
+    size = single.agreed("oft_block_size", lambda part: part.params.block_size, 32)
+    shared = single.agreed("block_share", lambda part: part.params.shared_blocks, False)
+    series = single.agreed("use_cayley_neumann", lambda part: part.params.transform == "cayley_neumann", True)
+    terms = single.agreed("num_cayley_neumann_terms", _terms, 5)
+    bound = single.agreed("eps", lambda part: part.params.constraint, None)
+    single.put("oft_R.weight", lambda part: None if part.at.site.kind == "embedding" else part.own.rotation)
+    single.put("oft_embedding_R.weight", lambda part: part.own.rotation if part.at.site.kind == "embedding" else None)
+    if any(part.params.block_dropout for part in single.parts.values()):
+        out.remarks.append("block_dropout was left out: PEFT has none in OFT")
+    single.finish(
+        r=0, oft_block_size=size, block_share=shared, use_cayley_neumann=series, num_cayley_neumann_terms=terms,
+        coft=bound is not None, **({} if bound is None else {"eps": bound}),
+    )  # fmt: skip
+
+
+def _terms(part: Part) -> int:
+    return int(part.params.terms) if part.params.transform == "cayley_neumann" else 5

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.adapter import CONFIG
+from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import found_modules, lacks
 
 if TYPE_CHECKING:
     from deltaspec.formats.peft.adapter import Adapter
 
+METHODS = frozenset({"road"})
+"""Methods that are written so."""
 _VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}
 
 
@@ -27,3 +31,13 @@ def read(adapter: Adapter) -> None:
         "road", params,
         [IncomingSite(at.fqn, at.tensors) for at in modules if not lacks(adapter, at, ("angle", "scale"))],
     )  # fmt: skip
+
+
+def write(out: Outgoing) -> None:
+    """Write a RoAd adapter."""
+    single = Single(out, "ROAD", "road", ("Linear",), biases=False)
+    variant = single.agreed("variant", lambda part: f"road_{part.params.variant}", "road_1")
+    size = single.agreed("group_size", lambda part: part.params.group_size, 64)
+    single.put("road_theta", lambda part: part.own.angle)
+    single.put("road_alpha", lambda part: part.own.scale)
+    single.finish(variant=variant, group_size=size)

@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deltaspec.formats.incoming import IncomingSite
+from deltaspec.formats.outgoing import Outgoing, Part
+from deltaspec.formats.peft.factors import Update
+from deltaspec.formats.peft.single import Single, most
 from deltaspec.formats.peft.sites import Found, differs, found_modules, lacks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from deltaspec.formats.peft.adapter import Adapter
+
+METHODS = frozenset({"vera"})
+"""Methods that are written so."""
 
 
 _NAMES = {"vera_lambda_d": "inner_scale", "vera_lambda_b": "outer_scale"}
@@ -88,3 +94,34 @@ def _projections(adapter: Adapter, modules: list[Found], rank: int) -> tuple[Ten
         bound = sqrt(3) * (sqrt(2) / sqrt(shape[1]))  # as PEFT computes it, to the bit
         made.append(torch.empty(shape).uniform_(-bound, bound, generator=generator))
     return made[0], made[1]
+
+
+def fits_together(parts: list[Part]) -> bool:
+    """Return whether all modules take corners of one pair of matrices, and as many of its rows, as PEFT's do."""
+    downs, ups = ({id(value): value for part in parts for value in (getattr(part.own, name),)}.values()
+                  for name in ("down", "up"))  # fmt: skip
+    wide, tall = max(downs, key=lambda value: value.shape[1]), max(ups, key=lambda value: value.shape[0])
+    return all(
+        value.shape[0] == wide.shape[0] and torch.equal(value, wide[:, : value.shape[1]]) for value in downs
+    ) and all(value.shape[1] == tall.shape[1] and torch.equal(value, tall[: value.shape[0]]) for value in ups)
+
+
+def write(out: Outgoing) -> None:
+    """Write a VeRA adapter, its matrices with it."""
+    single = Single(out, "VERA", "vera", ("Linear", "Conv1D"))
+    rank = single.agreed("r", lambda part: part.params.rank, 256)
+    start = most({fqn: part.params.initial_scale for fqn, part in single.parts.items()}, 0.1)
+    single.put("vera_lambda_d", lambda part: part.own.inner_scale)
+    single.put("vera_lambda_b", lambda part: part.own.outer_scale)
+    if single.parts:
+        parts = single.parts.values()
+        out.tensors["base_model.vera_A"] = max((part.own.down for part in parts), key=lambda value: value.shape[1])
+        out.tensors["base_model.vera_B"] = max((part.own.up for part in parts), key=lambda value: value.shape[0])
+    dropout = single.largest(lambda part: part.params.dropout)
+    single.finish(r=rank, d_initial=start, vera_dropout=dropout, save_projection=True)
+
+
+def updates(part: Part) -> list[Update]:
+    """Return the update as LoRA has it."""
+    own = part.own
+    return [Update(own.inner_scale[:, None] * own.down, own.outer_scale[:, None] * own.up, part.strength)]
