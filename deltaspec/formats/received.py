@@ -187,7 +187,10 @@ class ReceivedSet(DeltaSet):
                 else:
                     lacking.append((at, key, spec.buffer))
             if surplus := tensors.keys() - {spec.name for spec in at.tensors}:
-                raise AssertionError(f"{delta.method} has no {sorted(surplus)} at {at.fqn}")
+                message = f"{delta.name}: {self.incoming.kind} has {', '.join(sorted(surplus))} for {at.fqn}, and "
+                message += f"{delta.method} has none with these parameters"
+                hint = "the configuration and the file are of two adapters"
+                findings.append(self.finding("DS541", message, hint))
         if given:
             places = shown(below(fqn, parameter or "").rstrip(".") for fqn, parameter in given)
             message = f"{delta.name}: {self.incoming.kind} changes {places}, and {delta.method} cannot here"

@@ -101,7 +101,10 @@ def factors(adapter: Adapter, place: Place, tensors: Mapping[str, Tensor]) -> di
     shape = row.shape_of(name)
     down, up = tensors["down"], tensors["up"]
     turned = row.kind in ("conv1d", "embedding")
-    if len(shape) == 3:
+    if len(shape) == 3 and up.shape[1] % shape[0]:
+        message = f"{place.name}: its up is of shape {list(up.shape)}, for {shape[0]} experts"
+        adapter.find("DS543", message, "the file was changed, or is for another model", adapter.file)
+    elif len(shape) == 3:
         experts = shape[0]
         down = down.reshape(experts, -1, down.shape[-1])
         up = up.reshape(up.shape[0], -1, experts).permute(2, 0, 1)

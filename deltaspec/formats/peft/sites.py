@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.backbone.table import Row
+from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.peft.targets import check_targets
 
 if TYPE_CHECKING:
@@ -29,10 +30,14 @@ class Found:
 
 
 def found_modules(
-    adapter: Adapter, names: Mapping[str, str], untargeted: Callable[[str], bool] = lambda fqn: False
+    adapter: Adapter,
+    names: Mapping[str, str],
+    dims: Mapping[str, int | None] | None = None,
+    untargeted: Callable[[str], bool] = lambda fqn: False,
 ) -> list[Found]:
     """Take all tensors whose keys end in one of these names, and give them the names of the method here.
 
+    `dims` says how many dimensions each must have, by those names: 2 if left out, None for those of the weight.
     What the configuration targets is compared with them, but for `untargeted` ones: `target_modules` and all beside it
     are taken.
     """
@@ -46,8 +51,28 @@ def found_modules(
             for theirs, ours in names.items()
             if (value := adapter.tensor_of(module, theirs, f"{ours} of {fqn}")) is not None
         }
-        found.append(Found(module, fqn, row, tensors))
+        whole = len(row.shape_of("weight")) if row.kind == "conv" else 2
+        wanted = {name: (dims or {}).get(name, 2) for name in tensors}
+        wrong = {name: whole if count is None else count for name, count in wanted.items()}
+        wrong = {name: count for name, count in wrong.items() if tensors[name].dim() != count}
+        for name, count in wrong.items():
+            _misfit(adapter, module, name, list(tensors[name].shape), counted(count, "dimension"))
+        if not wrong:
+            found.append(Found(module, fqn, row, tensors))
     return found
+
+
+def misfits(adapter: Adapter, found: Found, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether one of these tensors has another shape than it must have, as a finding."""
+    wrong = {name: shape for name, shape in shapes.items() if tuple(found.tensors[name].shape) != shape}
+    for name, shape in wrong.items():
+        _misfit(adapter, found.module, name, list(found.tensors[name].shape), str(list(shape)))
+    return bool(wrong)
+
+
+def _misfit(adapter: Adapter, module: str, name: str, shape: list[int], wanted: str) -> None:
+    message = f"{module}: its {name} is of shape {shape}, and must have {wanted}"
+    adapter.find("DS543", message, "the file was changed, or is for another model", adapter.file)
 
 
 def lacks(adapter: Adapter, found: Found, names: Iterable[str]) -> bool:

@@ -19,7 +19,7 @@ ALL = ["conv", "dilated", "grouped", "conv1", "fc"]
     [
         (
             "llama",
-            peft.LoHaConfig(**QV, r=2, rank_pattern={"q_proj": 3}, alpha_pattern={r"layers\.1\..*v_proj": 5}),
+            peft.LoHaConfig(**QV, r=2, rank_pattern={"q_proj": 3}, alpha_pattern={r"layers\.1\..*": 5}),
             True,
         ),
         ("llama", peft.LoHaConfig(**QV, r=2, alpha=5, rank_dropout=0.2, module_dropout=0.1), True),

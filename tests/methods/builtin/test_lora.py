@@ -101,6 +101,7 @@ def test_dora_with_dropout_agrees_with_peft() -> None:
         {"init": "pissa", "svd_iterations": 4, "scaling": "rslora"},
         {"init": "orthogonal"},
         {"init": "pissa", "use_dora": True},
+        {"init": "olora"},
         {"init": "normal", "dropout": 0.1},
     ],
     ids=str,

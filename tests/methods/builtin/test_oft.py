@@ -23,6 +23,7 @@ def tensors(layer: Any) -> dict[str, Any]:
         ({"terms": 8}, {"num_cayley_neumann_terms": 8}),
         ({"transform": "cayley"}, {"use_cayley_neumann": False}),
         ({"shared_blocks": True}, {"block_share": True}),
+        ({"constraint": 0.3, "shared_blocks": True}, {"coft": True, "eps": 0.3, "block_share": True}),
     ],
     ids=str,
 )
@@ -87,3 +88,9 @@ def test_what_is_suggested_is_allowed(width: int, way: str) -> None:
     layer, x = nn.Sequential(nn.Linear(width, 4)), torch.randn(2, width)
     for method in ("oft", "boft"):
         assert way in refusal(layer, x, method, {"block_size": 2}, "0")
+
+
+def test_patches_and_dropout_are_for_what_they_are_for() -> None:
+    assert "leave patches out" in refusal(*net(), "oft", {"block_size": 4, "patches": [3, 3]}, "fc")
+    assert "of that kernel" in refusal(*net(), "oft", {"block_size": 4, "patches": [1, 1]}, "conv")
+    assert "block_dropout: 0" in refusal(*net(), "oft", {"block_size": 4, "block_dropout": 0.1}, "conv")

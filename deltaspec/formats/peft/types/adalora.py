@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.factors import Update
 from deltaspec.formats.peft.single import Single
-from deltaspec.formats.peft.sites import Found, differs, found_modules, lacks
+from deltaspec.formats.peft.sites import Found, differs, found_modules, lacks, misfits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,8 +46,11 @@ def read(adapter: Adapter) -> None:
         if lacks(adapter, found, _NAMES.values()):
             continue
         mask = kept.get(found.module, [True] * initial)
-        ranks = (sum(mask), len(mask))
-        if differs(adapter, found, "rank_pattern", ranks, (found.tensors["down"].shape[0], initial)):
+        (out, *inner), held = found.row.shape_of("weight"), sum(mask)
+        if found.row.kind == "conv1d":
+            out, inner = inner[0], [out]
+        shapes = {"down": (held, prod(inner)), "singular": (held, 1), "up": (out, held)}
+        if differs(adapter, found, "rank_pattern", len(mask), initial) or misfits(adapter, found, shapes):
             continue
         sites.append(IncomingSite(found.fqn, _spread(found, mask)))
     adapter.add("adalora", params, sites)

@@ -27,7 +27,7 @@ def read(adapter: Adapter) -> None:
     size, factors = adapter.option("boft_block_size", 4), adapter.option("boft_n_butterfly_factor", 1)
     dropout = float(adapter.option("boft_dropout", 0.0))
     modules = [
-        found for found in found_modules(adapter, {"boft_R": "rotation", "boft_s": "output_scale"})
+        found for found in found_modules(adapter, {"boft_R": "rotation", "boft_s": "output_scale"}, {"rotation": 4})
         if not lacks(adapter, found, ("rotation", "output_scale"))
     ]  # fmt: skip
     refuse_ignored_geometry(adapter, modules)

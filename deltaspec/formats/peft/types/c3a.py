@@ -25,7 +25,7 @@ def read(adapter: Adapter) -> None:
     if (start := adapter.option("init_weights")) in _STARTS:
         params["init"] = _STARTS[start]
     sites = []
-    for found in found_modules(adapter, {"c3a_kernel": "kernels"}):
+    for found in found_modules(adapter, {"c3a_kernel": "kernels"}, {"kernels": 3}):
         own = {"block_size": by_pattern_below(found.module, sizes, size)}
         if differs(adapter, found, "block_size", own["block_size"], found.tensors["kernels"].shape[-1]):
             continue

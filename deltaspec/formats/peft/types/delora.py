@@ -32,7 +32,7 @@ def read(adapter: Adapter) -> None:
     if dropout := adapter.option("module_dropout", 0.0):
         params["dropout"] = float(dropout)
     sites = []
-    for found in found_modules(adapter, _NAMES):
+    for found in found_modules(adapter, _NAMES, {"boundary": 1, "norm": 1}):
         own = {"rank": by_pattern(found.module, ranks, rank)}
         if lacks(adapter, found, ("down", "up", "boundary")):
             continue

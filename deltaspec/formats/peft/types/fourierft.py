@@ -37,7 +37,7 @@ def read(adapter: Adapter) -> None:
         return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:number].clone()
 
     sites = []
-    for found in found_modules(adapter, {"fourierft_spectrum": "coefficients"}):
+    for found in found_modules(adapter, {"fourierft_spectrum": "coefficients"}, {"coefficients": 1}):
         own = {"frequencies": by_pattern_below(found.module, counts, count)}
         held = found.tensors["coefficients"].shape[0]
         if differs(adapter, found, "n_frequency", own["frequencies"], held):

@@ -32,7 +32,7 @@ def read(adapter: Adapter) -> None:
     if dropout := adapter.option("hira_dropout", 0.0):
         params["dropout"] = float(dropout)
     sites, ignored = [], False
-    for found in found_modules(adapter, _NAMES):
+    for found in found_modules(adapter, _NAMES, {"down": None, "up": None}):
         if lacks(adapter, found, ("down", "up")):
             continue
         said, held = by_pattern(found.module, ranks, rank), found.tensors["down"].shape[0]

@@ -26,7 +26,7 @@ def read(adapter: Adapter) -> None:
     adapter.ignore("init_ia3_weights", "fan_in_fan_out")
     modules = adapter.option("feedforward_modules")
     placed = []
-    for found in found_modules(adapter, {"ia3_l": "scale"}):
+    for found in found_modules(adapter, {"ia3_l": "scale"}, {"scale": None}):
         before = _is_before(adapter, found, modules)
         if before is not None:
             placed.append((found, before))

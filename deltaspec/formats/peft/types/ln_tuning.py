@@ -40,6 +40,11 @@ def read(adapter: Adapter) -> None:
         assert value is not None
         copies.setdefault(fqn, {})[name] = value
     rows = adapter.base.rows
+    for fqn, own in copies.items():
+        held = {tensor.name for tensor in (*rows[fqn].parameters, *rows[fqn].buffers)}
+        if other := sorted(held ^ own.keys()):
+            message = f"has a copy of {fqn}, and {' and '.join(other)} {'is' if len(other) == 1 else 'are'} only in one"
+            adapter.find("DS543", message, "the file was cut, or is for another model", adapter.file)
     norms = all(rows[fqn].kind == "norm" and set(own) <= {"weight", "bias"} for fqn, own in copies.items())
     tied = any(parameter.tied for fqn in copies for parameter in rows[fqn].parameters)
     params = {"tied": "alone"} if tied and not norms else {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.single import Single
-from deltaspec.formats.peft.sites import differs, found_modules, lacks, overrides
+from deltaspec.formats.peft.sites import Found, found_modules, lacks, misfits, overrides
 from deltaspec.formats.peft.targets import by_pattern
 
 if TYPE_CHECKING:
@@ -33,28 +34,44 @@ def read(adapter: Adapter) -> None:
     if adapter.option("use_effective_conv2d"):
         params["tucker"] = True
     sites = []
-    for found in found_modules(adapter, _NAMES):
+    for found in found_modules(adapter, _NAMES, {"core_1": 4, "core_2": 4}):
         if lacks(adapter, found, ("up_1", "down_1", "up_2", "down_2")):
             continue
         own = {"rank": by_pattern(found.module, ranks, rank), "alpha": float(by_pattern(found.module, alphas, alpha))}
-        if differs(adapter, found, "r", own["rank"], found.tensors["down_1"].shape[0]):
-            continue
-        tensors = dict(found.tensors)
-        kernel = found.row.shape_of("weight")[2:]
-        for index in (1, 2):
-            up, down, core = f"up_{index}", f"down_{index}", f"core_{index}"
-            if core in tensors:
-                tensors[up] = tensors[up].t()
-                tensors[core] = tensors[core].reshape(*tensors[core].shape[:2], *kernel)
-            elif kernel:
-                tensors[down] = tensors[down].reshape(own["rank"], -1, *kernel)
-        sites.append(IncomingSite(found.fqn, tensors, overrides(params, own)))
+        tensors = _tensors(adapter, found, own["rank"])
+        if tensors is not None:
+            sites.append(IncomingSite(found.fqn, tensors, overrides(params, own)))
     if any("core_1" in site.tensors for site in sites):
         adapter.remark(
             "PEFT's own backward of LoHa with a core is not the gradient of its formula: outputs are equal, and "
             "further training follows the formula here"
         )
     adapter.add("loha", params, sites)
+
+
+def _tensors(adapter: Adapter, found: Found, rank: int) -> dict[str, Tensor] | None:
+    """Return the tensors as they lie here; None, and a finding, where they are of another rank or module."""
+    (out, *inner), tensors = found.row.shape_of("weight"), dict(found.tensors)
+    if found.row.kind == "conv1d":
+        out, inner = inner[0], [out]
+    kernel = inner[1:]
+    core = "core_1" in tensors or "core_2" in tensors
+    if core and lacks(adapter, found, ("core_1", "core_2")):
+        return None
+    shapes: dict[str, tuple[int, ...]]
+    shapes = {"up": (rank, out) if core else (out, rank), "down": (rank, inner[0]) if core else (rank, prod(inner))}
+    if core:
+        shapes["core"] = (rank, rank, *kernel, *(1,) * (2 - len(kernel)))
+    if misfits(adapter, found, {f"{name}_{i}": shape for name, shape in shapes.items() for i in (1, 2)}):
+        return None
+    for index in (1, 2):
+        up, down = f"up_{index}", f"down_{index}"
+        if core:
+            tensors[up] = tensors[up].t()
+            tensors[f"core_{index}"] = tensors[f"core_{index}"].reshape(rank, rank, *kernel)
+        elif kernel:
+            tensors[down] = tensors[down].reshape(rank, inner[0], *kernel)
+    return tensors
 
 
 def write(out: Outgoing) -> None:

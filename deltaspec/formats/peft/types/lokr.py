@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.single import Single
-from deltaspec.formats.peft.sites import Found, found_modules, overrides
+from deltaspec.formats.peft.sites import Found, differs, found_modules, lacks, misfits, overrides
 from deltaspec.formats.peft.targets import by_pattern
 from deltaspec.names.folding import shown
 
@@ -28,12 +29,14 @@ def read(adapter: Adapter) -> None:
     rank, alpha = params["rank"], params["alpha"]
     ranks, alphas = adapter.option("rank_pattern") or {}, adapter.option("alpha_pattern") or {}
     sites, scrambled = [], []
-    for found in found_modules(adapter, _NAMES):
+    for found in found_modules(adapter, _NAMES, {"large": None, "large_core": 4}):
         own = {"rank": by_pattern(found.module, ranks, rank), "alpha": float(by_pattern(found.module, alphas, alpha))}
         if len(found.row.shape_of("weight")) == 3 and "large" in found.tensors:
             own["order"] = "peft_conv1d"
             scrambled.append(found.fqn)
-        sites.append(IncomingSite(found.fqn, _tensors(found, own["rank"]), overrides(params, own)))
+        tensors = _tensors(adapter, found)
+        if tensors is not None:
+            sites.append(IncomingSite(found.fqn, tensors, overrides(params, own)))
     if scrambled:
         adapter.remark(
             f"PEFT puts the entries of the product on {shown(scrambled)} in an order that is no Kronecker product's; "
@@ -60,14 +63,20 @@ def _params(adapter: Adapter) -> dict[str, Any]:
     return params
 
 
-def _tensors(found: Found, rank: int) -> dict[str, Tensor]:
+def _tensors(adapter: Adapter, found: Found) -> dict[str, Tensor] | None:
+    """Return the tensors as they lie here; None, and a finding, where they are of another module."""
     tensors, kernel = dict(found.tensors), found.row.shape_of("weight")[2:]
     if "large_core" in tensors:
         core = tensors["large_core"]
+        shape = (*core.shape[:2], *kernel, *(1,) * (2 - len(kernel)))
+        if lacks(adapter, found, ("large_up", "large_down")) or misfits(adapter, found, {"large_core": shape}):
+            return None
         tensors["large_core"] = core.reshape(*core.shape[:2], *kernel)
         tensors["large_up"] = tensors["large_up"].t()
     elif kernel and "large_down" in tensors:
-        down = tensors["large_down"]
+        down, size = tensors["large_down"], prod(kernel)
+        if differs(adapter, found, "a width", down.shape[1] // size * size, down.shape[1]):
+            return None
         tensors["large_down"] = down.reshape(down.shape[0], -1, *kernel)
     return tensors
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from deltaspec.backbone.table import Row
 from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing, Part
@@ -58,9 +59,9 @@ def read(adapter: Adapter) -> None:
             for suffix in KEYS
             if (value := adapter.tensor_of(module, suffix, f"{_OURS[suffix]} of {fqn}")) is not None
         }
-        if not _fits(adapter, module, own["rank"], tensors):
-            continue
         row = adapter.base.rows[fqn]
+        if not _fits(adapter, module, row, tensors):
+            continue
         if surplus := own["rank"] * matrices_of(row, place) - tensors["down"].shape[0]:
             message = f"{module}: its rank is {own['rank']}, and lora_A has {surplus} rows fewer"
             adapter.find("DS543", message, "the configuration and the file are of two adapters", adapter.file)
@@ -128,12 +129,19 @@ def _start(adapter: Adapter) -> dict[str, Any]:
     return {"init": "normal"} if start == "gaussian" else {}
 
 
-def _fits(adapter: Adapter, module: str, rank: int, tensors: dict[str, Any]) -> bool:
+def _fits(adapter: Adapter, module: str, row: Row, tensors: dict[str, Any]) -> bool:
     lacking = [name for name in ("down", "up") if name not in tensors]
     if lacking:
         message = f"{module}: {counted(len(lacking), 'factor')} of the pair is missing"
         adapter.find("DS543", message, "the file was cut: save the adapter again", adapter.file)
-    return not lacking
+    dims = len(row.shape_of("weight")) if row.kind == "conv" else 2
+    wrong = [name for name in ("down", "up") if name in tensors and tensors[name].dim() != dims]
+    for name in wrong:
+        message = (
+            f"{module}: its {name} is of shape {list(tensors[name].shape)}, and must have {counted(dims, 'dimension')}"
+        )
+        adapter.find("DS543", message, "the file was changed, or is for another model", adapter.file)
+    return not lacking and not wrong
 
 
 def write(out: Outgoing) -> None:

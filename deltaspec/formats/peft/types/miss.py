@@ -29,7 +29,7 @@ def read(adapter: Adapter) -> None:
         adapter.remark(f"miss_dropout {dropout} was left out: PEFT never calls it where init_weights is bat")
     elif dropout:
         params["dropout"] = float(dropout)
-    modules = found_modules(adapter, {"miss_block": "shard"})
+    modules = found_modules(adapter, {"miss_block": "shard"}, {"shard": 3 if start == "bat" else 2})
     adapter.add(
         "miss", params, [
             IncomingSite(at.fqn, at.tensors) for at in modules

@@ -26,7 +26,7 @@ def read(adapter: Adapter) -> None:
         adapter.find("DS544", f"variant: {variant!r} is not known here", f"it is one of {', '.join(_VARIANTS)}", CONFIG)
         return
     params: dict[str, Any] = {"variant": _VARIANTS[variant], "group_size": adapter.option("group_size", 64)}
-    modules = found_modules(adapter, {"road_theta": "angle", "road_alpha": "scale"})
+    modules = found_modules(adapter, {"road_theta": "angle", "road_alpha": "scale"}, {"angle": 1, "scale": 1})
     adapter.add(
         "road", params,
         [IncomingSite(at.fqn, at.tensors) for at in modules if not lacks(adapter, at, ("angle", "scale"))],

@@ -33,9 +33,8 @@ def read(adapter: Adapter) -> None:
     def is_tied(fqn: str) -> bool:
         return any(parameter.tied for parameter in tables[fqn].parameters)
 
-    found = list({
-        group(at.fqn): at for at in reversed(found_modules(adapter, {"trainable_tokens_delta": "weight"}, is_tied))
-    }.values())  # fmt: skip
+    every = found_modules(adapter, {"trainable_tokens_delta": "weight"}, untargeted=is_tied)
+    found = list({group(at.fqn): at for at in reversed(every)}.values())
     for at in reversed(found):
         rows = at.tensors["weight"]
         if not differs(adapter, at, "the number of token_indices", len(ids), rows.shape[0]):

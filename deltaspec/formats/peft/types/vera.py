@@ -23,6 +23,9 @@ METHODS = frozenset({"vera"})
 """Methods that are written so."""
 
 
+_NAMES = {"vera_lambda_d": "inner_scale", "vera_lambda_b": "outer_scale"}
+
+
 def read(adapter: Adapter) -> None:
     """Add the delta of a VeRA adapter."""
     adapter.ignore("init_weights", "fan_in_fan_out")
@@ -34,7 +37,7 @@ def read(adapter: Adapter) -> None:
         params["initial_scale"] = float(start)
     modules = [
         found
-        for found in found_modules(adapter, {"vera_lambda_d": "inner_scale", "vera_lambda_b": "outer_scale"})
+        for found in found_modules(adapter, _NAMES, {"inner_scale": 1, "outer_scale": 1})
         if not lacks(adapter, found, ("inner_scale", "outer_scale"))
         and not differs(adapter, found, "r", rank, found.tensors["inner_scale"].shape[0])
     ]
