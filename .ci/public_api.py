@@ -35,7 +35,8 @@ FACES = {
 }  # fmt: skip
 """What users import, and from where."""
 GIVEN = (
-    "Rows", "Restore", "LibraryView", "Verification", "Agreement", "Extraction", "Change", "Delta", "Region", "UnknownDeltaError", "ContractError",
+    "Rows", "Restore", "LibraryView", "Verification", "Agreement", "Extraction", "Change", "Delta", "Region",
+    "UnknownDeltaError", "ContractError",
     "PlannedDelta", "PlannedSite", "Site", "TensorSpec", "Init", "MethodParams", "ModuleTable", "Row", "ParameterInfo",
     "DeltaEntry", "Override", "Expect", "DeltaExpect", "ModelContract", "Count", "Trainable", "Selector", "Layers",
     "Shape",

@@ -196,17 +196,6 @@ CODES: dict[str, str] = {
     "DS625": "adapter that cannot be read",
     "DS626": "malformed rules of an engine",
     "DS627": "unknown engine",
-    "DS560": "delta without an exact form in another library",
-    "DS561": "form of another library that is not known here",
-    "DS562": "directory that holds deltas in another form",
-    "DS550": "golden answers that cannot be kept",
-    "DS551": "saved delta without golden answers",
-    "DS552": "answers that differ from those that were kept",
-    "DS553": "another side that cannot be asked for answers",
-    "DS554": "folder of weights that cannot be read",
-    "DS555": "folder that lacks what a delta changes",
-    "DS558": "folder that is there already",
-    "DS559": "delta without an identity",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files, DS6
 engine."""

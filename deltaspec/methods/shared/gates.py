@@ -12,8 +12,8 @@ def refuse_gate(site: Site) -> Refusal | None:
     if site.dims in (None, 3):
         return None
     return Refusal(
-        f"the hidden state after this {site.row.type} has {site.dims} dimensions, and a gate takes the mean over positions "
-        "in [batch, positions, width]",
+        f"after this {site.row.type} the hidden state has {site.dims} dimensions, and a gate takes the mean over "
+        "positions in [batch, positions, width]",
         "set gate: false for this site in overrides",
     )
 
