@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,6 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     RobertaConfig,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 import deltaspec
