@@ -90,6 +90,8 @@ def _planned(
     example_inputs: Any,
 ) -> Plan:
     """Plan the specs; where names have another prefix here and a selector means it, with the sites named one by one."""
+    if (known := saved.whole_plan(tuple(outcomes))) is not None:
+        return known
     prefixes = {name: outcome.prefix for name, outcome in outcomes.items() if outcome.prefix.changes}
     if not prefixes:
         return plan(model, *specs, example_inputs=example_inputs)

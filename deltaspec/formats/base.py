@@ -28,6 +28,9 @@ class Base:
         self.selectors: dict[Any, Any] = {}
         """Selectors by the places that they were made for: adapters of one base mostly have the same ones."""
 
+        self.recipes: dict[Any, Any] = {}
+        """How adapters were read, by all of them but their values: see `formats/alike.py`."""
+
     @cached_property
     def table(self) -> ModuleTable:
         """All of its modules."""

@@ -56,6 +56,10 @@ class Incoming:
     """Each key of its files, and what became of it."""
     remarks: list[str] = field(default_factory=list)
     """What its reader must know: where the original library computes something odd, what was left out and why."""
+    origin: dict[int, str] = field(default_factory=dict)
+    """Name in `file` of each tensor that was read, by its identity: who passes one on unchanged need not copy it."""
+    file: str = ""
+    """The safetensors file that they were read from; empty where it is another kind of file."""
     base: str | None = None
     """Name or path of the base model that its files name."""
     revision: str | None = None

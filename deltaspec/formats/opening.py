@@ -14,6 +14,7 @@ from typing import Protocol, cast
 
 from deltaspec.backbone.loading import Wanted
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.formats.alike import AlikeSet, recipe_of
 from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.received import ReceivedSet
@@ -35,6 +36,9 @@ class Format(Protocol):
 
     def base_of(self, folder: Path) -> tuple[str | None, Wanted]:
         """Return the base model that a directory names, and of which kind it is to be. Raises DeltaSpecError."""
+
+    def signature(self, folder: Path) -> bytes | None:
+        """Return all of a directory but the values of its tensors; None where it is not worth it, or cannot be read."""
 
     def read(self, folder: Path, base: Base, name: str) -> Incoming:
         """Read a directory for a base model; `name` is what its delta is to be called. Raises DeltaSpecError."""
@@ -62,13 +66,25 @@ def open_set(directory: str | PathLike[str], base: Callable[[], Base], name: str
     folder = located(directory)
     if not (folder / MANIFEST).exists():
         if (known := format_of(folder)) is not None:
-            return ReceivedSet(known.read(folder, base(), name or delta_name(folder)), base())
+            return _received(known, folder, base(), name or delta_name(folder))
         if folder.is_dir() and (inside := adapters_in(folder)):
             named = ", ".join(path.name for path in inside[:8]) + " …" * (len(inside) > 8)
             hint = f"name one of them, such as {folder / inside[0].name}; c.library(dir, by='folder') takes them all"
             finding = Diagnostic("DS540", f"holds several adapters: {named}", str(folder), suggestion=hint)
             raise DeltaSpecError([finding])
     return SavedSet(folder)
+
+
+def _received(known: Format, folder: Path, base: Base, name: str) -> DeltaSet:
+    """Read a foreign adapter; those that differ from one before in their values alone are read as that was."""
+    signature = known.signature(folder)
+    recipe = base.recipes.get(signature)
+    if signature is not None and recipe is not None:
+        return AlikeSet(folder, name, recipe)
+    received = ReceivedSet(known.read(folder, base, name), base)
+    if signature is not None and (made := recipe_of(received, name)) is not None:
+        base.recipes[signature] = made
+    return received
 
 
 def adapters_in(folder: Path) -> list[Path]:

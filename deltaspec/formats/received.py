@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from mmap import mmap
+from mmap import ACCESS_COPY, mmap
 from typing import Any
 
 from torch import Tensor
 
+from deltaspec.deltas.finite import is_finite, not_finite
 from deltaspec.deltas.initial import build_delta
 from deltaspec.deltas.modules import storage_key
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
@@ -17,6 +18,7 @@ from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming, IncomingDelta, IncomingSite
 from deltaspec.language.load import load
 from deltaspec.language.model import DeltaSpec
+from deltaspec.methods.declarations import TensorSpec
 from deltaspec.names.folding import shown
 from deltaspec.names.paths import below
 from deltaspec.planning.plan import Plan
@@ -51,6 +53,16 @@ class ReceivedSet(DeltaSet):
                 findings += error.diagnostics
         if findings:
             raise DeltaSpecError(dict.fromkeys(findings))
+        self._renamed = self._unchanged()
+
+    def _unchanged(self) -> dict[str, dict[str, str]]:
+        """Return the storage keys by the names in the file, of the deltas of which that has every tensor as it is."""
+        origin, found = self.incoming.origin, dict[str, dict[str, str]]()
+        for name, values in self._values.items() if self.incoming.file else ():
+            names = [origin.get(id(value)) for value in values.values()]
+            if None not in names and len(set(names)) == len(names):
+                found[name] = {theirs: key for theirs, key in zip(names, values, strict=True) if theirs is not None}
+        return found
 
     def finding(self, code: str, message: str, suggestion: str | None = None, file: str = "") -> Diagnostic:
         """Make a finding about one of its files, or about all of it."""
@@ -91,8 +103,18 @@ class ReceivedSet(DeltaSet):
             return to_bytes(plain, {"format": "pt"}), []
         return (json.dumps(self._resolved(name)).encode() if field == "spec" else b""), []
 
+    def renamed(self, name: str) -> Mapping[str, str]:
+        """Return the storage keys of a delta's tensors by their names in the adapter's file, if that has them all."""
+        return self._renamed.get(name, {})
+
+    def whole_plan(self, names: tuple[str, ...]) -> Plan | None:
+        """Plan these deltas together. Raises DeltaSpecError."""
+        return self.base.plan(self.document(*names))
+
     def map(self, name: str) -> tuple[mmap | None, list[Diagnostic]]:
-        """Return a delta's tensors as a mapped file would hold them."""
+        """Return a delta's tensors as a mapped file holds them: the adapter's own, or one in memory."""
+        if name in self._renamed:
+            return map_file(self, self.incoming.file)
         content, _ = self.read(name, "file")
         assert content is not None
         mapped = mmap(-1, len(content))
@@ -133,6 +155,16 @@ class ReceivedSet(DeltaSet):
                 groups.setdefault(json.dumps(dict(site.params), sort_keys=True), []).append(site)
         return [{"match": self._selector(tuple(own), sites), "params": json.loads(key)} for key, own in groups.items()]
 
+    def _wrong(self, delta: str, at: PlannedSite, spec: TensorSpec, value: Tensor) -> list[Diagnostic]:
+        """Return what is wrong with the shape or the numbers of a tensor."""
+        if tuple(value.shape) != spec.shape:
+            message = f"{delta}: {spec.name} of {at.fqn} is {list(value.shape)}, and must be {list(spec.shape)} here"
+            hint = "the adapter is for a model of other widths, or its configuration was changed"
+            return [self.finding("DS526", message, hint)]
+        if not is_finite(value):
+            return [not_finite(delta, f"{at.fqn}.{spec.name}", str(self.folder))]
+        return []
+
     def _selector(self, sites: Iterable[IncomingSite], among: Iterable[IncomingSite] | None) -> Any:
         places = frozenset((site.fqn, site.parameter) for site in sites)
         others = None if among is None else frozenset((site.fqn, site.parameter) for site in among)
@@ -146,6 +178,7 @@ class ReceivedSet(DeltaSet):
         given = {(site.fqn, site.parameter): site for site in delta.sites}
         values: dict[str, Tensor] = {}
         lacking: list[tuple[PlannedSite, str, bool]] = []
+        findings: list[Diagnostic] = []
         for at in planned.sites:
             own = given.pop((at.site.row.fqn, at.site.parameter), None)
             tensors: Mapping[str, Tensor] = own.tensors if own is not None else {}
@@ -153,11 +186,11 @@ class ReceivedSet(DeltaSet):
                 key = storage_key(at.site.row.fqn, spec)
                 if spec.name in tensors:
                     values[key] = tensors[spec.name]
+                    findings += self._wrong(delta.name, at, spec, values[key])
                 else:
                     lacking.append((at, key, spec.buffer))
             if surplus := tensors.keys() - {spec.name for spec in at.tensors}:
                 raise AssertionError(f"{delta.method} has no {sorted(surplus)} at {at.fqn}")
-        findings = []
         if given:
             places = shown(below(fqn, parameter or "").rstrip(".") for fqn, parameter in given)
             message = f"{delta.name}: {self.incoming.kind} changes {places}, and {delta.method} cannot here"
@@ -177,3 +210,13 @@ class ReceivedSet(DeltaSet):
             made = dict(build_delta(planned, planned.seed, self.base.model).tensors())
             values |= {key: made[key] for key in buffers}
         return values
+
+
+def map_file(of: DeltaSet, file: str) -> tuple[mmap | None, list[Diagnostic]]:
+    """Map a file of a set into memory; writing to the content does not reach it."""
+    try:
+        with (of.folder / file).open("rb") as stream:
+            return mmap(stream.fileno(), 0, access=ACCESS_COPY), []
+    except (OSError, ValueError) as error:
+        message = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        return None, [of.finding("DS521", message, "restore the file", file)]

@@ -202,9 +202,9 @@ class Reader:
         if values is None:
             return None
         keys = {old: new for new, old in saved_keys(template.tensors, values, template.prefix).items()}
-        begins = {
-            key: length + about["data_offsets"][0] for key, about in json.loads(header[8:]).items() if key in values
-        }
+        named = entry.saved.renamed(entry.own)
+        offsets = ((named.get(key, key), about) for key, about in json.loads(header[8:]).items())
+        begins = {key: length + about["data_offsets"][0] for key, about in offsets if key in values}
         pieces = [Piece(keys[key], v.dtype, tuple(v.shape), begins[key], v.numel()) for key, v in values.items()]
         contents = Contents(tuple(sorted(pieces, key=lambda piece: piece.begin)), len(file))
         self._contents[header, template] = contents

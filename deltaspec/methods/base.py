@@ -214,6 +214,10 @@ class Method(ABC):
         """Return whether the delta works by `fold` here: the method says so, or nothing calls the module."""
         return site.host is not None or self.lowers(site, params)
 
+    def unmergeable(self, site: Site, params: Any) -> str | None:
+        """Return why the formula is no change of the weight here, though the method's is one elsewhere; None: it is."""
+        return None
+
     def fold(self, site: Site, params: Any, t: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the host's own parameters with this delta folded in: own name -> new tensor.
 

@@ -26,6 +26,8 @@ def why_not(derivation: Derivation, method: str, parts: Sequence[PlannedSite]) -
         return "a single parameter has no derived form", "leave it out of the sources' targets"
     if site.row.conv_groups > 1:
         return f"a grouped convolution ({site.row.type}) has no derived form", "leave it out of the sources' targets"
+    if reason := next(filter(None, (methods()[method].unmergeable(site, part.params) for part in parts)), None):
+        return f"a derived delta is a change of the weight, and {reason}", "leave it out of the sources' targets"
     if refusal := methods()[METHOD].refuse(site, lora(1)):
         return f"a derived delta is a low-rank update, and {refusal.reason}", "leave it out of the sources' targets"
     if others := {name for part in parts for name in changed_parameters(methods()[method], part)} - {"weight"}:

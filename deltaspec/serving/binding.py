@@ -107,6 +107,8 @@ def touched(builder: ProgramBuilder, names: Iterable[str]) -> set[str]:
             found.add(host)
             entering = [v.planned.site.row.entrance for v in placements if v.virtual_tokens]
             found.update(fqn for e in entering if e is not None for fqn in (e.fqn, e.follower) if fqn is not None)
+            told = [v.planned.site.row.positions for v in placements if v.counted_tokens]
+            found.update(fqn for t in told if t is not None for fqn in t.takers)
     return found
 
 

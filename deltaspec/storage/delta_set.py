@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from mmap import mmap
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from deltaspec.backbone.record import Record
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.language.model import DeltaSpec
 from deltaspec.names.folding import unfold
+from deltaspec.planning.plan import Plan
 from deltaspec.planning.planned import PlannedDelta
 
 MANIFEST = "manifest.json"
@@ -70,6 +72,14 @@ class DeltaSet(ABC):
         Writing to the content does not reach the file. `save` never writes into a file that is there, so the content
         stays what was checked, also when the deltas are saved again.
         """
+
+    def renamed(self, name: str) -> Mapping[str, str]:
+        """Return the names of a delta's tensors by those in the file that `map` gives; those left out are the same."""
+        return {}
+
+    def whole_plan(self, names: tuple[str, ...]) -> Plan | None:
+        """Return the plan of these deltas on the backbone at hand, where it is known already."""
+        return None
 
     def finding(self, code: str, message: str, suggestion: str | None = None, file: str = MANIFEST) -> Diagnostic:
         """Make a finding about one of its files."""

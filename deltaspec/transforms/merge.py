@@ -185,6 +185,8 @@ def _refuse(shared: Shared, host: Host, names: Collection[str]) -> None:
 
 def _no_place(module: nn.Module, method: str, planned: PlannedSite) -> tuple[str, str]:
     """Return why a module has no place for what a delta makes of its parameters, and another way; empty: it has one."""
+    if reason := methods()[method].unmergeable(planned.site, planned.params):
+        return f"{reason} ({planned.fqn})", ""
     row, changed = planned.site.row, {spec.name for spec in planned.tensors}
     if row.kind in ("linear", "conv1d", "embedding", "conv") and not row.has_parameter("weight"):
         reason = f"the weight of {planned.fqn} ({row.type}) is computed, not a parameter"

@@ -54,11 +54,13 @@ class Adapter(Unread):
             self.find("DS521", f"has no {WEIGHTS[0]}", "save the adapter again: model.save_pretrained(dir)")
             self.settle()
         self.file = held[0]
+        self.incoming.file = self.file if self.file.endswith(".safetensors") else ""
         for key, value in self.tensors(self.file).items():
             plain = _plain(key)
             if plain in self.weights:
                 self.find("DS543", f"has {plain} twice, under two prefixes", "save the adapter again", self.file)
             self.weights[plain] = value
+            self.incoming.origin[id(value)] = key
             self.incoming.account[plain] = ""
 
     # Options.

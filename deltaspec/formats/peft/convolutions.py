@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -21,6 +21,7 @@ def refuse_ignored_geometry(adapter: Adapter, found: Iterable[Found]) -> None:
     and padding mode: they run, and compute something else than the convolution does.
     """
     for at in found:
+<<<<<<< HEAD
         if at.row.kind != "conv":
             continue
         if reason := ignored_geometry(adapter.base.model.get_submodule(at.fqn)):
@@ -38,3 +39,26 @@ def ignored_geometry(module: nn.Module) -> str | None:
     if not ignored:
         return None
     return f"PEFT leaves out its {' and '.join(ignored)}, and runs another convolution than the model has"
+=======
+        if at.row.kind == "conv":
+            module: Any = adapter.base.model.get_submodule(at.fqn)
+            uneven = [name for name in ("stride", "padding") if len(set(getattr(module, name))) > 1]
+            _refuse(adapter, at.fqn, [*uneven, *_ignored(module)], "merge it with PEFT: model.merge_and_unload()")
+
+
+def refuse_ignored_dilation(adapter: Adapter, fqn: str) -> None:
+    """Refuse a convolution whose dilation or padding mode PEFT's layer of LoRA leaves out."""
+    if adapter.base.rows[fqn].kind == "conv":
+        _refuse(adapter, fqn, _ignored(adapter.base.model.get_submodule(fqn)), "train it again without this module")
+
+
+def _ignored(module: Any) -> list[str]:
+    dilated, padded = set(module.dilation) != {1}, module.padding_mode != "zeros"
+    return ["dilation"] * dilated + ["padding_mode"] * padded
+
+
+def _refuse(adapter: Adapter, fqn: str, ignored: list[str], hint: str) -> None:
+    if ignored:
+        message = f"{adapter.type} on {fqn}: PEFT leaves out its {' and '.join(ignored)}, and runs another "
+        adapter.find("DS544", message + "convolution than the model has", hint, CONFIG)
+>>>>>>> main

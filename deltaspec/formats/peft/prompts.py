@@ -47,11 +47,12 @@ def add_soft_prompt(adapter: Adapter) -> None:
     adapter.ignore("num_attention_heads", "num_layers")
     stacks = submodules(adapter)
     row = _entrance(adapter)
-    if not isinstance(tokens, int) or tokens < 1:
+    known = isinstance(tokens, int) and tokens > 0
+    if not known:
         message = f"num_virtual_tokens: {tokens!r} is no number of tokens"
         adapter.find("DS544", message, "save the adapter again", CONFIG)
-        return
-    if row is None:
+    if row is None or not known:
+        adapter.take(KEY, "not read")
         return
     rows = table(adapter, stacks * tokens, width, f"prompt of {counted(tokens, 'token')} at {row.fqn}")
     if rows is None:

@@ -18,6 +18,8 @@ from deltaspec.formats.peft.base_model import base_named_in
 from deltaspec.formats.peft.beside import read_beside
 
 FILES = (CONFIG, *WEIGHTS)
+_MOST_HEADER = 100_000_000
+"""Bytes that safetensors allows for the list of tensors in a file."""
 
 
 def recognises(folder: Path) -> bool:
@@ -40,6 +42,17 @@ def type_module(name: str) -> ModuleType:
 def base_of(folder: Path) -> tuple[str | None, Wanted]:
     """Return the base model that an adapter names, and of which class it is to be for the adapter's task."""
     return base_named_in(folder)
+
+
+def signature(folder: Path) -> bytes | None:
+    """Return an adapter's configuration and the list of its tensors, as they lie on disk."""
+    try:
+        with (folder / WEIGHTS[0]).open("rb") as file:
+            length = file.read(8)
+            header = file.read(min(int.from_bytes(length, "little"), _MOST_HEADER))
+        return (folder / CONFIG).read_bytes() + b"\0" + length + header
+    except OSError:  # which reading it says better
+        return None
 
 
 def read(folder: Path, base: Base, name: str) -> Incoming:

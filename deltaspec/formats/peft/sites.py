@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +28,16 @@ class Found:
     """By the names that this method has for them."""
 
 
-def found_modules(adapter: Adapter, names: Mapping[str, str]) -> list[Found]:
+def found_modules(
+    adapter: Adapter, names: Mapping[str, str], untargeted: Callable[[str], bool] = lambda fqn: False
+) -> list[Found]:
     """Take all tensors whose keys end in one of these names, and give them the names of the method here.
 
-    What the configuration targets is compared with them: `target_modules` and all beside it are taken.
+    What the configuration targets is compared with them, but for `untargeted` ones: `target_modules` and all beside it
+    are taken.
     """
     places = adapter.places(adapter.modules(*names))
-    check_targets(adapter, places)
+    check_targets(adapter, {module: fqn for module, fqn in places.items() if not untargeted(fqn)})
     found = []
     for module, fqn in places.items():
         row = adapter.base.rows[fqn]

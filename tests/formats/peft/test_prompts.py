@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,20 @@ from prompt_models import BASIC, COMMON, bart, build, gemma3, gpt2, llama, opt, 
 from torch import Tensor
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
+    BloomConfig,
     ElectraConfig,
     GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
+    ModernBertConfig,
     RobertaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import deltaspec
@@ -119,3 +126,81 @@ def test_tasks(name: str, task: str, kind: str, tmp_path: Path) -> None:
     seen = given["attention_mask"] == 1 if ours.dim() > 1 and ours.shape[1] == 9 and len(given) > 1 else ...
     torch.testing.assert_close(ours[seen], theirs[seen], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(ours, model(**given)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [llama, t5])
+def test_prefix_tuning_has_peft_s_gradients(make: Any, tmp_path: Path) -> None:
+    model, task = build(make), {**SEVERAL, **SEQ2SEQ}[make]
+    made = moved(model, peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3))
+    c = deltaspec.restore(model, saved(made, tmp_path / "french"))
+    given = inputs(make, "left") | {"labels": tokens(2, 5 if make is t5 else 9)}
+    given.pop("decoder_input_ids", None)
+    for one in (c, made):
+        one(**given).loss.backward()
+    theirs = made.prompt_encoder["default"].embedding.weight.grad.view(3, 4, -1).unbind(1)
+    grads = {key: tensor.grad for key, tensor in c.deltas["french"].tensors()}
+    sites = [site.fqn for site in c.plan["french"].sites]
+    for place, name in enumerate(("key", "value")):
+        ours = [grads[f"{fqn}.{name}"] for fqn in sites]
+        if make is t5:  # two layers of the decoder have the same keys in PEFT
+            torch.testing.assert_close(ours[0] + ours[1], theirs[place], atol=1e-6, rtol=1e-5)
+        else:
+            torch.testing.assert_close(ours, [theirs[place], theirs[2 + place]], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [gpt2, bart])
+def test_prompt_tuning_has_peft_s_gradients(make: Any, tmp_path: Path) -> None:
+    model, task = build(make), {**SEVERAL, **SEQ2SEQ}[make]
+    made = moved(model, peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3))
+    c = deltaspec.restore(model, saved(made, tmp_path / "french"))
+    for one, more in ((c, 0), (made, 3 if make is gpt2 else 0)):
+        logits = one(**inputs(make)).logits[:, more:]
+        (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    (ours,) = (tensor.grad for _, tensor in c.deltas["french"].tensors())
+    torch.testing.assert_close(ours, made.prompt_encoder["default"].embedding.weight.grad[:3], atol=1e-5, rtol=1e-5)
+
+
+def test_layers_of_a_decoder_share_what_peft_gives_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(T5Config(**COMMON, **sizes)).eval()
+    made = moved(model, peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3))
+    c = deltaspec.restore(model, saved(made, tmp_path / "french"))
+    compared(c, made, inputs(t5, "right"), 0)
+
+
+def refused(model: Any, folder: Path, config: Any, code: str, match: str) -> None:
+    made = moved(model, config)
+    with pytest.raises(deltaspec.DeltaSpecError, match=match) as caught:
+        deltaspec.restore(model, saved(made, folder / "french"))
+    assert {finding.code for finding in caught.value.diagnostics} == {code}
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    prefix, some = peft.PrefixTuningConfig, {"num_virtual_tokens": 3}
+    torch.manual_seed(0)
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(**COMMON, hidden_size=32, n_layer=2, n_head=4)).eval()
+    refused(bloom, tmp_path / "a", prefix(task_type="CAUSAL_LM", **some), "DS548", "transformers' attention function")
+    one = prefix(task_type="SEQ_2_SEQ_LM", num_transformer_submodules=1, **some)
+    refused(build(t5), tmp_path / "b", one, "DS548", "behind them, into one cache")
+    sizes = {"global_attn_every_n_layers": 2, "local_attention": 6}
+    encoder = AutoModel.from_config(ModernBertConfig(**BASIC, **sizes)).eval()
+    refused(
+        encoder, tmp_path / "c", prefix(task_type="FEATURE_EXTRACTION", **some), "DS548", "takes no past_key_values"
+    )
+
+
+def test_files_that_do_not_fit(tmp_path: Path) -> None:
+    model = build(gpt2)
+    folder = saved(moved(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)), tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change, code in (({"num_virtual_tokens": 4}, "DS543"), ({"num_layers": None}, "DS544"), ({"new": 1}, "DS544"),
+                         ({"num_layers": 4, "token_dim": 16}, "DS523")):  # fmt: skip
+        (folder / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(deltaspec.DeltaSpecError) as caught:
+            deltaspec.restore(model, folder)
+        assert {finding.code for finding in caught.value.diagnostics} == {code}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    other = GPT2LMHeadModel(GPT2Config(**COMMON, n_embd=48, n_layer=2, n_head=4, n_positions=64))
+    with pytest.raises(deltaspec.DeltaSpecError, match="DS526"):
+        deltaspec.restore(other, folder)

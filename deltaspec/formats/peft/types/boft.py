@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
+<<<<<<< HEAD
 from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.convolutions import ignored_geometry, refuse_ignored_geometry
 from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import found_modules, lacks, overrides
+=======
+from deltaspec.formats.peft.convolutions import refuse_ignored_geometry
+from deltaspec.formats.peft.sites import Found, found_modules, lacks, overrides
+from deltaspec.names.paths import below
+>>>>>>> main
 
 if TYPE_CHECKING:
     from deltaspec.formats.peft.adapter import Adapter
@@ -52,6 +58,7 @@ def read(adapter: Adapter) -> None:
         tensors = {"rotation": found.tensors["rotation"], "output_scale": found.tensors["output_scale"].flatten()}
         sites.append(IncomingSite(found.fqn, tensors, overrides(params, own)))
     adapter.add("boft", params, sites)
+<<<<<<< HEAD
 
 
 def write(out: Outgoing) -> None:
@@ -69,3 +76,25 @@ def write(out: Outgoing) -> None:
     )
     dropout = single.largest(lambda part: part.params.block_dropout)
     single.finish(boft_block_size=size, boft_block_num=0, boft_n_butterfly_factor=factors, boft_dropout=dropout)
+=======
+    _biases(adapter, modules)
+
+
+def _biases(adapter: Adapter, modules: list[Found]) -> None:
+    """Add the trained biases of the same modules, as changes of what leaves BOFT: it scales all but the bias."""
+    sites = []
+    for found in modules:
+        keys = (below(found.module, name) for name in ("base_layer.bias", "bias"))
+        key = next((key for key in keys if key in adapter.weights), None)
+        if key is None:
+            continue
+        if adapter.base.is_meta:
+            message = f"bias of {found.fqn} is read as a change of the base model's, and there are no weights"
+            adapter.find("DS542", message, "name the folder of the base model with its weights", adapter.file)
+            return
+        value = adapter.take(key, f"bias of {found.fqn}, less the base's own")
+        assert value is not None
+        own = adapter.base.tensor(below(found.fqn, "bias")).to("cpu", value.dtype)
+        sites.append(IncomingSite(found.fqn, {"bias": value - own}))
+    adapter.add("bitfit", {}, sites, "shift")
+>>>>>>> main

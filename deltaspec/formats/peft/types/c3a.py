@@ -30,6 +30,11 @@ def read(adapter: Adapter) -> None:
         if differs(adapter, found, "block_size", own["block_size"], found.tensors["kernels"].shape[-1]):
             continue
         sites.append(IncomingSite(found.fqn, found.tensors, overrides(params, own)))
+    if sites:
+        adapter.remark(
+            "PEFT's own backward of C3A gives its kernels and what is before them a wrong gradient: outputs are equal, and "
+            "further training here follows the formula"
+        )
     adapter.add("c3a", params, sites)
 
 

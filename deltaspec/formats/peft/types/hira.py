@@ -31,17 +31,21 @@ def read(adapter: Adapter) -> None:
         params["init"] = "normal"
     if dropout := adapter.option("hira_dropout", 0.0):
         params["dropout"] = float(dropout)
-    sites = []
+    sites, ignored = [], False
     for found in found_modules(adapter, _NAMES):
-        own = {"rank": by_pattern(found.module, ranks, rank)}
         if lacks(adapter, found, ("down", "up")):
             continue
-        if differs(adapter, found, "r", own["rank"], found.tensors["down"].shape[0]):
+        said, held = by_pattern(found.module, ranks, rank), found.tensors["down"].shape[0]
+        if held != rank and differs(adapter, found, "r", said, held):
             continue
+        ignored |= said != held
+        own: dict[str, Any] = {"rank": held}
         if found.row.kind == "embedding" and "dropout" in params:
             own["dropout"] = 0.0  # PEFT's layer of an embedding has one, and never calls it
         tensors = {"down": found.tensors["down"], "up": found.tensors["up"].flatten(1)}
         sites.append(IncomingSite(found.fqn, tensors, overrides(params, own)))
+    if ignored:
+        adapter.remark("rank_pattern: PEFT does not look at it where it makes HiRA, and its file has tensors of r")
     adapter.add("hira", params, sites)
 
 

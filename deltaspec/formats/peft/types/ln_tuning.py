@@ -9,6 +9,7 @@ from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.aside import PREFIX, write_aside
 from deltaspec.formats.peft.single import name_modules, unplaced
 from deltaspec.formats.peft.targets import check_targets
+from deltaspec.names.folding import shown
 from deltaspec.names.paths import below
 
 if TYPE_CHECKING:
@@ -24,20 +25,21 @@ _MARK = "ln_tuning_layers"
 def read(adapter: Adapter) -> None:
     """Add the delta of an LN tuning adapter: `norm` where all of it is norms' scales and shifts, else `full`."""
     keys = {key: _split(key) for key in adapter.weights if _MARK in key.split(".")}
+    if inside := sorted({target for target, inner, _ in keys.values() if inner}):
+        message = f"has copies of {shown(inside)} with modules inside, whose keys PEFT itself does not find again"
+        adapter.find("DS543", message, "name the modules inside as target_modules, and train it again", adapter.file)
+        adapter.settle()
     targets = adapter.places(dict.fromkeys(target for target, _, _ in keys.values()))
     check_targets(adapter, targets, kinds=("norm", "linear", "conv1d", "conv", "embedding"))
     copies: dict[str, dict[str, Tensor]] = {}
-    for key, (target, inner, name) in keys.items():
+    for key, (target, _, name) in keys.items():
         if target not in targets:
             continue
-        fqn = below(targets[target], inner) if inner else targets[target]
+        fqn = targets[target]
         value = adapter.take(key, f"{below(fqn, name)}, in full")
         assert value is not None
         copies.setdefault(fqn, {})[name] = value
     rows = adapter.base.rows
-    if lost := [fqn for fqn in copies if fqn not in rows]:
-        adapter.find("DS523", f"is for another model: {lost[0]} is not here", "load its base model", adapter.file)
-        return
     norms = all(rows[fqn].kind == "norm" and set(own) <= {"weight", "bias"} for fqn, own in copies.items())
     tied = any(parameter.tied for fqn in copies for parameter in rows[fqn].parameters)
     params = {"tied": "alone"} if tied and not norms else {}

@@ -10,8 +10,15 @@ from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.adapter import CONFIG
+<<<<<<< HEAD
 from deltaspec.formats.peft.factors import Update
 from deltaspec.formats.peft.low_rank import write_updates
+=======
+from deltaspec.formats.peft.aside import write_aside
+from deltaspec.formats.peft.convolutions import refuse_ignored_dilation
+from deltaspec.formats.peft.factors import Update, joined, lora_updates
+from deltaspec.formats.peft.low_rank import refusal, with_bias, write_lora
+>>>>>>> main
 from deltaspec.formats.peft.parameters import factors, places_of
 from deltaspec.formats.peft.targets import by_pattern, check_targets
 from deltaspec.methods.shared.parts import spread
@@ -76,6 +83,7 @@ def read(adapter: Adapter) -> None:
             tensors["magnitude"] = tensors["magnitude"].flatten()
         if row.conv_groups > 1:
             _refuse_groups(adapter, fqn)
+        refuse_ignored_dilation(adapter, fqn)
         differs = {key: value for key, value in own.items() if key not in params or value != params[key]}
         sites.append(IncomingSite(fqn, tensors, differs, place.parameter))
     if doubled := [place.fqn for place in stand_for.values() if place.doubled]:

@@ -10,6 +10,7 @@ from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.adapter import CONFIG
 from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import found_modules, overrides
+from deltaspec.names.folding import shown
 
 if TYPE_CHECKING:
     from deltaspec.formats.peft.adapter import Adapter
@@ -31,7 +32,15 @@ def read(adapter: Adapter) -> None:
     params["block_size"] = sizes[0]
     sites = []
     for found, size in zip(modules, sizes, strict=True):
-        sites.append(IncomingSite(found.fqn, found.tensors, overrides(params, {"block_size": size})))
+        own: dict[str, Any] = {"block_size": size}
+        if found.row.kind == "conv":
+            own["patches"] = list(found.row.shape_of("weight")[2:])
+        sites.append(IncomingSite(found.fqn, found.tensors, overrides(params, own)))
+    if turned := [found.fqn for found in modules if found.row.kind == "conv"]:
+        adapter.remark(
+            f"PEFT turns patches of what enters {shown(turned)} and adds them up in an order that is not that of their "
+            "places, which its own merging does not: here it is as in its forward (patches), and cannot be merged"
+        )
     adapter.add("oft", params, sites)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,7 @@ def read(adapter: Adapter) -> None:
              ("num_layers", layers), ("num_attention_heads", heads)) if not isinstance(value, int) or value < 1]  # fmt: skip
     if wrong:
         adapter.find("DS544", f"{', '.join(wrong)} is no number", "save the adapter again", CONFIG)
+        adapter.take(KEY, "not read")
         return
     whole = table(adapter, tokens, layers * 2 * width, f"keys and values of {counted(tokens, 'token')}")
     rows = _layers(adapter, layers)
@@ -96,8 +98,16 @@ def _unlike(out: Outgoing, parts: list[Part]) -> str | None:
 
 def _layers(adapter: Adapter, layers: int) -> dict[int, Row]:
     """Return the modules that attend to the tokens, by the number of their layer, as a cache counts them."""
+<<<<<<< HEAD
     stack = _stack(adapter.base)
     found = _attending(adapter.base, stack)
+=======
+    stack = _stack(adapter)
+    found: dict[int, Row] = {}
+    if stack is not None and (problem := _unreached(adapter, stack)) is not None:
+        adapter.find("DS548", f"PEFT's keys do not get into {adapter.base.table.model_class}: {problem}", _OUT, CONFIG)
+        return {}
+>>>>>>> main
     for row in adapter.base.table.rows:
         told = row.positions
         if told is None or told.fqn != stack or not row.attends or "cross_attn" in row.roles or row in found.values():
@@ -122,6 +132,7 @@ def _layers(adapter: Adapter, layers: int) -> dict[int, Row]:
     return dict(sorted(found.items()))
 
 
+<<<<<<< HEAD
 def _attending(base: Base, stack: str | None) -> dict[int, Row]:
     """Return the modules of a stack that attend to its own tokens, by the number of their layer."""
     found: dict[int, Row] = {}
@@ -136,6 +147,23 @@ def _attending(base: Base, stack: str | None) -> dict[int, Row]:
 
 
 def _stack(base: Base) -> str | None:
+=======
+def _unreached(adapter: Adapter, stack: str) -> str | None:
+    """Return why a model makes nothing, or not what is meant, of the cache that PEFT gives it; None where it does."""
+    base = adapter.base
+    model = base.model.get_submodule(stack)
+    if getattr(base.config, "is_encoder_decoder", False):
+        if submodules(adapter) == 1:
+            return "with num_transformer_submodules: 1 its decoder puts the encoder's keys behind them, into one cache"
+    elif "past_key_values" not in signature(type(model).forward).parameters:
+        return f"{type(model).__name__} takes no past_key_values"
+    elif any(row.positions.together for row in base.table.rows if row.positions is not None):
+        return f"{type(model).__name__} uses no past_key_values in an encoder"
+    return None
+
+
+def _stack(adapter: Adapter) -> str | None:
+>>>>>>> main
     """Return the FQN of the model whose cache PEFT fills: the decoder, or the only one with attention modules."""
     stacks = list(dict.fromkeys(row.positions.fqn for row in base.table.rows if row.positions is not None))
     if getattr(base.config, "is_encoder_decoder", False):

@@ -18,11 +18,25 @@ METHODS = frozenset({"trainable_tokens"})
 
 
 def read(adapter: Adapter) -> None:
-    """Add a delta for each table: a delta of ours has one list of tokens."""
+    """Add a delta for each table: a delta of ours has one list of tokens.
+
+    Tables that share a weight come once: PEFT saves the same rows at each of them.
+    """
     adapter.ignore("init_weights")
     ids = adapter.option("token_indices") or []
-    found = found_modules(adapter, {"trainable_tokens_delta": "weight"})
-    for at in found:
+    tables = adapter.base.rows
+
+    def group(fqn: str) -> str:
+        weight = next(p for p in tables[fqn].parameters if p.name == "weight")
+        return min((weight.fqn, *weight.tied))
+
+    def is_tied(fqn: str) -> bool:
+        return any(parameter.tied for parameter in tables[fqn].parameters)
+
+    found = list({
+        group(at.fqn): at for at in reversed(found_modules(adapter, {"trainable_tokens_delta": "weight"}, is_tied))
+    }.values())  # fmt: skip
+    for at in reversed(found):
         rows = at.tensors["weight"]
         if not differs(adapter, at, "the number of token_indices", len(ids), rows.shape[0]):
             add_tokens(adapter, at.fqn, ids, rows, "" if len(found) == 1 else at.fqn.replace(".", "-"))
