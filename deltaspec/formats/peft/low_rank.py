@@ -9,9 +9,10 @@ from torch import Tensor
 from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.aside import PREFIX, write_aside
 from deltaspec.formats.peft.closest import closest_update
+from deltaspec.formats.peft.convolutions import ignored_dilation
 from deltaspec.formats.peft.factors import Update, joined
 from deltaspec.formats.peft.lora_form import with_bias, write_lora
-from deltaspec.formats.peft.single import LAYERS, unknown_layer, unplaced
+from deltaspec.formats.peft.single import LAYERS, left_out, unknown_layer, unplaced
 
 Updates = Callable[[Part], Iterable[Update]]
 """What a delta of a method adds at one place."""
@@ -55,10 +56,8 @@ def _unplaced(out: Outgoing, parts: Iterable[Part]) -> str | None:
     for part in parts:
         if reason := unplaced(out, part) or unknown_layer(out, part, (*LAYERS, "Conv1D"), "LoRA"):
             return reason
-        module = out.base.model.get_submodule(part.fqn)
-        dilated = any(step != 1 for step in getattr(module, "dilation", ()))
-        if dilated or getattr(module, "padding_mode", "zeros") != "zeros":
-            return "PEFT's LoRA leaves out dilation and padding_mode of a convolution"
+        if reason := left_out(ignored_dilation(out.base.model.get_submodule(part.fqn))):
+            return reason
     return None
 
 

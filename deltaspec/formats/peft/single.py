@@ -96,6 +96,11 @@ class Single:
         self.out.config |= {"peft_type": self.type, **options}
 
 
+def left_out(ignored: list[str]) -> str | None:
+    """Return what PEFT's layer leaves out of a convolution, as a reason; None where that is nothing."""
+    return f"PEFT leaves out its {' and '.join(ignored)}, and runs another convolution" if ignored else None
+
+
 def unplaced(out: Outgoing, part: Part) -> str | None:
     """Return why no layer of PEFT acts at a place; None where one does."""
     site = part.at.site

@@ -5,16 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
-<<<<<<< HEAD
 from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.convolutions import ignored_geometry, refuse_ignored_geometry
-from deltaspec.formats.peft.single import Single
-from deltaspec.formats.peft.sites import found_modules, lacks, overrides
-=======
-from deltaspec.formats.peft.convolutions import refuse_ignored_geometry
+from deltaspec.formats.peft.single import Single, left_out
 from deltaspec.formats.peft.sites import Found, found_modules, lacks, overrides
 from deltaspec.names.paths import below
->>>>>>> main
 
 if TYPE_CHECKING:
     from deltaspec.formats.peft.adapter import Adapter
@@ -58,25 +53,6 @@ def read(adapter: Adapter) -> None:
         tensors = {"rotation": found.tensors["rotation"], "output_scale": found.tensors["output_scale"].flatten()}
         sites.append(IncomingSite(found.fqn, tensors, overrides(params, own)))
     adapter.add("boft", params, sites)
-<<<<<<< HEAD
-
-
-def write(out: Outgoing) -> None:
-    """Write a BOFT adapter."""
-    single = Single(out, "BOFT", "boft", ("Linear", "Conv2d"))
-    single.keep(lambda part: ignored_geometry(out.base.model.get_submodule(part.fqn)))
-    size = single.agreed("boft_block_size", lambda part: part.params.block_size, 4)
-    factors = single.agreed("boft_n_butterfly_factor", lambda part: part.params.factors, 1)
-    if factors > 1:
-        out.remarks.append(f"PEFT reads {factors} butterfly factors only where it finds CUDA; elsewhere it makes one")
-    single.put("boft_R", lambda part: part.own.rotation)
-    single.put(
-        "boft_s",
-        lambda part: part.own.output_scale[None] if part.at.site.kind == "conv" else part.own.output_scale[:, None],
-    )
-    dropout = single.largest(lambda part: part.params.block_dropout)
-    single.finish(boft_block_size=size, boft_block_num=0, boft_n_butterfly_factor=factors, boft_dropout=dropout)
-=======
     _biases(adapter, modules)
 
 
@@ -97,4 +73,20 @@ def _biases(adapter: Adapter, modules: list[Found]) -> None:
         own = adapter.base.tensor(below(found.fqn, "bias")).to("cpu", value.dtype)
         sites.append(IncomingSite(found.fqn, {"bias": value - own}))
     adapter.add("bitfit", {}, sites, "shift")
->>>>>>> main
+
+
+def write(out: Outgoing) -> None:
+    """Write a BOFT adapter."""
+    single = Single(out, "BOFT", "boft", ("Linear", "Conv2d"))
+    single.keep(lambda part: left_out(ignored_geometry(out.base.model.get_submodule(part.fqn))))
+    size = single.agreed("boft_block_size", lambda part: part.params.block_size, 4)
+    factors = single.agreed("boft_n_butterfly_factor", lambda part: part.params.factors, 1)
+    if factors > 1:
+        out.remarks.append(f"PEFT reads {factors} butterfly factors only where it finds CUDA; elsewhere it makes one")
+    single.put("boft_R", lambda part: part.own.rotation)
+    single.put(
+        "boft_s",
+        lambda part: part.own.output_scale[None] if part.at.site.kind == "conv" else part.own.output_scale[:, None],
+    )
+    dropout = single.largest(lambda part: part.params.block_dropout)
+    single.finish(boft_block_size=size, boft_block_num=0, boft_n_butterfly_factor=factors, boft_dropout=dropout)

@@ -10,15 +10,9 @@ from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.adapter import CONFIG
-<<<<<<< HEAD
+from deltaspec.formats.peft.convolutions import refuse_ignored_dilation
 from deltaspec.formats.peft.factors import Update
 from deltaspec.formats.peft.low_rank import write_updates
-=======
-from deltaspec.formats.peft.aside import write_aside
-from deltaspec.formats.peft.convolutions import refuse_ignored_dilation
-from deltaspec.formats.peft.factors import Update, joined, lora_updates
-from deltaspec.formats.peft.low_rank import refusal, with_bias, write_lora
->>>>>>> main
 from deltaspec.formats.peft.parameters import factors, places_of
 from deltaspec.formats.peft.targets import by_pattern, check_targets
 from deltaspec.methods.shared.parts import spread

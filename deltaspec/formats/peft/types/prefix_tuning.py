@@ -88,8 +88,10 @@ def _unlike(out: Outgoing, parts: list[Part]) -> str | None:
     """Return why PEFT's prefix computes something else; None where it may compute the same."""
     if any(part.params.positions != "counted" for part in parts):
         return "PEFT's prefix takes the first positions, and this one none (positions: none)"
-    own = {part.fqn for part in parts}
-    layers = {row.fqn for row in _attending(out.base, _stack(out.base)).values()}
+    own, stack = {part.fqn for part in parts}, _stack(out.base)
+    if stack is not None and (problem := _unreached(out.base, stack, 2)) is not None:
+        return f"PEFT's keys do not get into {out.base.table.model_class}: {problem}"
+    layers = {row.fqn for row in _attending(out.base, stack).values()}
     if own != layers:
         return f"PEFT's prefix is in all layers of the decoder and there alone: not so {shown(sorted(own ^ layers))}"
     sizes = {(part.params.tokens, part.at.site.attention) for part in parts}
@@ -98,16 +100,11 @@ def _unlike(out: Outgoing, parts: list[Part]) -> str | None:
 
 def _layers(adapter: Adapter, layers: int) -> dict[int, Row]:
     """Return the modules that attend to the tokens, by the number of their layer, as a cache counts them."""
-<<<<<<< HEAD
     stack = _stack(adapter.base)
-    found = _attending(adapter.base, stack)
-=======
-    stack = _stack(adapter)
-    found: dict[int, Row] = {}
-    if stack is not None and (problem := _unreached(adapter, stack)) is not None:
+    if stack is not None and (problem := _unreached(adapter.base, stack, submodules(adapter))) is not None:
         adapter.find("DS548", f"PEFT's keys do not get into {adapter.base.table.model_class}: {problem}", _OUT, CONFIG)
         return {}
->>>>>>> main
+    found = _attending(adapter.base, stack)
     for row in adapter.base.table.rows:
         told = row.positions
         if told is None or told.fqn != stack or not row.attends or "cross_attn" in row.roles or row in found.values():
@@ -132,7 +129,6 @@ def _layers(adapter: Adapter, layers: int) -> dict[int, Row]:
     return dict(sorted(found.items()))
 
 
-<<<<<<< HEAD
 def _attending(base: Base, stack: str | None) -> dict[int, Row]:
     """Return the modules of a stack that attend to its own tokens, by the number of their layer."""
     found: dict[int, Row] = {}
@@ -146,14 +142,11 @@ def _attending(base: Base, stack: str | None) -> dict[int, Row]:
     return dict(sorted(found.items()))
 
 
-def _stack(base: Base) -> str | None:
-=======
-def _unreached(adapter: Adapter, stack: str) -> str | None:
+def _unreached(base: Base, stack: str, stacks: int) -> str | None:
     """Return why a model makes nothing, or not what is meant, of the cache that PEFT gives it; None where it does."""
-    base = adapter.base
     model = base.model.get_submodule(stack)
     if getattr(base.config, "is_encoder_decoder", False):
-        if submodules(adapter) == 1:
+        if stacks == 1:
             return "with num_transformer_submodules: 1 its decoder puts the encoder's keys behind them, into one cache"
     elif "past_key_values" not in signature(type(model).forward).parameters:
         return f"{type(model).__name__} takes no past_key_values"
@@ -162,8 +155,7 @@ def _unreached(adapter: Adapter, stack: str) -> str | None:
     return None
 
 
-def _stack(adapter: Adapter) -> str | None:
->>>>>>> main
+def _stack(base: Base) -> str | None:
     """Return the FQN of the model whose cache PEFT fills: the decoder, or the only one with attention modules."""
     stacks = list(dict.fromkeys(row.positions.fqn for row in base.table.rows if row.positions is not None))
     if getattr(base.config, "is_encoder_decoder", False):
