@@ -154,5 +154,7 @@ CODES: dict[str, str] = {
     "DS560": "delta without an exact form in another library",
     "DS561": "form of another library that is not known here",
     "DS562": "directory that holds deltas in another form",
+    "DS563": "saved deltas without a known base model",
+    "DS564": "delta whose form in another library follows from weights",
 }
 """Every code, with its title: DS1 syntax, DS2 schema, DS3 selector, DS4 method and model, DS5 expectation, files."""

@@ -113,7 +113,7 @@ def _decomposed(out: Outgoing, updates: Mapping[str, Update]) -> dict[str, Updat
         elif kind == "conv":
             out.refuse(own, "PEFT's DoRA is for all modules of an adapter or none, and this convolution has none")
         elif out.base.is_meta:
-            out.refuse(own, "PEFT's DoRA needs the norms of this weight, and the base has no values here")
+            out.lacks_weights(own, "PEFT's DoRA needs the norms of this weight")
         else:
             weight = out.base_values(fqn)["weight"].double()
             changed = weight + canonical(kind, update.scale * update.up.double() @ update.down.double())
