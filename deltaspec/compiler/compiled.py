@@ -172,9 +172,11 @@ class CompiledModel(Face, Files, torch.fx.GraphModule):
         restore = Restore(self._active)
         if not self._active.switch(names):
             given = names[0] if len(names) == 1 and isinstance(names[0], Mapping) else None
-            strengths = {} if given is None else {n: checked_strength(n, value) for n, value in given.items()}
-            wanted: tuple[Any, ...] = names if given is None else tuple(given)
-            self._active.activate(known_names(self._shared, wanted) if wanted else (), anew=wanted, strengths=strengths)
+            asked: tuple[Any, ...] = names if given is None else tuple(given)
+            wanted = known_names(self._shared, asked) if asked else ()
+            values = () if given is None else zip(wanted, given.values(), strict=True)
+            strengths = {name: checked_strength(name, value) for name, value in values}
+            self._active.activate(wanted, anew=wanted, strengths=strengths)
         return restore
 
     def detached(self) -> Restore:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from deltaspec.compiler.answers import kept_answers, verify_saved
 from deltaspec.compiler.handles import known_names
 from deltaspec.compiler.leaving import leaving
 from deltaspec.formats.base import Base
@@ -22,6 +23,7 @@ from deltaspec.runtime.active import Active
 from deltaspec.runtime.copies import without_deltas
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.shared import Shared
+from deltaspec.storage.agreement import Verification
 from deltaspec.storage.load import load
 from deltaspec.storage.matching import Match, checked
 from deltaspec.storage.save import save
@@ -35,6 +37,8 @@ class Files(nn.Module):
     _shared: Shared
     _host: Host
     _libraries: Libraries
+    view: Any
+    """Makes another compiled model over the same weights and deltas; see `CompiledModel`."""
 
     def library(
         self,
@@ -50,15 +54,30 @@ class Files(nn.Module):
 
         `directory` is what `save` wrote, or holds such directories; `names` choose some of it. `limit` is how many of
         them may be in memory, or their size (`"2GiB"`); those that were not used for longest, and are not attached,
-        make way. `preload` loads all at once. `by="folder"` names deltas by their directories. They apply after the
-        compiled ones, in order; their parameters are frozen. `.plan`, `save` and `state_dict` are those of the compiled
-        deltas alone. `example_inputs` as for `compile`, `match` as for `restore`. Raises DeltaSpecError.
+        make way. `preload` loads all at once. `by="folder"` names deltas by their directories, `by="identity"` by their
+        content (`sha256:…`, of which a beginning will do). They apply after the compiled ones, in order; their
+        parameters are frozen. `.plan`, `save` and `state_dict` are those of the compiled deltas alone. `example_inputs`
+        as for `compile`, `match` as for `restore`. Raises DeltaSpecError.
         """
         return open_view(self._libraries, directory, names, limit, preload, by, example_inputs, match)
 
-    def save(self, directory: str | PathLike[str], *names: str) -> None:
-        """Write deltas, by name or all (safetensors, resolved spec, lock), to a directory, in place of what it held."""
-        save(self._active, self._shared.plan, self._host.deltas, directory, names)
+    def save(self, directory: str | PathLike[str], *names: str, golden: Any = None) -> None:
+        """Write deltas, by name or all (safetensors, resolved spec, lock), to a directory, in place of what it held.
+
+        `golden` are a few inputs, as `example_inputs` for `compile`: what the model gives for them, under each delta
+        alone and under what is attached, is kept too, for `verify`. Raises DeltaSpecError (DS550: too much of that).
+        """
+        answers = None if golden is None else lambda names, attached: kept_answers(self.view(), golden, names, attached)
+        save(self._active, self._shared.plan, self._host.deltas, directory, names, answers)
+
+    def verify(self, directory: str | PathLike[str], *names: str, tolerance: float | None = None) -> Verification:
+        """Compare what saved deltas, by name or all, gave when they were saved (`golden`) with what this model gives.
+
+        The result is true where all agree, and prints as a table. Differences are measured over the largest magnitude,
+        and rounding leaves 1e-4 of it in float32, 1e-2 in float16, 5e-2 in bfloat16; or say how much: `tolerance`. What
+        is attached stays so. Raises DeltaSpecError where no answers were kept (DS551).
+        """
+        return verify_saved(self.view(), directory, names, tolerance)
 
     def save_as(
         self,

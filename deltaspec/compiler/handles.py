@@ -14,6 +14,10 @@ from deltaspec.runtime.active import Active
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.interrupts import surely
 from deltaspec.runtime.shared import Shared
+from deltaspec.storage.identity import MARK
+
+_FEWEST = 4
+"""Digits of an identity that stand for it at least."""
 
 
 class Restore:
@@ -55,11 +59,23 @@ class DeltasView(Mapping[str, Delta]):
 
 
 def known_names(shared: Shared, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return these names, or those of all compiled deltas. Raises UnknownDeltaError, TypeError for what is no name."""
+    """Return these names, or those of all compiled deltas; the beginning of an identity (`sha256:3f9a…`) will do.
+
+    Raises UnknownDeltaError, TypeError for what is no name.
+    """
     if wrong := [name for name in names if not isinstance(name, str)]:
         raise TypeError(f"names of deltas are given one by one, as in attach('a', 'b'), not {wrong[0]!r}")
+    names = tuple(_whole(name, shared.order) for name in names)
     require_known(names, shared.order)
     return names or tuple(delta.name for delta in shared.plan.deltas)
+
+
+def _whole(name: str, known: Mapping[str, int]) -> str:
+    """Return the identity that a name is the beginning of, where it is that of one delta alone; else the name."""
+    if name in known or not name.startswith(MARK) or len(name) < len(MARK) + _FEWEST:
+        return name
+    found = [whole for whole in known if whole.startswith(name)]
+    return found[0] if len(found) == 1 else name
 
 
 def trainable(host: Host, deltas: Mapping[str, Delta], names: tuple[str, ...]) -> Iterator[nn.Parameter]:

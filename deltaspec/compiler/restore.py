@@ -82,7 +82,7 @@ def prepared(model: nn.Module, saved: DeltaSet, names: tuple[str, ...], example_
     chosen = tuple(name for name in saved.names if name in together)
     outcomes = matcher.outcomes(saved, chosen, findings)
     try:
-        planned = _planned(model, saved, specs, outcomes, matcher.present, example_inputs)
+        planned = planned_on(model, saved, specs, outcomes, matcher.present, example_inputs)
     except DeltaSpecError as error:
         raise DeltaSpecError([*findings, *error.diagnostics]) from error
     return Prepared(remarked(planned, outcomes), chosen, outcomes, findings)
@@ -100,7 +100,7 @@ def _restore(
     return compiled
 
 
-def _planned(
+def planned_on(
     model: nn.Module,
     saved: DeltaSet,
     specs: Sequence[DeltaSpec],

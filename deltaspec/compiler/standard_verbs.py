@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaspec.backbone.origin import origin
 from deltaspec.backbone.reserved import Reserved
 from deltaspec.backbone.sharded import is_sharded
 from deltaspec.compiler.adapter_verbs import ADAPTERS, adapter_verb
@@ -107,15 +108,9 @@ def _save_deltas(
 
         whole = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
         write_atomically(folder / RESUMED, to_bytes(whole, {"format": "pt"}))
-    write_card(folder, built.shared.plan, type(backbone), _base(backbone))
+    write_card(folder, built.shared.plan, type(backbone), origin(backbone).get("id"))
     if push_to_hub:
         _upload(folder, **{"repo_id": folder.name, **hub})
-
-
-def _base(backbone: nn.Module) -> str | None:
-    """Return the name or path that a model, or the first model inside it, was loaded from."""
-    configs = (module.__dict__.get("config") for module in backbone.modules())
-    return next((name for config in configs if (name := getattr(config, "_name_or_path", None))), None)
 
 
 def _differs(given: Tensor, own: Tensor) -> bool:

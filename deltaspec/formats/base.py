@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deltaspec.backbone.observations import Observations
 from deltaspec.backbone.table import ModuleTable, Row
 from deltaspec.backbone.tabulate import tabulate
+from deltaspec.formats.layout import Headers
 from deltaspec.language.load import load
 from deltaspec.planning.plan import Plan
 from deltaspec.planning.resolve import resolve
@@ -27,6 +28,8 @@ class Base:
         self._plans: dict[str, Plan] = {}
         self.selectors: dict[Any, Any] = {}
         """Selectors by the places that they were made for: adapters of one base mostly have the same ones."""
+        self.headers: Headers = {}
+        """Headers of files that hold the same tensors, but for their values."""
 
         self.recipes: dict[Any, Any] = {}
         """How adapters were read, by all of them but their values: see `formats/alike.py`."""

@@ -16,6 +16,7 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming, IncomingDelta, IncomingSite
+from deltaspec.formats.layout import laid_out
 from deltaspec.language.load import load
 from deltaspec.language.model import DeltaSpec
 from deltaspec.methods.declarations import TensorSpec
@@ -115,11 +116,7 @@ class ReceivedSet(DeltaSet):
         """Return a delta's tensors as a mapped file holds them: the adapter's own, or one in memory."""
         if name in self._renamed:
             return map_file(self, self.incoming.file)
-        content, _ = self.read(name, "file")
-        assert content is not None
-        mapped = mmap(-1, len(content))
-        mapped.write(content)
-        return mapped, []
+        return laid_out(self._values[name], self.base.headers), []
 
     def planned(self, name: str) -> PlannedDelta | None:
         """Plan one delta, under a name that adapters alike share."""

@@ -73,9 +73,10 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
     content = path.read_bytes()  # a mapped file that is cut meanwhile would end the process
     try:
-        return dict(load(content))
+        found = load(content)  # in any order, another one each time
     except (SafetensorError, KeyError) as error:
         raise ValueError(str(error)) from error
+    return {key: found[key] for key in sorted(found)}
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:

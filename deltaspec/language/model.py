@@ -98,6 +98,8 @@ class DeltaEntry(Part):
     """Whether it starts attached."""
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
     """dtype of its tensors; left out, the backbone's, but float32 where that is of half precision or quantised."""
+    provenance: dict[str, Any] = Field(default_factory=dict, json_schema_extra={"minProperties": 1})
+    """Where it comes from, in keys of your own (data, licence). Locks and saved sets keep it; no plan changes."""
 
     def params_with(self, override: Override) -> MethodParams:
         """Return the method's parameters with an override's in place of the delta's."""
@@ -167,8 +169,11 @@ class DeltaSpec(Part):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the resolved spec as canonical JSON, in hexadecimal."""
-        return sha256(dumps(self.to_data(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        """SHA-256 of the resolved spec, provenance apart, as canonical JSON, in hexadecimal."""
+        data = self.to_data()
+        for delta in data["deltas"]:
+            delta.pop("provenance", None)
+        return sha256(dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, DeltaSpec) else NotImplemented
@@ -189,6 +194,7 @@ def _delta_data(delta: DeltaEntry) -> dict[str, Any]:
         expect=delta.expect and delta.expect.model_dump(exclude_none=True),
         attached=delta.attached,
         dtype=delta.dtype,
+        provenance=dict(delta.provenance),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, in_order
 from deltaspec.documents.builder import MAX_FINDINGS
 from deltaspec.documents.document import Document, from_bytes, from_data, read
+from deltaspec.language.checks.tools import other_tool
 from deltaspec.language.checks.whole import check
 from deltaspec.language.migrate import check_version
 from deltaspec.language.schema.accept import accepts, is_coded
@@ -54,6 +55,8 @@ def open_document(spec: str | os.PathLike[str] | Mapping[str, Any]) -> Document:
 
 def check_document(document: Document) -> Mapping[str, Method]:
     """Raise DeltaSpecError with all findings about a document; give the methods it may use where there are none."""
+    if (finding := other_tool(document)) is not None:
+        raise DeltaSpecError([finding])
     findings = check_version(document)
     if any(d.code == "DS207" for d in findings):
         raise DeltaSpecError(findings)

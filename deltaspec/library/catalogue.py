@@ -16,6 +16,7 @@ from deltaspec.planning.plan import Plan
 from deltaspec.runtime.copies import without_deltas
 from deltaspec.runtime.ports import View
 from deltaspec.storage.delta_set import MANIFEST, DeltaSet
+from deltaspec.storage.identity import identity_of
 from deltaspec.storage.matching import Match, Matcher, Outcome, present_of
 
 
@@ -65,7 +66,7 @@ def entries_in(
             continue
         for own in wanted:
             name = own_names[own]
-            if name in found:
+            if name in found and by != "identity":  # which is the same content, wherever it lies
                 message = f"the delta {own!r} is in {found[name].saved.folder}, too"
                 hint = 'name them by their directories: c.library(dir, by="folder")'
                 findings.append(saved.finding("DS530", message, hint))
@@ -78,6 +79,8 @@ def entries_in(
 
 def _known_as(own: str, saved: DeltaSet, by: str) -> str:
     """Return the name that a model knows a saved delta by."""
+    if by == "identity":
+        return identity_of(saved, own)
     folder = saved.folder.name
     return own if by == "delta" else folder if len(saved.names) == 1 else f"{folder}/{own}"
 

@@ -140,6 +140,8 @@ class Reader:
             deltas = [delta["name"] for delta in data["deltas"]]
             if entry.own not in deltas:
                 raise KeyError(entry.own)
+            for delta in data["deltas"]:
+                delta.pop("provenance", None)  # which changes nothing: those alike but for it are alike
             data = moved(entry.saved, data, {entry.own: entry.outcome.prefix}, self._modules())
             if len(deltas) == 1:  # alone in its spec, it may be called anything
                 data["deltas"][0] = {**data["deltas"][0], "name": "delta"}

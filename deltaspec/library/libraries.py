@@ -69,8 +69,8 @@ class Libraries:
         preload: bool = False,
     ) -> Opened:
         """Make the names of a directory known. Raises DeltaSpecError with all findings, and then none is."""
-        if by not in ("delta", "folder"):
-            raise ValueError(f"by is 'delta' or 'folder', not {by!r}")
+        if by not in ("delta", "folder", "identity"):
+            raise ValueError(f"by is 'delta', 'folder' or 'identity', not {by!r}")
         count, size = limits(limit)
         source = Source(Path(os.path.abspath(directory)), by, names, checked(match))  # the current directory may change
         with self._lock:

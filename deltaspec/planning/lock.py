@@ -16,10 +16,13 @@ from deltaspec.planning.planned import PlannedDelta
 from deltaspec.planning.text import groups, model_data
 
 if TYPE_CHECKING:
+    from deltaspec.language.model import DeltaEntry
     from deltaspec.planning.plan import Plan
 
 VERSION = 1
 _MAX_BYTES = 16 << 20
+_FLAT = frozenset({"params", "specs", "derived", "provenance", "base", "parents"})
+"""Keys whose values stand on one line."""
 _LOCK = {"specs": list, "model": dict, "deltas": dict, "sites": int, "trainable": int, "plan": str}
 _DELTA = {"method": str, "attached": bool, "seed": int, "params": dict, "groups": list, "trainable": int}
 _GROUP = {"at": str, "tensors": dict, "params": dict, "bypassed": bool}
@@ -31,19 +34,22 @@ def lock_path(spec: str | os.PathLike[str]) -> Path:
     return path.with_name(path.name.removesuffix(path.suffix) + ".lock.json")
 
 
-def lock(plan: Plan) -> str:
-    """Write a plan as a lock file's text: JSON, the same for the same plan, one group of sites a line."""
-    return _pretty(lock_data(plan)) + "\n"
+def lock(plan: Plan, lineage: Mapping[str, Any] | None = None) -> str:
+    """Write a plan as a lock file's text: JSON, the same for the same plan, one group of sites a line.
+
+    `lineage`, of a delta that is saved: the base that it was trained on, and what it is derived from.
+    """
+    return _pretty(lock_data(plan) | ({} if lineage is None else {"lineage": lineage})) + "\n"
 
 
 def lock_data(plan: Plan) -> dict[str, Any]:
     """Return the content of a plan's lock file."""
-    dtypes = {entry.name: entry.dtype for spec in plan.specs for entry in spec.deltas}
+    entries = {entry.name: entry for spec in plan.specs for entry in spec.deltas}
     return {
         "lock": VERSION,
         "specs": [f"sha256:{spec.digest}" for spec in plan.specs],
         "model": model_data(plan),
-        "deltas": {delta.name: _delta_data(delta, dtypes[delta.name]) for delta in plan.deltas},
+        "deltas": {delta.name: _delta_data(delta, entries[delta.name]) for delta in plan.deltas},
         "sites": len(plan.sites),
         "trainable": plan.trainable,
         "plan": plan.fingerprint,
@@ -73,7 +79,8 @@ def check_lock(plan: Plan, path: str | os.PathLike[str]) -> list[Diagnostic]:
         if len(content) > _MAX_BYTES:
             raise ValueError("it is too large")
         locked = _parsed(content)
-        for delta in locked["deltas"].values():  # tells of files that were read, not of the spec
+        locked.pop("lineage", None)  # tells of what was saved, not of the spec
+        for delta in locked["deltas"].values():  # and so does this, of files that were read
             delta.pop("let_pass", None)
         current = json.loads(lock(replace(plan, deltas=tuple(replace(d, let_pass=()) for d in plan.deltas))))
         changes = lock_changes(plan, current, locked, Path(name).name)
@@ -116,13 +123,14 @@ def _typed(data: dict[str, Any], kinds: Mapping[str, type], where: str) -> None:
             raise ValueError(f"{place} is missing or not of type {kind.__name__}")
 
 
-def _delta_data(delta: PlannedDelta, dtype: str | None) -> dict[str, Any]:
+def _delta_data(delta: PlannedDelta, entry: DeltaEntry) -> dict[str, Any]:
     return {
         "method": delta.method,
         **({} if delta.derived is None else {"derived": delta.derived.to_data()}),
         "attached": delta.attached,
         "seed": delta.seed,
-        **({} if dtype is None else {"dtype": dtype}),
+        **({} if entry.dtype is None else {"dtype": entry.dtype}),
+        **({"provenance": dict(entry.provenance)} if entry.provenance else {}),
         "params": delta.params.model_dump(mode="json"),
         "groups": [
             {
@@ -146,7 +154,7 @@ def _pretty(value: object, indent: str = "") -> str:
     deeper = indent + "  "
     if isinstance(value, dict) and value:
         items: Iterable[str] = (
-            f"{json.dumps(key)}: {_flat(item) if key in ('params', 'specs', 'derived') else _pretty(item, deeper)}"
+            f"{json.dumps(key)}: {_flat(item) if key in _FLAT else _pretty(item, deeper)}"
             for key, item in value.items()
         )
         return "{\n" + ",\n".join(deeper + item for item in items) + f"\n{indent}}}"

@@ -19,6 +19,7 @@ from deltaspec.methods.registry import methods
 from deltaspec.methods.shared.shapes import static_widths
 from deltaspec.names.folding import shown
 from deltaspec.planning.budget import choose_rank
+from deltaspec.planning.defaults import cross_attention_note
 from deltaspec.planning.fixed import refuse_fixed
 from deltaspec.planning.planned import PlannedDelta, PlannedSite
 from deltaspec.planning.weight_forms import refuse_computed, refuse_packed
@@ -107,6 +108,7 @@ class Placer:
 
     def _default_rows(self) -> list[Row]:
         rows = [row for row in self.table.rows if self.method.is_default(row, self.entry.params)]
+        self.notes += cross_attention_note(self.method.roles(self.entry.params), self.table)
         if not rows:
             name = self.table.model_type or self.table.model_class
             if not any(row.roles for row in self.table.rows):

@@ -129,7 +129,7 @@ class ProgramBuilder:
         return program.forwards.get(self.host.socket(fqn)) or self.own_forward(fqn)
 
     def _count_positions(self, program: Program, names: tuple[str, ...]) -> None:
-        """Number tokens behind the positions that deltas take; a delta takes as many at all of a model's modules."""
+        """Have tokens numbered behind the positions that deltas take, each as many at all modules of a model."""
         taken: dict[str, dict[str, int]] = {}
         for name in names:
             for placement in self.placements.of(name):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from mmap import ACCESS_COPY, mmap
 from os import PathLike
 from pathlib import Path
@@ -31,7 +31,14 @@ def without_values(delta: str, done: str) -> Diagnostic:
 FORMAT = 1
 ENDINGS = {"file": "safetensors", "spec": "deltaspec.json", "lock": "deltaspec.lock.json"}
 """The files of one delta, by their field in the manifest."""
-_FILE_NAME = re.compile(r"[\w%-]{1,200}\.[0-9a-f]{8}\.(safetensors|deltaspec\.json|deltaspec\.lock\.json)", re.ASCII)
+GOLDEN = "golden"
+"""Field of a file with golden answers, which a delta may have besides, and the manifest, of all that is attached."""
+ALL = ENDINGS | {GOLDEN: "golden.safetensors"}
+TOGETHER = "attached"
+"""How the name of the manifest's own file begins."""
+_FILE_NAME = re.compile(
+    r"[\w%-]{1,200}\.[0-9a-f]{8}\.((golden\.)?safetensors|deltaspec\.json|deltaspec\.lock\.json)", re.ASCII
+)
 _UNFINISHED = re.compile(rf"\.({_FILE_NAME.pattern}|manifest\.json)\.[0-9a-f]{{16}}", re.ASCII)
 """What `write_atomically` calls a file before it is whole."""
 _MOST_HEADER = 100_000_000
@@ -83,9 +90,12 @@ class SavedSet(DeltaSet):
             findings.append(self.finding("DS522", f"is no safetensors file: {error}", "save again", file))
             return None
 
-    def read(self, name: str, field: str) -> tuple[bytes | None, list[Diagnostic]]:
-        """Read one of a delta's files (`file`, `spec` or `lock`), its digest checked: (content, findings)."""
-        return self._checked(name, field, Path.read_bytes)
+    def read(self, name: str | None, field: str) -> tuple[bytes | None, list[Diagnostic]]:
+        """Read one of a delta's files (a field of `ALL`), or (None) the set's own: (content, findings).
+
+        Its digest is checked.
+        """
+        return self._checked(self.manifest if name is None else self.entry[name], field, Path.read_bytes)
 
     def map(self, name: str) -> tuple[mmap | None, list[Diagnostic]]:
         """Map a delta's tensors' file into memory, its digest checked: (content, findings).
@@ -93,12 +103,11 @@ class SavedSet(DeltaSet):
         Writing to the content does not reach the file. `save` never writes into a file that is there, so the content
         stays what was checked, also when the deltas are saved again.
         """
-        return self._checked(name, "file", _map)
+        return self._checked(self.entry[name], "file", _map)
 
     def _checked(
-        self, name: str, field: str, read: Callable[[Path], _Content]
+        self, entry: Mapping[str, Any], field: str, read: Callable[[Path], _Content]
     ) -> tuple[_Content | None, list[Diagnostic]]:
-        entry = self.entry[name]
         try:
             content = read(self.folder / entry[field])
         except OSError as error:
@@ -142,10 +151,11 @@ def _map(path: Path) -> mmap:
 def file_names(folder: Path) -> set[str]:
     """Return the names of the files of the set in a directory, the manifest apart; empty where there is none."""
     try:
-        entries = SavedSet(folder).entries
+        saved = SavedSet(folder)
     except DeltaSpecError:
         return set()
-    return {entry[field] for entry in entries for field in ENDINGS}
+    own = {saved.manifest[GOLDEN]} if GOLDEN in saved.manifest else set()
+    return own | {entry[field] for entry in saved.entries for field in ALL if field in entry}
 
 
 def strays(folder: Path, kept: set[str]) -> set[str]:
@@ -188,7 +198,7 @@ def _manifest_problem(data: Any) -> str | None:
     strengths = data.get("strengths", {})  # earlier versions wrote none
     if not isinstance(strengths, dict) or not all(map(_is_strength, strengths.values())):
         return "its strengths are malformed"
-    return None
+    return None if _may_be_golden(data) else "what it says of golden answers is malformed"
 
 
 def _is_strength(value: Any) -> bool:
@@ -200,7 +210,15 @@ def _is_entry(entry: Any) -> bool:
     fields = ("name", *(f"{field}{part}" for field in ENDINGS for part in ("", "_sha256")))
     if not isinstance(entry, dict) or not all(isinstance(entry.get(field), str) for field in fields):
         return False
-    reads = entry.get("reads", [])
-    if not isinstance(reads, list) or not all(isinstance(name, str) for name in reads):
+    reads, own = entry.get("reads", []), entry.get("identity", "")  # earlier versions wrote none
+    if not isinstance(own, str) or not isinstance(reads, list) or not all(isinstance(name, str) for name in reads):
         return False
-    return all(_FILE_NAME.fullmatch(entry[field]) for field in ENDINGS)
+    return _may_be_golden(entry) and all(_FILE_NAME.fullmatch(entry[field]) for field in ENDINGS)
+
+
+def _may_be_golden(entry: Mapping[str, Any]) -> bool:
+    """Return whether an entry, or a manifest, names a file of golden answers as `save` does, or none."""
+    if GOLDEN not in entry:
+        return True
+    file, sha = entry[GOLDEN], entry.get(f"{GOLDEN}_sha256")
+    return isinstance(file, str) and isinstance(sha, str) and _FILE_NAME.fullmatch(file) is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
 from deltaspec.names.paths import below
-from deltaspec.planning.planned import PlannedSite
+from deltaspec.planning.planned import PlannedDelta, PlannedSite
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.copies import without_deltas
 from deltaspec.runtime.host import Host
@@ -48,7 +48,7 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
     active.follow_others()
     refuse_misfits(host, (shared.planned[name] for name in names), merged=True)
     refuse_meta(host.deltas, names, "merged")
-    _refuse(shared, host, names)
+    refuse_unmergeable([shared.planned[name] for name in names], host.backbone)
     shared.rivals.refuse(names)
     strengths = active.strengths.as_dict(names)
     active.derived.refresh(name for name in names if name not in active.active)
@@ -58,21 +58,11 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
     plain = deep_copy(bare, copies_of_codes(bare))
     copies: dict[tuple[str, ...], list[nn.Parameter]] = {}
     ties: list[tuple[str, str]] = []
-    changes: dict[str, list[tuple[str, PlannedSite]]] = {}
-    for name in names:
-        for planned in shared.planned[name].sites:
-            changes.setdefault(planned.site.row.fqn, []).append((name, planned))
-    for fqn, deltas in changes.items():
+    for fqn, deltas in by_module(shared.planned[name] for name in names).items():
         module, row = plain.get_submodule(fqn), deltas[0][1].site.row
-        folded: dict[str, Tensor] = {}
-        for name, planned in deltas:
-            held, tensor_names = host.deltas[name], tuple(spec.name for spec in planned.tensors)
-            own = DeltaTensors(tensor_names, [held.tensor(storage_key(fqn, spec)) for spec in planned.tensors])
-            fold = Fold((), methods()[shared.planned[name].method], planned.params, planned.site, tensor_names)
-            strength = torch.tensor(strengths[name], device="cpu") if name in strengths else None
-            folded |= fold_widely(module, fold, own, folded, strength)
+        folded = fold_all(module, deltas, lambda name, key: host.deltas[name].tensor(key), strengths)
         values = rounded(module, folded)
-        _require_as_finite(fqn, module, values)
+        require_as_finite(fqn, module, values)
         if is_packed(module) and "weight" in values:
             _unpack(plain, module, values)
             continue
@@ -87,6 +77,36 @@ def merge(active: Active, shared: Shared, host: Host, names: Collection[str]) ->
     return plain
 
 
+def by_module(deltas: Iterable[PlannedDelta]) -> dict[str, list[tuple[PlannedDelta, PlannedSite]]]:
+    """Return what changes each module, by its FQN: deltas in order of application, each with its site there."""
+    changes: dict[str, list[tuple[PlannedDelta, PlannedSite]]] = {}
+    for delta in deltas:
+        for planned in delta.sites:
+            changes.setdefault(planned.site.row.fqn, []).append((delta, planned))
+    return changes
+
+
+def fold_all(
+    module: nn.Module,
+    deltas: Iterable[tuple[PlannedDelta, PlannedSite]],
+    tensor: Callable[[str, str], Tensor],
+    strengths: Mapping[str, float],
+) -> dict[str, Tensor]:
+    """Return what deltas make of a module's own parameters, by name, not rounded yet.
+
+    `tensor` gives one of a delta by the delta's name and its storage key; a strength that is not named is 1.
+    """
+    folded: dict[str, Tensor] = {}
+    for delta, planned in deltas:
+        names = tuple(spec.name for spec in planned.tensors)
+        fqn = planned.site.row.fqn
+        own = DeltaTensors(names, [tensor(delta.name, storage_key(fqn, spec)) for spec in planned.tensors])
+        fold = Fold((), methods()[delta.method], planned.params, planned.site, names)
+        strength = torch.tensor(strengths[delta.name], device="cpu") if delta.name in strengths else None
+        folded |= fold_widely(module, fold, own, folded, strength)
+    return folded
+
+
 def _require_finite(host: Host, names: Collection[str]) -> None:
     findings = [
         not_finite(name, key)
@@ -98,7 +118,7 @@ def _require_finite(host: Host, names: Collection[str]) -> None:
         raise DeltaSpecError(findings)
 
 
-def _require_as_finite(fqn: str, module: nn.Module, merged: dict[str, Tensor]) -> None:
+def require_as_finite(fqn: str, module: nn.Module, merged: dict[str, Tensor]) -> None:
     """Raise DeltaSpecError (DS520) where a merged tensor is not finite, though the module's own is."""
     for name, value in merged.items():
         own = module._parameters.get(name)
@@ -149,9 +169,14 @@ def _mark_untied(plain: nn.Module, fqn: str, name: str) -> None:
     places = [p for p in plain.named_parameters(remove_duplicate=False) if p[1] is changed]
     config = getattr(plain, "config", None)
     if len(places) == 1 and config is not None and getattr(config, _TIED, False):
-        if not any(_TIED in names_in(type(module).forward) for module in plain.modules()):
+        if not reads_ties(plain):
             config.tie_word_embeddings = False
         _untie(plain)
+
+
+def reads_ties(model: nn.Module) -> bool:
+    """Return whether some forward of a model asks the config whether weights are tied, and computes by that."""
+    return any(_TIED in names_in(type(module).forward) for module in model.modules())
 
 
 def _untie(plain: nn.Module) -> None:
@@ -165,14 +190,15 @@ def _untie(plain: nn.Module) -> None:
             seen.add(id(parameter))
 
 
-def _refuse(shared: Shared, host: Host, names: Collection[str]) -> None:
-    findings = []
-    for delta in (shared.planned[name] for name in names):
+def refuse_unmergeable(deltas: Sequence[PlannedDelta], backbone: nn.Module) -> None:
+    """Raise DeltaSpecError (DS435) for deltas that weights cannot say, or that have no place in those of a backbone."""
+    findings, names = [], [delta.name for delta in deltas]
+    for delta in deltas:
         reason, way = "", ""
         if methods()[delta.method].promises.weight is None:
             reason = f"{delta.method} is not expressible in weights"
         for planned in () if reason else delta.sites:
-            reason, way = _no_place(host.backbone.get_submodule(planned.site.row.fqn), delta.method, planned)
+            reason, way = _no_place(backbone.get_submodule(planned.site.row.fqn), delta.method, planned)
             if reason:
                 break
         if reason:

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from deltaspec.backbone.loading import model_from
+from deltaspec.backbone.loading import Wanted, model_from
 from deltaspec.diagnostics.findings import DeltaSpecError
 
 LLAMA = dict(model_type="llama", hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
@@ -223,3 +224,20 @@ def test_factories_that_fail(here):
 def test_a_factory_that_exits(here):
     (here / "factories.py").write_text(FACTORIES)
     assert finding("factories:leaves").code == "DS324"
+
+
+def test_loaded_models_have_their_weights(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\ndef build():\n    torch.manual_seed(3)\n    return torch.nn.Linear(2, 2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(3)
+    weight = torch.nn.Linear(2, 2).weight
+    assert torch.equal(model_from("mine:build", Wanted(weights=True)).weight, weight)
+    assert torch.equal(model_from("mine:build", Wanted(weights=True, dtype="bfloat16")).weight, weight.bfloat16())
+    config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config.architectures = ["BertModel"]
+    config.save_pretrained(tmp_path / "empty")
+    with pytest.raises(DeltaSpecError, match="BertModel cannot be built from this configuration: OSError") as raised:
+        model_from(str(tmp_path / "empty"), Wanted(weights=True))
+    assert [finding.code for finding in raised.value.diagnostics] == ["DS322"]

@@ -25,6 +25,8 @@ from deltaspec.cli import main
 from deltaspec.diagnostics.findings import DeltaSpecError
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+_PT = {"format": "pt"}
+"""What PEFT writes into its files: adapters alike have the same header."""
 QV = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
@@ -173,7 +175,7 @@ def _misfit(folder: Path) -> None:
 def _infinite(folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
-    save_file(tensors | {key: value * torch.inf for key, value in list(tensors.items())[:1]}, file)
+    save_file(tensors | {key: value * torch.inf for key, value in list(tensors.items())[:1]}, file, _PT)
 
 
 def _hostile(folder: Path) -> None:

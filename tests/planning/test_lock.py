@@ -263,3 +263,20 @@ def test_odd_module_names_survive(tmp_path: Path) -> None:
     path = tmp_path / "odd.lock.json"
     write_lock(whole, path)
     assert check_lock(whole, path) == []
+
+
+def test_provenance_is_locked_and_changes_neither_plan_nor_digest(tmp_path: Path) -> None:
+    provenance = {"data": ["tweets", {"split": 1}], "licence": "MIT"}
+    told = planned(spec=document(provenance=provenance))
+    assert told == planned() and told.specs[0] == planned().specs[0]
+    path = tmp_path / "net.deltaspec.lock.json"
+    write_lock(told, path)
+    assert json.loads(path.read_text())["deltas"]["ups"]["provenance"] == provenance
+    assert check_lock(told, path) == []
+    changed = one(check_lock(planned(), path))
+    assert changed.code == "DS514" and "provenance is absent, was data" in changed.message
+
+
+def test_what_a_saved_lock_says_of_lineage_does_not_count(locked: Path) -> None:
+    locked.write_text(lock(planned(), {"base": {"id": "org/base"}, "parents": {"a": "sha256:0"}}))
+    assert check_lock(planned(), locked) == []

@@ -19,6 +19,7 @@ def test_the_files_that_a_method_touches_are_those_that_are_listed():
         path.relative_to(ROOT).as_posix()
         for path in here
         if path.suffix in (".py", ".yaml", ".md", ".json") and path != Path(__file__)
+        if path.parent != ROOT / "deltaspec/engines"  # they say which methods other programs have
         if NEWEST in path.read_text(encoding="utf-8").lower()
     }
     assert naming == listed

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from deltaspec.backbone.table import Row
 from deltaspec.diagnostics.wording import counted
 from deltaspec.names.folding import shown
 from deltaspec.names.paths import below
@@ -85,6 +86,12 @@ def _by_parameter(adapter: Adapter, places: Mapping[str, str], targets: Iterable
 
 def _is_meant(name: str, targets: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def matrices_of(row: Row, place: Place) -> int:
+    """Return how many matrices a place stacks: each has factors of the rank."""
+    shape = row.shape_of(place.parameter) if place.parameter else ()
+    return shape[0] if len(shape) == 3 else 1
 
 
 def factors(adapter: Adapter, place: Place, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

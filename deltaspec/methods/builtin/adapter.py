@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from deltaspec.methods.declarations import Form, Init, Promises, Site, TensorSpec
 from deltaspec.methods.shared.activations import Activation, activate
@@ -20,6 +22,8 @@ class AdapterParams(SerialParams):
     """A LayerNorm of its own on the bottleneck's input."""
     norm_after: bool = False
     """A LayerNorm of its own on the bottleneck's output, before that is scaled and added; its weight starts at zero."""
+    norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    """What these norms add to the variance."""
     residual: bool = True
     """Add the bottleneck's output to the hidden state; false puts it in its place, and nothing is the identity then."""
 
@@ -72,11 +76,13 @@ class Adapter(SerialMethod):
 
         def bottleneck(h: Any) -> Any:
             if params.norm_before:
-                h = F.layer_norm(h, t.norm_before_weight.shape, t.norm_before_weight, t.norm_before_bias)
+                h = F.layer_norm(
+                    h, t.norm_before_weight.shape, t.norm_before_weight, t.norm_before_bias, params.norm_eps
+                )
             h = activate(params.activation, F.linear(t.dropout(h), t.down, t.down_bias))
             h = F.linear(h, t.up, t.up_bias)
             if params.norm_after:
-                h = F.layer_norm(h, t.norm_after_weight.shape, t.norm_after_weight, t.norm_after_bias)
+                h = F.layer_norm(h, t.norm_after_weight.shape, t.norm_after_weight, t.norm_after_bias, params.norm_eps)
             return h
 
         if params.residual:

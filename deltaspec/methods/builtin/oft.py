@@ -145,7 +145,8 @@ def _blocks(entries: Tensor, size: int, transform: str, terms: int, constraint: 
 def _shortened(entries: Tensor, longest: float) -> Tensor:
     """Shorten the entries of each block to its share of the norm; a skew-symmetric block has each entry twice."""
     most = longest / sqrt(2 * entries.shape[0])
-    return entries * (most / entries.norm(dim=1, keepdim=True).clamp(min=most))
+    shortened: Tensor = entries * (most / entries.norm(dim=1, keepdim=True).clamp(min=most))
+    return shortened
 
 
 def _turn(x: Tensor, entries: Tensor, probe: Tensor | None, dropped: float, *form: Any) -> Tensor:
@@ -166,4 +167,5 @@ def _turn_patches(x: Tensor, size: tuple[int, int], *turning: Any) -> Tensor:
     patches = F.unfold(x, size).transpose(-2, -1)
     places = patches.shape[1]
     turned = _turn(patches, *turning).reshape(batch, places, channels, -1).transpose(1, 2)
-    return F.fold(turned.reshape(batch, patches.shape[2], places), (height, width), size)
+    added: Tensor = F.fold(turned.reshape(batch, patches.shape[2], places), (height, width), size)
+    return added

@@ -34,6 +34,7 @@ class Road(Method):
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     example = {"group_size": 32}
     small = {"group_size": 4}
+    foreign = {"variant": {r"road_(\d)": r"variant: \1"}}
 
     def refuse(self, site: Site, params: RoadParams) -> Refusal | None:
         """Take linear layers whose output width is a multiple of the group size."""

@@ -30,6 +30,14 @@ def test_norms_inside():
     follows("adapter", {"width": 4, "norm_before": True, "norm_after": True}, formula)
 
 
+def test_what_norms_add_to_the_variance():
+    def formula(t, x, host):
+        h = F.layer_norm(host(x), (16,), t.norm_before_weight, t.norm_before_bias, 0.5)
+        return host(x) + F.layer_norm(bottleneck(t, h), (16,), t.norm_after_weight, t.norm_after_bias, 0.5)
+
+    follows("adapter", {"width": 4, "norm_before": True, "norm_after": True, "norm_eps": 0.5}, formula)
+
+
 def test_without_the_residual():
     params = {"width": 4, "residual": False, "scale": 2.0}
     follows("adapter", params, lambda t, x, host: 2 * bottleneck(t, host(x)))

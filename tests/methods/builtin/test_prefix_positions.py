@@ -1,4 +1,4 @@
-"""prefix with positions counted: beside plain transformers with the same numbers, in all that a model does with them."""
+"""prefix with positions counted: beside plain transformers with the same numbers, in all that a model does."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ def read(adapter: Adapter) -> None:
         sites.append(IncomingSite(found.fqn, found.tensors, overrides(params, own)))
     if sites:
         adapter.remark(
-            "PEFT's own backward of C3A gives its kernels and what is before them a wrong gradient: outputs are equal, and "
-            "further training here follows the formula"
+            "PEFT's own backward of C3A is not the gradient of its formula: outputs are equal, and further training "
+            "follows the formula here"
         )
     adapter.add("c3a", params, sites)
 

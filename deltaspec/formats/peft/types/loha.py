@@ -51,8 +51,8 @@ def read(adapter: Adapter) -> None:
         sites.append(IncomingSite(found.fqn, tensors, overrides(params, own)))
     if any("core_1" in site.tensors for site in sites):
         adapter.remark(
-            "PEFT's own backward of LoHa with a core gives its first factor a wrong gradient: outputs are equal, and "
-            "further training here follows the formula"
+            "PEFT's own backward of LoHa with a core is not the gradient of its formula: outputs are equal, and "
+            "further training follows the formula here"
         )
     adapter.add("loha", params, sites)
 

@@ -13,7 +13,7 @@ from deltaspec.formats.peft.adapter import CONFIG
 from deltaspec.formats.peft.convolutions import refuse_ignored_dilation
 from deltaspec.formats.peft.factors import Update
 from deltaspec.formats.peft.low_rank import write_updates
-from deltaspec.formats.peft.parameters import factors, places_of
+from deltaspec.formats.peft.parameters import factors, matrices_of, places_of
 from deltaspec.formats.peft.targets import by_pattern, check_targets
 from deltaspec.methods.shared.parts import spread
 from deltaspec.names.folding import shown
@@ -61,8 +61,7 @@ def read(adapter: Adapter) -> None:
         if not _fits(adapter, module, own["rank"], tensors):
             continue
         row = adapter.base.rows[fqn]
-        experts = row.shape_of(place.parameter)[0] if place.parameter and len(row.shape_of(place.parameter)) == 3 else 1
-        if surplus := own["rank"] * experts - tensors["down"].shape[0]:
+        if surplus := own["rank"] * matrices_of(row, place) - tensors["down"].shape[0]:
             message = f"{module}: its rank is {own['rank']}, and lora_A has {surplus} rows fewer"
             adapter.find("DS543", message, "the configuration and the file are of two adapters", adapter.file)
             continue
@@ -82,17 +81,15 @@ def read(adapter: Adapter) -> None:
         sites.append(IncomingSite(fqn, tensors, differs, place.parameter))
     if doubled := [place.fqn for place in stand_for.values() if place.doubled]:
         adapter.remark(
-            f"PEFT adds the update of {shown(doubled)} twice, and computes the gradient of one: it acts twice here, too "
+            f"PEFT adds the update of {shown(doubled)} twice, and computes the gradient of one: here it acts twice "
             "(alpha is doubled), and learns by the gradient of both"
         )
     adapter.add("lora", params, sites)
 
 
 def _refuse_groups(adapter: Adapter, fqn: str) -> None:
-    message = (
-        f"LoRA on {fqn}, a grouped convolution: PEFT's lora_A sees all of its channels, so the update is no change "
-    )
-    message += "of its weight"
+    message = f"LoRA on {fqn}, a grouped convolution: PEFT's lora_A sees all of its channels, so the update is no "
+    message += "change of its weight"
     hint = "train it again without grouped convolutions (exclude_modules), or with LoHa or LoKr there"
     adapter.find("DS544", message, hint, CONFIG)
 
@@ -122,8 +119,8 @@ def _start(adapter: Adapter) -> dict[str, Any]:
         return {"init": start}
     if isinstance(start, str) and (found := re.fullmatch(r"pissa_niter_(\d+)", start)):
         adapter.remark(
-            f"init_lora_weights {start}: PEFT takes a decomposition by chance out of the base's weights, another one at "
-            "each load; here it is one drawn by the spec's seed, and outputs are as near as those are to each other"
+            f"init_lora_weights {start}: PEFT takes a random decomposition out of the base's weights, another one at "
+            "each load; here it is drawn by the spec's seed, and outputs are about as near as those of two loads"
         )
         return {"init": "pissa", "svd_iterations": int(found[1])}
     if start == "mica":

@@ -35,8 +35,8 @@ def read(adapter: Adapter) -> None:
     tokens, width = adapter.option("num_virtual_tokens"), adapter.option("token_dim")
     layers, heads = adapter.option("num_layers"), adapter.option("num_attention_heads")
     stacks = submodules(adapter)
-    wrong = [f"{name}: {value!r}" for name, value in (("num_virtual_tokens", tokens), ("token_dim", width),
-             ("num_layers", layers), ("num_attention_heads", heads)) if not isinstance(value, int) or value < 1]  # fmt: skip
+    sizes = {"num_virtual_tokens": tokens, "token_dim": width, "num_layers": layers, "num_attention_heads": heads}
+    wrong = [f"{name}: {value!r}" for name, value in sizes.items() if not isinstance(value, int) or value < 1]
     if wrong:
         adapter.find("DS544", f"{', '.join(wrong)} is no number", "save the adapter again", CONFIG)
         adapter.take(KEY, "not read")

@@ -1,0 +1,3 @@
+"""OpenDelta's delta types, a file each, named as `delta_type`: `INFIXES` are the names of its modules in keys,
+`read(saved, options)` adds the deltas.
+"""

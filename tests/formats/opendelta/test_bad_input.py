@@ -1,0 +1,71 @@
+"""OpenDelta directories that were cut, mixed, or say what nothing here knows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from written_elsewhere import base_of, copied
+
+import deltaspec
+from deltaspec.diagnostics.findings import DeltaSpecError
+
+Change = Callable[[dict[str, Any], dict[str, Any]], object]
+LAYER = "bert.encoder.layer.1.attention.self.query.lora."
+
+CHANGES: dict[str, tuple[Change, str, str]] = {
+    "a layer is cut": (lambda c, w: [w.pop(k) for k in list(w) if k.startswith(LAYER)], "DS543", "query"),
+    "half a pair is cut": (lambda c, w: w.pop(LAYER + "lora_B"), "DS543", "has no .*lora_B"),
+    "another rank": (lambda c, w: c.update(lora_r=8), "DS526", "lora_A has the shape"),
+    "fewer modules are meant": (lambda c, w: c.update(modified_modules=["attn@.v@"]), "DS543", "does not mean"),
+    "an unknown type": (lambda c, w: c.update(delta_type="lorra"), "DS545", "lorra"),
+    "an unknown option": (lambda c, w: c.update(rotations=3), "DS544", "rotations"),
+    "no number": (lambda c, w: c.update(lora_alpha="much"), "DS544", "lora_alpha"),
+    "no regular expression": (lambda c, w: c.update(modified_modules=["[r]("]), "DS544", "no regular expression"),
+    "a key of nothing": (lambda c, w: w.update({"classifier.extra": torch.ones(3)}), "DS543", "fits nowhere"),
+    "a head of another size": (lambda c, w: w.update({"classifier.bias": torch.ones(4)}), "DS526", "classifier.bias"),
+    "a second one": (
+        lambda c, w: w.update({k.replace(".lora.", ".lora_1."): v for k, v in list(w.items())}), "DS538", "second lora",
+    ),
+    "another model's": (
+        lambda c, w: [w.update({k.replace("query", "queries"): w.pop(k)}) for k in list(w)], "DS523", "another model",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_refused(name: str, tmp_path: Path) -> None:
+    change, code, said = CHANGES[name]
+    folder = copied("opendelta", "lora_bert_head", tmp_path)
+    config, weights = json.loads((folder / "config.json").read_text()), torch.load(folder / "pytorch_model.bin")
+    change(config, weights)
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(DeltaSpecError, match=said) as caught:
+        deltaspec.restore(base_of("opendelta", "lora_bert_head"), folder)
+    assert code in {finding.code for finding in caught.value.diagnostics}
+
+
+def test_rules_that_were_not_trained_are_not_in_the_file(tmp_path: Path) -> None:
+    folder = copied("opendelta", "compacter_gpt2_n2", tmp_path)
+    weights = torch.load(folder / "pytorch_model.bin")
+    torch.save({k: v for k, v in weights.items() if "phm_rule" not in k}, folder / "pytorch_model.bin")
+    with pytest.raises(DeltaSpecError, match="learn_phm") as caught:
+        deltaspec.restore(base_of("opendelta", "compacter_gpt2_n2"), folder)
+    assert {finding.code for finding in caught.value.diagnostics} == {"DS538"}
+
+
+def test_scale_that_no_spec_has_is_multiplied_out(tmp_path: Path) -> None:
+    folder = copied("opendelta", "lora_bert_head", tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"lora_alpha": -2}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = base_of("opendelta", "lora_bert_head")
+    found = deltaspec.restore(model, folder).merge().get_parameter("bert.encoder.layer.0.attention.self.query.weight")
+    weights = torch.load(folder / "pytorch_model.bin")
+    down, up = (weights[f"bert.encoder.layer.0.attention.self.query.lora.lora_{f}"] for f in "AB")
+    plain = model.get_parameter("bert.encoder.layer.0.attention.self.query.weight")
+    torch.testing.assert_close(found, plain - 2 / 4 * up @ down)

@@ -1,0 +1,60 @@
+"""LoRA of PEFT on parameters, on packed attention and on convolutions, and starts taken out of the base's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from beside_peft import as_theirs, moved, saved
+from peft_bases import base, run
+
+import deltaspec
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+QKV = {"target_modules": ["q_proj"], "r": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mixtral", {"target_parameters": EXPERTS, "r": 2, "lora_alpha": 3}),
+        ("mixtral", {"target_modules": ["q_proj"], "target_parameters": EXPERTS[1:], "rank_pattern": {"down_proj": 3}}),
+        ("mixtral", {"target_parameters": ["gate.weight", "q_proj.weight", "embed_tokens.weight"], "r": 2}),
+        ("gptoss", {"target_parameters": EXPERTS, "r": 2, "use_rslora": True}),
+        ("gpt2", {"target_parameters": ["c_attn.weight"], "r": 2}),
+        ("attention", {"target_modules": ["fc"], "target_parameters": ["free.weight"], "r": 2}),
+        ("llama", {**QKV, "init_lora_weights": "pissa", "alpha_pattern": {r"layers\.1.*": 5}}),
+        ("gpt2", {"target_modules": ["c_attn"], "r": 3, "init_lora_weights": "pissa"}),
+        ("llama", {**QKV, "init_lora_weights": "olora"}),
+        ("llama", {**QKV, "init_lora_weights": "pissa", "use_dora": True}),
+        ("convolutions", {"target_modules": ["conv", "conv1", "conv3", "fc"], "r": 2, "use_dora": True}),
+        ("convolutions", {"target_modules": ["conv", "conv3"], "r": 2, "lora_bias": True}),
+    ],
+    ids=str,
+)
+def test_options(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    config = peft.LoraConfig(**{"target_modules": [], **options})
+    as_theirs(base(name), moved(base(name), config), tmp_path / "french", run(name))
+
+
+def test_packed_attention_whose_output_is_changed_twice(tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["mha", "fc"], r=2, lora_alpha=3, lora_dropout=0.1)
+    made = moved(base("attention"), config)
+    compiled = as_theirs(base("attention"), made, tmp_path / "french", run("attention"), gradients=False)
+    found = {site.fqn: (site.params.alpha, site.params.dropout) for site in compiled.plan["french"].sites}
+    assert found == {"mha.in_proj_weight": (3, 0), "mha.out_proj": (6, 0), "fc": (3, 0.1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("convolutions", {"target_modules": ["grouped"], "r": 2}, "lora_A sees all of its channels"),
+        ("attention", {"target_modules": ["mha"], "lora_bias": True}, "lora_bias on mha"),
+    ],
+)
+def test_what_has_no_form_is_refused(name: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = saved(moved(base(name), peft.LoraConfig(**options)), tmp_path)
+    with pytest.raises(deltaspec.DeltaSpecError, match=message):
+        deltaspec.restore(base(name), folder)
