@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deltaspec.backbone.loading import Wanted, model_from
+from deltaspec.compiler.engine import require_served, wishes_for
 from deltaspec.compiler.restore import prepared
 from deltaspec.deltas.modules import storage_key
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
@@ -37,13 +38,17 @@ def export(
     model: str | None = None,
     names: Sequence[str] = (),
     wishes: Wishes = Wishes(),  # noqa: B008  (frozen)
+    engine: str | None = None,
 ) -> Outgoing:
     """Write deltas of a directory, by default those that were attached, as one adapter of another form.
 
+    `engine` is a serving engine that is to compute the same with it (`deltaspec.engines`): it is written for that one,
+    and what that would still reject, ignore or get wrong is refused.
     `model` is what the command line calls the base model by; left out, the one that a foreign adapter names. Raises
     DeltaSpecError with all findings, and then nothing is written.
     """
     target, folder = writer(form), located(source)
+    wishes = wishes if engine is None else wishes_for(engine, wishes)
     known = format_of(folder) if folder.is_dir() else None
     named, wanted = (None, Wanted()) if known is None else known.base_of(folder)
     reference = model or named
@@ -61,6 +66,8 @@ def export(
         except DeltaSpecError as none:
             raise DeltaSpecError([*error.diagnostics, *none.diagnostics]) from none
         out, files = _written(folder, base, called, tuple(names), wishes, target)
+    if engine is not None:
+        require_served(files, target.MAIN, Path(directory), out.base.model, engine)
     write_files(Path(directory), files, target.MAIN)
     return out
 

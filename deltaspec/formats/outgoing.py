@@ -67,6 +67,14 @@ class Wishes:
     """One rank and one scale for all modules, for readers that know no patterns."""
     low_rank: bool = False
     """LoRA alone, for readers that know no other method."""
+    dora: bool = True
+    """Whether DoRA may be written."""
+    rslora: bool = True
+    """Whether a factor may be over the root of the rank."""
+    listed: bool = False
+    """Modules named in a list, for readers that take no regular expression."""
+    single: bool = False
+    """All tensors in float32."""
     approximate: int | None = None
     """Rank of the updates that stand for what has no exact form."""
 

@@ -37,6 +37,8 @@ def write(out: Outgoing) -> dict[str, bytes]:
     config = _config(out)
     out.label = f"PEFT {str(config['peft_type']).lower()}"
     plain = {key: value.detach().cpu().clone().contiguous() for key, value in out.tensors.items()}
+    if out.wishes.single:
+        plain = {key: value.float() if value.is_floating_point() else value for key, value in plain.items()}
     return {
         WEIGHTS[0]: to_bytes(plain, {"format": "pt"}),
         CARD: card(out, config).encode(),

@@ -30,7 +30,7 @@ def write_updates(out: Outgoing, known: Mapping[str, Updates]) -> None:
             out.refuse(parts, reason)
             continue
         dropouts |= {float(getattr(part.params, "dropout", 0.0)) for part in parts}
-        reason = _inexact(parts, known)
+        reason = _inexact(parts, known, dora=out.wishes.dora)
         if reason is None:
             made = [update for part in parts for update in known[part.method](part)]
             updates[fqn] = joined(made, parts[0].at.site.row.conv_groups)
@@ -61,13 +61,15 @@ def _unplaced(out: Outgoing, parts: Iterable[Part]) -> str | None:
     return None
 
 
-def _inexact(parts: list[Part], known: Mapping[str, Updates]) -> str | None:
+def _inexact(parts: list[Part], known: Mapping[str, Updates], *, dora: bool) -> str | None:
     """Return why these parts are no sum of low-rank updates; None where they are."""
     if other := [part.method for part in parts if part.method not in known]:
         return f"{other[0]} is no low-rank update"
     decomposed = [part for part in parts if getattr(part.params, "use_dora", False)]
     if not decomposed:
         return None
+    if not dora:
+        return "DoRA is not what the engine computes"
     if len(parts) > 1:
         return "PEFT's DoRA stands alone on a module, and several deltas are added here"
     if parts[0].strength != 1:
