@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from deltaspec.compiler.answers import kept_answers, verify_saved
+from deltaspec.compiler.engine import require_served, wishes_for
 from deltaspec.compiler.handles import known_names
 from deltaspec.compiler.leaving import leaving
 from deltaspec.formats.base import Base
@@ -86,18 +87,25 @@ class Files(nn.Module):
         *names: str,
         uniform: bool = False,
         approximate: int | None = None,
+        engine: str | None = None,
     ) -> dict[str, float]:
         """Write these deltas, or all attached ones, as one adapter in the form of another library, such as `peft`.
 
         It computes what they compute together here, at their strengths: several low-rank deltas become one. `uniform`
         gives all modules one rank and one scale, for readers that know no patterns. What has no exact form is refused,
         and nothing is written; `approximate` is the rank of low-rank updates that stand for it. Return the relative
-        error of each module where they do; the card has them, too. Raises DeltaSpecError (DS560) with all findings.
+        error of each module where they do; the card has them, too. `engine` writes it so that this engine's check
+        passes (`deltaspec.engines`). Raises DeltaSpecError (DS560) with all findings.
         """
         target, wishes = writer(form), Wishes(uniform=uniform, approximate=approximate)
+        if engine is not None:
+            wishes = wishes_for(engine, wishes)
         chosen = known_names(self._shared, names) if names else self._active.active
         out = leaving(self._active, self._shared, self._host, chosen, wishes)
-        write_files(Path(directory), target.write(out), target.MAIN)
+        files = target.write(out)
+        if engine is not None:
+            require_served(files, target.MAIN, Path(directory), out.base.model, engine)
+        write_files(Path(directory), files, target.MAIN)
         return out.errors
 
     def load(self, directory: str | PathLike[str], *names: str, match: Match = "weights") -> Self:

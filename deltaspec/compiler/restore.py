@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from os import PathLike
 from typing import Any
@@ -53,9 +54,20 @@ def restore(
     )
 
 
-def _restore(
-    model: nn.Module, saved: DeltaSet, names: tuple[str, ...], capture: str, example_inputs: Any, match: Match
-) -> CompiledModel:
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Saved deltas on a model, before anything is built."""
+
+    plan: Plan
+    names: tuple[str, ...]
+    """Deltas that are taken: those that were asked for, and what they are derived from."""
+    outcomes: Mapping[str, Outcome]
+    findings: list[Diagnostic]
+    """What is wrong with the files; of the plan there is nothing."""
+
+
+def prepared(model: nn.Module, saved: DeltaSet, names: tuple[str, ...], example_inputs: Any, match: Match) -> Prepared:
+    """Compare saved deltas, by default all of a set, with a model, and plan them on it. Raises DeltaSpecError."""
     require_known(names, saved.names)
     chosen, findings = names or tuple(saved.names), list[Diagnostic]()
     observations = Observations(model, example_inputs)
@@ -73,11 +85,18 @@ def _restore(
         planned = planned_on(model, saved, specs, outcomes, matcher.present, example_inputs)
     except DeltaSpecError as error:
         raise DeltaSpecError([*findings, *error.diagnostics]) from error
+    return Prepared(remarked(planned, outcomes), chosen, outcomes, findings)
+
+
+def _restore(
+    model: nn.Module, saved: DeltaSet, names: tuple[str, ...], capture: str, example_inputs: Any, match: Match
+) -> CompiledModel:
+    ready = prepared(model, saved, names, example_inputs, match)
     # Every value comes from the files: no decomposition of a weight, no tokenizer of a text is needed.
-    built, capture, reason = build(model, remarked(planned, outcomes), capture, drawn=False)
-    fill(built.active, planned, built.host.deltas, saved, outcomes, chosen, findings)
+    built, capture, reason = build(model, ready.plan, capture, drawn=False)
+    fill(built.active, ready.plan, built.host.deltas, saved, ready.outcomes, ready.names, ready.findings)
     compiled = CompiledModel(built, capture, reason)
-    compiled.only({name: strength for name, strength in saved.attached.items() if name in chosen})
+    compiled.only({name: strength for name, strength in saved.attached.items() if name in ready.names})
     return compiled
 
 

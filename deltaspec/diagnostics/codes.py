@@ -168,6 +168,8 @@ CODES: dict[str, str] = {
     "DS560": "delta without an exact form in another library",
     "DS561": "form of another library that is not known here",
     "DS562": "directory that holds deltas in another form",
+    "DS563": "saved deltas without a known base model",
+    "DS564": "delta whose form in another library follows from weights",
     # DS6: engine
     "DS601": "method that an engine does not read",
     "DS602": "rank that an engine does not take",

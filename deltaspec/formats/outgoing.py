@@ -23,6 +23,9 @@ from deltaspec.planning.planned import PlannedDelta, PlannedSite
 from deltaspec.runtime.lowering import Fold, fold_widely
 from deltaspec.storage.saved import without_values
 
+NEEDS_WEIGHTS = "DS564"
+"""Code of what follows from the base's weights, where the base at hand has none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -64,6 +67,14 @@ class Wishes:
     """One rank and one scale for all modules, for readers that know no patterns."""
     low_rank: bool = False
     """LoRA alone, for readers that know no other method."""
+    dora: bool = True
+    """Whether DoRA may be written."""
+    rslora: bool = True
+    """Whether a factor may be over the root of the rank."""
+    listed: bool = False
+    """Modules named in a list, for readers that take no regular expression."""
+    single: bool = False
+    """All tensors in float32."""
     approximate: int | None = None
     """Rank of the updates that stand for what has no exact form."""
 
@@ -84,12 +95,16 @@ class Outgoing:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     """What the reader of the result must know."""
+    named: tuple[str | None, str | None] | None = None
+    """What the base is called and its revision, where the model at hand does not say it itself."""
+    label: str = ""
+    """What was written, for people: `PEFT lora`."""
     errors: dict[str, float] = field(default_factory=dict)
     """Relative error of each module whose change was approximated, by FQN."""
     all_parts: tuple[Part, ...] = field(init=False)
     """All that goes out."""
-    _refused: dict[tuple[str, str, str], dict[str, None]] = field(default_factory=dict)
-    """Places by delta, reason and way out."""
+    _refused: dict[tuple[str, str, str, str], dict[str, None]] = field(default_factory=dict)
+    """Places by code, delta, reason and way out."""
 
     def __post_init__(self) -> None:
         self.all_parts = tuple(self.parts)
@@ -110,11 +125,16 @@ class Outgoing:
         self.parts = left
         return found
 
-    def refuse(self, parts: Iterable[Part], reason: str, hint: str | None = None) -> None:
+    def refuse(self, parts: Iterable[Part], reason: str, hint: str | None = None, code: str = "DS560") -> None:
         """Say that these parts have no form in what is written."""
         for part in parts:
-            places = self._refused.setdefault((part.delta, reason, hint or self.way_out(part.delta)), {})
+            places = self._refused.setdefault((code, part.delta, reason, hint or self.way_out(part.delta)), {})
             places[part.at.fqn] = None
+
+    def lacks_weights(self, parts: Iterable[Part], reason: str) -> None:
+        """Say that what is written of these parts follows from the base's weights, and that there are none."""
+        hint = "name a base with weights: a directory that holds them, or a hub id"
+        self.refuse(parts, f"{reason}, and the base has no values here", hint, NEEDS_WEIGHTS)
 
     def way_out(self, name: str) -> str:
         """Return what can be done with a delta that has no form there."""
@@ -126,8 +146,8 @@ class Outgoing:
     def settle(self) -> None:
         """Raise DeltaSpecError where anything was refused."""
         findings = [
-            Diagnostic("DS560", f"{name}: {reason} ({shown(places)})", file="<model>", suggestion=hint)
-            for (name, reason, hint), places in self._refused.items()
+            Diagnostic(code, f"{name}: {reason} ({shown(places)})", file="<model>", suggestion=hint)
+            for (code, name, reason, hint), places in self._refused.items()
         ]
         if findings:
             raise DeltaSpecError(findings)

@@ -79,7 +79,7 @@ def _copy(out: Outgoing, top: str, found: dict[str, list[Part]]) -> None:
         key = below(top, name)
         if key not in changed and value.is_meta:
             own = [part for parts in found.values() for part in parts]
-            out.refuse(own, f"{key} must be written too, and the base has no values here", "name a base with weights")
+            out.lacks_weights(own, f"{key} must be written too")
             return
         out.tensors[PREFIX + key] = changed.pop(key)[0] if key in changed else value.detach()
     for key, (_, own) in changed.items():
@@ -144,7 +144,7 @@ def _shifts(out: Outgoing) -> dict[str, Tensor]:
             else:
                 added[fqn] = out.folded(fqn, parts)["bias"]
         elif out.base.is_meta:
-            out.refuse(parts, "PEFT keeps whole biases, and the base has no values here", "name a base with weights")
+            out.lacks_weights(parts, "PEFT keeps whole biases")
         else:
             out.tensors[f"{PREFIX}{fqn}.bias"] = out.folded(fqn, parts)["bias"]
             out.config["bias"] = "all"

@@ -27,8 +27,7 @@ def closest_update(out: Outgoing, fqn: str, parts: list[Part], rank: int) -> Clo
     """Return the best update of a rank (Eckart-Young); None, with a finding, where it cannot be computed."""
     row = parts[0].at.site.row
     if out.base.is_meta:
-        reason = "the change of a weight follows from the weight, and the base has no values here"
-        out.refuse(parts, reason, "name a base with weights")
+        out.lacks_weights(parts, "the change of a weight follows from the weight")
         return None
     if row.conv_groups > 1:
         out.refuse(parts, "a grouped convolution has no single update that could be decomposed")

@@ -21,31 +21,36 @@ def refuse_ignored_geometry(adapter: Adapter, found: Iterable[Found]) -> None:
     and padding mode: they run, and compute something else than the convolution does.
     """
     for at in found:
-        if at.row.kind == "conv" and (reason := ignored_geometry(adapter.base.model.get_submodule(at.fqn))):
-            message = f"{adapter.type} on {at.fqn}: {reason}"
-            adapter.find("DS544", message, "merge it with PEFT: model.merge_and_unload()", CONFIG)
+        if at.row.kind == "conv":
+            module: Any = adapter.base.model.get_submodule(at.fqn)
+            _refuse(adapter, at.fqn, ignored_geometry(module), "merge it with PEFT: model.merge_and_unload()")
 
 
 def refuse_ignored_dilation(adapter: Adapter, fqn: str) -> None:
     """Refuse a convolution whose dilation or padding mode PEFT's layer of LoRA leaves out."""
-    if adapter.base.rows[fqn].kind == "conv" and (ignored := _ignored(adapter.base.model.get_submodule(fqn))):
-        message = f"{adapter.type} on {fqn}: {_said(ignored)}"
-        adapter.find("DS544", message, "train it again without this module", CONFIG)
+    if adapter.base.rows[fqn].kind == "conv":
+        _refuse(
+            adapter, fqn, ignored_dilation(adapter.base.model.get_submodule(fqn)), "train it again without this module"
+        )
 
 
-def ignored_geometry(module: nn.Module) -> str | None:
-    """Return what PEFT's layer leaves out of a convolution; None where it leaves out nothing, or this is none."""
+def ignored_geometry(module: Any) -> list[str]:
+    """Return what PEFT's layers of HRA and BOFT leave out of a convolution; of another module, nothing."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return None
-    given = (("stride", module.stride), ("padding", module.padding))
-    ignored = [*(name for name, value in given if len(set(value)) > 1), *_ignored(module)]
-    return _said(ignored) if ignored else None
+        return []
+    uneven = [name for name in ("stride", "padding") if len(set(getattr(module, name))) > 1]
+    return [*uneven, *ignored_dilation(module)]
 
 
-def _ignored(module: Any) -> list[str]:
+def ignored_dilation(module: Any) -> list[str]:
+    """Return what PEFT's layer of LoRA leaves out of a convolution; of another module, nothing."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return []
     dilated, padded = set(module.dilation) != {1}, module.padding_mode != "zeros"
     return ["dilation"] * dilated + ["padding_mode"] * padded
 
 
-def _said(ignored: list[str]) -> str:
-    return f"PEFT leaves out its {' and '.join(ignored)}, and runs another convolution than the model has"
+def _refuse(adapter: Adapter, fqn: str, ignored: list[str], hint: str) -> None:
+    if ignored:
+        message = f"{adapter.type} on {fqn}: PEFT leaves out its {' and '.join(ignored)}, and runs another "
+        adapter.find("DS544", message + "convolution than the model has", hint, CONFIG)

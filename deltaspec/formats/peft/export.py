@@ -35,7 +35,10 @@ def write(out: Outgoing) -> dict[str, bytes]:
     out.refuse(out.parts, "PEFT has no form for it here")
     out.settle()
     config = _config(out)
+    out.label = f"PEFT {str(config['peft_type']).lower()}"
     plain = {key: value.detach().cpu().clone().contiguous() for key, value in out.tensors.items()}
+    if out.wishes.single:
+        plain = {key: value.float() if value.is_floating_point() else value for key, value in plain.items()}
     return {
         WEIGHTS[0]: to_bytes(plain, {"format": "pt"}),
         CARD: card(out, config).encode(),
@@ -107,7 +110,7 @@ def _fits(out: Outgoing, module: ModuleType) -> bool:
 
 def _config(out: Outgoing) -> dict[str, Any]:
     """Return the whole configuration, in PEFT's order: what all types have, then the type's own."""
-    base, revision = base_of(out.base.model)
+    base, revision = out.named or base_of(out.base.model)
     kind = type(out.base.model)
     task_type = task(out)
     auto = {"base_model_class": kind.__name__, "parent_library": kind.__module__}

@@ -39,7 +39,7 @@ def write_lora(out: Outgoing, updates: Mapping[str, Update], dropout: float = 0.
         updates = _decomposed(out, updates)
     if out.wishes.uniform and updates:
         updates = _uniform(out, updates)
-    rooted = bool(updates) and all(u.rooted and u.alpha is not None for u in updates.values())
+    rooted = out.wishes.rslora and bool(updates) and all(u.rooted and u.alpha is not None for u in updates.values())
     ranks = {fqn: update.rank for fqn, update in updates.items()}
     alphas = {fqn: _plain(update.alpha_as(rooted)) for fqn, update in updates.items()}
     rank, alpha = most(ranks, 8), most(alphas, 8)
@@ -113,7 +113,7 @@ def _decomposed(out: Outgoing, updates: Mapping[str, Update]) -> dict[str, Updat
         elif kind == "conv":
             out.refuse(own, "PEFT's DoRA is for all modules of an adapter or none, and this convolution has none")
         elif out.base.is_meta:
-            out.refuse(own, "PEFT's DoRA needs the norms of this weight, and the base has no values here")
+            out.lacks_weights(own, "PEFT's DoRA needs the norms of this weight")
         else:
             weight = out.base_values(fqn)["weight"].double()
             changed = weight + canonical(kind, update.scale * update.up.double() @ update.down.double())

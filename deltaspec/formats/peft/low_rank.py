@@ -9,9 +9,10 @@ from torch import Tensor
 from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.aside import PREFIX, write_aside
 from deltaspec.formats.peft.closest import closest_update
+from deltaspec.formats.peft.convolutions import ignored_dilation
 from deltaspec.formats.peft.factors import Update, joined
 from deltaspec.formats.peft.lora_form import with_bias, write_lora
-from deltaspec.formats.peft.single import LAYERS, unknown_layer, unplaced
+from deltaspec.formats.peft.single import LAYERS, left_out, unknown_layer, unplaced
 
 Updates = Callable[[Part], Iterable[Update]]
 """What a delta of a method adds at one place."""
@@ -29,7 +30,7 @@ def write_updates(out: Outgoing, known: Mapping[str, Updates]) -> None:
             out.refuse(parts, reason)
             continue
         dropouts |= {float(getattr(part.params, "dropout", 0.0)) for part in parts}
-        reason = _inexact(parts, known)
+        reason = _inexact(parts, known, dora=out.wishes.dora)
         if reason is None:
             made = [update for part in parts for update in known[part.method](part)]
             updates[fqn] = joined(made, parts[0].at.site.row.conv_groups)
@@ -55,20 +56,20 @@ def _unplaced(out: Outgoing, parts: Iterable[Part]) -> str | None:
     for part in parts:
         if reason := unplaced(out, part) or unknown_layer(out, part, (*LAYERS, "Conv1D"), "LoRA"):
             return reason
-        module = out.base.model.get_submodule(part.fqn)
-        dilated = any(step != 1 for step in getattr(module, "dilation", ()))
-        if dilated or getattr(module, "padding_mode", "zeros") != "zeros":
-            return "PEFT's LoRA leaves out dilation and padding_mode of a convolution"
+        if reason := left_out(ignored_dilation(out.base.model.get_submodule(part.fqn))):
+            return reason
     return None
 
 
-def _inexact(parts: list[Part], known: Mapping[str, Updates]) -> str | None:
+def _inexact(parts: list[Part], known: Mapping[str, Updates], *, dora: bool) -> str | None:
     """Return why these parts are no sum of low-rank updates; None where they are."""
     if other := [part.method for part in parts if part.method not in known]:
         return f"{other[0]} is no low-rank update"
     decomposed = [part for part in parts if getattr(part.params, "use_dora", False)]
     if not decomposed:
         return None
+    if not dora:
+        return "DoRA is not what the engine computes"
     if len(parts) > 1:
         return "PEFT's DoRA stands alone on a module, and several deltas are added here"
     if parts[0].strength != 1:

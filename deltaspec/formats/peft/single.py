@@ -96,6 +96,11 @@ class Single:
         self.out.config |= {"peft_type": self.type, **options}
 
 
+def left_out(ignored: list[str]) -> str | None:
+    """Return what PEFT's layer leaves out of a convolution, as a reason; None where that is nothing."""
+    return f"PEFT leaves out its {' and '.join(ignored)}, and runs another convolution" if ignored else None
+
+
 def unplaced(out: Outgoing, part: Part) -> str | None:
     """Return why no layer of PEFT acts at a place; None where one does."""
     site = part.at.site
@@ -122,7 +127,13 @@ def unknown_layer(out: Outgoing, part: Part, layers: Iterable[str], type_name: s
 def name_modules(out: Outgoing, places: Collection[str]) -> None:
     """Write which modules an adapter is on: exactly these."""
     names = [name for name, _ in out.base.model.named_modules() if name]
-    out.config["target_modules"] = target_list(list(places), names) if places else NO_MODULES
+    found = target_list(list(places), names) if places else NO_MODULES
+    if isinstance(found, str) and places and out.wishes.listed:
+        parts = [part for fqn in places for part in out.at(fqn)]
+        out.refuse(
+            parts, "no list of names tells these modules from others, and the engine takes no regular expression"
+        )
+    out.config["target_modules"] = found
     for fqn in hidden_by(out.config.get("modules_to_save") or (), places):
         out.refuse(out.at(fqn), "PEFT gives no adapter to a module that modules_to_save seems to mean")
     for fqn in places:

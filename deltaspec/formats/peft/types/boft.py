@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.convolutions import ignored_geometry, refuse_ignored_geometry
-from deltaspec.formats.peft.single import Single
+from deltaspec.formats.peft.single import Single, left_out
 from deltaspec.formats.peft.sites import Found, found_modules, lacks, overrides
 from deltaspec.names.paths import below
 
@@ -47,8 +47,9 @@ def read(adapter: Adapter) -> None:
         own: dict[str, Any] = {"block_size": shape[-1], "factors": shape[0]}
         if dropout and found.row.kind == "conv":
             own["block_dropout"] = 0.0
-            reason = "the blocks of a convolution turn its weight here"
-            adapter.remark(f"boft_dropout {dropout} on {found.fqn} was left out: {reason}")
+            adapter.remark(
+                f"boft_dropout {dropout} on {found.fqn} was left out: a convolution's blocks turn its weight"
+            )
         tensors = {"rotation": found.tensors["rotation"], "output_scale": found.tensors["output_scale"].flatten()}
         sites.append(IncomingSite(found.fqn, tensors, overrides(params, own)))
     adapter.add("boft", params, sites)
@@ -77,7 +78,7 @@ def _biases(adapter: Adapter, modules: list[Found]) -> None:
 def write(out: Outgoing) -> None:
     """Write a BOFT adapter."""
     single = Single(out, "BOFT", "boft", ("Linear", "Conv2d"))
-    single.keep(lambda part: ignored_geometry(out.base.model.get_submodule(part.fqn)))
+    single.keep(lambda part: left_out(ignored_geometry(out.base.model.get_submodule(part.fqn))))
     size = single.agreed("boft_block_size", lambda part: part.params.block_size, 4)
     factors = single.agreed("boft_n_butterfly_factor", lambda part: part.params.factors, 1)
     if factors > 1:

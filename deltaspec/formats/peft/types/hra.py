@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.convolutions import ignored_geometry, refuse_ignored_geometry
-from deltaspec.formats.peft.single import Single
+from deltaspec.formats.peft.single import Single, left_out
 from deltaspec.formats.peft.sites import differs, found_modules
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def read(adapter: Adapter) -> None:
 def write(out: Outgoing) -> None:
     """Write an HRA adapter."""
     single = Single(out, "HRA", "hra", ("Linear", "Conv2d"))
-    single.keep(lambda part: ignored_geometry(out.base.model.get_submodule(part.fqn)))
+    single.keep(lambda part: left_out(ignored_geometry(out.base.model.get_submodule(part.fqn))))
     rank = single.agreed("r", lambda part: part.params.rank, 8)
     orthogonal = single.agreed("apply_GS", lambda part: part.params.orthogonal, False)
     single.put("hra_u", lambda part: part.own.directions)

@@ -69,8 +69,7 @@ def write(out: Outgoing) -> None:
         changed = out.folded(fqn, parts)
         for name, value in out.base.model.get_submodule(fqn).state_dict().items():
             if name not in changed and value.is_meta:
-                out.refuse(parts, f"{name} must be written too, and the base has no values here",
-                           "name a base with weights")  # fmt: skip
+                out.lacks_weights(parts, f"{name} must be written too")
             out.tensors[f"{PREFIX}{fqn}.{_MARK}.{name}"] = changed.get(name, value)
     name_modules(out, list(found))
     out.config["peft_type"] = "LN_TUNING"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.prompts import add_soft_prompt
+from deltaspec.formats.peft.prompts_out import LONE, lone, simplified, write_table
 
 if TYPE_CHECKING:
     from deltaspec.formats.peft.adapter import Adapter
 
+METHODS = frozenset({"soft_prompt", "p_tuning"})
+"""Methods that are written so: of p-tuning, what its encoder gives."""
 _START = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
 """Options that say what the embeddings were before they were trained."""
 
@@ -17,3 +21,27 @@ def read(adapter: Adapter) -> None:
     """Add the delta of a prompt tuning adapter."""
     adapter.ignore(*_START)
     add_soft_prompt(adapter)
+
+
+def write(out: Outgoing) -> None:
+    """Write a prompt, whatever it was trained by."""
+    parts = [part for own in out.take(lambda part: part.method in METHODS).values() for part in own]
+    if reason := lone(out, parts) or _elsewhere(out, parts[0]):
+        out.refuse(parts, reason, LONE)
+        return
+    part = parts[0]
+    if part.params.place != "front":
+        out.remarks.append("PEFT puts the prompt in front of padding on the left, deltaspec behind it: rows that are "
+                           "padded there differ")  # fmt: skip
+    if part.params.output != "all":
+        out.remarks.append("what PEFT gives has the positions of the prompt in front of the input's")
+    prompt = simplified(part)["prompt"]
+    write_table(out, "PROMPT_TUNING", prompt, tokens=prompt.shape[0], width=prompt.shape[1], stacks=1)
+    out.config["prompt_tuning_init"] = "RANDOM"
+
+
+def _elsewhere(out: Outgoing, part: Part) -> str | None:
+    """Return why PEFT would put a prompt elsewhere; None where it is the embedding that PEFT stands in front of."""
+    entrances = [row for row in out.base.table.rows if row.entrance is not None and row.entrance.problem is None]
+    names = [row.fqn for row in entrances if row.vocabulary] or [row.fqn for row in entrances]
+    return None if names[:1] == [part.fqn] else f"PEFT puts no prompt in front of {part.fqn}"

@@ -1,0 +1,48 @@
+"""Writing for a serving engine: with the rewrites that make its check pass, which is run before anything appears."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.engines import check, needs
+from deltaspec.engines.rules import rules_of
+from deltaspec.formats.outgoing import Wishes
+
+
+def wishes_for(engine: str, wishes: Wishes) -> Wishes:
+    """Return how an adapter is to be written for an engine. Raises DeltaSpecError for one that is not known (DS627)."""
+    rewrites = needs(engine)
+    facts = {rule.fact for rule in rules_of(engine).rules}
+    return replace(
+        wishes,
+        uniform=wishes.uniform or not rewrites.isdisjoint({"one_rank", "one_factor"}),
+        low_rank="method" in facts,
+        dora="dora" not in facts,
+        rslora="rslora_to_alpha" not in rewrites,
+        listed="list_targets" in rewrites,
+        single="usual_dtype" in rewrites,
+    )
+
+
+def require_served(files: dict[str, bytes], config: str, directory: Path, base: nn.Module, engine: str) -> None:
+    """Raise DeltaSpecError with all that an engine would reject, ignore or get wrong of these files.
+
+    Of ranks, the greatest that some start of it takes counts, not what it takes by itself.
+    """
+    data = json.loads(files[config])
+    ranks = [data.get("r", 0), *(data.get("rank_pattern") or {}).values()]
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, content in files.items():
+            (Path(temporary) / name).write_bytes(content)
+        found = check(temporary, base, engine, max_rank=max(ranks) or None)
+        places = [(finding.file or "").replace(temporary, str(directory)) for finding in found]
+        ways = [(finding.suggestion or "").replace(temporary, str(directory)) or None for finding in found]
+    if found:
+        named = zip(found, places, ways, strict=True)
+        raise DeltaSpecError([replace(f, file=file, suggestion=way) for f, file, way in named])

@@ -1,0 +1,73 @@
+"""Prompts and prefixes written as PEFT's: it gives the same logits with them, and they read back to the same."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from as_peft import stirred
+from beside_peft import moved, saved
+from prefixes import qwen3
+from prompt_models import build, gpt2, llama, t5, tokens
+
+import deltaspec
+
+PROMPTS = [
+    ("PROMPT_TUNING", "soft_prompt", {"tokens": 3}),
+    ("PROMPT_TUNING", "p_tuning", {"tokens": 3, "width": 4}),
+    ("PREFIX_TUNING", "prefix", {"tokens": 3, "positions": "counted"}),
+    ("PREFIX_TUNING", "prefix", {"tokens": 3, "positions": "counted", "reparametrisation": "mlp", "width": 5}),
+]
+
+
+@torch.no_grad()
+def compared(compiled: Any, model: Any, folder: Path) -> Any:
+    given = {"input_ids": tokens(2, 9)}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = tokens(2, 5)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
+    expected = compiled(**given).logits
+    found = theirs(**given).logits[:, -expected.shape[1] :]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(deltaspec.restore(model, folder)(**given).logits, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(model(**given).logits, expected, atol=1e-3)
+    return theirs.peft_config["default"]
+
+
+@pytest.mark.parametrize(("kind", "method", "params"), PROMPTS, ids=lambda value: str(value))
+@pytest.mark.parametrize("make", [gpt2, llama, qwen3])
+def test_peft_computes_the_same(make: Any, kind: str, method: str, params: dict[str, Any], tmp_path: Path) -> None:
+    model = build(make)
+    compiled = stirred(model, {"name": "p", "method": method, "params": params})
+    compiled.save_as("peft", tmp_path)
+    assert compared(compiled, model, tmp_path).peft_type == kind
+
+
+@pytest.mark.parametrize("config", [peft.PrefixTuningConfig, peft.PromptTuningConfig, peft.PromptEncoderConfig])
+def test_what_peft_saved_for_an_encoder_and_a_decoder_goes_through(config: Any, tmp_path: Path) -> None:
+    model = build(t5)
+    made = moved(model, config(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3))
+    compiled = deltaspec.restore(model, saved(made, tmp_path / "in"))
+    compiled.save_as("peft", tmp_path / "out")
+    compared(compiled, model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("deltas", "reason"),
+    [
+        ([{"name": "p", "method": "prefix", "params": {"tokens": 3}}], "takes the first positions, and this one none"),
+        ([{"name": "p", "method": "soft_prompt", "params": {"tokens": 3}},
+          {"name": "h", "method": "full", "target": {"role": "head"}, "params": {"tied": "alone"}}], "stand alone"),
+        ([{"name": "p", "method": "soft_prompt", "params": {"tokens": 3}},
+          {"name": "q", "method": "soft_prompt", "params": {"tokens": 2}}], "stand alone"),
+    ],
+    ids=["positions", "head", "two"],
+)  # fmt: skip
+def test_refused(deltas: list[Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(deltaspec.DeltaSpecError, match=f"DS560.*{reason}"):
+        stirred(build(gpt2), *deltas).save_as("peft", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
