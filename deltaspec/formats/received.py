@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from mmap import ACCESS_COPY, mmap
+from mmap import mmap
 from typing import Any
 
 from torch import Tensor
@@ -213,10 +213,15 @@ class ReceivedSet(DeltaSet):
 
 
 def map_file(of: DeltaSet, file: str) -> tuple[mmap | None, list[Diagnostic]]:
-    """Map a file of a set into memory; writing to the content does not reach it."""
+    """Read a file of a set into memory as a mapped one.
+
+    It is not mapped itself: other libraries write into files that are there, and one that is cut ends the process.
+    """
     try:
-        with (of.folder / file).open("rb") as stream:
-            return mmap(stream.fileno(), 0, access=ACCESS_COPY), []
+        content = (of.folder / file).read_bytes()
+        mapped = mmap(-1, len(content))
     except (OSError, ValueError) as error:
         message = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         return None, [of.finding("DS521", message, "restore the file", file)]
+    mapped.write(content)
+    return mapped, []
