@@ -1,4 +1,4 @@
-"""A directory of AdapterHub or OpenDelta while it is read: each key of its files is taken, or there is a finding."""
+"""A foreign directory while it is read for a base model: each key of its files is taken, or there is a finding."""
 
 from __future__ import annotations
 
@@ -42,12 +42,22 @@ class Foreign(Unread):
             self.find("DS521", f"has no {files[0]}", "save the adapter again")
             self.settle()
         self.file = held[0]
+        self.incoming.file = self.file if self.file.endswith(".safetensors") else ""
         for key, value in self.tensors(self.file).items():
-            plain = _plain(key)
+            plain = self.plain(key)
             if plain in self.weights:
                 self.find("DS543", f"has {plain} twice, under two names", "save the adapter again", self.file)
             self.weights[plain] = value
+            self.incoming.origin[id(value)] = key
             self.incoming.account[plain] = ""
+
+    def plain(self, key: str) -> str:
+        """Return a key without what torch wraps around modules."""
+        return without_wrappers(key)
+
+    def called(self, module: str) -> str:
+        """Return what the base model, as it is today, calls a module of the file, but for what stands in front."""
+        return module if module in self.base.rows else of_today(module, self.base.table.model_type)
 
     def take(self, key: str, became: str, shape: tuple[int | None, ...] | None = None) -> Tensor | None:
         """Take a tensor, saying what became of it; None where there is none, or none of this shape (None: any size)."""
@@ -77,7 +87,7 @@ class Foreign(Unread):
         """
         rows = self.base.rows
         here = rows if among is None else among
-        named = {module: self._today(module) for module in modules}
+        named = {module: self.called(module) for module in modules}
         fits = prefixes(named.values(), here)
         self.prefix = fits[0] if fits else self.prefix
         found = {m: fits[0].to_here(n) or "" if fits else n for m, n in named.items() if fits or n in here}
@@ -91,7 +101,7 @@ class Foreign(Unread):
     def owned(self, keys: Iterable[str]) -> dict[str, tuple[str, str]]:
         """Return, of keys that name parameters of the base as they are, each one's module here and own name."""
         owners = {key: key.rpartition(".")[0] for key in keys}
-        named = {owner: self._today(owner) for owner in dict.fromkeys(owners.values())}
+        named = {owner: self.called(owner) for owner in dict.fromkeys(owners.values())}
         rows, fits = self.base.rows, prefixes(named.values(), self.base.rows)
         if fits:
             named = {owner: fits[0].to_here(name) or "" for owner, name in named.items()}
@@ -101,9 +111,6 @@ class Foreign(Unread):
             if row is not None and row.has_parameter(own):
                 found[key] = (row.fqn, own)
         return found
-
-    def _today(self, module: str) -> str:
-        return module if module in self.base.rows else of_today(module, self.base.table.model_type)
 
     def in_full(self, part: str, keys: Iterable[str], tied: str = "together") -> None:
         """Add a delta that puts these tensors in place of the base's own, but for those that are the base's own."""
@@ -168,8 +175,8 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
     return len(shape) == len(wanted) and all(w in (None, size) for size, w in zip(shape, wanted, strict=True))
 
 
-def _plain(key: str) -> str:
-    """Return a key without what torch wraps around modules."""
+def without_wrappers(key: str) -> str:
+    """Return a key without what torch wraps around modules: DataParallel's `module` in front, others anywhere."""
     segments = [segment for segment in key.split(".") if segment not in _WRAPPERS]
     while segments and segments[0] == "module":
         segments = segments[1:]

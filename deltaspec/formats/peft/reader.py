@@ -63,10 +63,8 @@ def read(folder: Path, base: Base, name: str) -> Incoming:
         hint = f"did you mean {near}?" if near else f"known types: {', '.join(known_types())}"
         adapter.find("DS545", f"peft_type: {adapter.config.get('peft_type')!r} cannot be read", hint, CONFIG)
         adapter.settle()
-    adapter.load()
+    adapter.load(WEIGHTS)
     adapter.incoming.kind = f"PEFT {adapter.type.lower()}"
-    adapter.incoming.base = adapter.config.get("base_model_name_or_path") or None
-    adapter.incoming.revision = adapter.config.get("revision") or None
     beside = read_beside(adapter)
     type_module(adapter.type).read(adapter)
     beside()
