@@ -17,6 +17,7 @@ from deltaspec.folders.low_rank import LowRank, low_rank
 from deltaspec.folders.weights import Tensors
 from deltaspec.methods.builtin.full import STATISTICS
 from deltaspec.methods.shared.weights import canonical
+from deltaspec.names.folding import shown
 from deltaspec.names.paths import below
 
 _KINDS = ("linear", "conv1d", "embedding", "conv")
@@ -64,6 +65,8 @@ class Comparer:
     def __init__(self, table: ModuleTable, base: Tensors, full: Tensors, rank: int | None, error: float) -> None:
         self._table, self._base, self._full, self._rank, self._error = table, base, full, rank, error
         self.findings: list[Diagnostic] = []
+        self._others: dict[str, list[str]] = {}
+        """Names of what is no pair of tensors, by what is said of them: models of two kinds differ in hundreds."""
 
     def changes(self) -> Iterator[Change]:
         """Yield all changes, module by module, and collect what cannot be said (DS520, DS556, DS557)."""
@@ -82,6 +85,9 @@ class Comparer:
                 change = self._compared(row, parameter, tied)
                 if change is not None:
                     yield change
+        hint = "name the base that was fine-tuned, and folders of one class (save_pretrained)"
+        for said, names in self._others.items():
+            self._find("DS556", f"{shown(names)}: {said}", hint)
 
     def _tied(self, parameter: ParameterInfo) -> str | None:
         if not parameter.tied:
@@ -103,12 +109,12 @@ class Comparer:
 
     def _compared(self, row: Row, parameter: ParameterInfo, tied: str | None) -> Change | None:
         base, full = self._base.find(parameter.fqn), self._full.find(parameter.fqn)
-        hint = "name the base that was fine-tuned, and folders of one class (save_pretrained)"
         if base is None or full is None:
-            self._find("DS556", f"{parameter.fqn} is in {'the base' if full is None else 'the fine-tune'} alone", hint)
+            said = f"in {'the base' if full is None else 'the fine-tune'} alone"
+            self._others.setdefault(said, []).append(parameter.fqn)
         elif base.shape != full.shape:
-            message = f"{parameter.fqn} is {list(full.shape)}, and {list(base.shape)} in the base"
-            self._find("DS556", message, hint)
+            said = f"{list(full.shape)}, and {list(base.shape)} in the base"
+            self._others.setdefault(said, []).append(parameter.fqn)
         elif not base.is_floating_point() or base.itemsize < 2 or full.itemsize < 2:
             if not _equal(base, full):
                 self._find("DS557", f"{parameter.fqn} is kept as codes, which no delta changes", "use plain weights")

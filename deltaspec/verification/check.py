@@ -45,7 +45,10 @@ def verify(
         raise ValueError(f"against is {', '.join(OTHERS)} or a URL, not {against!r}")
     if is_peft(directory):
         if model is None or against != "peft":
-            message, hint = "a directory of PEFT has no golden answers", "compare with PEFT's own: against peft"
+            message, hint = (
+                "a directory of PEFT has no golden answers",
+                'compare with PEFT itself: --against peft (in Python: against="peft")',
+            )
             raise DeltaSpecError([Diagnostic("DS551", message, file=str(directory), suggestion=hint)])
         return verify_peft(directory, model, tolerance, dtype)
     if against is not None and "://" in against:
