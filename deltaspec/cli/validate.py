@@ -17,6 +17,8 @@ from deltaspec.language.validate import validate, validate_content
 
 _INPUT = "<stdin>"
 ENDINGS = (".deltaspec.yaml", ".deltaspec.yml", ".deltaspec.json")
+_ADAPTER = "adapter_config.json"
+"""What an adapter's directory has in place of a spec."""
 
 
 @click.command()
@@ -26,6 +28,7 @@ ENDINGS = (".deltaspec.yaml", ".deltaspec.yml", ".deltaspec.json")
 def command(paths: tuple[str, ...], output_format: str) -> None:
     """Check specs: files, globs, directories searched for *.deltaspec.yaml, .yml and .json, or - for standard input.
 
+    A directory that has no spec but an adapter of another library is a finding, with the command that reads it.
     Needs no model and no torch. Exit codes: 0 valid, 1 findings, 2 nothing to check.
     """
     skipped: list[str] = []
@@ -44,11 +47,15 @@ def _from_input() -> list[Diagnostic]:
 def expand(path: str, skipped: list[str]) -> list[str]:
     """Return the files that a path on the command line means, and add what was not looked into to `skipped`.
 
+    A directory means its specs; one that has none means the configurations of other libraries' adapters in it.
+
     Raises click.UsageError where it means none.
     """
     if os.path.isdir(path):
         passed: list[str] = []
-        found = sorted(_specs_below(path, passed))
+        found = sorted(_files_below(path, passed, ENDINGS))
+        if not found:  # an adapter's directory is told as what it is
+            found = sorted(file for file in _files_below(path, [], (_ADAPTER,)) if os.path.basename(file) == _ADAPTER)
         if not found:
             passed = [f"{path}: no file here ends in {', '.join(ENDINGS)}", *passed]
             raise click.UsageError("; ".join(passed))
@@ -62,7 +69,7 @@ def expand(path: str, skipped: list[str]) -> list[str]:
     return found
 
 
-def _specs_below(directory: str, skipped: list[str]) -> Iterator[str]:
+def _files_below(directory: str, skipped: list[str], endings: tuple[str, ...]) -> Iterator[str]:
     hidden: list[str] = []
     linked: list[str] = []
     failed: list[OSError] = []
@@ -71,7 +78,7 @@ def _specs_below(directory: str, skipped: list[str]) -> Iterator[str]:
         hidden += (path for name, path in inside.items() if name.startswith("."))
         linked += (path for name, path in inside.items() if not name.startswith(".") and os.path.islink(path))
         folders[:] = [name for name in inside if not name.startswith(".")]
-        yield from (os.path.normpath(os.path.join(folder, file)) for file in files if file.endswith(ENDINGS))
+        yield from (os.path.normpath(os.path.join(folder, file)) for file in files if file.endswith(endings))
     for reason, paths in (("hidden", hidden), ("linked", linked)):
         if paths:
             skipped.append(f"skipped, since {reason}: {', '.join(paths)}")

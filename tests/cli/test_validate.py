@@ -66,6 +66,16 @@ def test_nothing_to_check_is_a_usage_error(specs, arguments):
     assert run(*arguments).exit_code == 2
 
 
+def test_a_directory_of_an_adapter_is_told_as_one(specs):
+    for folder in ("lora", "several/french"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
+        result = run(folder.partition("/")[0])
+        assert result.exit_code == 1 and result.output.endswith("1 file, 1 finding\n")
+        assert f"error[DS226] this is a PEFT configuration: deltaspec convert {folder} -o OUT reads it" in result.output
+    assert run("specs", "lora").output.endswith("4 files, 3 findings\n")
+
+
 def test_a_missing_file_is_a_finding(specs):
     result = run("none.yaml")
     assert result.exit_code == 1

@@ -1,4 +1,5 @@
-"""Configurations of other tools, recognised by their keys: PEFT, AdapterHub, OpenDelta, Axolotl, LLaMA-Factory.
+"""Configurations of other tools, recognised by their keys: PEFT, AdapterHub, OpenDelta, Axolotl, LLaMA-Factory, and of
+models.
 
 What a training tool says of LoRA is brought into PEFT's words, and those into ours by what the methods declare
 (`Method.foreign`).
@@ -6,7 +7,9 @@ What a training tool says of LoRA is brought into PEFT's words, and those into o
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +18,8 @@ from deltaspec.documents.document import Document
 
 _OURS = ("deltaspec", "deltas", "selectors", "expect")
 """Keys that only a spec has."""
-_CONVERT = "deltaspec convert DIRECTORY -o OUT reads it"
+_FILES = ("adapter_config.json", "config.json")
+"""Names by which a library finds its configuration in a directory."""
 _TRAINS = ("adapter", "lora_r", "lora_alpha", "datasets", "sequence_len", "micro_batch_size", "num_epochs")
 _TUNES = ("finetuning_type", "lora_rank", "lora_target", "stage", "template", "dataset_dir")
 
@@ -27,18 +31,25 @@ def other_tool(document: Document) -> Diagnostic | None:
         return None
     for name, article, is_its, in_peft in _TOOLS:
         if is_its(data):
-            reads = f": {_CONVERT}" if in_peft is None or name == "PEFT" else ", not a spec"
-            message = f"this is {article} {name} configuration{reads}"
-            return document.diagnostic("DS226", message, (), _as_spec(None if in_peft is None else in_peft(data)))
+            reads = f": deltaspec convert {_folder(document.name, 'DIRECTORY')} -o OUT reads it"
+            message = f"this is {article} {name} configuration{reads if name in _CONVERTED else ', not a spec'}"
+            return document.diagnostic("DS226", message, (), _as_spec(in_peft(data)))
+    if _is_model(data):
+        hint = f"a spec says which deltas change which of its modules: deltaspec tree {_folder(document.name, 'MODEL')}"
+        return document.diagnostic("DS226", "this is a model's configuration, not a spec", (), f"{hint} shows them")
     return None
 
 
-def _as_spec(config: dict[str, Any] | None) -> str | None:
-    """Say what spec a configuration in PEFT's words would become; None where that takes its model or its weights."""
-    if config is None:
-        return "what spec it becomes depends on its weights, which lie beside it"
-    if not config:
-        return "it trains no LoRA; a spec says which deltas change which modules"
+def _folder(name: str, otherwise: str) -> str:
+    """Return the directory, as a shell takes it, of a configuration; something else where it came from none."""
+    known = os.path.basename(name) in _FILES and os.path.isfile(name)
+    return shlex.quote(os.path.dirname(name) or ".") if known else otherwise
+
+
+def _as_spec(config: dict[str, Any] | str) -> str:
+    """Say what spec a configuration in PEFT's words would become, or why there is none."""
+    if isinstance(config, str):
+        return config
     import yaml  # a valid spec needs none of this
 
     from deltaspec.language.checks.translation import translated
@@ -78,10 +89,14 @@ _AXOLOTL: Mapping[str, str] = {
     "lora_dropout": "lora_dropout",
     "lora_target_modules": "target_modules",
     "lora_target_parameters": "target_parameters",
+    "lora_exclude_modules": "exclude_modules",
+    "lora_rank_pattern": "rank_pattern",
+    "lora_alpha_pattern": "alpha_pattern",
     "lora_modules_to_save": "modules_to_save",
     "peft_layers_to_transform": "layers_to_transform",
     "peft_use_dora": "use_dora",
     "peft_use_rslora": "use_rslora",
+    "peft_layer_replication": "layer_replication",
     "peft_init_lora_weights": "init_lora_weights",
     "peft_trainable_token_indices": "trainable_token_indices",
 }
@@ -98,20 +113,31 @@ _LLAMA_FACTORY: Mapping[str, str] = {
 """PEFT's names of LLaMA-Factory's keys."""
 
 
-def _from_axolotl(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of PEFT that Axolotl makes; empty where it trains the model itself."""
+def _is_model(data: Mapping[str, Any]) -> bool:
+    return "model_type" in data and ("architectures" in data or "transformers_version" in data)
+
+
+def _from_weights(_: Mapping[str, Any]) -> str:
+    return "what spec it becomes depends on its weights, which lie beside it"
+
+
+def _from_axolotl(data: Mapping[str, Any]) -> dict[str, Any] | str:
+    """Return the configuration of PEFT that Axolotl makes, or why it makes none."""
     if data.get("adapter") not in ("lora", "qlora"):
-        return {}
+        return _NO_LORA
+    # It has no values of its own for these: PEFT is given None.
+    if missing := [key for key in ("lora_r", "lora_alpha") if data.get(key) is None]:
+        return f"it has no {' and no '.join(missing)}, which Axolotl and a spec of it need"
     config = {theirs: data[key] for key, theirs in _AXOLOTL.items() if data.get(key) is not None}
     if data.get("lora_target_linear"):
         config["target_modules"] = "all-linear"
     return {"peft_type": "LORA"} | config
 
 
-def _from_llama_factory(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of PEFT that LLaMA-Factory makes; empty where it trains the model itself."""
+def _from_llama_factory(data: Mapping[str, Any]) -> dict[str, Any] | str:
+    """Return the configuration of PEFT that LLaMA-Factory makes, or why it makes none."""
     if data.get("finetuning_type", "lora") != "lora":
-        return {}
+        return _NO_LORA
     config = {theirs: data[key] for key, theirs in _LLAMA_FACTORY.items() if data.get(key) is not None}
     rank = config.setdefault("r", 8)
     if isinstance(rank, int):
@@ -127,11 +153,16 @@ def _from_llama_factory(data: Mapping[str, Any]) -> dict[str, Any]:
     return {"peft_type": "LORA"} | config
 
 
-_TOOLS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], bool], Callable[[Mapping[str, Any]], Any] | None], ...] = (
+_NO_LORA = "it trains no LoRA; a spec says which deltas change which modules"
+_CONVERTED = ("PEFT", "AdapterHub", "OpenDelta")
+"""Libraries whose adapters lie beside their configurations."""
+_TOOLS: tuple[
+    tuple[str, str, Callable[[Mapping[str, Any]], bool], Callable[[Mapping[str, Any]], dict[str, Any] | str]], ...
+] = (
     ("PEFT", "a", _is_peft, dict),
-    ("AdapterHub", "an", _is_adapterhub, None),
-    ("OpenDelta", "an", _is_opendelta, None),
+    ("AdapterHub", "an", _is_adapterhub, _from_weights),
+    ("OpenDelta", "an", _is_opendelta, _from_weights),
     ("Axolotl", "an", _is_axolotl, _from_axolotl),
     ("LLaMA-Factory", "a", _is_llama_factory, _from_llama_factory),
 )
-"""Name, its article, how a configuration of it is known, and how it is said in PEFT's words (None: weights say it)."""
+"""Name, its article, how a configuration of it is known, and how it is said in PEFT's words, or why it is not."""

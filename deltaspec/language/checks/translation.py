@@ -50,6 +50,30 @@ _UNSET: Mapping[str, Any] = {"decompose_factor": -1, "mini_r": 1}
 """Values by which PEFT says that there is none."""
 _KEPT = ("rank", "alpha")
 """Parameters that are written out where they are our defaults, too."""
+_LEFT_OUT: Mapping[str, Mapping[str, Any]] = {
+    "LORA": {"r": 8, "lora_alpha": 8},
+    "ADALORA": {"target_r": 8, "init_r": 12, "lora_alpha": 8},
+    "LOHA": {"r": 8, "alpha": 8},
+    "LOKR": {"r": 8, "alpha": 8},
+    "HIRA": {"r": 32},
+    "HRA": {"r": 8},
+    "MISS": {"r": 64},
+    "VERA": {"r": 256},
+    "DELORA": {"r": 8, "init_weights": True},
+    "OFT": {"eps": 6e-5, "use_cayley_neumann": True},
+    "PROMPT_TUNING": {"prompt_tuning_init": "RANDOM"},
+}
+"""What PEFT takes for keys that are left out, where we would take something else, or where it is written out anyway."""
+_ALWAYS: Mapping[str, Mapping[str, Any]] = {
+    "PREFIX_TUNING": {"positions": "counted"},
+    "PROMPT_TUNING": {"place": "front"},
+    "P_TUNING": {"place": "front"},
+}
+"""What PEFT has no key for, since it knows nothing else, and is not our default."""
+_STARTS: Mapping[tuple[str, Any], str] = {("HIRA", "gaussian"): "normal", ("LOKR", "lycoris"): "zero_large"}
+"""Starts that PEFT calls otherwise: (type, `init_weights`)."""
+_EITHER = ("classifier", "score")
+"""Heads of which a model has one: for classifiers PEFT writes both by itself."""
 
 
 def our_name(peft_type: str) -> str:
@@ -64,10 +88,11 @@ def peft_name(method: str) -> str:
 
 def translated(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]] | None:
     """Return a spec that says what a configuration does, and the keys it has no word for; None where there is none."""
-    method = builtin_methods().get(our_name(str(config.get("peft_type", "LORA"))))
-    if method is None or not _is_of_peft(config):
+    kind = str(config.get("peft_type", "LORA"))
+    method = builtin_methods().get(our_name(kind))
+    if method is None or not _is_of_peft(config) or (kind in _ALWAYS and not _is_of_any_model(config)):
         return None
-    params, left_out = _params(config, method)
+    params, left_out = _params(_in_full(config, kind), method)
     if params is None:
         return None
     delta: dict[str, Any] = {"name": NAME, "method": method.name}
@@ -86,6 +111,40 @@ def _is_of_peft(config: Mapping[str, Any]) -> bool:
     """Return whether the keys that say places hold what PEFT writes there."""
     given = ((config[key], kinds) for key, kinds in _TYPES.items() if config.get(key))
     return all(isinstance(value, kinds) and not isinstance(value, bool) for value, kinds in given)
+
+
+def _is_of_any_model(config: Mapping[str, Any]) -> bool:
+    """Return whether a prompt's or prefix's configuration says all that its spec does.
+
+    A prompt in front of a classifier needs `output: all` in some models, and must not have it in others. A prefix
+    without its model has no width that its MLP could take from there.
+    """
+    if not config.get("num_virtual_tokens"):
+        return False
+    if config.get("peft_type") == "PREFIX_TUNING":
+        return not config.get("prefix_projection") or bool(config.get("encoder_hidden_size") or config.get("token_dim"))
+    return config.get("task_type") != "SEQ_CLS"
+
+
+def _in_full(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return a configuration with what PEFT takes for keys that are left out, without keys that then say nothing."""
+    full = {**_LEFT_OUT.get(kind, {}), **config, **_ALWAYS.get(kind, {})}
+    start = full.get("init_weights")
+    if isinstance(start, str) and (kind, start) in _STARTS:
+        full["init"] = _STARTS[kind, full.pop("init_weights")]
+    if kind == "OFT":
+        if not full.pop("coft", False):
+            del full["eps"]
+        if not full["use_cayley_neumann"]:
+            full.pop("num_cayley_neumann_terms", None)
+        elif full.get("num_cayley_neumann_terms") == 3:
+            full["num_cayley_neumann_terms"] = 4  # PEFT's series has the same four at three
+    if kind == "ADALORA" and all(isinstance(full[key], int) for key in ("target_r", "init_r")):
+        full["target_r"] = min(full["target_r"], full["init_r"])
+    if kind == "PREFIX_TUNING":
+        width = full.pop("encoder_hidden_size", None) or full.get("token_dim")
+        full |= {"width": width} if full.get("prefix_projection") else {}
+    return full
 
 
 def _is_valid(spec: dict[str, Any]) -> bool:
@@ -180,10 +239,19 @@ def _overrides(config: Mapping[str, Any], params: Mapping[str, Any], method: Met
             yield {"match": match, "params": changed}
 
 
+def _saved(names: list[str]) -> dict[str, Any]:
+    """Return the selector of modules that are trained in full; of the heads that PEFT lists together, there is one."""
+    if not set(_EITHER) <= set(names):
+        return {"path": [_path(name) for name in names]}
+    rest = [_path(name) for name in names if name not in _EITHER]
+    heads = [{"path": _path(name), "optional": True} for name in _EITHER]
+    return {"any": [{"path": rest}, *heads] if rest else heads}
+
+
 def _others(config: Mapping[str, Any], target: Any) -> Iterator[dict[str, Any]]:
     """Yield what becomes a delta of its own."""
     if saved := config.get("modules_to_save"):
-        yield {"name": "saved", "method": "full", "target": {"path": [_path(str(name)) for name in saved]}}
+        yield {"name": "saved", "method": "full", "target": _saved([str(name) for name in saved])}
     tokens = config.get("trainable_token_indices")
     tables: dict[str, Any] = tokens if isinstance(tokens, dict) else {"": tokens} if tokens else {}
     for name, ids in tables.items():

@@ -108,6 +108,28 @@ def test_libraries_whose_weights_say_the_rest(data, name):
     assert found.message == f"this is an {name} configuration: deltaspec convert DIRECTORY -o OUT reads it"
 
 
+def test_axolotl_has_no_rank_or_alpha_of_its_own():
+    found = finding(AXOLOTL.replace("lora_r: 32\n", ""), "config.yaml")
+    assert found.suggestion == "it has no lora_r, which Axolotl and a spec of it need"
+
+
+def test_the_directory_is_named_where_it_is_known(tmp_path: Path):
+    (tmp_path / "my adapter").mkdir()
+    file = tmp_path / "my adapter" / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]}))
+    (found,) = deltaspec.validate(file)
+    assert found.message.endswith(f": deltaspec convert '{file.parent}' -o OUT reads it")
+    assert printed(found)["deltas"][0]["params"] == {"rank": 8, "alpha": 8}
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_model_s_configuration_is_told_as_one(name, tmp_path: Path):
+    base(name).config.save_pretrained(tmp_path)  # type: ignore[operator, union-attr]
+    (found,) = deltaspec.validate(tmp_path / "config.json")
+    assert (found.code, found.message) == ("DS226", "this is a model's configuration, not a spec")
+    assert f"deltaspec tree {tmp_path} shows them" in (found.suggestion or "")
+
+
 def test_a_spec_is_never_taken_for_one():
     spec = {"deltaspec": 1, "deltas": [{"name": "a", "method": "lora", "target": "**.q"}]}
     for key in ("peft_type", "base_model", "model_name_or_path", "delta_type"):
