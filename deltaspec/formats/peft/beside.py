@@ -66,6 +66,17 @@ def _tokens(adapter: Adapter) -> None:
         assert rows is not None
         part = "tokens" if len(modules) == 1 else f"tokens-{fqn.rpartition('.')[2]}"
         add_tokens(adapter, fqn, ids, rows, part, together=_ties_tokens(adapter, fqn, places.values()))
+    _check_tokens(adapter, given if isinstance(given, dict) else {}, set(places.values()))
+
+
+def _check_tokens(adapter: Adapter, names: Iterable[str], held: set[str]) -> None:
+    """Refuse a file without rows of a module that is named; what is tied to another's rows has none of its own."""
+    for name in names:
+        for row, saved in rows_there(adapter):
+            tied = {other.rpartition(".")[0] for p in row.parameters for other in p.tied}
+            if saved.endswith(name) and held.isdisjoint({row.fqn, *tied}):
+                message = f"has no rows of tokens for {row.fqn}, which {_INDEX} names"
+                adapter.find("DS543", message, "the file was cut: save the adapter again", adapter.file)
 
 
 def _ties_tokens(adapter: Adapter, fqn: str, others: Iterable[str]) -> bool:

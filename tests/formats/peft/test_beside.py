@@ -142,6 +142,7 @@ def test_peft_computes_the_same(models: dict[str, Any], model: str, config: Any,
         ("llama", lora(bias="all"), "k_proj.bias", "DS543.*k_proj.bias.*which bias: all trains"),
         ("llama", lora(bias="lora_only"), "1.self_attn.q_proj.base_layer.bias", "DS543.*q_proj.bias, which bias: lora"),
         ("tied", lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True), "lm_head", "DS543.*lm_head.weight"),
+        ("llama", lora(trainable_token_indices={"tokens": [1], "lm_head": [2]}), "lm_head", "DS543.*rows.*lm_head"),
     ],
     ids=short,
 )
@@ -207,3 +208,14 @@ def test_one_parameter_with_two_values(
     folder = saved(moved(models[model], config), tmp_path / "a")
     change(folder, lambda t: t.update({key: t[key] + 1}))
     assert "DS539" in refusal(models[model], folder)
+
+
+def test_under_another_prefix(models: dict[str, Any], tmp_path: Path) -> None:
+    """An adapter of a whole model fits its body, and the reverse: what the saved model did not have is not missed."""
+    folder = saved(moved(models["llama"], lora(modules_to_save=["model.norm"], bias="all")), tmp_path / "whole")
+    assert deltaspec.restore(models["llama"].model, folder).deltas
+    body = bert_lora(bias="all", task_type=None, modules_to_save=["classifier", "pooler"])
+    folder = saved(moved(models["bert"].bert, body), tmp_path / "body")
+    assert deltaspec.restore(models["bert"], folder).deltas
+    change(folder, without("value.bias"))
+    assert "value.bias, which bias: all trains" in refusal(models["bert"], folder)
