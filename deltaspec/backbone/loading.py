@@ -45,6 +45,8 @@ class Wanted:
     """Values of the configuration that are other: `{"num_labels": 3}`."""
     weights: bool = False
     """Load the weights, too, which must lie beside the configuration."""
+    factories: bool = True
+    """Whether the reference may be a factory, whose code runs. One that a file names may not: nobody here wrote it."""
     dtype: str | None = None
     """dtype in which they are loaded; their own, where it is left out."""
 
@@ -61,7 +63,7 @@ def model_from(reference: str, wanted: Wanted = _AS_NAMED) -> nn.Module:
         return _from_directory(reference, os.path.expanduser(reference), wanted)
     if "\0" not in reference and os.path.isfile(os.path.expanduser(reference)):
         return _from_config_file(reference, os.path.expanduser(reference), wanted)
-    if found := _FACTORY.fullmatch(reference):
+    if wanted.factories and (found := _FACTORY.fullmatch(reference)):
         made = _from_factory(reference, found[1], found[2], weights=wanted.weights)
         return made if wanted.dtype is None else made.to(getattr(torch, wanted.dtype))
     if reference.endswith((".json", ".py")) or not _HUB_ID.fullmatch(reference):

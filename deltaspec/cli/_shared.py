@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -43,6 +44,18 @@ def report(
     show(diagnostics, output_format, files, skipped)
     if diagnostics:
         click.get_current_context().exit(1)
+
+
+@contextmanager
+def writing(output: object) -> Iterator[None]:
+    """Say that an output cannot be written, where the system refuses, as a usage error."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or output
+        raise click.UsageError(
+            f"{clean(str(output))} cannot be written: {error.strerror or error} ({clean(str(place))})"
+        ) from None
 
 
 def wants_color() -> bool:

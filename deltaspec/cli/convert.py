@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deltaspec.cli._shared import report, say
+from deltaspec.cli._shared import report, say, writing
 from deltaspec.diagnostics.clean import clean, clean_data
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.diagnostics.wording import counted
@@ -38,13 +38,11 @@ def command(source: str, output: str, model: str | None, name: str | None, outpu
     from deltaspec.formats.convert import convert
 
     try:
-        with redirect_stdout(sys.stderr):  # what a factory or a forward prints is no part of a report
+        with writing(output), redirect_stdout(sys.stderr):  # what a factory or a forward prints is no part of a report
             done = convert(source, output, model, name)
     except DeltaSpecError as error:
         report(error.diagnostics, output_format)
         return
-    except OSError as error:
-        raise click.UsageError(f"{output} cannot be written: {error.strerror}") from None
     if output_format == "json":
         click.echo(json.dumps(clean_data(_data(done)), indent=2))
         return

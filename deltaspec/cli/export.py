@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stdout
+from typing import Any
 
 import click
 
-from deltaspec.cli._shared import report, say
+from deltaspec.cli._shared import report, say, writing
 from deltaspec.diagnostics.clean import clean
 from deltaspec.diagnostics.findings import DeltaSpecError
 
@@ -19,7 +21,12 @@ from deltaspec.diagnostics.findings import DeltaSpecError
 @click.option("--model", metavar="MODEL", help="The base model; left out, the one that a foreign adapter names.")
 @click.option("--delta", "names", multiple=True, metavar="NAME", help="Delta to write; left out, those attached.")
 @click.option("--uniform", is_flag=True, help="One rank and one scale for all modules.")
-@click.option("--for", "engine", metavar="ENGINE", help="Write it so that this engine's check passes.")
+@click.option(
+    "--for",
+    "engine",
+    metavar="ENGINE",
+    help="Write it so that this engine's check passes, at a start that takes its rank.",
+)
 @click.option("--approximate", type=click.IntRange(min=1), metavar="RANK",
               help="Rank of the updates that stand for what has no exact form; their errors are printed.")  # fmt: skip
 def command(
@@ -45,15 +52,24 @@ def command(
 
     wishes = Wishes(uniform=uniform, approximate=approximate)
     try:
-        with redirect_stdout(sys.stderr):  # what a factory or a forward prints is no part of a report
+        with writing(output), redirect_stdout(sys.stderr):  # what a factory or a forward prints is no part of a report
             out = export(source, output, form, model, names, wishes, engine)
     except DeltaSpecError as error:
         report(error.diagnostics)
         return
-    except OSError as error:
-        raise click.UsageError(f"{output} cannot be written: {error.strerror}") from None
     say(f"{clean(output)}: {out.label}, {', '.join(out.strengths)}")
     for fqn, error_here in out.errors.items():
         say(f"  {fqn}: relative error {error_here:.2e}")
-    for remark in out.remarks:
+    for remark in (*out.remarks, *_of(engine, out.config)):
         say(f"  note: {remark}")
+
+
+def _of(engine: str | None, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what whoever starts an engine must know of this adapter: its greatest rank, and the engine's own notes."""
+    if engine is None:
+        return ()
+    from deltaspec.engines import notes
+
+    rank = max((config.get("r") or 0, *(config.get("rank_pattern") or {}).values()))
+    said = (f"its greatest rank is {rank}: start {engine} so that it takes that (check: --max-rank {rank})",)
+    return (*(said if rank else ()), *notes(engine))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from deltaspec.cli._shared import say
+from deltaspec.cli._shared import say, writing
 from deltaspec.diagnostics.wording import counted
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -31,7 +31,8 @@ def command(full: Path, base: Path, output: Path, rank: int | None, error: float
     from deltaspec.folders import extract
     from deltaspec.folders.extraction import ERROR
 
-    found = extract(full, base, output, rank=rank, error=ERROR if error is None else error, name=name)
+    with writing(output):
+        found = extract(full, base, output, rank=rank, error=ERROR if error is None else error, name=name)
     say(str(found))
     worst = max(change.error for change in found.changes)
     deltas, changes = counted(len(found.plan.deltas), "delta"), counted(len(found.changes), "change")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from deltaspec.cli._shared import say
+from deltaspec.cli._shared import say, writing
 from deltaspec.diagnostics.wording import counted
 
 
@@ -26,5 +26,6 @@ def command(directory: str, names: tuple[str, ...], base: Path, output: Path, ma
     from deltaspec.folders import merge_folder
     from deltaspec.storage.matching import checked
 
-    changed = merge_folder(directory, base, output, *names, match=checked(match))
+    with writing(output):
+        changed = merge_folder(directory, base, output, *names, match=checked(match))
     say(f"{output}: {counted(len(changed), 'tensor')} changed")

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltaspec.backbone.loading import Wanted, model_from
+from deltaspec.backbone.loading import model_from
 from deltaspec.compiler.engine import require_served, wishes_for
 from deltaspec.compiler.restore import prepared
 from deltaspec.deltas.modules import storage_key
-from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
+from deltaspec.diagnostics.findings import DeltaSpecError, require_known
 from deltaspec.formats.base import Base
-from deltaspec.formats.opening import format_of, located, open_set
+from deltaspec.formats.opening import base_reference, located, open_set
 from deltaspec.formats.outgoing import NEEDS_WEIGHTS, Outgoing, Wishes, outgoing
 from deltaspec.formats.received import ReceivedSet
 from deltaspec.formats.saving import Writer, write_files, writer
@@ -49,12 +49,7 @@ def export(
     """
     target, folder = writer(form), located(source)
     wishes = wishes if engine is None else wishes_for(engine, wishes)
-    known = format_of(folder) if folder.is_dir() else None
-    named, wanted = (None, Wanted()) if known is None else known.base_of(folder)
-    reference = model or named
-    if reference is None:
-        hint = "name the base model: --model DIRECTORY (or a hub id, or package.module:factory)"
-        raise DeltaSpecError([Diagnostic("DS563", "names no base model", str(folder), suggestion=hint)])
+    reference, wanted = base_reference(folder, model)
     called = _called(reference)
     try:
         out, files = _written(folder, Base(model_from(reference, wanted)), called, tuple(names), wishes, target)

@@ -167,7 +167,7 @@ CODES: dict[str, str] = {
     "DS559": "delta without an identity",
     "DS560": "delta without an exact form in another library",
     "DS561": "form of another library that is not known here",
-    "DS562": "directory that holds deltas in another form",
+    "DS562": "directory that holds something else",
     "DS563": "saved deltas without a known base model",
     "DS564": "delta whose form in another library follows from weights",
     # DS6: engine

@@ -13,9 +13,12 @@ from torch import nn
 from deltaspec.backbone.loading import Wanted, model_from
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.documents.atomic import write_atomically
+from deltaspec.documents.occupied import refuse_occupied
 from deltaspec.formats.base import Base
-from deltaspec.formats.opening import delta_name, format_of, located
+from deltaspec.formats.opening import base_reference, delta_name, format_of, located, refuse_no_adapter
+from deltaspec.formats.peft.adapter import CONFIG
 from deltaspec.formats.received import ReceivedSet
+from deltaspec.formats.unread import Unread
 from deltaspec.language.load import load
 from deltaspec.names.escaping import file_stem
 from deltaspec.planning.lock import lock_path, write_lock
@@ -57,14 +60,15 @@ def convert(
     folder = located(source)
     known = format_of(folder)
     if known is None:
+        refuse_no_adapter(folder)
+        if (folder / CONFIG).is_file():
+            Unread(folder).json(CONFIG)  # which says where it is malformed
         message = "holds no adapter of PEFT, AdapterHub or OpenDelta"
         hint = "name the directory that has its adapter_config.json; saved deltas need no conversion"
-        raise DeltaSpecError([Diagnostic("DS540", message, str(folder), suggestion=hint)])
-    named, wanted = known.base_of(folder)
-    reference = model if model is not None else named
-    if reference is None:
-        hint = "name the base model: --model DIRECTORY (or a hub id, or package.module:factory)"
-        raise DeltaSpecError([Diagnostic("DS540", "names no base model", str(folder), suggestion=hint)])
+        raise DeltaSpecError([Diagnostic("DS545", message, str(folder), suggestion=hint)])
+    refuse_occupied(Path(directory))
+    reference: str | nn.Module
+    reference, wanted = (model, Wanted()) if isinstance(model, nn.Module) else base_reference(folder, model)
     called = name or delta_name(folder)
     base = _base(reference, wanted)
     try:

@@ -52,8 +52,8 @@ class Foreign(Unread):
             self.incoming.account[plain] = ""
 
     def plain(self, key: str) -> str:
-        """Return a key without what torch wraps around modules."""
-        return without_wrappers(key)
+        """Return a key without what torch wraps around modules, unless the model has a module that is called so."""
+        return key if key.startswith("module.") and "module" in self.base.rows else without_wrappers(key)
 
     def called(self, module: str) -> str:
         """Return what the base model, as it is today, calls a module of the file, but for what stands in front."""
@@ -88,8 +88,7 @@ class Foreign(Unread):
         rows = self.base.rows
         here = rows if among is None else among
         named = {module: self.called(module) for module in modules}
-        fits = prefixes(named.values(), here)
-        self.prefix = fits[0] if fits else self.prefix
+        fits = self._agreed(prefixes(named.values(), here), named.values())
         found = {m: fits[0].to_here(n) or "" if fits else n for m, n in named.items() if fits or n in here}
         if lost := [module for module in named if module not in found]:
             kind = self.base.table.model_class
@@ -97,6 +96,19 @@ class Foreign(Unread):
             hint = f"load its base model, {self.incoming.base}" if self.incoming.base else "load its base model"
             self.find("DS523", message, hint, self.file)
         return found if among is not None else {module: rows[name].fqn for module, name in found.items()}
+
+    def _agreed(self, fits: list[Prefix], names: Collection[str]) -> list[Prefix]:
+        """Return the prefix of all that was placed before first; that several fit alike is a finding."""
+        if self.prefix in fits:
+            return [self.prefix]
+        if not fits or not names:
+            return fits
+        if fits[0].changes and len({tuple(map(one.to_here, names)) for one in fits}) > 1:
+            places = ", ".join(repr(one.here) for one in fits[:8])
+            message = f"what it was trained on ({shown(names)}) is here several times: under {places}"
+            self.find("DS537", message, f"read it onto one of them, such as model.{fits[0].here}", self.file)
+        self.prefix = fits[0]
+        return fits[:1]
 
     def owned(self, keys: Iterable[str]) -> dict[str, tuple[str, str]]:
         """Return, of keys that name parameters of the base as they are, each one's module here and own name."""

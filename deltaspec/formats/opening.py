@@ -6,6 +6,7 @@ import os
 import pkgutil
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from os import PathLike
@@ -58,6 +59,36 @@ def format_of(folder: Path) -> Format | None:
     return next((known for known in formats() if known.recognises(folder)), None)
 
 
+def base_reference(folder: Path, model: str | None) -> tuple[str, Wanted]:
+    """Return the base model of a directory, as the command line calls it: `model`, or the one that its files name.
+
+    What a file names is never run: it is a directory, a configuration or a hub id. Raises DeltaSpecError (DS563) where
+    there is no name.
+    """
+    known = format_of(folder) if folder.is_dir() else None
+    named, wanted = (None, Wanted()) if known is None else known.base_of(folder)
+    if model is not None:
+        return model, wanted
+    if named is None:
+        hint = "name the base model: --model DIRECTORY (or a hub id, or package.module:factory)"
+        raise DeltaSpecError([Diagnostic("DS563", "names no base model", str(folder), suggestion=hint)])
+    return named, replace(wanted, factories=False)
+
+
+def refuse_no_adapter(folder: Path) -> None:
+    """Raise DeltaSpecError where a directory is none, or holds no adapter: with what is near (DS521, DS540)."""
+    if folder.is_file() and format_of(folder.parent) is not None:
+        finding = Diagnostic("DS521", "is a file of an adapter", str(folder), suggestion=f"name {folder.parent}")
+        raise DeltaSpecError([finding])
+    if not folder.is_dir():
+        hint = "check the path, or give a hub id (org/name)"
+        raise DeltaSpecError([Diagnostic("DS521", "there is no such directory", str(folder), suggestion=hint)])
+    if inside := adapters_in(folder):
+        named = ", ".join(path.name for path in inside[:8]) + " …" * (len(inside) > 8)
+        hint = f"name one of them, such as {folder / inside[0].name}; c.library(dir, by='folder') takes them all"
+        raise DeltaSpecError([Diagnostic("DS540", f"holds several adapters: {named}", str(folder), suggestion=hint)])
+
+
 def open_set(directory: str | PathLike[str], base: Callable[[], Base], name: str | None = None) -> DeltaSet:
     """Open saved deltas or a foreign adapter, by path or hub id; `name` is what the latter's delta is to be called.
 
@@ -67,11 +98,7 @@ def open_set(directory: str | PathLike[str], base: Callable[[], Base], name: str
     if not (folder / MANIFEST).exists():
         if (known := format_of(folder)) is not None:
             return _received(known, folder, base(), name or delta_name(folder))
-        if folder.is_dir() and (inside := adapters_in(folder)):
-            named = ", ".join(path.name for path in inside[:8]) + " …" * (len(inside) > 8)
-            hint = f"name one of them, such as {folder / inside[0].name}; c.library(dir, by='folder') takes them all"
-            finding = Diagnostic("DS540", f"holds several adapters: {named}", str(folder), suggestion=hint)
-            raise DeltaSpecError([finding])
+        refuse_no_adapter(folder)
     return SavedSet(folder)
 
 

@@ -12,6 +12,7 @@ from typing import Protocol, cast
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import closest
 from deltaspec.documents.atomic import Together, alone_in
+from deltaspec.documents.occupied import refuse_occupied
 from deltaspec.formats.outgoing import Outgoing
 from deltaspec.storage.delta_set import MANIFEST
 
@@ -49,6 +50,7 @@ def write_files(folder: Path, files: dict[str, bytes], main: str) -> None:
     if (folder / MANIFEST).exists():
         hint = "give another directory"
         raise DeltaSpecError([Diagnostic("DS562", "holds saved deltas", file=str(folder), suggestion=hint)])
+    refuse_occupied(folder, adapters=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:

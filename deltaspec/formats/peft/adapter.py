@@ -45,12 +45,14 @@ class Adapter(Foreign):
         """Return a key without the wrappers of PEFT and torch."""
         segments = without_wrappers(key).split(".")
         if segments[:1] != ["base_model"]:
-            return ".".join(segments)
+            return super().plain(key)
         # `base_model` is all that types without layers of their own put in front
-        return without_wrappers(".".join(segments[2:] if segments[1:2] == ["model"] else segments[1:]))
+        return super().plain(".".join(segments[2:] if segments[1:2] == ["model"] else segments[1:]))
 
     def called(self, module: str) -> str:
-        """Return what the base model calls a module that PEFT's own layers are around."""
+        """Return what the base model calls a module that PEFT's layers are around; its own may be called as those."""
+        if module in self.base.rows:
+            return module
         return super().called(".".join(segment for segment in module.split(".") if segment != "base_layer"))
 
     def _said(self, name: str) -> str | None:

@@ -26,6 +26,13 @@ def refuse_ignored_geometry(adapter: Adapter, found: Iterable[Found]) -> None:
             _refuse(adapter, at.fqn, ignored_geometry(module), "merge it with PEFT: model.merge_and_unload()")
 
 
+def refuse_ignored_padding(adapter: Adapter, found: Iterable[Found]) -> None:
+    """Refuse convolutions whose padding mode PEFT leaves out: it convolves with the change of the weight by itself."""
+    for at in found:
+        module = adapter.base.model.get_submodule(at.fqn)
+        _refuse(adapter, at.fqn, ignored_padding(module), "train it again without this module")
+
+
 def refuse_ignored_dilation(adapter: Adapter, fqn: str) -> None:
     """Refuse a convolution whose dilation or padding mode PEFT's layer of LoRA leaves out."""
     if adapter.base.rows[fqn].kind == "conv":
@@ -42,12 +49,17 @@ def ignored_geometry(module: Any) -> list[str]:
     return [*uneven, *ignored_dilation(module)]
 
 
+def ignored_padding(module: Any) -> list[str]:
+    """Return the padding mode, where a convolution has one that PEFT leaves out; of another module, nothing."""
+    padded = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.padding_mode != "zeros"
+    return ["padding_mode"] * padded
+
+
 def ignored_dilation(module: Any) -> list[str]:
     """Return what PEFT's layer of LoRA leaves out of a convolution; of another module, nothing."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return []
-    dilated, padded = set(module.dilation) != {1}, module.padding_mode != "zeros"
-    return ["dilation"] * dilated + ["padding_mode"] * padded
+    return ["dilation"] * (set(module.dilation) != {1}) + ignored_padding(module)
 
 
 def _refuse(adapter: Adapter, fqn: str, ignored: list[str], hint: str) -> None:

@@ -75,7 +75,9 @@ def _put(out: Outgoing, fqn: str, update: Update, row: Row, biased: bool) -> Non
             bias = update.up.new_zeros(update.up.shape[0]) if update.bias is None else update.bias
             out.tensors[f"{at}lora_B.bias"] = bias
     if update.magnitude is not None:
-        out.tensors[f"{at}lora_magnitude_vector"] = update.magnitude
+        # PEFT keeps those of convolutions with all the dimensions of their output.
+        shape = (1, -1, *(1 for _ in row.shape_of("weight")[2:])) if row.kind == "conv" else (-1,)
+        out.tensors[f"{at}lora_magnitude_vector"] = update.magnitude.reshape(shape)
 
 
 def _plain(number: float) -> int | float:

@@ -105,7 +105,7 @@ def unplaced(out: Outgoing, part: Part) -> str | None:
     """Return why no layer of PEFT acts at a place; None where one does."""
     site = part.at.site
     if site.parameter is not None:
-        return "PEFT's layers take modules, not this parameter"
+        return "target_parameters are not written yet, and PEFT's other layers take modules"
     if site.host is not None:
         return "PEFT acts where a module is called, and this one's weight is read without a call"
     if site.row.aliases:

@@ -8,7 +8,8 @@ import torch
 
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing, Part
-from deltaspec.formats.peft.single import Single
+from deltaspec.formats.peft.convolutions import ignored_padding, refuse_ignored_padding
+from deltaspec.formats.peft.single import Single, left_out
 from deltaspec.formats.peft.sites import differs, found_modules, lacks, overrides
 from deltaspec.formats.peft.targets import by_pattern, ranks_of
 
@@ -32,7 +33,9 @@ def read(adapter: Adapter) -> None:
     if dropout := adapter.options.number("hira_dropout", 0.0):
         params["dropout"] = dropout
     sites, ignored = [], False
-    for found in found_modules(adapter, _NAMES, {"down": None, "up": None}):
+    modules = list(found_modules(adapter, _NAMES, {"down": None, "up": None}))
+    refuse_ignored_padding(adapter, modules)
+    for found in modules:
         if lacks(adapter, found, ("down", "up")):
             continue
         said, held = by_pattern(found.module, ranks, rank), found.tensors["down"].shape[0]
@@ -53,6 +56,7 @@ def write(out: Outgoing) -> None:
     """Write a HiRA adapter. All modules get the largest rank, filled with zeros: PEFT does not look at rank_pattern."""
     layers = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
     single = Single(out, "HIRA", "hira", layers, biases=False)
+    single.keep(lambda part: left_out(ignored_padding(out.base.model.get_submodule(part.fqn))))
     rank = max((part.params.rank for part in single.parts.values()), default=32)
     for theirs, ours in _NAMES.items():
         embedding = "embedding" in theirs

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing, Part
-from deltaspec.formats.peft.single import Single
+from deltaspec.formats.peft.convolutions import ignored_padding, refuse_ignored_padding
+from deltaspec.formats.peft.single import Single, left_out
 from deltaspec.formats.peft.sites import Found, found_modules, lacks, misfits, overrides
 from deltaspec.formats.peft.targets import alphas_of, by_pattern, ranks_of
 
@@ -34,7 +35,9 @@ def read(adapter: Adapter) -> None:
     if adapter.options.flag("use_effective_conv2d", False):
         params["tucker"] = True
     sites = []
-    for found in found_modules(adapter, _NAMES, {"core_1": 4, "core_2": 4}):
+    modules = list(found_modules(adapter, _NAMES, {"core_1": 4, "core_2": 4}))
+    refuse_ignored_padding(adapter, modules)
+    for found in modules:
         if lacks(adapter, found, ("up_1", "down_1", "up_2", "down_2")):
             continue
         own = {"rank": by_pattern(found.module, ranks, rank), "alpha": by_pattern(found.module, alphas, alpha)}
@@ -77,6 +80,7 @@ def _tensors(adapter: Adapter, found: Found, rank: int) -> dict[str, Tensor] | N
 def write(out: Outgoing) -> None:
     """Write a LoHa adapter."""
     single = Single(out, "LOHA", "loha", ("Linear", "Conv1d", "Conv2d"), biases=False)
+    single.keep(lambda part: left_out(ignored_padding(out.base.model.get_submodule(part.fqn))))
     core = single.agreed("use_effective_conv2d", lambda part: part.params.tucker, False)
     for theirs, ours in _NAMES.items():
         single.put(theirs, lambda part, ours=ours: _tensor(part, ours))  # type: ignore[misc]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing, Part
-from deltaspec.formats.peft.single import Single
+from deltaspec.formats.peft.convolutions import ignored_padding, refuse_ignored_padding
+from deltaspec.formats.peft.single import Single, left_out
 from deltaspec.formats.peft.sites import Found, differs, found_modules, lacks, misfits, overrides
 from deltaspec.formats.peft.targets import alphas_of, by_pattern, ranks_of
 from deltaspec.names.folding import shown
@@ -29,7 +30,9 @@ def read(adapter: Adapter) -> None:
     rank, alpha = params["rank"], params["alpha"]
     ranks, alphas = ranks_of(adapter), alphas_of(adapter)
     sites, scrambled = [], []
-    for found in found_modules(adapter, _NAMES, {"large": None, "large_core": 4}):
+    modules = list(found_modules(adapter, _NAMES, {"large": None, "large_core": 4}))
+    refuse_ignored_padding(adapter, modules)
+    for found in modules:
         own = {"rank": by_pattern(found.module, ranks, rank), "alpha": by_pattern(found.module, alphas, alpha)}
         if len(found.row.shape_of("weight")) == 3 and "large" in found.tensors:
             own["order"] = "peft_conv1d"
@@ -84,6 +87,7 @@ def _tensors(adapter: Adapter, found: Found) -> dict[str, Tensor] | None:
 def write(out: Outgoing) -> None:
     """Write a LoKr adapter."""
     single = Single(out, "LOKR", "lokr", ("Linear", "Conv1d", "Conv2d"), biases=False)
+    single.keep(lambda part: left_out(ignored_padding(out.base.model.get_submodule(part.fqn))))
     single.keep(_scrambled)
     core = single.agreed("use_effective_conv2d", lambda part: part.params.tucker, False)
     both = single.agreed("decompose_both", lambda part: part.params.decompose_both, False)
