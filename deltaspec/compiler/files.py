@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -95,8 +96,9 @@ class Files(nn.Module):
         gives all modules one rank and one scale, for readers that know no patterns. What has no exact form is refused,
         and nothing is written; `approximate` is the rank of low-rank updates that stand for it. Return the relative
         error of each module where they do; the card has them, too. `engine` writes it so that this engine's check
-        passes (`deltaspec.engines`). Raises DeltaSpecError (DS560) with all findings.
+        passes (`deltaspec.engines`). Raises DeltaSpecError (DS560) with all findings, TypeError, ValueError, OSError.
         """
+        _require_plain(form, directory, approximate)
         target, wishes = writer(form), Wishes(uniform=uniform, approximate=approximate)
         if engine is not None:
             wishes = wishes_for(engine, wishes)
@@ -132,3 +134,17 @@ class Files(nn.Module):
         """Export the model with its attached deltas: `torch.export.export(self.backbone, …)`, same arguments."""
         self._active.require_proof()
         return torch.export.export(self._host.backbone, *args, **options)
+
+
+def _require_plain(form: Any, directory: Any, approximate: Any) -> None:
+    """Raise TypeError or ValueError where these are not what `save_as` takes."""
+    if not isinstance(form, str):
+        raise TypeError(f"form must be a name such as 'peft', not {form!r}")
+    if not isinstance(directory, str | PathLike):
+        raise TypeError(f"directory must be a path, not {directory!r}")
+    if not os.fspath(directory):
+        raise ValueError("directory must not be empty: '.' is the one at hand")
+    if approximate is not None and (not isinstance(approximate, int) or isinstance(approximate, bool)):
+        raise TypeError(f"approximate must be a rank, a whole number, or None, not {approximate!r}")
+    if approximate is not None and approximate < 1:
+        raise ValueError(f"approximate must be a rank of 1 or more, not {approximate}")

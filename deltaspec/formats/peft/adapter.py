@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deltaspec.formats.base import Base
 from deltaspec.formats.foreign import Foreign, without_wrappers
 from deltaspec.formats.incoming import Incoming
+from deltaspec.formats.options import Options
 from deltaspec.names.paths import below
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ class Adapter(Foreign):
     def __init__(self, folder: Path, base: Base, name: str) -> None:
         super().__init__(folder, base, name, "PEFT")
         self.config = self.json(CONFIG)
-        self._options = set(self.config) - {*_COMMON}
-        """Names of the options that nobody has asked for."""
-        self.incoming.base = self.config.get("base_model_name_or_path") or None
-        self.incoming.revision = self.config.get("revision") or None
+        self.options = Options(self, self.config, CONFIG)
+        """The configuration: each option is asked for, with what it may be."""
+        self.options.ignore(*_COMMON)
+        self.incoming.base, self.incoming.revision = self._said("base_model_name_or_path"), self._said("revision")
 
     @property
     def type(self) -> str:
@@ -54,16 +55,18 @@ class Adapter(Foreign):
             return module
         return super().called(".".join(segment for segment in module.split(".") if segment != "base_layer"))
 
+    def _said(self, name: str) -> str | None:
+        return None if self.config.get(name) is None else self.options.text(name, "") or None
+
     # Options.
 
     def option(self, name: str, default: Any = None) -> Any:
         """Return an option of the configuration; the default where it is left out."""
-        self._options.discard(name)
-        return self.config.get(name, default)
+        return self.options.get(name, default)
 
     def ignore(self, *names: str) -> None:
         """Take options that matter in training, or for storage, alone."""
-        self._options.difference_update(names)
+        self.options.ignore(*names)
 
     def refuse(self, name: str, reason: str, suggestion: str, *, unless: Iterable[Any] = (None, False)) -> None:
         """Refuse an option that has no counterpart here, unless it is off or has one of these values."""
@@ -91,8 +94,5 @@ class Adapter(Foreign):
 
     def finish(self) -> Incoming:
         """Return what was read. Raises DeltaSpecError where an option or a key was not taken, or nothing was found."""
-        unknown = [name for name in sorted(self._options) if self.config[name] not in (None, False, [], {}, "")]
-        for name in unknown:
-            message = f"{name}: {self.config[name]!r} is no option of {self.type} that is known here"
-            self.find("DS544", message, "if it does not matter, delete it; else report it", CONFIG)
+        self.options.finish(self.type)
         return super().finish()

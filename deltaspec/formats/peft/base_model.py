@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from deltaspec.backbone.loading import Wanted
+from deltaspec.formats.options import Options
 from deltaspec.formats.peft.adapter import CONFIG, WEIGHTS
 from deltaspec.formats.unread import Unread
 
@@ -20,18 +22,30 @@ _HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "cl
 
 
 def base_named_in(folder: Path) -> tuple[str | None, Wanted]:
-    """Return the reference of the base model, and its class with as many labels as a saved head has."""
+    """Return the reference of the base model, and its class with as many labels as a saved head has.
+
+    Raises DeltaSpecError.
+    """
     unread = Unread(folder)
-    config = unread.json(CONFIG)
-    named = config.get("base_model_name_or_path")
-    mapping = config.get("auto_mapping")
-    kind = _KINDS.get(str(config.get("task_type")))
-    if kind is None and isinstance(mapping, dict) and str(mapping.get("parent_library")).startswith("transformers."):
-        kind = mapping.get("base_model_class")
+    options = Options(unread, _given(unread.json(CONFIG)), CONFIG)
+    kind = _KINDS.get(options.text("task_type", ""))
+    mapped = Options(unread, _given(options.mapping("auto_mapping")), CONFIG)
+    if kind is None and mapped.text("parent_library", "").startswith("transformers."):
+        kind = mapped.text("base_model_class", "") or None
+    named = options.text("base_model_name_or_path", "")
     settings = {}
     if kind in (_KINDS["SEQ_CLS"], _KINDS["TOKEN_CLS"]):
         for file in (file for file in WEIGHTS if (folder / file).exists()):
             heads = [value for key, value in unread.tensors(file).items() if key.endswith(_HEADS)]
-            settings = {"num_labels": heads[-1].shape[0]} if heads else {}
+            if heads and heads[-1].dim() != 2:
+                message = f"its head has the shape {list(heads[-1].shape)}, where ?×? is due"
+                unread.find("DS526", message, "the file was changed: save the adapter again", file)
+            elif heads:
+                settings = {"num_labels": heads[-1].shape[0]}
             break
-    return (named if isinstance(named, str) and named else None), Wanted(kind, settings)
+    unread.settle()
+    return named or None, Wanted(kind, settings)
+
+
+def _given(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if value is not None}

@@ -42,7 +42,8 @@ class Place:
 
 def places_of(adapter: Adapter, places: Mapping[str, str]) -> dict[str, Place]:
     """Return what each module that has keys, with its FQN here, stands for; what stands for nothing is a finding."""
-    targets = adapter.option("target_parameters") or []
+    targets = adapter.options.listed("target_parameters")
+    adapter.options.settle()
     found = {module: Place(fqn, module) for module, fqn in places.items()}
     rows = adapter.base.rows
     for module, fqn in places.items():

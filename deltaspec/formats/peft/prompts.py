@@ -28,9 +28,10 @@ def check_task(adapter: Adapter) -> None:
 
 def submodules(adapter: Adapter) -> int:
     """Return for how many stacks PEFT has made tokens; it takes both of an encoder and a decoder where none is said."""
-    given = adapter.option("num_transformer_submodules")
-    if given is None:
-        given = 2 if adapter.config.get("task_type") == "SEQ_2_SEQ_LM" else 1
+    usual = 2 if adapter.config.get("task_type") == "SEQ_2_SEQ_LM" else 1
+    if adapter.options.get("num_transformer_submodules") is None:
+        return usual
+    given = adapter.options.whole("num_transformer_submodules", usual)
     if given not in (1, 2):
         adapter.find("DS544", f"num_transformer_submodules: {given!r} is not known here", "it is 1 or 2", CONFIG)
     return int(given == 2) + 1
@@ -51,16 +52,14 @@ def table(adapter: Adapter, tokens: int, width: int | None, became: str) -> Tens
 
 def add_soft_prompt(adapter: Adapter) -> None:
     """Add the embeddings that stand in front of the input, however they were trained."""
-    tokens, width = adapter.option("num_virtual_tokens"), adapter.option("token_dim")
+    tokens = adapter.options.whole("num_virtual_tokens", 0, 1)
+    width = None if adapter.options.get("token_dim") is None else adapter.options.whole("token_dim", 0, 1)
     adapter.ignore("num_attention_heads", "num_layers")
     check_task(adapter)
     stacks = submodules(adapter)
     row = _entrance(adapter)
-    known = isinstance(tokens, int) and tokens > 0
-    if not known:
-        message = f"num_virtual_tokens: {tokens!r} is no number of tokens"
-        adapter.find("DS544", message, "save the adapter again", CONFIG)
-    if row is None or not known:
+    adapter.options.settle()
+    if row is None:
         adapter.take(KEY, "not read")
         return
     rows = table(adapter, stacks * tokens, width, f"prompt of {counted(tokens, 'token')} at {row.fqn}")

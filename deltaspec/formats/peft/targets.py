@@ -14,6 +14,12 @@ from deltaspec.formats.peft.adapter import CONFIG, Adapter
 from deltaspec.names.folding import shown
 
 ALL_LINEAR = "all-linear"
+AT_END = r"(.*\.)?({})$"
+"""Where PEFT puts the keys of `rank_pattern` and `alpha_pattern`: at the end of a module's name."""
+BELOW_ANY = r".*\.{}$"
+"""Where it puts those of FourierFT and C3A."""
+_BELOW = r"(^|.*\.){}($|\..*)"
+_AT_LAYER = r"(?:^|.*?\.){}\.(?P<index>\d+)\."
 
 
 LAYERS = ("linear", "conv1d", "conv")
@@ -24,25 +30,21 @@ def check_targets(adapter: Adapter, modules: Mapping[str, str], kinds: Iterable[
 
     PEFT leaves out keys of modules that it does not mean, and draws at random those that are missing, in silence.
     """
-    targets = adapter.option("target_modules")
-    excluded = adapter.option("exclude_modules")
-    layers, pattern = adapter.option("layers_to_transform"), adapter.option("layers_pattern")
+    targets, excluded = adapter.options.names("target_modules"), adapter.options.names("exclude_modules")
+    layers, pattern = _layers(adapter), adapter.options.names("layers_pattern", _AT_LAYER)
+    saved = adapter.options.listed("modules_to_save", _BELOW)
+    adapter.options.settle()
     if targets is None:  # the defaults of the model's type: the keys show them
         return
     names = list(modules)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return
-    try:
-        meant = {name for name in names if is_meant(name, targets, excluded, layers, pattern)}
-        here = [row.fqn for row in adapter.base.table.rows if row.fqn and row.kind in kinds]
-        wanted = {fqn for fqn in here if is_meant(fqn, targets, excluded, layers, pattern)}
-    except re.error as error:
-        adapter.find("DS544", f"target_modules is no regular expression: {error}", "save the adapter again", CONFIG)
-        return
+    meant = {name for name in names if is_meant(name, targets, excluded, layers, pattern)}
+    here = [row.fqn for row in adapter.base.table.rows if row.fqn and row.kind in kinds]
+    wanted = {fqn for fqn in here if is_meant(fqn, targets, excluded, layers, pattern)}
     if other := [name for name in names if name not in meant]:
         message = f"target_modules does not mean {shown(other)}, so PEFT leaves out what the file has for it"
         adapter.find("DS543", message, "the configuration was changed after the adapter was saved", CONFIG)
-    saved = adapter.option("modules_to_save") or []
     own = set(modules.values())
     lacking = [fqn for fqn in sorted(wanted - own) if not any(_below_saved(fqn, name) for name in saved)]
     if lacking and own <= {row.fqn for row in adapter.base.table.rows}:
@@ -51,7 +53,7 @@ def check_targets(adapter: Adapter, modules: Mapping[str, str], kinds: Iterable[
 
 
 def is_meant(name: str, targets: Any, excluded: Any = None, layers: Any = None, pattern: Any = None) -> bool:
-    """Return whether PEFT puts an adapter onto a module of this name. Raises re.error."""
+    """Return whether PEFT puts an adapter onto a module of this name."""
     if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _listed(name, excluded)):
         return False
     if isinstance(targets, str):
@@ -66,11 +68,18 @@ def is_meant(name: str, targets: Any, excluded: Any = None, layers: Any = None, 
     return index is not None and (index == layers if isinstance(layers, int) else index in layers)
 
 
+def _layers(adapter: Adapter) -> int | list[int] | None:
+    if adapter.options.get("layers_to_transform") is None:
+        return None
+    if isinstance(adapter.options.given["layers_to_transform"], list):
+        return adapter.options.items("layers_to_transform", (), int)
+    return adapter.options.whole("layers_to_transform", 0)
+
+
 def _layer(name: str, pattern: Any) -> int | None:
-    patterns = [r"[^.]*"] if not pattern else [pattern] if isinstance(pattern, str) else list(pattern)
-    lead = r".*?\." if not pattern else r"(?:^|.*?\.)"
-    for one in patterns:
-        if (found := re.match(rf"{lead}{one}\.(?P<index>\d+)\.", name)) is not None:
+    given = [pattern] if isinstance(pattern, str) else list(pattern or ())
+    for one in map(_AT_LAYER.format, given) if given else (r".*?\.[^.]*\.(?P<index>\d+)\.",):
+        if (found := re.match(one, name)) is not None:
             return int(found["index"])
     return None
 
@@ -79,14 +88,24 @@ def _listed(name: str, words: Iterable[str]) -> bool:
     return any(name == word or name.endswith(f".{word}") for word in words)
 
 
+def ranks_of(adapter: Adapter) -> dict[str, int]:
+    """Return `rank_pattern`."""
+    return adapter.options.wholes("rank_pattern", AT_END, 1)
+
+
+def alphas_of(adapter: Adapter) -> dict[str, float]:
+    """Return `alpha_pattern`."""
+    return adapter.options.numbers("alpha_pattern", AT_END)
+
+
 def _below_saved(fqn: str, name: str) -> bool:
-    return re.match(rf"(^|.*\.){name}($|\..*)", fqn) is not None
+    return re.match(_BELOW.format(name), fqn) is not None
 
 
 def by_pattern(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """Return what `rank_pattern` or `alpha_pattern` says of a module: of its keys, regexes, the first at its end."""
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if re.match(AT_END.format(key), name):
             return value
     return default
 
@@ -94,6 +113,6 @@ def by_pattern(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
 def by_pattern_below(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """Return what a pattern of FourierFT or C3A says of a module: of its keys, a regex below a module, or the name."""
     for key, value in patterns.items():
-        if re.match(rf".*\.{key}$", name):
+        if re.match(BELOW_ANY.format(key), name):
             return value
     return patterns.get(name, default)

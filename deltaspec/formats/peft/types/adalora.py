@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -34,18 +33,20 @@ _TRAINING = (
 def read(adapter: Adapter) -> None:
     """Add the delta of an AdaLoRA adapter. Ranks that were dropped are zeros, as RankAllocator leaves them here."""
     adapter.ignore(*_TRAINING)
-    initial, target = adapter.option("init_r", 12), adapter.option("target_r", 8)
-    alpha = adapter.option("lora_alpha", 8)
+    initial, target = adapter.options.whole("init_r", 12, 1), adapter.options.whole("target_r", 8, 1)
+    alpha = adapter.options.number("lora_alpha", 8)
     params: dict[str, Any] = {"rank": min(target, initial), "initial_rank": initial}
-    params["alpha"] = float(alpha if alpha > 0 else initial)
-    if dropout := adapter.option("lora_dropout", 0.0):
-        params["dropout"] = float(dropout)
-    kept = _kept(adapter.option("rank_pattern") or {})
+    params["alpha"] = alpha if alpha > 0 else float(initial)
+    if dropout := adapter.options.number("lora_dropout", 0.0):
+        params["dropout"] = dropout
+    kept = _kept(adapter)
     sites = []
     for found in found_modules(adapter, _NAMES):
         if lacks(adapter, found, _NAMES.values()):
             continue
-        mask = kept.get(found.module, [True] * initial)
+        mask = kept.get(found.module)
+        if mask is None:
+            mask = [True] * found.tensors["down"].shape[0]
         (out, *inner), held = found.row.shape_of("weight"), sum(mask)
         if found.row.kind == "conv1d":
             out, inner = inner[0], [out]
@@ -56,19 +57,25 @@ def read(adapter: Adapter) -> None:
     adapter.add("adalora", params, sites)
 
 
-def _kept(pattern: Mapping[str, Any]) -> dict[str, list[bool]]:
+def _kept(adapter: Adapter) -> dict[str, list[bool]]:
     """Return which ranks each module has kept, by its name: keys end in `lora_E`, or in an adapter's name behind it."""
+    if adapter.options.get("rank_pattern") is None:
+        return {}
     found = {}
-    for key, mask in pattern.items():
+    for key, mask in adapter.options.mapping("rank_pattern").items():
+        if not isinstance(mask, list) or not all(isinstance(rank, bool) for rank in mask):
+            adapter.options.wrong("rank_pattern", {key: mask}, "a mapping of names to lists of true and false")
+            continue
         name, _, _ = key.rpartition(".lora_E")
-        found[name] = [bool(rank) for rank in mask]
+        found[name] = mask
     return found
 
 
 def _spread(found: Found, mask: list[bool]) -> dict[str, Tensor]:
     """Return the tensors with zeros where ranks were dropped; a convolution's with their kernel."""
     places = torch.tensor(mask).nonzero().flatten()
-    down, singular, up = (found.tensors[name] for name in ("down", "singular", "up"))
+    own = (found.tensors[name] for name in ("down", "singular", "up"))
+    down, singular, up = (value.float() if value.element_size() == 1 else value for value in own)  # no copy of float8
     down = down.new_zeros(len(mask), *down.shape[1:]).index_copy(0, places, down)
     up = up.new_zeros(up.shape[0], len(mask)).index_copy(1, places, up)
     singular = singular.new_zeros(len(mask)).index_copy(0, places, singular.flatten())

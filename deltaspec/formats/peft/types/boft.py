@@ -24,8 +24,8 @@ def read(adapter: Adapter) -> None:
     PEFT takes one factor where it finds no CUDA, whatever its configuration says, and saves what it took.
     """
     adapter.ignore("init_weights", "fan_in_fan_out", "boft_block_num")
-    size, factors = adapter.option("boft_block_size", 4), adapter.option("boft_n_butterfly_factor", 1)
-    dropout = float(adapter.option("boft_dropout", 0.0))
+    size, factors = adapter.options.whole("boft_block_size", 4), adapter.options.whole("boft_n_butterfly_factor", 1)
+    dropout = adapter.options.number("boft_dropout", 0.0)
     modules = [
         found for found in found_modules(adapter, {"boft_R": "rotation", "boft_s": "output_scale"}, {"rotation": 4})
         if not lacks(adapter, found, ("rotation", "output_scale"))

@@ -8,7 +8,7 @@ from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import differs, found_modules, overrides
-from deltaspec.formats.peft.targets import by_pattern_below
+from deltaspec.formats.peft.targets import BELOW_ANY, by_pattern_below
 
 if TYPE_CHECKING:
     from deltaspec.formats.peft.adapter import Adapter
@@ -20,9 +20,12 @@ _STARTS = {True: "zeros", "gaussian": "normal", "kaiming_uniform": "kaiming_unif
 
 def read(adapter: Adapter) -> None:
     """Add the delta of a C3A adapter."""
-    size, sizes = adapter.option("block_size", 256), adapter.option("block_size_pattern") or {}
+    size, sizes = (
+        adapter.options.whole("block_size", 256, 1),
+        adapter.options.wholes("block_size_pattern", BELOW_ANY, 1),
+    )
     params: dict[str, Any] = {"block_size": size}
-    if (start := adapter.option("init_weights")) in _STARTS:
+    if (start := adapter.options.start("init_weights", False)) in _STARTS:
         params["init"] = _STARTS[start]
     sites = []
     for found in found_modules(adapter, {"c3a_kernel": "kernels"}, {"kernels": 3}):

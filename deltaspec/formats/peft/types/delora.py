@@ -9,7 +9,7 @@ from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.factors import Update
 from deltaspec.formats.peft.single import Single, most
 from deltaspec.formats.peft.sites import differs, found_modules, lacks, overrides
-from deltaspec.formats.peft.targets import by_pattern
+from deltaspec.formats.peft.targets import by_pattern, ranks_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,14 +23,14 @@ _NAMES = {"delora_A": "down", "delora_B": "up", "delora_lambda": "boundary", "de
 
 def read(adapter: Adapter) -> None:
     """Add the delta of a DeLoRA adapter."""
-    rank, ranks = adapter.option("r", 8), adapter.option("rank_pattern") or {}
-    params: dict[str, Any] = {"rank": rank, "init": "zeros" if adapter.option("init_weights", True) else "random"}
-    bound = adapter.option("delora_lambda", 15)
+    rank, ranks = adapter.options.whole("r", 8, 1), ranks_of(adapter)
+    params: dict[str, Any] = {"rank": rank, "init": "zeros" if adapter.options.flag("init_weights", True) else "random"}
+    bound = adapter.options.number("delora_lambda", 15)
     adapter.ignore("lambda_pattern")  # where the bounds started
     if 0 < bound <= 1e6:
-        params["boundary"] = float(bound)
-    if dropout := adapter.option("module_dropout", 0.0):
-        params["dropout"] = float(dropout)
+        params["boundary"] = bound
+    if dropout := adapter.options.number("module_dropout", 0.0):
+        params["dropout"] = dropout
     sites = []
     for found in found_modules(adapter, _NAMES, {"boundary": 1, "norm": 1}):
         own = {"rank": by_pattern(found.module, ranks, rank)}

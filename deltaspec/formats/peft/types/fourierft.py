@@ -11,7 +11,7 @@ from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import differs, found_modules, overrides
-from deltaspec.formats.peft.targets import by_pattern_below
+from deltaspec.formats.peft.targets import BELOW_ANY, by_pattern_below
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +25,14 @@ METHODS = frozenset({"fourierft"})
 def read(adapter: Adapter) -> None:
     """Add the delta of a FourierFT adapter."""
     adapter.ignore("fan_in_fan_out")
-    count, seed = adapter.option("n_frequency", 1000), adapter.option("random_loc_seed", 777)
-    counts = adapter.option("n_frequency_pattern") or {}
+    count, seed = (
+        adapter.options.whole("n_frequency", 1000, 1),
+        adapter.options.whole("random_loc_seed", 777, -(1 << 63)),
+    )
+    counts = adapter.options.wholes("n_frequency_pattern", BELOW_ANY, 1)
     params: dict[str, Any] = {
-        "frequencies": count, "scale": float(adapter.option("scaling", 150.0)), "frequency_seed": seed,
-        "init": "zeros" if adapter.option("init_weights") else "normal",
+        "frequencies": count, "scale": adapter.options.number("scaling", 150.0), "frequency_seed": seed,
+        "init": "zeros" if adapter.options.flag("init_weights", False) else "normal",
     }  # fmt: skip
 
     @cache

@@ -11,7 +11,7 @@ from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.convolutions import ignored_padding, refuse_ignored_padding
 from deltaspec.formats.peft.single import Single, left_out
 from deltaspec.formats.peft.sites import differs, found_modules, lacks, overrides
-from deltaspec.formats.peft.targets import by_pattern
+from deltaspec.formats.peft.targets import by_pattern, ranks_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,12 +26,12 @@ _NAMES = {"hira_A": "down", "hira_B": "up", "hira_embedding_A": "down", "hira_em
 def read(adapter: Adapter) -> None:
     """Add the delta of a HiRA adapter."""
     adapter.ignore("fan_in_fan_out")
-    rank, ranks = adapter.option("r", 32), adapter.option("rank_pattern") or {}
+    rank, ranks = adapter.options.whole("r", 32, 1), ranks_of(adapter)
     params: dict[str, Any] = {"rank": rank}
-    if adapter.option("init_weights") == "gaussian":
+    if adapter.options.start("init_weights", True) == "gaussian":
         params["init"] = "normal"
-    if dropout := adapter.option("hira_dropout", 0.0):
-        params["dropout"] = float(dropout)
+    if dropout := adapter.options.number("hira_dropout", 0.0):
+        params["dropout"] = dropout
     sites, ignored = [], False
     modules = list(found_modules(adapter, _NAMES, {"down": None, "up": None}))
     refuse_ignored_padding(adapter, modules)

@@ -20,8 +20,8 @@ METHODS = frozenset({"hra"})
 def read(adapter: Adapter) -> None:
     """Add the delta of an HRA adapter."""
     adapter.ignore("init_weights")
-    params: dict[str, Any] = {"rank": adapter.option("r", 8)}
-    if adapter.option("apply_GS"):
+    params: dict[str, Any] = {"rank": adapter.options.whole("r", 8, 1)}
+    if adapter.options.flag("apply_GS", False):
         params["orthogonal"] = True
     found = found_modules(adapter, {"hra_u": "directions"})
     refuse_ignored_geometry(adapter, found)

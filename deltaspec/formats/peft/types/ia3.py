@@ -24,7 +24,7 @@ METHODS = frozenset({"ia3"})
 def read(adapter: Adapter) -> None:
     """Add the delta of an (IA)³ adapter."""
     adapter.ignore("init_ia3_weights", "fan_in_fan_out")
-    modules = adapter.option("feedforward_modules")
+    modules = adapter.options.names("feedforward_modules")
     placed = []
     for found in found_modules(adapter, {"ia3_l": "scale"}, {"scale": None}):
         before = _is_before(adapter, found, modules)

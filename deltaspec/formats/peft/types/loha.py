@@ -10,7 +10,7 @@ from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.convolutions import ignored_padding, refuse_ignored_padding
 from deltaspec.formats.peft.single import Single, left_out
 from deltaspec.formats.peft.sites import Found, found_modules, lacks, misfits, overrides
-from deltaspec.formats.peft.targets import by_pattern
+from deltaspec.formats.peft.targets import alphas_of, by_pattern, ranks_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,13 +26,13 @@ _NAMES = {"hada_w1_a": "up_1", "hada_w1_b": "down_1", "hada_w2_a": "up_2", "hada
 def read(adapter: Adapter) -> None:
     """Add the delta of a LoHa adapter."""
     adapter.ignore("init_weights")
-    rank, alpha = adapter.option("r", 8), adapter.option("alpha", 8)
-    ranks, alphas = adapter.option("rank_pattern") or {}, adapter.option("alpha_pattern") or {}
-    params: dict[str, Any] = {"rank": rank, "alpha": float(alpha)}
+    rank, alpha = adapter.options.whole("r", 8, 1), adapter.options.number("alpha", 8)
+    ranks, alphas = ranks_of(adapter), alphas_of(adapter)
+    params: dict[str, Any] = {"rank": rank, "alpha": alpha}
     for name in ("rank_dropout", "module_dropout"):
-        if dropout := adapter.option(name, 0.0):
-            params[name] = float(dropout)
-    if adapter.option("use_effective_conv2d"):
+        if dropout := adapter.options.number(name, 0.0):
+            params[name] = dropout
+    if adapter.options.flag("use_effective_conv2d", False):
         params["tucker"] = True
     sites = []
     modules = list(found_modules(adapter, _NAMES, {"core_1": 4, "core_2": 4}))
@@ -40,7 +40,7 @@ def read(adapter: Adapter) -> None:
     for found in modules:
         if lacks(adapter, found, ("up_1", "down_1", "up_2", "down_2")):
             continue
-        own = {"rank": by_pattern(found.module, ranks, rank), "alpha": float(by_pattern(found.module, alphas, alpha))}
+        own = {"rank": by_pattern(found.module, ranks, rank), "alpha": by_pattern(found.module, alphas, alpha)}
         tensors = _tensors(adapter, found, own["rank"])
         if tensors is not None:
             sites.append(IncomingSite(found.fqn, tensors, overrides(params, own)))

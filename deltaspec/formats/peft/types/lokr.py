@@ -10,7 +10,7 @@ from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.convolutions import ignored_padding, refuse_ignored_padding
 from deltaspec.formats.peft.single import Single, left_out
 from deltaspec.formats.peft.sites import Found, differs, found_modules, lacks, misfits, overrides
-from deltaspec.formats.peft.targets import by_pattern
+from deltaspec.formats.peft.targets import alphas_of, by_pattern, ranks_of
 from deltaspec.names.folding import shown
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ def read(adapter: Adapter) -> None:
     """Add the delta of a LoKr adapter."""
     params = _params(adapter)
     rank, alpha = params["rank"], params["alpha"]
-    ranks, alphas = adapter.option("rank_pattern") or {}, adapter.option("alpha_pattern") or {}
+    ranks, alphas = ranks_of(adapter), alphas_of(adapter)
     sites, scrambled = [], []
     modules = list(found_modules(adapter, _NAMES, {"large": None, "large_core": 4}))
     refuse_ignored_padding(adapter, modules)
     for found in modules:
-        own = {"rank": by_pattern(found.module, ranks, rank), "alpha": float(by_pattern(found.module, alphas, alpha))}
+        own = {"rank": by_pattern(found.module, ranks, rank), "alpha": by_pattern(found.module, alphas, alpha)}
         if len(found.row.shape_of("weight")) == 3 and "large" in found.tensors:
             own["order"] = "peft_conv1d"
             scrambled.append(found.fqn)
@@ -49,19 +49,19 @@ def read(adapter: Adapter) -> None:
 
 
 def _params(adapter: Adapter) -> dict[str, Any]:
-    params: dict[str, Any] = {"rank": adapter.option("r", 8), "alpha": float(adapter.option("alpha", 8))}
+    params: dict[str, Any] = {"rank": adapter.options.whole("r", 8, 1), "alpha": adapter.options.number("alpha", 8)}
     for name in ("rank_dropout", "module_dropout"):
-        if dropout := adapter.option(name, 0.0):
-            params[name] = float(dropout)
-    if adapter.option("rank_dropout_scale") and "rank_dropout" in params:
+        if dropout := adapter.options.number(name, 0.0):
+            params[name] = dropout
+    if adapter.options.flag("rank_dropout_scale", False) and "rank_dropout" in params:
         params["rank_dropout_scale"] = True
-    if adapter.option("decompose_both"):
+    if adapter.options.flag("decompose_both", False):
         params["decompose_both"] = True
-    if adapter.option("use_effective_conv2d"):
+    if adapter.options.flag("use_effective_conv2d", False):
         params["tucker"] = True
-    if (factor := adapter.option("decompose_factor", -1)) != -1:
+    if (factor := adapter.options.whole("decompose_factor", -1, -1)) != -1:
         params["factor"] = factor
-    if adapter.option("init_weights") == "lycoris":
+    if adapter.options.start("init_weights", True) == "lycoris":
         params["init"] = "zero_large"
     return params
 

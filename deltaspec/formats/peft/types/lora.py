@@ -15,11 +15,13 @@ from deltaspec.formats.peft.convolutions import refuse_ignored_dilation
 from deltaspec.formats.peft.factors import Update
 from deltaspec.formats.peft.low_rank import write_updates
 from deltaspec.formats.peft.parameters import factors, matrices_of, places_of
-from deltaspec.formats.peft.targets import by_pattern, check_targets
+from deltaspec.formats.peft.targets import alphas_of, by_pattern, check_targets, ranks_of
 from deltaspec.methods.shared.parts import spread
 from deltaspec.names.folding import shown
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from deltaspec.formats.peft.adapter import Adapter
 
 METHODS = frozenset({"lora"})
@@ -43,17 +45,16 @@ def read(adapter: Adapter) -> None:
                  "use_bdlora", "arrow_config", "kasa_config"):  # fmt: skip
         adapter.refuse(name, "there is no method for this variant", "merge it with PEFT: model.merge_and_unload()")
     params = _params(adapter)
+    rank, alpha, ranks, alphas = params["rank"], params["alpha"], ranks_of(adapter), alphas_of(adapter)
     modules = adapter.modules(*KEYS)
     places = adapter.places(modules)
     stand_for = places_of(adapter, places)
     check_targets(adapter, {name: fqn for name, fqn in places.items() if stand_for[name].name == name})
-    rank, alpha = adapter.option("r", 8), adapter.option("lora_alpha", 8)
-    ranks, alphas = adapter.option("rank_pattern") or {}, adapter.option("alpha_pattern") or {}
     sites = []
     for module, fqn in places.items():
         place = stand_for[module]
         own: dict[str, Any] = {"rank": by_pattern(place.name, ranks, rank)}
-        own["alpha"] = float(by_pattern(place.name, alphas, alpha)) * (2 if place.doubled else 1)
+        own["alpha"] = by_pattern(place.name, alphas, alpha) * (2 if place.doubled else 1)
         tensors = {
             _OURS[suffix]: value
             for suffix in KEYS
@@ -96,21 +97,24 @@ def _refuse_groups(adapter: Adapter, fqn: str) -> None:
 
 
 def _params(adapter: Adapter) -> dict[str, Any]:
-    params: dict[str, Any] = {"rank": adapter.option("r", 8), "alpha": float(adapter.option("lora_alpha", 8))}
-    if dropout := adapter.option("lora_dropout", 0.0):
-        params["dropout"] = float(dropout)
-    if adapter.option("use_rslora"):
+    params: dict[str, Any] = {
+        "rank": adapter.options.whole("r", 8, 1),
+        "alpha": adapter.options.number("lora_alpha", 8),
+    }
+    if dropout := adapter.options.number("lora_dropout", 0.0):
+        params["dropout"] = dropout
+    if adapter.options.flag("use_rslora", False):
         params["scaling"] = "rslora"
-    if adapter.option("use_dora"):
+    if adapter.options.flag("use_dora", False):
         params["use_dora"] = True
-    if adapter.option("lora_bias"):
+    if adapter.options.flag("lora_bias", False):
         params["bias"] = True
     return params | _start(adapter)
 
 
 def _start(adapter: Adapter) -> dict[str, Any]:
     """Return what the start means for the outputs: PEFT takes some of them out of the base's weights when it loads."""
-    start = adapter.option("init_lora_weights", True)
+    start = adapter.options.start("init_lora_weights", True)
     if start in ("corda", "loftq"):
         reason = {"corda": "it was taken out of the base's weights by data that the adapter does not hold",
                   "loftq": "PEFT quantises the base's weights when it loads the adapter"}[start]  # fmt: skip
@@ -118,7 +122,7 @@ def _start(adapter: Adapter) -> dict[str, Any]:
         adapter.find("DS544", f"init_lora_weights: {start!r}: {reason}", hint, CONFIG)
     if start in ("pissa", "olora"):
         return {"init": start}
-    if isinstance(start, str) and (found := re.fullmatch(r"pissa_niter_(\d+)", start)):
+    if isinstance(start, str) and (found := re.fullmatch(r"pissa_niter_(\d{1,9})", start)):
         adapter.remark(
             f"init_lora_weights {start}: PEFT takes a random decomposition out of the base's weights, another one at "
             "each load; here it is drawn by the spec's seed, and outputs are about as near as those of two loads"
@@ -141,7 +145,20 @@ def _fits(adapter: Adapter, module: str, row: Row, tensors: dict[str, Any]) -> b
             f"{module}: its {name} is of shape {list(tensors[name].shape)}, and must have {counted(dims, 'dimension')}"
         )
         adapter.find("DS543", message, "the file was changed, or is for another model", adapter.file)
-    return not lacking and not wrong
+    return not lacking and not wrong and _magnitude_fits(adapter, module, tensors.get("magnitude"), dims)
+
+
+def _magnitude_fits(adapter: Adapter, module: str, magnitude: Tensor | None, dims: int) -> bool:
+    """Return whether norms of DoRA lie as PEFT has them: a vector; of a convolution, along its second dimension."""
+    if magnitude is None:
+        return True
+    shape = list(magnitude.shape)
+    if len(shape) == dims and shape == [1, shape[1], *(1,) * (dims - 2)] if dims > 2 else len(shape) == 1:
+        return True
+    wanted = "×".join(("1", "?", *("1",) * (dims - 2))) if dims > 2 else "one dimension"
+    message = f"{module}: its magnitude is of shape {shape}, where {wanted} is due"
+    adapter.find("DS526", message, "the file was changed, or is for another model", adapter.file)
+    return False
 
 
 def write(out: Outgoing) -> None:

@@ -18,9 +18,9 @@ METHODS = frozenset({"miss"})
 
 def read(adapter: Adapter) -> None:
     """Add the delta of a MiSS adapter; what it computes is what its start was called."""
-    start, dropout = adapter.option("init_weights", True), adapter.option("miss_dropout", 0.0)
-    params: dict[str, Any] = {"rank": adapter.option("r", 64)}
-    width = adapter.option("mini_r", 1)
+    start, dropout = adapter.options.start("init_weights", True), adapter.options.number("miss_dropout", 0.0)
+    params: dict[str, Any] = {"rank": adapter.options.whole("r", 64, 1)}
+    width = adapter.options.whole("mini_r", 1)
     if start in ("bat", "mini"):
         params["variant"] = start
     if start == "mini":
@@ -28,7 +28,7 @@ def read(adapter: Adapter) -> None:
     if dropout and start == "bat":
         adapter.remark(f"miss_dropout {dropout} was left out: PEFT never calls it where init_weights is bat")
     elif dropout:
-        params["dropout"] = float(dropout)
+        params["dropout"] = dropout
     modules = found_modules(adapter, {"miss_block": "shard"}, {"shard": 3 if start == "bat" else 2})
     adapter.add(
         "miss", params, [

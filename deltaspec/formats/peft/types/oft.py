@@ -23,7 +23,7 @@ _NAMES = {"oft_R.weight": "rotation", "oft_embedding_R.weight": "rotation"}
 def read(adapter: Adapter) -> None:
     """Add the delta of an OFT adapter. The width of the blocks is that of the file: PEFT moves it to what divides."""
     adapter.ignore("init_weights", "fan_in_fan_out", "r")
-    adapter.option("oft_block_size", 32)
+    adapter.options.whole("oft_block_size", 32)
     params = _params(adapter)
     modules = found_modules(adapter, _NAMES)
     if not modules:
@@ -46,20 +46,20 @@ def read(adapter: Adapter) -> None:
 
 def _params(adapter: Adapter) -> dict[str, Any]:
     params: dict[str, Any] = {}
-    if adapter.option("block_share"):
+    if adapter.options.flag("block_share", False):
         params["shared_blocks"] = True
-    eps = adapter.option("eps", 6e-5)
-    if adapter.option("coft"):
-        params["constraint"] = float(eps)
-    terms = adapter.option("num_cayley_neumann_terms", 5)
-    if not adapter.option("use_cayley_neumann", True):
+    eps = adapter.options.number("eps", 6e-5)
+    if adapter.options.flag("coft", False):
+        params["constraint"] = eps
+    terms = adapter.options.whole("num_cayley_neumann_terms", 5)
+    if not adapter.options.flag("use_cayley_neumann", True):
         params["transform"] = "cayley"
     elif terms < 2:
         message = f"num_cayley_neumann_terms: {terms} turns nothing"
         adapter.find("DS544", message, "train it again with 5 terms", CONFIG)
     else:
         params["terms"] = 4 if terms == 3 else terms  # PEFT's series has the same four at three
-    if dropout := adapter.option("module_dropout", 0.0):
+    if dropout := adapter.options.number("module_dropout", 0.0):
         adapter.remark(f"module_dropout {dropout} was left out: PEFT makes it for OFT and never calls it")
     return params
 

@@ -32,16 +32,11 @@ _OUT = "go on with PEFT for this model, or train a prefix with deltaspec"
 def read(adapter: Adapter) -> None:
     """Add the delta of a prefix tuning adapter."""
     adapter.ignore(*_TRAINING)
-    tokens, width = adapter.option("num_virtual_tokens"), adapter.option("token_dim")
-    layers, heads = adapter.option("num_layers"), adapter.option("num_attention_heads")
+    names = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
+    tokens, width, layers, _ = (adapter.options.whole(name, 0, 1) for name in names)
     check_task(adapter)
     stacks = submodules(adapter)
-    sizes = {"num_virtual_tokens": tokens, "token_dim": width, "num_layers": layers, "num_attention_heads": heads}
-    wrong = [f"{name}: {value!r}" for name, value in sizes.items() if not isinstance(value, int) or value < 1]
-    if wrong:
-        adapter.find("DS544", f"{', '.join(wrong)} is no number", "save the adapter again", CONFIG)
-        adapter.take(KEY, "not read")
-        return
+    adapter.options.settle()
     whole = table(adapter, tokens, layers * 2 * width, f"keys and values of {counted(tokens, 'token')}")
     rows = _layers(adapter, layers)
     if whole is None or not rows:

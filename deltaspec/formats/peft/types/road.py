@@ -21,11 +21,11 @@ _VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}
 def read(adapter: Adapter) -> None:
     """Add the delta of a RoAd adapter."""
     adapter.ignore("init_weights")
-    variant = adapter.option("variant", "road_1")
+    variant = adapter.options.text("variant", "road_1")
     if variant not in _VARIANTS:
         adapter.find("DS544", f"variant: {variant!r} is not known here", f"it is one of {', '.join(_VARIANTS)}", CONFIG)
         return
-    params: dict[str, Any] = {"variant": _VARIANTS[variant], "group_size": adapter.option("group_size", 64)}
+    params: dict[str, Any] = {"variant": _VARIANTS[variant], "group_size": adapter.options.whole("group_size", 64, 1)}
     modules = found_modules(adapter, {"road_theta": "angle", "road_alpha": "scale"}, {"angle": 1, "scale": 1})
     adapter.add(
         "road", params,

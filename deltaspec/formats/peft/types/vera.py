@@ -29,19 +29,25 @@ _NAMES = {"vera_lambda_d": "inner_scale", "vera_lambda_b": "outer_scale"}
 def read(adapter: Adapter) -> None:
     """Add the delta of a VeRA adapter."""
     adapter.ignore("init_weights", "fan_in_fan_out")
-    rank = adapter.option("r", 256)
+    rank = adapter.options.whole("r", 256, 1)
     params: dict[str, Any] = {"rank": rank}
-    if dropout := adapter.option("vera_dropout", 0.0):
-        params["dropout"] = float(dropout)
-    if (start := adapter.option("d_initial", 0.1)) > 0:
-        params["initial_scale"] = float(start)
+    if dropout := adapter.options.number("vera_dropout", 0.0):
+        params["dropout"] = dropout
+    if (start := adapter.options.number("d_initial", 0.1)) > 0:
+        params["initial_scale"] = start
+    key, saved = (
+        adapter.options.whole("projection_prng_key", 0, -(1 << 63)),
+        adapter.options.flag("save_projection", True),
+    )
     modules = [
         found
         for found in found_modules(adapter, _NAMES, {"inner_scale": 1, "outer_scale": 1})
         if not lacks(adapter, found, ("inner_scale", "outer_scale"))
         and not differs(adapter, found, "r", rank, found.tensors["inner_scale"].shape[0])
     ]
-    projections = _projections(adapter, modules, rank)
+    if not modules:
+        return
+    projections = _projections(adapter, modules, rank, key, saved)
     if projections is None:
         return
     down, up = projections
@@ -58,9 +64,10 @@ def read(adapter: Adapter) -> None:
     adapter.add("vera", params, sites)
 
 
-def _projections(adapter: Adapter, modules: list[Found], rank: int) -> tuple[Tensor, Tensor] | None:
+def _projections(
+    adapter: Adapter, modules: list[Found], rank: int, key: int, saved: bool
+) -> tuple[Tensor, Tensor] | None:
     """Return the two matrices: those of the file, or, where it has none, those that PEFT draws from the same key."""
-    key, saved = adapter.option("projection_prng_key", 0), adapter.option("save_projection", True)
     taken = [
         adapter.take(prefix + name, "the projection that all modules share")
         for name in ("vera_A", "vera_B")
