@@ -103,8 +103,9 @@ class Foreign(Unread):
             return [self.prefix]
         if not fits or not names:
             return fits
-        if fits[0].changes and len({tuple(map(one.to_here, names)) for one in fits}) > 1:
-            places = ", ".join(repr(one.here) for one in fits[:8])
+        alike = [one for one in fits if one.saved == fits[0].saved]  # the others keep less of each name
+        if fits[0].changes and len({tuple(map(one.to_here, names)) for one in alike}) > 1:
+            places = ", ".join(repr(one.here) for one in alike[:8])
             message = f"what it was trained on ({shown(names)}) is here several times: under {places}"
             self.find("DS537", message, f"read it onto one of them, such as model.{fits[0].here}", self.file)
         self.prefix = fits[0]

@@ -12,6 +12,7 @@ import torch
 from beside_peft import moved, reloaded, saved
 from click.testing import CliRunner
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import deltaspec
 from deltaspec.cli import main
@@ -75,6 +76,15 @@ def test_a_place_that_is_there_twice(tmp_path: Path) -> None:
     twins = nn.ModuleDict({"a": Inner(), "b": Inner()})
     with pytest.raises(DeltaSpecError, match="is here several times: under 'a', 'b'"):
         deltaspec.restore(twins, folder)
+
+
+def test_a_short_name_below_another_part(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    bert = BertModel(BertConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2))
+    config = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["pooler.dense"])
+    headed = BertForSequenceClassification(bert.config)
+    compiled = deltaspec.restore(headed, saved(moved(bert, config), tmp_path / "adapter"))
+    assert [site.fqn for site in compiled.plan.deltas[0].sites] == ["bert.pooler.dense"]
 
 
 def test_what_a_file_names_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
