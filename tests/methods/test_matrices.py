@@ -228,7 +228,7 @@ def test_two_parameters_of_one_module_are_saved_apart(tmp_path):
         ("**.kernel", {}, "has 4 dimensions: [2, 2, 2, 2]", "use method full"),
         ("**.matrix", {"dropout": 0.1}, "so dropout on its input has no place", "set dropout: 0"),
         ("**.stack", {"bias": True}, "reads no bias here", "set bias: false"),
-        ("**.stack", {"init": "pissa", "rank": 7}, "this weight has 6 singular values, not 7", "use rank: 6"),
+        ("**.stack", {"init": "pissa", "rank": 7}, "this weight has rank 6, not 7", "use rank: 6"),
     ],
 )
 def test_refusals_name_a_way_out(parameter, params, said, way_out):

@@ -64,7 +64,8 @@ def short(value: Any) -> str:
         return str(value)
     usual = type(value)()
     given = {key: option for key, option in vars(value).items() if option != getattr(usual, key, None)}
-    return f"{value.peft_type}-" + "-".join(f"{key}={given[key]}" for key in sorted(given) if key != "r")
+    listed = {key: sorted(option) if isinstance(option, set) else option for key, option in given.items()}
+    return f"{value.peft_type}-" + "-".join(f"{key}={listed[key]}" for key in sorted(listed) if key != "r")
 
 
 def lora(**options: Any) -> Any:
