@@ -26,7 +26,7 @@ from torch import nn
 
 from deltaspec.backbone.untrusted import kernel_in, no_code, no_questions
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.diagnostics.wording import closest
+from deltaspec.diagnostics.wording import closest, one_line
 from deltaspec.names.paths import is_inside
 
 _FACTORY = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
@@ -267,9 +267,7 @@ def _where(error: BaseException) -> str:
 
 
 def _brief(error: BaseException) -> str:
-    said = " ".join(str(error).split())
-    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    return text if len(text) <= 300 else f"{text[:299]}…"
+    return one_line(f"{type(error).__name__}: {error}" if str(error).strip() else type(error).__name__)
 
 
 def _fail(code: str, message: str, reference: str, suggestion: str | None = None) -> NoReturn:

@@ -29,6 +29,7 @@ from deltaspec.storage.load import match
 
 _WEIGHTS = ("DS542", NEEDS_WEIGHTS)
 """Codes of what a base with weights would mend."""
+_AS_IT_IS = Wishes()
 
 
 def export(
@@ -37,7 +38,7 @@ def export(
     form: str,
     model: str | None = None,
     names: Sequence[str] = (),
-    wishes: Wishes = Wishes(),  # noqa: B008  (frozen)
+    wishes: Wishes = _AS_IT_IS,
     engine: str | None = None,
 ) -> Outgoing:
     """Write deltas of a directory, by default those that were attached, as one adapter of another form.

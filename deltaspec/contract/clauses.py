@@ -62,7 +62,7 @@ def _gradients(case: Case) -> None:
     with seed(3):
         loss = case.loss(compiled)
         require(loss.requires_grad, "no trainable value reaches the output")
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
     mine = {id(p) for p in compiled.deltas["one"].parameters()}
     stray = [name for name, p in compiled.named_parameters() if id(p) not in mine and p.grad is not None]
     require(not stray, f"{stray[:5]} got gradients, and belong to no attached delta")
@@ -107,7 +107,7 @@ def _reversibility(case: Case) -> None:
     compiled.only("one")
     require(same(case.run(compiled.backbone), expected[frozenset({"one"})]), "the backbone alone gives other bits")
     with seed(3):
-        case.loss(compiled.train()).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(case.loss(compiled.train()))
     compiled.eval()
     compiled.detach()
     left = differences(fresh, snapshot(compiled.backbone, skip=home(compiled.backbone)))
@@ -209,7 +209,7 @@ def _losses(case: Case, make: Callable[..., torch.optim.Optimizer], rate: float)
     start = case.loss(compiled).item()
     for step in range(6):
         optimizer.zero_grad()
-        case.loss(compiled).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(case.loss(compiled))
         # Steps of one length, whatever the scale of the method's gradients: else some would round to nothing.
         given = [p.grad for p in parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(given)

@@ -41,7 +41,7 @@ def fit(
             logits = model(**encode(tokens, texts))[task.name]
             loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
             right, seen = right + int((logits.argmax(dim=1) == labels).sum()), seen + len(labels)
@@ -104,7 +104,7 @@ def linear_probe(features: Tensor, split: Split, classes: int) -> nn.Linear:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(probe(x), labels, reduction="sum") + PROBE_PENALTY * probe.weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]

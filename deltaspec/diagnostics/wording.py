@@ -26,6 +26,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {plural(number, noun)}"
 
 
+def one_line(text: str, most: int = 300) -> str:
+    """Write a text of somebody else, such as an exception's, on one line and not longer than this."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def show_path(path: Sequence[str | int]) -> str:
     """Write a document path as `deltas[0].target.path`."""
     text = ""

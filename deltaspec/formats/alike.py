@@ -12,12 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.formats.received import ReceivedSet, map_file
+from deltaspec.formats.received import ForeignSet, ReceivedSet, map_file
 from deltaspec.formats.unread import Unread
 from deltaspec.language.load import load
 from deltaspec.language.model import DeltaSpec
 from deltaspec.planning.planned import PlannedDelta
-from deltaspec.storage.delta_set import DeltaSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +45,8 @@ def recipe_of(received: ReceivedSet, name: str) -> Recipe | None:
     return Recipe(received, name, documents)
 
 
-class AlikeSet(DeltaSet):
+class AlikeSet(ForeignSet):
     """An adapter that is read as another one was. Its values are checked when they are read."""
-
-    compares = False
 
     def __init__(self, folder: Path, name: str, recipe: Recipe) -> None:
         self._recipe = recipe
@@ -65,14 +62,6 @@ class AlikeSet(DeltaSet):
         super().__init__(folder, manifest)
         self.notes = first.notes
         self._file = first.incoming.file
-
-    def replaced(self) -> bool:
-        """Return False: a file that was replaced since is another one."""
-        return False
-
-    def finding(self, code: str, message: str, suggestion: str | None = None, file: str = "") -> Diagnostic:
-        """Make a finding about one of its files, or about all of it."""
-        return Diagnostic(code, message, file=str(self.folder / file), suggestion=suggestion)
 
     def spec(self, name: str) -> DeltaSpec:
         """Return the spec of one delta."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pkgutil
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -15,10 +14,12 @@ from typing import Protocol, cast
 
 from deltaspec.backbone.loading import Wanted
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics.wording import one_line
 from deltaspec.formats.alike import AlikeSet, recipe_of
 from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.received import ReceivedSet
+from deltaspec.names.packages import packages_in
 from deltaspec.storage.delta_set import MANIFEST, DeltaSet
 from deltaspec.storage.saved import SavedSet
 
@@ -50,8 +51,8 @@ def formats() -> tuple[Format, ...]:
     """Return all formats: the packages here that have a module `reader`."""
     import deltaspec.formats as home
 
-    found = sorted(info.name for info in pkgutil.iter_modules(home.__path__) if info.ispkg)
-    return tuple(cast("Format", import_module(f"{home.__name__}.{name}.reader")) for name in found)
+    readers = (f"{home.__name__}.{name}.reader" for name in packages_in(home))
+    return tuple(cast("Format", import_module(reader)) for reader in readers)
 
 
 def format_of(folder: Path) -> Format | None:
@@ -163,7 +164,9 @@ def _fetched(repo: str, folder: str, revision: str | None) -> Path:
     try:
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except Exception as error:  # whatever the hub's client raises
-        message = f"there is no such directory here, and none on the hub: {type(error).__name__}: {_brief(error)}"
+        message = (
+            f"there is no such directory here, and none on the hub: {one_line(f'{type(error).__name__}: {error}')}"
+        )
         hint = "check the id (org/name, org/name/folder, org/name@revision), or name a directory"
         raise DeltaSpecError([Diagnostic("DS521", message, repo, suggestion=hint)]) from error
     return root / folder if folder else root
@@ -172,8 +175,3 @@ def _fetched(repo: str, folder: str, revision: str | None) -> Path:
 def _patterns() -> Iterable[str]:
     ours = (MANIFEST, "*.deltaspec.json", "*.deltaspec.lock.json", "*.safetensors")
     return dict.fromkeys((*ours, *(pattern for known in formats() for pattern in known.FILES)))
-
-
-def _brief(error: Exception) -> str:
-    said = " ".join(str(error).split())
-    return said if len(said) <= 300 else f"{said[:299]}…"

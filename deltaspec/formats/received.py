@@ -30,10 +30,22 @@ from deltaspec.storage.delta_set import DeltaSet
 _PLACES = {"file": "safetensors", "spec": "deltaspec.json", "lock": "deltaspec.lock.json"}
 
 
-class ReceivedSet(DeltaSet):
-    """What a reader found, as if it had been saved here. Raises DeltaSpecError where it does not fit the base."""
+class ForeignSet(DeltaSet):
+    """Deltas that another library saved: it kept nothing of the backbone to compare with, and all is read at once."""
 
     compares = False
+
+    def replaced(self) -> bool:
+        """Return False: a file that is written later is another adapter."""
+        return False
+
+    def finding(self, code: str, message: str, suggestion: str | None = None, file: str = "") -> Diagnostic:
+        """Make a finding about one of its files, or about all of it."""
+        return Diagnostic(code, message, file=str(self.folder / file), suggestion=suggestion)
+
+
+class ReceivedSet(ForeignSet):
+    """What a reader found, as if it had been saved here. Raises DeltaSpecError where it does not fit the base."""
 
     def __init__(self, incoming: Incoming, base: Base) -> None:
         manifest = {
@@ -64,14 +76,6 @@ class ReceivedSet(DeltaSet):
             if None not in names and len(set(names)) == len(names):
                 found[name] = {theirs: key for theirs, key in zip(names, values, strict=True) if theirs is not None}
         return found
-
-    def finding(self, code: str, message: str, suggestion: str | None = None, file: str = "") -> Diagnostic:
-        """Make a finding about one of its files, or about all of it."""
-        return Diagnostic(code, message, file=str(self.folder / file), suggestion=suggestion)
-
-    def replaced(self) -> bool:
-        """Return False: all of it was read at once."""
-        return False
 
     def document(self, *names: str) -> dict[str, Any]:
         """Return the spec of these deltas, by default of all, as a person would write it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from deltaspec.diagnostics.wording import closest
 from deltaspec.documents.atomic import Together, alone_in
 from deltaspec.documents.occupied import refuse_occupied
 from deltaspec.formats.outgoing import Outgoing
+from deltaspec.names.packages import packages_in
 from deltaspec.storage.delta_set import MANIFEST
 
 
@@ -32,8 +32,7 @@ def forms() -> tuple[str, ...]:
     """Return the names of the forms that can be written: the packages here that have a module `export`."""
     import deltaspec.formats as home
 
-    found = sorted(info.name for info in pkgutil.iter_modules(home.__path__) if info.ispkg)
-    return tuple(name for name in found if find_spec(f"{home.__name__}.{name}.export") is not None)
+    return tuple(name for name in packages_in(home) if find_spec(f"{home.__name__}.{name}.export") is not None)
 
 
 def writer(form: str) -> Writer:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics.wording import closest, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +27,13 @@ class Unread:
         """Add a finding about a file of the directory, or about all of it."""
         place = str(self.folder / file) if file else str(self.folder)
         self.findings.append(Diagnostic(code, message, file=place, suggestion=suggestion))
+
+    def unknown(self, key: str, value: object, known: Iterable[str], file: str) -> None:
+        """Add the finding about a kind that cannot be read, with the known one that is near it, or all."""
+        known = tuple(known)
+        near = closest(value, known) if isinstance(value, str) else None
+        hint = f"did you mean {near}?" if near else f"known: {', '.join(known)}"
+        self.find("DS545", f"{key}: {value!r} cannot be read", hint, file)
 
     def settle(self) -> None:
         """Raise DeltaSpecError where anything was found."""
@@ -60,8 +69,8 @@ class Unread:
         except OSError as error:
             self.find("DS521", f"cannot be read: {error.strerror or error}", "restore the file", file)
         except (ValueError, RuntimeError) as error:
-            self.find("DS522", f"is no file of tensors: {_brief(error)}", "restore the file, or save the adapter again",
-                      file)  # fmt: skip
+            hint = "restore the file, or save the adapter again"
+            self.find("DS522", f"is no file of tensors: {one_line(str(error))}", hint, file)
         else:
             return found
         raise DeltaSpecError(self.findings)
@@ -87,7 +96,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(_brief(error)) from error
+        raise ValueError(one_line(str(error))) from error
     if not isinstance(found, dict):
         raise ValueError(f"it holds a {type(found).__name__}, not a dict of tensors")
     wrong = [key for key, value in found.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))]
@@ -101,8 +110,3 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(data) < len(pairs):
         raise ValueError("it has a key twice")
     return data
-
-
-def _brief(error: Exception) -> str:
-    said = " ".join(str(error).split())
-    return said if len(said) <= 300 else f"{said[:299]}…"

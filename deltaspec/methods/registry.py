@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import pkgutil
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
 from deltaspec.methods import builtin
+from deltaspec.names.packages import modules_in
 
 if TYPE_CHECKING:
     from deltaspec.methods.base import Method
@@ -23,7 +23,7 @@ class _Own(Mapping[str, "Method"]):
     """deltaspec's own methods, each imported when it is first asked for: a spec uses few of them."""
 
     def __init__(self) -> None:
-        self._names = sorted(module.name for module in pkgutil.iter_modules(builtin.__path__))
+        self._names = modules_in(builtin)
         self._found: dict[str, Method] = {}
 
     def __getitem__(self, name: str) -> Method:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pkgutil
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 from deltaspec.backbone.loading import Wanted
-from deltaspec.diagnostics.wording import closest
 from deltaspec.formats.adapterhub import architectures, heads
 from deltaspec.formats.adapterhub.adapter import CONFIG, WEIGHTS, Adapter
 from deltaspec.formats.adapterhub.configuration import BOTTLENECK
@@ -19,6 +17,7 @@ from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.options import Options
 from deltaspec.formats.unread import Unread
+from deltaspec.names.packages import modules_in
 
 _HERE = (CONFIG, *WEIGHTS, heads.CONFIG, *heads.WEIGHTS)
 FILES = (*_HERE, SETUP, *(f"*/{file}" for file in _HERE), "*/adapter_fusion_config.json",
@@ -58,8 +57,7 @@ def signature(folder: Path) -> bytes | None:
 @cache
 def known_architectures() -> dict[str, ModuleType]:
     """Return the modules of the architectures that can be read, by name."""
-    names = sorted(info.name for info in pkgutil.iter_modules(architectures.__path__))
-    return {name: import_module(f"{architectures.__name__}.{name}") for name in names}
+    return {name: import_module(f"{architectures.__name__}.{name}") for name in modules_in(architectures)}
 
 
 def read(folder: Path, base: Base, name: str) -> Incoming:
@@ -93,7 +91,5 @@ def _architecture(adapter: Adapter, options: Options) -> str:
     """Return the architecture of a configuration; one that cannot be read is a finding."""
     named = options.get("architecture") or BOTTLENECK
     if named not in known_architectures():
-        near = closest(named, known_architectures()) if isinstance(named, str) else None
-        hint = f"did you mean {near}?" if near else f"known architectures: {', '.join(known_architectures())}"
-        adapter.find("DS545", f"architecture: {named!r} cannot be read", hint, CONFIG)
+        adapter.unknown("architecture", named, known_architectures(), CONFIG)
     return str(named)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import pkgutil
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 from deltaspec.backbone.loading import Wanted
-from deltaspec.diagnostics.wording import closest
 from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.opendelta import types
 from deltaspec.formats.opendelta.saved import CONFIG, WEIGHTS, Saved
 from deltaspec.formats.unread import Unread
 from deltaspec.names.folding import shown
+from deltaspec.names.packages import modules_in
 
 FILES = (CONFIG, "config.*.json", *WEIGHTS)
 
@@ -41,8 +40,7 @@ def signature(folder: Path) -> bytes | None:
 @cache
 def known_types() -> dict[str, ModuleType]:
     """Return the modules of the delta types that can be read, by `delta_type`."""
-    names = sorted(info.name for info in pkgutil.iter_modules(types.__path__))
-    return {name: import_module(f"{types.__name__}.{name}") for name in names}
+    return {name: import_module(f"{types.__name__}.{name}") for name in modules_in(types)}
 
 
 def read(folder: Path, base: Base, name: str) -> Incoming:
@@ -56,9 +54,7 @@ def read(folder: Path, base: Base, name: str) -> Incoming:
     for file, config in configs.items():
         kind = config.get("delta_type")
         if kind not in known_types():
-            near = closest(kind, known_types()) if isinstance(kind, str) else None
-            hint = f"did you mean {near}?" if near else f"known types: {', '.join(known_types())}"
-            saved.find("DS545", f"delta_type: {kind!r} cannot be read", hint, file)
+            saved.unknown("delta_type", kind, known_types(), file)
     kinds = [str(config.get("delta_type")) for config in configs.values()]
     if twice := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
         saved.find(

@@ -6,7 +6,7 @@ Read in `check_target_module_exists`, `get_pattern_key` and `_set_trainable` of 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from deltaspec.formats.peft.targets import by_pattern_below
@@ -49,14 +49,18 @@ def by_name(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
     Its keys are regular expressions that fit at the end of a name; `^` in front lets one fit a whole name alone.
     """
     found: dict[str, Value] = {}
-    for value in dict.fromkeys(values.values()):
-        if value == default:
-            continue
-        own = [name for name, given in values.items() if given == value]
+    for value, own in _but(values, default):
         endings = _endings(own, values)
         keys = [f"^{re.escape(name)}" for name in own] if endings is None else [re.escape(e) for e in endings]
         found |= dict.fromkeys(keys, value)
     return found
+
+
+def _but(values: Mapping[str, Value], default: Value) -> Iterator[tuple[Value, list[str]]]:
+    """Yield each value that is not the default, with the modules that have it."""
+    for value in dict.fromkeys(values.values()):
+        if value != default:
+            yield value, [name for name, given in values.items() if given == value]
 
 
 def by_name_below(values: Mapping[str, Value], default: Value) -> dict[str, Value] | None:
@@ -65,10 +69,7 @@ def by_name_below(values: Mapping[str, Value], default: Value) -> dict[str, Valu
     Their keys are regular expressions that fit behind a dot, or whole names as they are.
     """
     found: dict[str, Value] = {}
-    for value in dict.fromkeys(values.values()):
-        if value == default:
-            continue
-        own = [name for name, given in values.items() if given == value]
+    for value, own in _but(values, default):
         endings = _endings(own, values)
         if endings is None:
             return None

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import pkgutil
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 from deltaspec.backbone.loading import Wanted
-from deltaspec.diagnostics.wording import closest
 from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.peft import types
 from deltaspec.formats.peft.adapter import CONFIG, WEIGHTS, Adapter
 from deltaspec.formats.peft.base_model import base_named_in
 from deltaspec.formats.peft.beside import read_beside
+from deltaspec.names.packages import modules_in
 
 FILES = (CONFIG, *WEIGHTS)
 _MOST_HEADER = 100_000_000
@@ -31,7 +30,7 @@ def recognises(folder: Path) -> bool:
 @cache
 def known_types() -> tuple[str, ...]:
     """Return the PEFT types that can be read, in upper case."""
-    return tuple(sorted(info.name.upper() for info in pkgutil.iter_modules(types.__path__)))
+    return tuple(name.upper() for name in modules_in(types))
 
 
 def type_module(name: str) -> ModuleType:
@@ -59,9 +58,7 @@ def read(folder: Path, base: Base, name: str) -> Incoming:
     """Read a PEFT adapter for a base model. Raises DeltaSpecError with all findings."""
     adapter = Adapter(folder, base, name)
     if adapter.type not in known_types():
-        near = closest(adapter.type, known_types()) if adapter.type else None
-        hint = f"did you mean {near}?" if near else f"known types: {', '.join(known_types())}"
-        adapter.find("DS545", f"peft_type: {adapter.config.get('peft_type')!r} cannot be read", hint, CONFIG)
+        adapter.unknown("peft_type", adapter.config.get("peft_type"), known_types(), CONFIG)
         adapter.settle()
     adapter.load(WEIGHTS)
     adapter.incoming.kind = f"PEFT {adapter.type.lower()}"
