@@ -121,7 +121,7 @@ class Comparer:
         elif not is_finite(full):
             self._find("DS520", f"{parameter.fqn} of the fine-tune has NaN or infinite values", "train it again")
         elif not _equal(base, full):
-            return self._change(row, parameter, tied, full.float() - base.float())
+            return self._change(row, parameter, tied, full.to(_wide(full, base)) - base.to(_wide(full, base)))
         return None
 
     def _change(self, row: Row, parameter: ParameterInfo, tied: str | None, difference: Tensor) -> Change:
@@ -146,6 +146,10 @@ class Comparer:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     if one.is_floating_point() and other.is_floating_point():
-        wide = torch.promote_types(one.dtype, other.dtype)
-        one, other = one.to(wide), other.to(wide)
+        one, other = one.to(_wide(one, other)), other.to(_wide(one, other))
     return torch.equal(one, other)
+
+
+def _wide(one: Tensor, other: Tensor) -> torch.dtype:
+    """Return a dtype in which both are exact; torch promotes no float8."""
+    return torch.float64 if torch.float64 in (one.dtype, other.dtype) else torch.float32

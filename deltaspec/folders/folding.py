@@ -85,8 +85,6 @@ class Folding:
 
     def value(self, key: str) -> Tensor | None:
         """Return what a tensor becomes; None where nothing changes it."""
-        if key in self._apart:
-            return self._apart.pop(key)
         found = None
         for fqn, name in self._places.get(key, ()):
             made = self._results(fqn)
@@ -94,7 +92,7 @@ class Folding:
             self._left[fqn] -= 1
             if not self._left[fqn]:
                 self._made.pop(fqn, None)
-        return found
+        return self._apart.pop(key, found)
 
     def _groups(self) -> list[tuple[str, ...]]:
         """Return the places of each tie of the model that a change touches, or all ties where one is touched."""

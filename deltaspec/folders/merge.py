@@ -135,7 +135,8 @@ def _shards(folding: Folding, weights: Folder, out: Path, added: Mapping[str, Te
                 shard[key] = after
         more = {key: tensor for key, tensor in added.items() if weights.shard[folding.beside[key]] == file}
         changed += more
-        plain = {key: tensor.clone().contiguous() for key, tensor in {**shard, **more}.items()}
+        made = {*changed}  # of them, several may share memory, which no file of safetensors may
+        plain = {k: t.clone().contiguous() if k in made else t.contiguous() for k, t in {**shard, **more}.items()}
         save_file(plain, out / file, weights.metadata(file) or {"format": "pt"})
         del shard, plain
     return changed

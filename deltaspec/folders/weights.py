@@ -88,10 +88,6 @@ class Folder:
         """Return what a file says of itself."""
         return dict(self._handle(file).metadata() or {})
 
-    def close(self, file: str) -> None:
-        """Let go of a file that is read no more."""
-        self._open.pop(file, None)
-
 
 class Named:
     """What the tensors of a folder are called in a model: as they are, or with or without the prefix of its base."""

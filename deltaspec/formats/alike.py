@@ -39,7 +39,8 @@ def recipe_of(received: ReceivedSet, name: str) -> Recipe | None:
     renamed = {own: received.renamed(own) for own in received.names}
     if not all(keys and own.startswith(name) for own, keys in renamed.items()):
         return None
-    if {theirs for keys in renamed.values() for theirs in keys} != set(received.incoming.origin.values()):
+    used = {(received.file[own], theirs) for own, keys in renamed.items() for theirs in keys}
+    if used != {*received.incoming.origin.values()} or len({*received.file.values()}) != 1:
         return None
     documents = {own: json.loads(received.read(own, "spec")[0] or b"") for own in received.names}
     return Recipe(received, name, documents)
@@ -61,7 +62,7 @@ class AlikeSet(ForeignSet):
         }
         super().__init__(folder, manifest)
         self.notes = first.notes
-        self._file = first.incoming.file
+        [self._file] = {*first.file.values()}
 
     def spec(self, name: str) -> DeltaSpec:
         """Return the spec of one delta."""

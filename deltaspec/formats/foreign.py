@@ -42,13 +42,13 @@ class Foreign(Unread):
             self.find("DS521", f"has no {files[0]}", "save the adapter again")
             self.settle()
         self.file = held[0]
-        self.incoming.file = self.file if self.file.endswith(".safetensors") else ""
         for key, value in self.tensors(self.file).items():
             plain = self.plain(key)
             if plain in self.weights:
                 self.find("DS543", f"has {plain} twice, under two names", "save the adapter again", self.file)
             self.weights[plain] = value
-            self.incoming.origin[id(value)] = key
+            self.incoming.origin[id(value)] = self.file, key
+            self.incoming.held.append(value)
             self.incoming.account[plain] = ""
 
     def plain(self, key: str) -> str:
@@ -115,7 +115,7 @@ class Foreign(Unread):
         """Return, of keys that name parameters of the base as they are, each one's module here and own name."""
         owners = {key: key.rpartition(".")[0] for key in keys}
         named = {owner: self.called(owner) for owner in dict.fromkeys(owners.values())}
-        rows, fits = self.base.rows, prefixes(named.values(), self.base.rows)
+        rows, fits = self.base.rows, self._agreed(prefixes(named.values(), self.base.rows), named.values())
         if fits:
             named = {owner: fits[0].to_here(name) or "" for owner, name in named.items()}
         found: dict[str, tuple[str, str]] = {}
@@ -161,8 +161,12 @@ class Foreign(Unread):
     ) -> None:
         """Add a delta; `part` is put behind the adapter's name where it is not the only one."""
         found = tuple(sites)
-        if found:
+        if any(site.fqn == "" for site in found):
+            message = "changes parameters that the model itself owns, in none of its modules: no selector means those"
+            self.find("DS549", message, "merge it with the library that wrote it", self.file)
+        elif found:
             name = f"{self.name}-{part}" if part else self.name
+            assert all(delta.name != name for delta in self.incoming.deltas), f"two deltas are called {name}"
             self.incoming.deltas.append(IncomingDelta(name, method, params, found, **more))
 
     def remark(self, text: str) -> None:

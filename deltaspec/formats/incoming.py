@@ -56,10 +56,10 @@ class Incoming:
     """Each key of its files, and what became of it."""
     remarks: list[str] = field(default_factory=list)
     """What its reader must know: where the original library computes something odd, what was left out and why."""
-    origin: dict[int, str] = field(default_factory=dict)
-    """Name in `file` of each tensor that was read, by its identity: who passes one on unchanged need not copy it."""
-    file: str = ""
-    """The safetensors file that they were read from; empty where it is another kind of file."""
+    origin: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """File and name there of each tensor that was read, by its identity: one that is passed on need not be copied."""
+    held: list[Tensor] = field(default_factory=list)
+    """Those tensors: while an identity is looked up, no other may have it."""
     base: str | None = None
     """Name or path of the base model that its files name."""
     revision: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from mmap import mmap
 from typing import Any
@@ -58,6 +59,7 @@ class ReceivedSet(ForeignSet):
         self.notes = (f"was read from {incoming.kind}", *incoming.remarks)
         self._delta = {delta.name: delta for delta in incoming.deltas}
         self._values: dict[str, dict[str, Tensor]] = {}
+        self._plans: dict[str, Plan] = {}
         findings: list[Diagnostic] = []
         for name in self.names:
             try:
@@ -66,16 +68,20 @@ class ReceivedSet(ForeignSet):
                 findings += error.diagnostics
         if findings:
             raise DeltaSpecError(dict.fromkeys(findings))
-        self._renamed = self._unchanged()
+        self.file: dict[str, str] = {}
+        """The safetensors file that has every tensor of a delta as it is, by the delta's name."""
+        self._renamed: dict[str, dict[str, str]] = {}
+        self._find_unchanged()
 
-    def _unchanged(self) -> dict[str, dict[str, str]]:
-        """Return the storage keys by the names in the file, of the deltas of which that has every tensor as it is."""
-        origin, found = self.incoming.origin, dict[str, dict[str, str]]()
-        for name, values in self._values.items() if self.incoming.file else ():
-            names = [origin.get(id(value)) for value in values.values()]
-            if None not in names and len(set(names)) == len(names):
-                found[name] = {theirs: key for theirs, key in zip(names, values, strict=True) if theirs is not None}
-        return found
+    def _find_unchanged(self) -> None:
+        """Find the deltas whose tensors are all in one file as they are, and what they are called there."""
+        for name, values in self._values.items():
+            places = [self.incoming.origin.get(id(value), ("", "")) for value in values.values()]
+            files = {file for file, _ in places}
+            if len(files) == 1 and (file := files.pop()).endswith(".safetensors") and len({*places}) == len(places):
+                self.file[name] = file
+                self._renamed[name] = {theirs: key for (_, theirs), key in zip(places, values, strict=True)}
+        self.incoming.held.clear()
 
     def document(self, *names: str) -> dict[str, Any]:
         """Return the spec of these deltas, by default of all, as a person would write it."""
@@ -119,7 +125,7 @@ class ReceivedSet(ForeignSet):
     def map(self, name: str) -> tuple[mmap | None, list[Diagnostic]]:
         """Return a delta's tensors as a mapped file holds them: the adapter's own, or one in memory."""
         if name in self._renamed:
-            return map_file(self, self.incoming.file)
+            return map_file(self, self.file[name])
         return laid_out(self._values[name], self.base.headers), []
 
     def planned(self, name: str) -> PlannedDelta | None:
@@ -127,9 +133,11 @@ class ReceivedSet(ForeignSet):
         return self._alone(name)["delta"]
 
     def _alone(self, name: str) -> Plan:
-        document = self.document(name)
-        document["deltas"][0]["name"] = "delta"
-        return self.base.plan(document)
+        if name not in self._plans:
+            document = self.document(name)
+            document["deltas"][0]["name"] = "delta"
+            self._plans[name] = self.base.plan(document)
+        return self._plans[name]
 
     def _resolved(self, name: str) -> dict[str, Any]:
         """Return the spec of a delta with every parameter written out."""
@@ -222,10 +230,11 @@ def map_file(of: DeltaSet, file: str) -> tuple[mmap | None, list[Diagnostic]]:
     It is not mapped itself: other libraries write into files that are there, and one that is cut ends the process.
     """
     try:
-        content = (of.folder / file).read_bytes()
-        mapped = mmap(-1, len(content))
-    except (OSError, ValueError) as error:
+        with (of.folder / file).open("rb") as stream:
+            mapped = mmap(-1, os.fstat(stream.fileno()).st_size)
+            if stream.readinto(mapped) != len(mapped):
+                raise ValueError("it was cut meanwhile")
+    except (OSError, ValueError) as error:  # an empty one has no length to map
         message = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         return None, [of.finding("DS521", message, "restore the file", file)]
-    mapped.write(content)
     return mapped, []

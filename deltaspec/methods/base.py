@@ -68,6 +68,11 @@ class Method(ABC):
     attends: ClassVar[bool] = False
     """Works by `attend`, inside the attention function of its sites, instead of by `apply`."""
 
+    @property
+    def passing(self) -> frozenset[str]:
+        """Names of params on which nothing depends that a trained delta computes: of its start, and of training."""
+        return self.start | self.training
+
     def descends_to(self, row: Row) -> bool:
         """Return whether a module at or below a selected one is a site, where the method descends."""
         return bool(row.parameters)

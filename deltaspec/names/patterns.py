@@ -9,7 +9,7 @@ from functools import lru_cache
 from math import prod
 from re import _parser  # type: ignore[attr-defined]  # the only parser of this grammar
 from time import process_time
-from typing import Any
+from typing import Any, Literal
 
 MAX_PATTERN = 500
 MATCH_SECONDS = 0.25
@@ -121,6 +121,30 @@ def compile_regex(text: str, probe: bool = True) -> Pattern:
         if process_time() > end:
             raise BacktrackingError("it is too slow", hint)
     return Pattern(text, "regex", compiled)
+
+
+def matched(how: Literal["match", "fullmatch", "search"], text: str, name: str) -> Any:
+    """Match a regular expression of another library's files as `re` does; None where it does not match.
+
+    Raises PatternError where it is none, BacktrackingError after MATCH_SECONDS.
+    """
+    try:
+        return getattr(_as_given(text), how)(name, timeout=MATCH_SECONDS)
+    except TimeoutError:
+        raise BacktrackingError(f"{text[:60]!r} takes more than {MATCH_SECONDS} s on {name[:60]!r}") from None
+    except (MemoryError, RecursionError):
+        raise BacktrackingError(f"{text[:60]!r} takes too much memory on {name[:60]!r}") from None
+
+
+@lru_cache(maxsize=4096)
+def _as_given(text: str) -> Any:
+    import regex
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return regex.compile(text)
+    except (regex.error, OverflowError, RecursionError, ValueError) as error:
+        raise PatternError(f"{text[:60]!r} is no regular expression: {error}") from None
 
 
 def _check_text(text: str) -> None:

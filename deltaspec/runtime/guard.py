@@ -45,6 +45,8 @@ class Guard:
         """Classes of the modules in whose places something of ours ever stood."""
         self._forwards: list[tuple[Any, Any]] = []
         """Those classes, once each, with their forwards, which are patched, too."""
+        self._traced: set[str] | None = None
+        """FQNs of the modules that a trace called when their hooks were taken."""
         self._hooks: list[dict[int, Any]] = []
         """Registries of hooks of the modules that a trace calls."""
         self._counts: list[int] = []
@@ -52,7 +54,7 @@ class Guard:
     def take(self, installed: Any = None) -> None:
         """Remember how it is now; `installed` stands for what was just put in, if nothing else has changed since."""
         known = None if installed is None or self._taken is None else self._known.get(installed)
-        if known is not None and len(known) == len(self._host.sockets):
+        if known is not None and len(known) == len(self._host.sockets) and self._traced is self._tracing.traced:
             self._tops = known
             return
         modules, sockets = self._host.modules, self._host.sockets
@@ -64,7 +66,8 @@ class Guard:
             self._taken, self._homes, self._count = modules, [], -1
         if len(self._homes) != len(sockets):
             self._homes = [socket.module.__dict__ for socket in sockets.values()]
-        if self._count != len(sockets):
+        if self._count != len(sockets) or self._traced is not self._tracing.traced:
+            self._traced = self._tracing.traced
             self._count, self._modules = len(sockets), [socket.module for socket in sockets.values()]
             self._kinds = [*map(type, self._modules)]
             self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(self._kinds)]

@@ -96,6 +96,8 @@ class Lowered:
         hooks: tuple[Hook, ...] = (),
     ) -> None:
         self.host, self.folds, self.attends, self.hooks = host, folds, attends, hooks
+        self.counted = [0] * len(hooks) + [attend.counted for attend in attends]
+        """Positions that what is in front takes, by the hooks of a forward."""
         # Held here, since Dynamo knows no source for what it finds through a stand-in (closures of decorators).
         self.code = type(host).forward
         self.frozen = frozen
@@ -126,8 +128,7 @@ class Lowered:
             hooks.append(attend.bind(own, by_strength))
             start += attend.scaled
         if hooks:
-            counted = [attend.counted for attend in self.attends]
-            self.router.route(shadow, hooks, [0] * len(self.hooks) + counted)
+            self.router.route(shadow, hooks, self.counted)
         before = states(self.host, shadow)
         output = self.code(shadow, *args, **kwargs)
         keep_state(before)

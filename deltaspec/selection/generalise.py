@@ -32,7 +32,8 @@ def selector_of(places: Iterable[Place], table: ModuleTable, among: Collection[P
     chosen = [table.rows[number] for number in sorted(order[fqn] for fqn, _ in wanted)]
     others = None if among is None else {fqn for fqn, _ in among}
     there = [row for row in table.rows if row.fqn and (others is None or row.fqn in others)]
-    for candidate in (_by_role(chosen, there), _by_path(chosen, there)):
+    for make in (_by_role, _by_path):
+        candidate = make(chosen, there)
         found = None if candidate is None else meant(candidate, table)
         if candidate is not None and found is not None and (found if among is None else found & {*among}) == wanted:
             return candidate

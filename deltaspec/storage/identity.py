@@ -8,17 +8,32 @@ from typing import Any
 
 from deltaspec.backbone.fingerprint import digest
 from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.methods.base import Method
+from deltaspec.methods.registry import methods
 from deltaspec.storage.delta_set import DeltaSet
 
 MARK = "sha256:"
 """What every identity begins with."""
 _MEANING = ("method", "derived", "params", "groups")
-"""What a lock says of a delta that decides what its tensors mean; not its name, nor how it starts or is attached."""
+"""What a lock says of a delta that decides what its tensors mean, but for params of its start and of training."""
 
 
 def identity(tensors: str, locked: Mapping[str, Any], base: str) -> str:
     """Return `sha256:…` of a delta: of the digest of its tensors' file, what its lock says of it, and its base."""
-    return digest([tensors, [locked.get(key) for key in _MEANING], base])
+    return digest([tensors, [_but_passing(locked).get(key) for key in _MEANING], base])
+
+
+def _but_passing(locked: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a lock says of a delta without the params that nothing trained depends on."""
+    method = methods().get(locked.get("method", ""))
+    if method is None or locked.get("derived") is not None:
+        return locked
+    groups = [{**group, "params": _kept(group["params"], method)} for group in locked["groups"]]
+    return {**locked, "params": _kept(locked["params"], method), "groups": groups}
+
+
+def _kept(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
+    return {key: value for key, value in params.items() if key not in method.passing}
 
 
 def base_identity(backbone: Mapping[str, Any]) -> str:

@@ -199,12 +199,12 @@ def _other_params(saved: DeltaSet, name: str, own: PlannedDelta, theirs: Planned
     hint = "compile the converted spec (deltaspec convert), or deltaspec.restore(model, dir)"
     if own.method != theirs.method:
         return [saved.finding("DS529", f"{name}: this is {own.method}, and the model's is {theirs.method}", hint)]
-    start = {"dropout", *methods()[own.method].start}
+    passing = methods()[own.method].passing
     known = {site.fqn: site.params.model_dump() for site in theirs.sites}
     differs: dict[tuple[str, str, str], list[str]] = {}
     for site in own.sites:
         for key, value in site.params.model_dump().items() if site.fqn in known else ():
-            if key not in start and value != (there := known[site.fqn].get(key)):
+            if key not in passing and value != (there := known[site.fqn].get(key)):
                 differs.setdefault((key, str(value), str(there)), []).append(site.fqn)
     return [
         saved.finding("DS529", f"{name}: params.{key} is {value} at {shown(at)}, and {there} in the model", hint)
@@ -218,8 +218,8 @@ def _meaning(spec: dict[str, Any], name: str) -> dict[str, Any]:
     params = {f"params.{key}": json.loads(json.dumps(value)) for key, value in delta.get("params", {}).items()}
     rest = {key: json.loads(json.dumps(delta[key])) for key in ("method", "overrides", "from") if key in delta}
     method = methods().get(delta.get("method", ""))
-    start = Method.start | Method.training if method is None else method.start | method.training
-    return {k: v for k, v in (params | rest).items() if k not in {f"params.{key}" for key in start}}
+    passing = Method.start | Method.training if method is None else method.passing
+    return {k: v for k, v in (params | rest).items() if k not in {f"params.{key}" for key in passing}}
 
 
 def _fits(saved: torch.dtype, held: torch.dtype) -> bool:

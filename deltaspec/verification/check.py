@@ -11,10 +11,11 @@ from torch import nn
 from deltaspec.compiler.answers import compared, dtype_of, kept_in
 from deltaspec.compiler.restore import restore
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.storage.agreement import Verification
+from deltaspec.formats.peft.reader import recognises
+from deltaspec.storage.agreement import TOLERANCES, Verification
 from deltaspec.storage.saved import SavedSet
 from deltaspec.verification.onnx import OnnxAnswers
-from deltaspec.verification.peft import PeftAnswers, is_peft, verify_peft
+from deltaspec.verification.peft import PeftAnswers, verify_peft
 from deltaspec.verification.server import verify_server
 
 OTHERS = ("peft", "onnx")
@@ -41,14 +42,14 @@ def verify(
     leaves in it. Raises DeltaSpecError: no golden answers (DS551), another side that cannot be asked (DS553), and what
     `restore` raises.
     """
+    if dtype is not None and dtype not in TOLERANCES:
+        raise ValueError(f"dtype is one of {', '.join(TOLERANCES)}, not {dtype!r}")
     if against is not None and against not in OTHERS and "://" not in against:
         raise ValueError(f"against is {', '.join(OTHERS)} or a URL, not {against!r}")
-    if is_peft(directory):
+    if recognises(Path(directory)):
         if model is None or against != "peft":
-            message, hint = (
-                "a directory of PEFT has no golden answers",
-                'compare with PEFT itself: --against peft (in Python: against="peft")',
-            )
+            message = "a directory of PEFT has no golden answers"
+            hint = 'compare with PEFT itself: --against peft (in Python: against="peft")'
             raise DeltaSpecError([Diagnostic("DS551", message, file=str(directory), suggestion=hint)])
         return verify_peft(directory, model, tolerance, dtype)
     if against is not None and "://" in against:

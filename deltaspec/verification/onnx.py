@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from deltaspec.backbone.inputs import moved_to
 from deltaspec.compiler.answers import dtype_of
 from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
@@ -43,11 +44,13 @@ class OnnxAnswers:
         """Return ONNX Runtime's answer, on the CPU. Raises DeltaSpecError (DS553) where torch cannot export this."""
         self._view.only(dict(attached))
         backbone = self._view.backbone
-        module = _Answer(backbone, tuple(inputs)).eval()
-        with tempfile.TemporaryDirectory() as folder, evaluating(backbone):
+        module = _Answer(backbone, tuple(inputs))
+        device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
+        there = moved_to(dict(inputs), str(device))
+        with tempfile.TemporaryDirectory() as folder, evaluating(module):
             file = str(Path(folder) / "model.onnx")
             try:
-                program = torch.onnx.export(module, tuple(inputs.values()), dynamo=True, verbose=False)
+                program = torch.onnx.export(module, tuple(there.values()), dynamo=True, verbose=False)
             except torch.onnx.OnnxExporterError as error:
                 message = f"torch cannot export this model to ONNX: {' '.join(str(error).split())[:300]}"
                 hint = "torch.onnx.export(c.backbone, …, dynamo=True, report=True) says more"

@@ -6,7 +6,6 @@ import copy
 import tempfile
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +20,7 @@ from deltaspec.storage.agreement import Verification
 from deltaspec.storage.golden import Golden, answer_of, given
 from deltaspec.verification.packages import loaded
 
-_CONFIG = "adapter_config.json"
 _TOKENS = 8
-
-
-def is_peft(directory: str | PathLike[str]) -> bool:
-    """Return whether a directory is one of PEFT."""
-    return (Path(directory) / _CONFIG).is_file()
 
 
 class PeftAnswers:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
+from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
@@ -40,13 +42,8 @@ def verify_server(
     (DS553) where the server cannot be asked, or the answers are no logits of a causal model.
     """
     alone = [golden for golden in kept if len(golden.attached) == 1 and set(golden.attached.values()) == {1.0}]
-    words: list[Callable[[int], str]] = []
-
-    def word(token: int) -> str:
-        if not words:
-            words.append(_words(model))
-        return words[0](token)
-
+    words = cache(lambda: _words(model))
+    word = cache(lambda token: words()(token))
     return Verification([_asked(golden, url, word, tolerance, dtype, key) for golden in alone])
 
 
@@ -95,6 +92,8 @@ def _places(golden: Golden) -> list[tuple[int, int, int]]:
             raise _cannot("the mask of a golden input has a gap, which no prompt can have", "verify without --against")
         step = max(1, -(-len(places) // MOST))
         found += [(row, places[0], last) for last in places[::-1][::step]]
+    if not found:
+        raise _cannot("the golden inputs are padding alone", "keep answers to inputs with tokens")
     return found
 
 
@@ -152,7 +151,7 @@ def _complete(url: str, model: str, prompts: list[list[int]], key: str | None) -
         raise _cannot(
             f"{place} says {error.code} for the model {model!r}: {said}", "serve it under this name"
         ) from None
-    except (URLError, OSError) as error:
+    except (URLError, OSError, HTTPException) as error:
         raise _cannot(f"{place} cannot be reached: {error}", "check the URL, and that the server runs") from error
     except (ValueError, KeyError, IndexError, TypeError) as error:
         message = f"{place} gives no completions with logprobs: {type(error).__name__}: {error}"

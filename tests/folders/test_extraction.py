@@ -185,3 +185,18 @@ def test_what_was_extracted_from_folders_is_as_from_models(tmp_path):
     extract(full, base("llama"), tmp_path / "b")
     one, other = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in "ab")
     assert [entry["identity"] for entry in one["deltas"]] == [entry["identity"] for entry in other["deltas"]]
+
+
+def test_float8_is_refused_by_name_and_float64_is_exact(tmp_path):
+    tensors = {name: value.clone() for name, value in base("llama").state_dict().items()}
+    base("llama").save_pretrained(tmp_path / "base")
+    base("llama").save_pretrained(tmp_path / "full")
+    key = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {key: tensors[key].to(torch.float8_e4m3fn)}, tmp_path / "base/model.safetensors")
+    with pytest.raises(DeltaSpecError) as raised:
+        extract(tmp_path / "full", tmp_path / "base", tmp_path / "out")
+    assert codes(raised) == ["DS557"]
+    full = tuned("llama", lambda name, shape, _: torch.full(shape, 1e-12) if name == key else None, torch.float64)
+    extract(full, base("llama", torch.float64), tmp_path / "out", error=0)
+    restored = deltaspec.restore(base("llama", torch.float64), tmp_path / "out").merge().get_parameter(key)
+    torch.testing.assert_close(restored, full.get_parameter(key), atol=1e-14, rtol=0)

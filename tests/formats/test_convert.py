@@ -288,3 +288,19 @@ def test_a_hub_id_with_a_folder_and_a_revision(llama: Any, hub: Path, tmp_path: 
     assert torch.equal(logits(deltaspec.restore(llama, "ann/many/nl@v1.0")), second)
     assert converted("ann/french", "-o", tmp_path / "out")[0] == 0
     assert codes(deltaspec.restore, llama, "ann/none") == {"DS521"}
+
+
+def test_dropouts_of_training_do_not_count(llama: Any, tmp_path: Path) -> None:
+    made = moved(llama, peft.LoHaConfig(r=2, target_modules=["q_proj"], rank_dropout=0.1))
+    saved(made, tmp_path / "loha")
+    delta = {"name": "d", "method": "loha", "params": {"rank": 2, "alpha": 8.0}, "target": {"role": "attn.q"}}
+    compiled = deltaspec.compile(llama, {"deltaspec": 1, "deltas": [delta]}).load(tmp_path / "loha")
+    torch.testing.assert_close(logits(compiled), logits(made), atol=1e-5, rtol=1e-5)
+
+
+def test_an_expression_that_takes_too_long_is_a_finding(
+    llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter(llama, tmp_path / "lora", rank_pattern={"(?:[a-z]|[a-z_]+)+q": 4})
+    monkeypatch.setattr("deltaspec.names.patterns.MATCH_SECONDS", 1e-9)
+    assert codes(deltaspec.restore, llama, tmp_path / "lora") == {"DS544"}

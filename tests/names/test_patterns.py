@@ -1,5 +1,6 @@
 """Globs against a slow and plain matcher; regular expressions that take too long."""
 
+import re
 import time
 from contextlib import suppress
 from functools import cache
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaspec.names.patterns import BacktrackingError, PatternError, compile_glob, compile_regex, fullmatch
+from deltaspec.names.patterns import BacktrackingError, PatternError, compile_glob, compile_regex, fullmatch, matched
 
 
 def plainly(glob: tuple[str, ...], name: tuple[str, ...]) -> bool:
@@ -131,3 +132,15 @@ def test_any_text_is_a_pattern_or_a_pattern_error(text):
             assert isinstance(fullmatch(compiler(text), "a.b1.ab"), bool)
         except PatternError as error:
             assert str(error)
+
+
+def test_expressions_of_other_libraries_match_as_re_does_and_stop_in_time():
+    for how, text, name in [("match", r"(.*\.)?(q|v)$", "a.v"), ("fullmatch", "a.*", "b.a"), ("search", "b$", "a.b")]:
+        ours, theirs = matched(how, text, name), getattr(re, how)(text, name)
+        assert (ours and ours.span()) == (theirs and theirs.span())
+    start = time.process_time()
+    with pytest.raises(BacktrackingError):
+        matched("match", "(?:k|kk)+j", "k" * 200)
+    assert time.process_time() - start < 1
+    with pytest.raises(PatternError, match="no regular expression"):
+        matched("match", "(", "a")

@@ -127,3 +127,13 @@ def test_lineage_is_in_the_lock(tmp_path, monkeypatch):
     assert locked(tmp_path, "low")["deltas"]["low"]["provenance"] == {"data": "tweets", "steps": [1, 2]}
     saved = deltaspec.load(tmp_path / SavedSet(tmp_path).entry["low"]["spec"])
     assert saved.deltas[0].provenance == {"data": "tweets", "steps": [1, 2]}
+
+
+def test_params_of_training_and_of_the_start_do_not_count(tmp_path):
+    compiled = golden_set.build()
+    compiled.save(tmp_path / "a")
+    spec = json.loads(json.dumps(golden_set.SPEC).replace('"rank": 2', '"rank": 2, "dropout": 0.3, "init": "normal"'))
+    other = deltaspec.compile(base("llama"), spec)
+    other.load_state_dict(compiled.state_dict())
+    other.save(tmp_path / "b")
+    assert written(tmp_path / "a") == written(tmp_path / "b")

@@ -116,8 +116,8 @@ def _modern(part: dict[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(nested, Mapping):
         part.setdefault("inv_adapter", nested.get("block_type"))
     version = whole.get("version")
-    if version is None and part.get("non_linearity") in _OLDER_ACTIVATIONS:
-        part["non_linearity"] = _OLDER_ACTIVATIONS[part["non_linearity"]]
+    if version is None and isinstance(named := part.get("non_linearity"), str):
+        part["non_linearity"] = _OLDER_ACTIVATIONS.get(named, named)
     if part.get("architecture") == "lora" and isinstance(version, str) and _before(version, (1, 1, 0)):
         part["alpha"] = part.get("r", 8)
     return part

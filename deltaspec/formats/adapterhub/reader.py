@@ -90,6 +90,6 @@ def read_adapter(folder: Path, base: Base, name: str) -> Adapter:
 def _architecture(adapter: Adapter, options: Options) -> str:
     """Return the architecture of a configuration; one that cannot be read is a finding."""
     named = options.get("architecture") or BOTTLENECK
-    if named not in known_architectures():
+    if not isinstance(named, str) or named not in known_architectures():
         adapter.unknown("architecture", named, known_architectures(), CONFIG)
     return str(named)

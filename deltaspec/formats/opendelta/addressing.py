@@ -9,10 +9,11 @@ name stands for a module that an architecture does not have.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+
+from deltaspec.names.patterns import matched
 
 REGEX = "[r]"
 Structure = Mapping[str, Sequence[str]]
@@ -31,7 +32,7 @@ def structures(types: Mapping[str, str]) -> dict[str, Structure]:
 def addressed(
     names: Sequence[str], patterns: Sequence[str], excluded: Sequence[str], within: Mapping[str, Structure]
 ) -> list[str]:
-    """Return the modules that patterns mean, by common names in these structures. Raises re.error."""
+    """Return the modules that patterns mean, by common names in these structures. Raises PatternError."""
     found = []
     for name in names:
         if any(name.startswith(start) for start in excluded):
@@ -86,7 +87,7 @@ def _ends(name: str, pattern: str) -> bool:
     """Return whether a pattern is a name's end, from one of its segments on."""
     if not pattern.startswith(REGEX):
         return name == pattern or name.endswith(f".{pattern}")
-    found = re.search(pattern[len(REGEX) :], name)
+    found = matched("search", pattern[len(REGEX) :], name)
     if found is None or found.end() != len(name):
         return False
     return found.start() == 0 or name[found.start() - 1] == "."

@@ -53,7 +53,7 @@ def read(folder: Path, base: Base, name: str) -> Incoming:
     configs = {file: saved.json(file) for file in (CONFIG, *sorted(p.name for p in folder.glob("config.*.json")))}
     for file, config in configs.items():
         kind = config.get("delta_type")
-        if kind not in known_types():
+        if not isinstance(kind, str) or kind not in known_types():
             saved.unknown("delta_type", kind, known_types(), file)
     kinds = [str(config.get("delta_type")) for config in configs.values()]
     if twice := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
@@ -62,7 +62,7 @@ def read(folder: Path, base: Base, name: str) -> Incoming:
         )
     saved.settle()
     saved.incoming.kind = f"OpenDelta {' + '.join(kinds)}"
-    saved.incoming.base = configs[CONFIG].get("backbone_checkpoint_name") or None
+    saved.incoming.base = base_of(folder)[0]
     saved.load(WEIGHTS)
     _refuse_others(saved, kinds)
     saved.settle()

@@ -14,6 +14,7 @@ from deltaspec.formats.formulas import ACTIVATIONS
 from deltaspec.formats.opendelta.addressing import addressed, structures
 from deltaspec.formats.options import Options
 from deltaspec.names.folding import shown
+from deltaspec.names.patterns import PatternError
 
 CONFIG = "config.json"
 WEIGHTS = ("pytorch_model.bin",)
@@ -86,8 +87,8 @@ class Saved(Foreign):
             return None
         try:
             return [here[name].fqn for name in addressed([n for n in here if n], patterns, excluded, within)]
-        except re.error as error:
-            message = f"modified_modules is no regular expression: {error}"
+        except PatternError as error:
+            message = f"modified_modules cannot be used: {error}"
             self.find("DS544", message, "save the delta again", CONFIG)
             return None
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _TOKENS = "token_adapter.trainable_tokens_delta"
 _INDEX = "trainable_token_indices"
-_OURS = "*.deltaspec.json"
+OURS = "*.deltaspec.json"
 """Specs that deltaspec writes beside an adapter, which then holds the biases alone that it changes."""
 
 
@@ -64,7 +64,7 @@ def _tokens(adapter: Adapter) -> None:
             continue
         rows = adapter.tensor_of(module, _TOKENS, f"rows of {len(ids)} tokens of {fqn}")
         assert rows is not None
-        part = "tokens" if len(modules) == 1 else f"tokens-{fqn.rpartition('.')[2]}"
+        part = "tokens" if len(modules) == 1 else f"tokens-{fqn.replace('.', '-')}"
         add_tokens(adapter, fqn, ids, rows, part, together=_ties_tokens(adapter, fqn, places.values()))
     _check_tokens(adapter, given if isinstance(given, dict) else {}, set(places.values()))
 
@@ -119,7 +119,7 @@ def _biases(adapter: Adapter, bias: Any, saved: set[tuple[str, str]], own: list[
         for row, _ in rows_there(adapter)
         if row.has_parameter("bias") and (row.fqn, "bias") not in held and (bias == "all" or row.fqn in touched)
     ]
-    if lacking and not (bias == "all" and any(adapter.folder.glob(_OURS))):
+    if lacking and not (bias == "all" and any(adapter.folder.glob(OURS))):
         message = f"has no {shown(dict.fromkeys(lacking))}, which bias: {bias} trains"
         hint = 'save the adapter again; or with "bias": "none" the base\'s own stay, as in PEFT, where none is left'
         adapter.find("DS543", message, hint, adapter.file)

@@ -13,8 +13,9 @@ from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.peft import types
 from deltaspec.formats.peft.adapter import CONFIG, WEIGHTS, Adapter
 from deltaspec.formats.peft.base_model import base_named_in
-from deltaspec.formats.peft.beside import read_beside
+from deltaspec.formats.peft.beside import OURS, read_beside
 from deltaspec.names.packages import modules_in
+from deltaspec.names.patterns import PatternError
 
 FILES = (CONFIG, *WEIGHTS)
 _MOST_HEADER = 100_000_000
@@ -49,7 +50,8 @@ def signature(folder: Path) -> bytes | None:
         with (folder / WEIGHTS[0]).open("rb") as file:
             length = file.read(8)
             header = file.read(min(int.from_bytes(length, "little"), _MOST_HEADER))
-        return (folder / CONFIG).read_bytes() + b"\0" + length + header
+        ours = any(folder.glob(OURS))  # which says that biases were left out because they are the base's
+        return (folder / CONFIG).read_bytes() + bytes([0, ours]) + length + header
     except OSError:  # which reading it says better
         return None
 
@@ -62,7 +64,10 @@ def read(folder: Path, base: Base, name: str) -> Incoming:
         adapter.settle()
     adapter.load(WEIGHTS)
     adapter.incoming.kind = f"PEFT {adapter.type.lower()}"
-    beside = read_beside(adapter)
-    type_module(adapter.type).read(adapter)
-    beside()
+    try:
+        beside = read_beside(adapter)
+        type_module(adapter.type).read(adapter)
+        beside()
+    except PatternError as error:
+        adapter.find("DS544", f"the expression {error}", error.suggestion or "name the modules in a list", CONFIG)
     return adapter.finish()

@@ -5,13 +5,13 @@ Read in `BaseTuner.inject_adapter`, `check_target_module_exists` and `get_patter
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.peft.adapter import CONFIG, Adapter
 from deltaspec.names.folding import shown
+from deltaspec.names.patterns import matched
 
 ALL_LINEAR = "all-linear"
 AT_END = r"(.*\.)?({})$"
@@ -53,11 +53,11 @@ def check_targets(adapter: Adapter, modules: Mapping[str, str], kinds: Iterable[
 
 
 def is_meant(name: str, targets: Any, excluded: Any = None, layers: Any = None, pattern: Any = None) -> bool:
-    """Return whether PEFT puts an adapter onto a module of this name."""
-    if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _listed(name, excluded)):
+    """Return whether PEFT puts an adapter onto a module of this name. Raises PatternError."""
+    if excluded and (matched("fullmatch", excluded, name) if isinstance(excluded, str) else _listed(name, excluded)):
         return False
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return matched("fullmatch", targets, name) is not None
     if name in targets:
         return True
     if not _listed(name, targets):
@@ -79,7 +79,7 @@ def _layers(adapter: Adapter) -> int | list[int] | None:
 def _layer(name: str, pattern: Any) -> int | None:
     given = [pattern] if isinstance(pattern, str) else list(pattern or ())
     for one in map(_AT_LAYER.format, given) if given else (r".*?\.[^.]*\.(?P<index>\d+)\.",):
-        if (found := re.match(one, name)) is not None:
+        if (found := matched("match", one, name)) is not None:
             return int(found["index"])
     return None
 
@@ -99,13 +99,13 @@ def alphas_of(adapter: Adapter) -> dict[str, float]:
 
 
 def _below_saved(fqn: str, name: str) -> bool:
-    return re.match(_BELOW.format(name), fqn) is not None
+    return matched("match", _BELOW.format(name), fqn) is not None
 
 
 def by_pattern(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """Return what `rank_pattern` or `alpha_pattern` says of a module: of its keys, regexes, the first at its end."""
     for key, value in patterns.items():
-        if re.match(AT_END.format(key), name):
+        if matched("match", AT_END.format(key), name):
             return value
     return default
 
@@ -113,6 +113,6 @@ def by_pattern(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
 def by_pattern_below(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """Return what a pattern of FourierFT or C3A says of a module: of its keys, a regex below a module, or the name."""
     for key, value in patterns.items():
-        if re.match(BELOW_ANY.format(key), name):
+        if matched("match", BELOW_ANY.format(key), name):
             return value
     return patterns.get(name, default)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from written_elsewhere import FIXTURES, base_of, difference
+import torch
+from safetensors.torch import save_file
+from written_elsewhere import FIXTURES, base_of, copied, difference
 
 import deltaspec
 from deltaspec.diagnostics.findings import DeltaSpecError
@@ -36,3 +40,17 @@ def test_refused(case: str) -> None:
     with pytest.raises(DeltaSpecError, match=said) as caught:
         deltaspec.restore(base_of("adapterhub", case), FIXTURES / "adapterhub" / case / "adapter")
     assert {finding.code for finding in caught.value.diagnostics} == {code}
+
+
+def test_a_head_in_a_file_of_its_own_in_a_library(tmp_path: Path) -> None:
+    folder = copied("adapterhub", "head_static_bert", tmp_path)
+    for pickled, name in (("pytorch_adapter.bin", "adapter"), ("pytorch_model_head.bin", "model_head")):
+        save_file({k: v.contiguous() for k, v in torch.load(folder / pickled).items()}, folder / f"{name}.safetensors")
+        (folder / pickled).unlink()
+    base = base_of("adapterhub", "head_static_bert")
+    whole = deltaspec.restore(base, folder)
+    compiled = deltaspec.compile(base, {"deltaspec": 1, "deltas": [{"name": "own", "method": "bitfit"}]})
+    library = compiled.library(folder)
+    compiled.only(*library.names)
+    ids = torch.tensor([[5, 9, 11, 30]])
+    assert torch.equal(compiled(input_ids=ids).logits, whole(input_ids=ids).logits)

@@ -69,3 +69,13 @@ def test_scale_that_no_spec_has_is_multiplied_out(tmp_path: Path) -> None:
     down, up = (weights[f"bert.encoder.layer.0.attention.self.query.lora.lora_{f}"] for f in "AB")
     plain = model.get_parameter("bert.encoder.layer.0.attention.self.query.weight")
     torch.testing.assert_close(found, plain - 2 / 4 * up @ down)
+
+
+def test_factors_that_do_not_fit_one_another(tmp_path: Path) -> None:
+    folder = copied("opendelta", "compacter_gpt2_n2", tmp_path)
+    weights = torch.load(folder / "pytorch_model.bin")
+    key = next(key for key in weights if key.endswith("W_left"))
+    weights[key] = torch.cat([weights[key], weights[key]], dim=2)
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(DeltaSpecError, match="do not fit one another"):
+        deltaspec.restore(base_of("opendelta", "compacter_gpt2_n2"), folder)

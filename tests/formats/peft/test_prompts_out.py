@@ -15,6 +15,7 @@ from prefixes import qwen3
 from prompt_models import build, gpt2, llama, t5, tokens
 
 import deltaspec
+from deltaspec.diagnostics.findings import DeltaSpecError
 
 PROMPTS = [
     ("PROMPT_TUNING", "soft_prompt", {"tokens": 3}),
@@ -70,4 +71,12 @@ def test_what_peft_saved_for_an_encoder_and_a_decoder_goes_through(config: Any, 
 def test_refused(deltas: list[Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(deltaspec.DeltaSpecError, match=f"DS560.*{reason}"):
         stirred(build(gpt2), *deltas).save_as("peft", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_prefixes_are_not_one(tmp_path: Path) -> None:
+    params = {"tokens": 2, "positions": "counted"}
+    deltas = [{"name": name, "method": "prefix", "params": params} for name in ("a", "b")]
+    with pytest.raises(DeltaSpecError, match="stand alone"):
+        stirred(build(llama), *deltas).save_as("peft", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.adapterhub.adapter import CONFIG, Adapter
@@ -93,17 +94,14 @@ class _Shape:
             options.flag("is_parallel", False),
             self.norm_before,
         )
-        self.scaling = options.get("scaling", 1.0)
+        scaling = options.get("scaling", 1.0)
+        self.scaling = scaling if scaling in ("learned", "channel") else options.number("scaling", 1.0)
         self.dropout = options.number("dropout", 0.0)
         self.reduction = options.get("reduction_factor", 16)
         self.activation = adapter.activation(options, "relu")
         self.phm = hypercomplex_of(adapter, options)
         if depth := options.number("stochastic_depth", 0.0):
             adapter.remark(f"its stochastic depth of {depth:g} in training is left out")
-        if self.scaling not in ("learned", "channel") and not isinstance(self.scaling, int | float):
-            adapter.find(
-                "DS544", f"scaling: {self.scaling!r} is no number, learned or channel", "save it again", CONFIG
-            )
         if self.norm_after and inside:
             adapter.unsupported("adapter_residual_before_ln", "a norm of the sum with the residual has no counterpart",
                                 "train it without ln_after")  # fmt: skip
@@ -243,7 +241,7 @@ class _Shape:
         factor = self.reduction
         if isinstance(factor, dict):
             factor = factor.get(str(place.layer), factor.get("default"))
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < inf:
             message = f"reduction_factor: {self.reduction!r} gives layer {place.layer} no number above 0"
             self.adapter.find("DS544", message, "save the adapter again", CONFIG)
             return False

@@ -28,7 +28,8 @@ def read(adapter: Adapter, options: Options, part: str) -> None:
     dropout = options.number("dropout", 0.05)
     activation = adapter.activation(options, "linear") if options.get("non_linearity") is not None else "identity"
     options.ignore("output_reft")
-    layers = options.get("layers", "all")
+    everywhere = options.get("layers", "all") == "all"
+    layers = [] if everywhere else options.items("layers", (), int)
     kind = adapter.base.table.model_type
     if any(name == "encoder" for name, _ in adapter.arrangement.attentions.values()):
         why = f"AdapterHub chooses positions in the decoder of {kind} by the encoder's mask"
@@ -44,7 +45,7 @@ def read(adapter: Adapter, options: Options, part: str) -> None:
         m.removesuffix(".reft_layer").removesuffix("reft_layer"): keys for m, keys in adapter.modules("refts").items()
     }
     numbers = adapter.arrangement.layers
-    meant = [fqn for fqn, number in numbers.items() if layers == "all" or number in layers]
+    meant = [fqn for fqn, number in numbers.items() if everywhere or number in layers]
     places = adapter.places(modules)
     adapter.compare(set(places.values()), meant, "edits")
     taken = {}

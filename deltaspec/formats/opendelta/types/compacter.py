@@ -61,7 +61,7 @@ def _sampler(saved: Saved, lead: str, became: str, n: int) -> dict[str, Tensor]:
         right = saved.need(f"{lead}.W_right", f"left factor of {became}, transposed", (n, None, None))
         factors = None if left is None or right is None else (left, right)
     bias = saved.take(f"{lead}.b", f"bias of {became}", (None,))
-    if rule is None or factors is None or factors[0].shape[2] != factors[1].shape[1]:
+    if rule is None or factors is None or not _fit(saved, lead, *factors):
         return {}
     rules, lefts, rights = hypercomplex(rule, *factors)
     zeros = torch.zeros(n * lefts.shape[1], dtype=lefts.dtype)
@@ -71,6 +71,15 @@ def _sampler(saved: Saved, lead: str, became: str, n: int) -> dict[str, Tensor]:
 def _product(saved: Saved, key: str, became: str, shape: tuple[int | None, ...]) -> Tensor | None:
     left = saved.need(f"{key}_left", became, shape)
     right = saved.need(f"{key}_right", became, (shape[0], None, shape[1]))
-    if left is None or right is None or left.shape[2] != right.shape[1]:
+    if left is None or right is None or not _fit(saved, key, left, right):
         return None
     return torch.bmm(left, right)
+
+
+def _fit(saved: Saved, lead: str, left: Tensor, right: Tensor) -> bool:
+    """Return whether two stacks of factors can be multiplied; that they cannot is a finding."""
+    if left.shape[2] == right.shape[1]:
+        return True
+    message = f"the factors of {lead} are {list(left.shape)} and {list(right.shape)}, which do not fit one another"
+    saved.find("DS526", message, "save the delta again", saved.file)
+    return False

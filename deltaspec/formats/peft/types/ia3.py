@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
@@ -11,6 +10,7 @@ from deltaspec.formats.peft.adapter import CONFIG
 from deltaspec.formats.peft.naming import forward_lists
 from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import Found, differs, found_modules
+from deltaspec.names.patterns import matched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ def _is_before(adapter: Adapter, found: Found, modules: Any) -> bool | None:
             adapter.find("DS543", message, "save the adapter again", CONFIG)
             return None
         return scale.shape[0] == 1
-    before = re.fullmatch(modules, found.module) is not None if isinstance(modules, str) else any(
+    before = matched("fullmatch", modules, found.module) is not None if isinstance(modules, str) else any(
         found.module.endswith(name) for name in modules
     )  # fmt: skip
     width = found.row.in_features if before else found.row.out_features

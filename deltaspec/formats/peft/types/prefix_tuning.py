@@ -56,11 +56,11 @@ def read(adapter: Adapter) -> None:
 
 def write(out: Outgoing) -> None:
     """Write a prefix whose tokens take positions, as PEFT's do; an MLP that it was trained by is folded away."""
-    parts = {part.fqn: part for own in out.take(lambda part: part.method in METHODS).values() for part in own}
-    given = list(parts.values())
+    given = [part for own in out.take(lambda part: part.method in METHODS).values() for part in own]
     if reason := lone(out, given) or _unlike(out, given):
         out.refuse(given, reason, LONE if out.parts else None)
         return
+    parts = {part.fqn: part for part in given}  # of one delta, so one a module
     rows = _attending(out.base, _stack(out.base))
     stacks = 1 + bool(getattr(out.base.config, "is_encoder_decoder", False))
     pieces: dict[int, Tensor] = {}
