@@ -68,8 +68,9 @@ def _of(engine: str | None, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what whoever starts an engine must know of this adapter: its greatest rank, and the engine's own notes."""
     if engine is None:
         return ()
+    from deltaspec.compiler.engine import greatest_rank
     from deltaspec.engines import notes
 
-    rank = max((config.get("r") or 0, *(config.get("rank_pattern") or {}).values()))
+    rank = greatest_rank(config)
     said = (f"its greatest rank is {rank}: start {engine} so that it takes that (check: --max-rank {rank})",)
     return (*(said if rank else ()), *notes(engine))

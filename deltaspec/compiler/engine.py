@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -30,17 +32,21 @@ def wishes_for(engine: str, wishes: Wishes) -> Wishes:
     )
 
 
+def greatest_rank(config: Mapping[str, Any]) -> int | None:
+    """Return the greatest rank of a PEFT configuration; None where it has none."""
+    return max((config.get("r") or 0, *(config.get("rank_pattern") or {}).values())) or None
+
+
 def require_served(files: dict[str, bytes], config: str, directory: Path, base: nn.Module, engine: str) -> None:
     """Raise DeltaSpecError with all that an engine would reject, ignore or get wrong of these files.
 
     Of ranks, the greatest that some start of it takes counts, not what it takes by itself.
     """
     data = json.loads(files[config])
-    ranks = [data.get("r", 0), *(data.get("rank_pattern") or {}).values()]
     with tempfile.TemporaryDirectory() as temporary:
         for name, content in files.items():
             (Path(temporary) / name).write_bytes(content)
-        found = check(temporary, base, engine, max_rank=max(ranks) or None)
+        found = check(temporary, base, engine, max_rank=greatest_rank(data))
         places = [(finding.file or "").replace(temporary, str(directory)) for finding in found]
         ways = [(finding.suggestion or "").replace(temporary, str(directory)) or None for finding in found]
     if found:

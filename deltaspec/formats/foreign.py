@@ -125,7 +125,7 @@ class Foreign(Unread):
                 found[key] = (row.fqn, own)
         return found
 
-    def in_full(self, part: str, keys: Iterable[str], tied: str = "together") -> None:
+    def in_full(self, part: str, keys: Iterable[str]) -> None:
         """Add a delta that puts these tensors in place of the base's own, but for those that are the base's own."""
         sites = []
         for key, (fqn, own) in self.owned(keys).items():
@@ -144,7 +144,7 @@ class Foreign(Unread):
                 message = f"holds {below(site.fqn, own)}, which is tied, with two values"
                 self.find("DS539", message, "save it again from the model that it was trained in", self.file)
         some = any(p.tied for site in by_place.values() for p in self.base.rows[site.fqn].parameters)
-        self.add("full", {"tied": tied} if some else {}, by_place.values(), part)
+        self.add("full", {"tied": "together"} if some else {}, by_place.values(), part)
 
     def _shared(self, site: IncomingSite) -> str:
         own = next(p for p in self.base.rows[site.fqn].parameters if p.name == site.parameter)

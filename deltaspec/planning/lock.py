@@ -39,7 +39,12 @@ def lock(plan: Plan, lineage: Mapping[str, Any] | None = None) -> str:
 
     `lineage`, of a delta that is saved: the base that it was trained on, and what it is derived from.
     """
-    return _pretty(lock_data(plan) | ({} if lineage is None else {"lineage": lineage})) + "\n"
+    return lock_text(lock_data(plan), lineage)
+
+
+def lock_text(data: dict[str, Any], lineage: Mapping[str, Any] | None = None) -> str:
+    """Write the content of a lock as `lock` does."""
+    return _pretty(data | ({} if lineage is None else {"lineage": lineage})) + "\n"
 
 
 def lock_data(plan: Plan) -> dict[str, Any]:

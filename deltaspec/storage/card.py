@@ -28,15 +28,19 @@ def write_card(folder: Path, plan: Plan, kind: type, base: str | None, notes: Se
     write_atomically(path, card(plan, kind, base, notes).encode())
 
 
+def on_hub(base: str | None) -> bool:
+    """Return whether the name of a base model is an id on a hub, and no path here."""
+    return base is not None and _HUB_ID.fullmatch(base) is not None and not os.path.exists(base)
+
+
 def card(plan: Plan, kind: type, base: str | None, notes: Sequence[str] = ()) -> str:
     """Return a card as Markdown, with the metadata that hubs read."""
     methods = list(dict.fromkeys(delta.method for delta in plan.deltas))
     named = [f"- `{delta.name}`: {delta.method}, {delta.trainable:,} parameters" for delta in plan.deltas]
-    known = base is not None and _HUB_ID.fullmatch(base) and not os.path.exists(base)
     where = json.dumps(clean(base), ensure_ascii=False) if base else "..."
     maker = f"{kind.__name__}.from_pretrained" if hasattr(kind, "from_pretrained") else kind.__name__
     return "\n".join([
-        "---", "library_name: deltaspec", *([f"base_model: {base}"] if known else []),
+        "---", "library_name: deltaspec", *([f"base_model: {base}"] if on_hub(base) else []),
         f"tags: [{', '.join(('deltaspec', *methods))}]", "---", _OURS, "",
         f"# Deltas for {kind.__name__}", "",
         "This directory holds deltas, not a model: a base model alone computes without what was trained.", "",

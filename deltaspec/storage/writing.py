@@ -16,7 +16,7 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.documents.atomic import Together, alone_in
 from deltaspec.language.derivation import in_order
 from deltaspec.names.escaping import file_stem
-from deltaspec.planning.lock import lock, lock_data
+from deltaspec.planning.lock import lock_data, lock_text
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.forks import ForkLock
 from deltaspec.storage.delta_set import MANIFEST
@@ -51,6 +51,8 @@ class Written:
     name: str
     content: Mapping[str, bytes]
     """Content of its files, by their field in the manifest."""
+    digests: Mapping[str, str]
+    """SHA-256 of each, which nobody need compute again."""
     identity: str
     reads: list[str] = field(default_factory=list)
     """Tensors that it reads though deltas stand for them."""
@@ -91,14 +93,16 @@ def contents(
         plain = {key: value.clone().contiguous() for key, value in tensors(name).items()}
         parents = {source: known[source] for source in sources[name]}
         lineage = {"base": dict(manifest.origin), **({"parents": parents} if parents else {})}
+        locked = lock_data(part)
         content = {
             "file": to_bytes(plain, {"format": "pt"}),
             "spec": json_bytes(part.specs[0].to_data()),
-            "lock": lock(part, lineage).encode(),
+            "lock": lock_text(locked, lineage).encode(),
             **({"golden": golden[name]} if name in golden else {}),
         }
-        known[name] = identity(digest(content["file"]), lock_data(part)["deltas"][name], base)
-        yield Written(name, content, known[name], read.get(name, []))
+        digests = {key: digest(value) for key, value in content.items()}
+        known[name] = identity(digests["file"], locked["deltas"][name], base)
+        yield Written(name, content, digests, known[name], read.get(name, []))
 
 
 def write(folder: Path, manifest: Manifest, names: Iterable[str], deltas: Iterable[Written]) -> None:
@@ -117,20 +121,21 @@ def write(folder: Path, manifest: Manifest, names: Iterable[str], deltas: Iterab
         try:
             with Together(folder) as files:
 
-                def put(stem: str, part: str, content: bytes) -> dict[str, str]:
+                def put(stem: str, part: str, content: bytes, sha256: str) -> dict[str, str]:
                     file = f"{stem}.{ALL[part]}"
                     files.add(file, content)
                     written.add(file)
-                    return {part: file, f"{part}_sha256": digest(content)}
+                    return {part: file, f"{part}_sha256": sha256}
 
                 for delta in deltas:
-                    stem = f"{file_stem(delta.name)}.{digest(b''.join(delta.content.values()))[:8]}"
+                    stem = f"{file_stem(delta.name)}.{digest(''.join(delta.digests.values()).encode())[:8]}"
                     entry: dict[str, Any] = {"name": delta.name, "identity": delta.identity}
                     for part, content in delta.content.items():
-                        entry |= put(stem, part, content)
+                        entry |= put(stem, part, content, delta.digests[part])
                     entries[delta.name] = entry | ({"reads": delta.reads} if delta.reads else {})
                 if manifest.golden is not None:
-                    data |= put(f"{TOGETHER}.{digest(manifest.golden)[:8]}", "golden", manifest.golden)
+                    sha256 = digest(manifest.golden)
+                    data |= put(f"{TOGETHER}.{sha256[:8]}", "golden", manifest.golden, sha256)
                 ordered = [entries[name] for name in names]
                 files.appear(MANIFEST, json_bytes(data | {"deltas": ordered}))
         except OSError:  # such as a full disk, which half a set would fill further; the old manifest is in place

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from deltaspec.compiler.answers import compared, dtype_of, kept_in
+from deltaspec.compiler.answers import Answers, compared, dtype_of, kept_in
+from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.compiler.restore import restore
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.formats.peft.reader import recognises
@@ -58,9 +59,11 @@ def verify(
         raise TypeError("a model is needed, with its weights")
     kept = kept_in(SavedSet(directory), names)
     compiled = restore(model, Path(directory), *names)
-    if against is None:
-        return compiled.verify(directory, *names, tolerance=tolerance)
-    other = PeftAnswers(compiled, model) if against == "peft" else OnnxAnswers(compiled)
+    other = Answers(compiled.view()) if against is None else _other(against, compiled, model)
     computed = dtype or dtype_of(model)
     with torch.no_grad():
         return Verification([compared(g, other.of(g.inputs, g.attached), computed, tolerance) for g in kept])
+
+
+def _other(against: str, compiled: CompiledModel, model: nn.Module) -> PeftAnswers | OnnxAnswers:
+    return PeftAnswers(compiled, model) if against == "peft" else OnnxAnswers(compiled)

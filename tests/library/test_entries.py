@@ -182,5 +182,5 @@ def test_another_backbone(saved, tmp_path):
     (saved[0] / "manifest.json").write_text("[]")
     with pytest.raises(DeltaSpecError, match="not a manifest"):
         build(OWN).library(saved[0])
-    with pytest.raises(DeltaSpecError, match="no saved deltas"):
+    with pytest.raises(DeltaSpecError, match="no such directory"):
         build(OWN).library(tmp_path / "nowhere")

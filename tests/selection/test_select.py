@@ -4,6 +4,7 @@ import time
 
 import pytest
 import transformers
+from counted import counting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import MODELS, SIZES, TABLES, built, finding, fqns, names, run
@@ -241,27 +242,23 @@ def test_a_regex_that_backtracks_on_long_names_ends_in_time():
     assert matches == () and len(findings) == 1 and findings[0].code in ("DS302", "DS307")
 
 
-def test_selection_over_two_thousand_rows_takes_milliseconds():
+def test_selection_looks_at_each_of_two_thousand_rows_a_few_times():
     config = transformers.LlamaConfig(**dict(SIZES, num_hidden_layers=155, head_dim=4, num_key_value_heads=1))
     table = tabulate(built("LlamaForCausalLM", config))
     assert len(table.rows) > 2000
     target = {"role": "attn.q", "path": "**.self_attn.*", "type": "Linear", "layers": {"every": 2}}
     target["not"] = {"regex": r".*\.0\..*"}
     spec = load({"deltaspec": 1, "deltas": [{"name": "d", "method": "lora", "target": target}]})
-    times = []
-    for _ in range(5):
-        start = time.process_time()
-        matches, findings = select(spec.deltas[0].target, table, {}, spec)
-        times.append(time.process_time() - start)
+    (matches, findings), calls = counting(lambda: select(spec.deltas[0].target, table, {}, spec))
     assert len(matches) == 77 and findings == []
-    assert min(times) < 0.1  # five atoms: about 12 ms on an idle machine
+    assert calls < 60 * len(table.rows)
 
 
 def test_selectors_that_refer_to_each_other_are_resolved_once():
     layers = {f"s{i}": {"any": [{"ref": f"s{i + 1}"}, {"ref": f"s{i + 1}"}]} for i in range(11)}
-    start = time.process_time()
-    for _ in range(5):
-        assert len(run("bert", {"ref": "s0"}, {**layers, "s11": "**.query"})[0]) == 4
-    _, findings = run("bert", {"ref": "s0"}, {**layers, "s11": "**.nix"})
+    target = {"ref": "s0"}
+    (found, _), calls = counting(lambda: run("bert", target, {**layers, "s11": "**.query"}))
+    assert len(found) == 4
+    (_, findings), others = counting(lambda: run("bert", target, {**layers, "s11": "**.nix"}))
     assert [f.code for f in findings] == ["DS302"]
-    assert time.process_time() - start < 0.5
+    assert max(calls, others) < 30_000

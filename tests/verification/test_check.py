@@ -22,7 +22,7 @@ def test_what_cannot_be_asked_for_is_refused(tmp_path):
         verify(tmp_path / "ours", base("llama"), against="vllm")
     with pytest.raises(TypeError, match="a model is needed"):
         verify(tmp_path / "ours", None)
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(DeltaSpecError, match="a directory of PEFT has no golden answers") as raised:
         verify(tmp_path, base("llama"))
     assert [finding.code for finding in raised.value.diagnostics] == ["DS551"]

@@ -75,10 +75,10 @@ def read_adapter(folder: Path, base: Base, name: str) -> Adapter:
     adapter.settle()
     adapter.incoming.kind = f"AdapterHub {' + '.join(dict.fromkeys(kinds))}"
     adapter.read_keys()
-    for options, kind in zip(parts, kinds, strict=True):
+    for number, (options, kind) in enumerate(zip(parts, kinds, strict=True)):
         part = kind.removesuffix("_tuning").replace("_", "-") if len(parts) > 1 else ""
         if kinds.count(kind) > 1:
-            part = f"{part}-{len([d for d in adapter.incoming.deltas if d.name.startswith(f'{name}-{part}')]) + 1}"
+            part = f"{part}-{kinds[:number].count(kind) + 1}"
         known_architectures()[kind].read(adapter, options, part)
         if not adapter.findings:  # else not all options were asked for
             options.finish(f"AdapterHub's {kind}")

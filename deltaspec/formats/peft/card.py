@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from typing import Any
 
 from deltaspec.diagnostics.clean import clean
 from deltaspec.formats.outgoing import Outgoing
-
-CARD = "README.md"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+from deltaspec.storage.card import on_hub
 
 
 def card(out: Outgoing, config: dict[str, Any]) -> str:
     """Return the card as Markdown."""
     base, revision = config["base_model_name_or_path"], config["revision"]
-    known = base is not None and _HUB_ID.fullmatch(base) and not os.path.exists(base)
+    known = on_hub(base)
     kind = type(out.base.model).__name__
     methods = list(dict.fromkeys(part.method for part in out.all_parts))
     tags = [*([f"base_model:adapter:{base}"] if known else []), str(config["peft_type"]).lower(), "deltaspec", *methods]

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
+from deltaspec.backbone.origin import origin
 from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.adapter import CONFIG, WEIGHTS
 from deltaspec.formats.peft.aside import ASIDE
-from deltaspec.formats.peft.card import CARD, card
+from deltaspec.formats.peft.card import card
 from deltaspec.formats.peft.low_rank import write_updates
 from deltaspec.formats.peft.reader import known_types, type_module
-from deltaspec.formats.peft.task import base_of, task
+from deltaspec.formats.peft.task import task
 from deltaspec.names.escaping import file_stem
 from deltaspec.planning.lock import lock
+from deltaspec.storage.card import CARD
 
 MAIN = CONFIG
 _USUAL = "lora"
@@ -110,7 +112,8 @@ def _fits(out: Outgoing, module: ModuleType) -> bool:
 
 def _config(out: Outgoing) -> dict[str, Any]:
     """Return the whole configuration, in PEFT's order: what all types have, then the type's own."""
-    base, revision = out.named or base_of(out.base.model)
+    found = origin(out.base.model)
+    base, revision = out.named or (found.get("id"), found.get("revision"))
     kind = type(out.base.model)
     task_type = task(out)
     auto = {"base_model_class": kind.__name__, "parent_library": kind.__module__}

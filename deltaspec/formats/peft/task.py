@@ -1,10 +1,6 @@
-"""What a PEFT configuration says of the base model: its name, and the task that its class is for."""
+"""The task that PEFT says a base model's class is for."""
 
 from __future__ import annotations
-
-from typing import Any
-
-from torch import nn
 
 from deltaspec.formats.outgoing import Outgoing
 
@@ -22,11 +18,3 @@ def task(out: Outgoing) -> str | None:
     found = next((named for end, named in _TASKS.items() if kind.endswith(end)), None)
     encoder_decoder = bool(getattr(out.base.config, "is_encoder_decoder", False))
     return found if (found == "SEQ_2_SEQ_LM") == encoder_decoder else None
-
-
-def base_of(model: nn.Module) -> tuple[str | None, str | None]:
-    """Return the id or path that a model was loaded from, and its revision, as far as it says so."""
-    config: Any = getattr(model, "config", None)
-    named = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
-    revision = getattr(config, "_commit_hash", None)
-    return (str(named) if named else None), (str(revision) if named and revision else None)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 from written_elsewhere import base
 
 from deltaspec.formats.opendelta.addressing import addressed, in_common, structures
+from deltaspec.names.patterns import PatternError
 
 BERT = [name for name, _ in base("opendelta", "bert", "BertForSequenceClassification").named_modules() if name]
 WITHIN = structures({"": "BertForSequenceClassification", "bert": "BertModel"})
@@ -47,5 +46,5 @@ def test_second_name_of_a_place_that_a_model_lacks() -> None:
 
 
 def test_no_regular_expression() -> None:
-    with pytest.raises(re.error):
+    with pytest.raises(PatternError):
         addressed(BERT, ["[r]("], [], {})

@@ -1,3 +1,1 @@
-"""AdapterHub's architectures, a file each: `KINDS` are the names of its modules in keys, `read(saved, options, part)`
-adds the deltas.
-"""
+"""AdapterHub's architectures, a file each: `read(adapter, options, part)` adds the deltas."""
