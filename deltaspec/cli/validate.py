@@ -13,12 +13,11 @@ from deltaspec.cli._shared import report
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.render import FORMATS
 from deltaspec.documents.document import MAX_BYTES
+from deltaspec.language.checks.tools import CONFIGURATIONS, of_adapters
 from deltaspec.language.validate import validate, validate_content
 
 _INPUT = "<stdin>"
 ENDINGS = (".deltaspec.yaml", ".deltaspec.yml", ".deltaspec.json")
-_ADAPTER = "adapter_config.json"
-"""What an adapter's directory has in place of a spec."""
 
 
 @click.command()
@@ -55,7 +54,7 @@ def expand(path: str, skipped: list[str]) -> list[str]:
         passed: list[str] = []
         found = sorted(_files_below(path, passed, ENDINGS))
         if not found:  # an adapter's directory is told as what it is
-            found = sorted(file for file in _files_below(path, [], (_ADAPTER,)) if os.path.basename(file) == _ADAPTER)
+            found = sorted(of_adapters(_files_below(path, [], CONFIGURATIONS)))
         if not found:
             passed = [f"{path}: no file here ends in {', '.join(ENDINGS)}", *passed]
             raise click.UsageError("; ".join(passed))

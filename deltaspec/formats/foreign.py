@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Segments that torch.compile, FSDP and activation checkpointing put into names."""
+
+_COMPUTED = ("float16", "bfloat16", "float32", "float64")
+"""Types that torch computes in everywhere."""
 
 
 class Foreign(Unread):
@@ -60,7 +64,10 @@ class Foreign(Unread):
         return module if module in self.base.rows else of_today(module, self.base.table.model_type)
 
     def take(self, key: str, became: str, shape: tuple[int | None, ...] | None = None) -> Tensor | None:
-        """Take a tensor, saying what became of it; None where there is none, or none of this shape (None: any size)."""
+        """Take a tensor, saying what became of it; None where there is none, or none of this shape (None: any size).
+
+        One that has a shape to have is of floating point, of a dtype that torch computes in.
+        """
         found = self.weights.pop(key, None)
         if found is None:
             return None
@@ -70,7 +77,22 @@ class Foreign(Unread):
             message = f"{key} has the shape {list(found.shape)}, where {wanted} is due"
             self.find("DS526", message, "the file and the configuration are of two adapters", self.file)
             return None
+        if shape is not None and str(found.dtype).removeprefix("torch.") not in _COMPUTED:
+            message = f"{key} has the type {found.dtype}, where one of {', '.join(_COMPUTED)} is due"
+            self.find("DS526", message, "save the adapter again from the model that it was trained in", self.file)
+            return None
         return found
+
+    def widen(self) -> None:
+        """Give tensors of several dtypes the widest of them: what is computed from some is computed in one."""
+        import torch
+
+        kinds = {value.dtype for value in self.weights.values()}
+        kinds = {kind for kind in kinds if str(kind).removeprefix("torch.") in _COMPUTED}
+        if len(kinds) > 1:
+            wide = reduce(torch.promote_types, kinds)
+            self.weights = {key: v.to(wide) if v.dtype in kinds else v for key, v in self.weights.items()}
+            self.remark(f"its tensors are of several types: all came in as {str(wide).removeprefix('torch.')}")
 
     def need(self, key: str, became: str, shape: tuple[int | None, ...] | None = None) -> Tensor | None:
         """Take a tensor; that there is none is a finding."""
@@ -118,6 +140,8 @@ class Foreign(Unread):
         rows, fits = self.base.rows, self._agreed(prefixes(named.values(), self.base.rows), named.values())
         if fits:
             named = {owner: fits[0].to_here(name) or "" for owner, name in named.items()}
+        elif self.prefix.changes:  # some are outside of what is the same in both models
+            named = {owner: self.prefix.to_here(name) or name for owner, name in named.items()}
         found: dict[str, tuple[str, str]] = {}
         for key, owner in owners.items():
             row, own = rows.get(named[owner]), key.rpartition(".")[2]

@@ -143,7 +143,7 @@ class ReceivedSet(ForeignSet):
         return self._plans[name]
 
     def _as_option(self, name: str, found: Diagnostic) -> Diagnostic:
-        """Return what is wrong with a value in the spec that was made as a finding about the adapter's configuration."""
+        """Return what is wrong with a value in the spec that was made, as a finding about the configuration."""
         if not found.code.startswith("DS2"):
             return found
         return self.finding("DS544", f"{name}: {found.message}", "the configuration was changed by hand: save it again")

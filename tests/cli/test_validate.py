@@ -76,6 +76,20 @@ def test_a_directory_of_an_adapter_is_told_as_one(specs):
     assert run("specs", "lora").output.endswith("4 files, 3 findings\n")
 
 
+def test_directories_of_adapterhub_and_opendelta_are_told_as_such(specs):
+    for folder in ("setup", "setup/a", "delta", "model"):
+        Path(folder).mkdir()
+    Path("setup", "adapter_setup.json").write_text('{"adapter_setup": {"type": "Stack", "children": []}}')
+    Path("setup", "a", "adapter_config.json").write_text('{"config": "lora", "model_class": "BertModel"}')
+    Path("delta", "config.json").write_text('{"delta_type": "lora", "lora_r": 8}')
+    Path("model", "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    for folder, library in (("setup", "AdapterHub"), ("setup/a", "AdapterHub"), ("delta", "OpenDelta")):
+        result = run(folder)
+        assert result.exit_code == 1 and result.output.endswith("1 file, 1 finding\n")
+        assert f"an {library} configuration: deltaspec convert {folder} -o OUT reads it" in result.output
+    assert run("model").exit_code == 2
+
+
 def test_a_missing_file_is_a_finding(specs):
     result = run("none.yaml")
     assert result.exit_code == 1

@@ -83,6 +83,7 @@ class Adapter(Foreign):
     def read_keys(self) -> None:
         """Read the weights, under the names of the last version, and check whose they are. Raises DeltaSpecError."""
         self.load(WEIGHTS)
+        self.widen()
         self.weights = {_modern(key): value for key, value in self.weights.items()}
         self.incoming.account = dict.fromkeys(self.weights, "")
         names = {split["name"] for key in self.weights if (split := _KEY.fullmatch(key)) is not None}

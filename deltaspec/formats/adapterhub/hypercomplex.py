@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WAYS = {"down": "adapter_down.0", "up": "adapter_up"}
-_START = ("phm_c_init", "phm_init_range", "learn_phm", "hypercomplex_nonlinearity", "phm_rank", "phm_bias",
+_START = ("phm_c_init", "phm_init_range", "learn_phm", "hypercomplex_nonlinearity", "phm_rank",
           "factorized_phm_rule", "factorized_phm_W")  # fmt: skip
 """Options that matter where training starts, or that the tensors themselves show."""
 
@@ -29,6 +29,7 @@ def hypercomplex_of(adapter: Adapter, options: Options) -> Hypercomplex | None:
     options.ignore(*_START)
     n = options.whole("phm_dim", 4, least=1)
     rule, weights = options.flag("shared_phm_rule", True), options.flag("shared_W_phm", False)
+    biased = options.flag("phm_bias", True)
     if not options.flag("phm_layer", False):
         return None
     shared = {name: key for keys in adapter.modules("shared_parameters").values() for name, key in keys.items()}
@@ -38,7 +39,7 @@ def hypercomplex_of(adapter: Adapter, options: Options) -> Hypercomplex | None:
     if lacking := [name for name in needed if name not in shared]:
         adapter.lost("Compacter", f"has no shared_parameters ({', '.join(lacking)}): AdapterHub saves them for some "
                      "models only")  # fmt: skip
-    return Hypercomplex(n, rule, weights, shared)
+    return Hypercomplex(n, rule, weights, shared, biased)
 
 
 @dataclass
@@ -50,6 +51,8 @@ class Hypercomplex:
     shared_weights: bool
     shared: dict[str, str]
     """Keys of what is shared, by name."""
+    biased: bool = True
+    """`phm_bias`."""
 
     def __post_init__(self) -> None:
         self._once: dict[str, Tensor | None] = {}
@@ -73,6 +76,8 @@ class Hypercomplex:
                 return None
             rules, left, right = hypercomplex(rule, *weight)
             width = self.n * left.shape[1]
+            if self.biased and "b" not in own:
+                adapter.find("DS543", f"has no {lead}.b for {site}", "the file was cut: save it again", adapter.file)
             bias = adapter.take(own["b"], f"{way}_bias of {site}", (width,)) if "b" in own else torch.zeros(width)
             if bias is None:
                 return None

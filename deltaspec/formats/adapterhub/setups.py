@@ -23,7 +23,14 @@ from deltaspec.names.folding import shown
 SETUP = "adapter_setup.json"
 _ORDER = "hsy"
 """Domains of bottlenecks (see `forms.py`): each leaves those before it to come."""
+_WHY = {
+    "Average": "which takes the mean of outputs, residuals included, and divides by the number of members once more",
+    "Fuse": "which weighs its members by attention over what they give, at each position",
+}
+"""What compositions compute that no deltas here come to."""
 _WAYS = {
+    "Average": "read the folders by themselves, and attach them at strengths: c.attach({name: 0.5, …}); or save the mean "
+    "of their weights, with adapters: model.average_adapter(…)",
     "BatchSplit": "give each row its own delta: read the folders by themselves, and pass deltas=[…] to the forward",
     "Parallel": "read the folders by themselves, and run the model once for each",
 }
@@ -69,7 +76,8 @@ def _members(unread: Unread, data: dict[str, Any]) -> list[str]:
             unread.find("DS544", "adapter_setup names no adapters that are here", "save the setup again", SETUP)
         else:
             hint = _WAYS.get(str(kind), "read the adapters by themselves, by the names of their folders")
-            unread.find("DS549", f"its setup has a {kind}, which no deltas here come to", hint, SETUP)
+            why = _WHY.get(str(kind), "which no deltas here come to")
+            unread.find("DS549", f"its setup has a {kind}, {why}", hint, SETUP)
     if not found and not unread.findings:
         unread.find("DS544", "adapter_setup names no adapters", "save the setup again", SETUP)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -64,15 +65,31 @@ def read(folder: Path, base: Base, name: str) -> Incoming:
     saved.incoming.kind = f"OpenDelta {' + '.join(kinds)}"
     saved.incoming.base = base_of(folder)[0]
     saved.load(WEIGHTS)
+    saved.widen()
     _refuse_others(saved, kinds)
     saved.settle()
-    saved.in_full("trained", [key for key in saved.weights if kinds != ["bitfit"] or not key.endswith("bias")])
+    changed = [m for kind in kinds for infix in known_types()[kind].INFIXES for m in saved.modules(infix) if m]
+    saved.places(changed)  # says what the model that it was trained in is here
+    beside = [key for key in saved.weights if kinds != ["bitfit"] or not key.endswith("bias")]
+    saved.in_full("trained", beside)
+    trained_in = base_of(folder)[1].kind
+    lost = [key for key in beside if key in saved.weights and not _of_a_delta(key, kinds)]
+    if lost and trained_in not in (None, base.table.model_class):
+        message = f"also holds {shown(lost)}, trained beside the delta, and this {base.table.model_class} has none"
+        saved.find("DS523", message, f"load {trained_in}", saved.file)
     for file, config in configs.items():
         options = saved.options(config, file)
         known_types()[config["delta_type"]].read(saved, options, config["delta_type"] if len(configs) > 1 else "")
         if not saved.findings:  # else not all options were asked for
             options.finish(f"OpenDelta's {config['delta_type']}")
     return saved.finish()
+
+
+def _of_a_delta(key: str, kinds: list[str]) -> bool:
+    """Return whether a key is of some delta, or may be a bias that BitFit trained."""
+    infixes = {infix for module in known_types().values() for infix in module.INFIXES}
+    inside = any(re.sub(r"_\d+$", "", segment) in infixes for segment in key.split("."))
+    return inside or ("bitfit" in kinds and key.endswith("bias"))
 
 
 def _refuse_others(saved: Saved, kinds: list[str]) -> None:

@@ -81,7 +81,8 @@ class Saved(Foreign):
         patterns = options.items("modified_modules", [], str)
         excluded = options.items("exclude_modules", ["lm_head"], str)
         common = options.flag("common_structure", False)
-        here = {self.prefix.to_saved(row.fqn) or row.fqn: row for row in self.base.table.rows}  # as patterns name them
+        called = ((self.prefix.to_saved(row.fqn), row) for row in self.base.table.rows)
+        here = {row.fqn if name is None else name: row for name, row in called}  # as patterns name them
         within = structures({name: row.type for name, row in here.items()}) if common else {}
         if common and not within:  # OpenDelta knows none either: the file is another library's
             return None

@@ -10,18 +10,37 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from deltaspec.diagnostics.findings import Diagnostic
-from deltaspec.documents.document import Document
+from deltaspec.documents.document import MAX_BYTES, Document
 
 _OURS = ("deltaspec", "deltas", "selectors", "expect")
 """Keys that only a spec has."""
-_FILES = ("adapter_config.json", "config.json")
-"""Names by which a library finds its configuration in a directory."""
+_ADAPTERS, _SETUP, _CONFIG = "adapter_config.json", "adapter_setup.json", "config.json"
+"""Names by which a library finds its configuration in a directory: PEFT's and AdapterHub's, a setup of AdapterHub's,
+OpenDelta's and any model's."""
+CONFIGURATIONS = (_ADAPTERS, _SETUP, _CONFIG)
 _TRAINS = ("adapter", "lora_r", "lora_alpha", "datasets", "sequence_len", "micro_batch_size", "num_epochs")
 _TUNES = ("finetuning_type", "lora_rank", "lora_target", "stage", "template", "dataset_dir")
+
+
+def of_adapters(files: Iterable[str]) -> list[str]:
+    """Return those of these files that are configurations of adapters, a setup for all that it holds."""
+    named = [file for file in files if os.path.basename(file) in CONFIGURATIONS]
+    setups = [os.path.join(os.path.dirname(file), "") for file in named if os.path.basename(file) == _SETUP]
+    apart = [f for f in named if os.path.basename(f) == _SETUP or not any(f.startswith(folder) for folder in setups)]
+    return [file for file in apart if os.path.basename(file) != _CONFIG or _names_a_delta_type(file)]
+
+
+def _names_a_delta_type(file: str) -> bool:
+    """Return whether a `config.json` is OpenDelta's, as a reader of its directory tells it."""
+    try:
+        with open(file, "rb") as stream:
+            return b'"delta_type"' in stream.read(MAX_BYTES)
+    except OSError:  # what cannot be read is none of an adapter's
+        return False
 
 
 def other_tool(document: Document) -> Diagnostic | None:
@@ -42,7 +61,7 @@ def other_tool(document: Document) -> Diagnostic | None:
 
 def _folder(name: str, otherwise: str) -> str:
     """Return the directory, as a shell takes it, of a configuration; something else where it came from none."""
-    known = os.path.basename(name) in _FILES and os.path.isfile(name)
+    known = os.path.basename(name) in CONFIGURATIONS and os.path.isfile(name)
     return shlex.quote(os.path.dirname(name) or ".") if known else otherwise
 
 
@@ -68,7 +87,11 @@ def _is_peft(data: Mapping[str, Any]) -> bool:
 
 
 def _is_adapterhub(data: Mapping[str, Any]) -> bool:
-    return {"config", "model_class"} <= data.keys() or str(data.get("version", "")).startswith("adapters.")
+    return (
+        {"config", "model_class"} <= data.keys()
+        or "adapter_setup" in data
+        or str(data.get("version", "")).startswith("adapters.")
+    )
 
 
 def _is_opendelta(data: Mapping[str, Any]) -> bool:

@@ -25,6 +25,7 @@ CHANGES: dict[str, tuple[Change, str, str]] = {
     "another width": (lambda c, w: c["config"].update(reduction_factor=16), "DS543", "reduction_factor of 16"),
     "a layer is left out": (lambda c, w: c["config"].update(leave_out=[0]), "DS543", "leaves out"),
     "more places are meant": (lambda c, w: c["config"].update(mh_adapter=True), "DS543", "attention.output"),
+    "a type": (lambda c, w: w.update({UP: w[UP].int()}), "DS526", "torch.int32"),
     "a shape": (lambda c, w: w.update({UP: torch.ones(31, 4)}), "DS526", "adapter_up.weight"),
     "another name": (lambda c, w: c.update(name="other"), "DS543", "of other"),
     "two adapters": (

@@ -17,7 +17,8 @@ from deltaspec.formats.opening import open_set
 
 WRONG: tuple[Any, ...] = ("x", [[]], {"a": {"b": [1]}}, -1e300, 10**400, float("nan"))
 READ = {
-    "seq_bn_bert": ("reduction_factor", "scaling", "non_linearity", "residual_before_ln", "stochastic_depth", "phm_dim"),
+    "seq_bn_bert": ("reduction_factor", "scaling", "non_linearity", "residual_before_ln", "stochastic_depth",
+                    "phm_dim"),
     "ia3_gpt2": ("alpha", "attn_matrices", "leave_out", "composition_mode", "architecture"),
     "lora_gating_bert": ("r", "alpha", "dropout", "vera_d", "use_gating", "selfattn_lora"),
     "prefix_gpt2": ("prefix_length", "non_linearity", "leave_out", "use_gating", "cross_prefix"),

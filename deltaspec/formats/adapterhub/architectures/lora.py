@@ -139,9 +139,9 @@ def _updates(
         adapter.remark(f"its scale {alpha:g} / {rank} is in its factors up: no spec has one that is not positive")
     if shared:
         adapter.remark("its four factors are multiplied to two, all of which train further: the random ones as well")
-    if magnitudes:
+    if dora and len(magnitudes) == len(sites):
         _decomposed(adapter, params, part, sites, magnitudes)
-    else:
+    elif not dora:
         adapter.add("lora", params, sites, part)
 
 

@@ -42,6 +42,8 @@ def read(adapter: Adapter, options: Options, part: str) -> None:
         if layer not in out and switches.get(name, True):
             by_name.setdefault(f"{name}_prefix", []).append(fqn)
     tensors = _once(adapter)
+    if adapter.findings:
+        return
     own = {rest.partition(".")[0] for rest in tensors}
     adapter.compare(own, by_name.keys(), "prefixes")
     if adapter.findings:
@@ -63,8 +65,10 @@ def _once(adapter: Adapter) -> dict[str, Tensor]:
     pools = adapter.modules("prefix_tunings")
     for module in sorted(pools, key=lambda module: module.rpartition(".")[2] == _POOL):
         for rest, key in pools[module].items():
-            value = adapter.take(key, f"keys and values in front ({rest.partition('.')[0]})")
-            assert value is not None
+            dims = adapter.weights[key].dim()
+            value = adapter.take(key, f"keys and values in front ({rest.partition('.')[0]})", (None,) * dims)
+            if value is None:
+                continue
             if rest not in found:
                 found[rest] = value
             elif not torch.equal(found[rest], value):
@@ -83,13 +87,15 @@ def _rows(
         numbers = tensors["control_trans"].reshape(-1)
     elif tensors.keys() == {"wte.weight", *(f"control_trans.{n}.{t}" for n in "02" for t in ("weight", "bias"))}:
         wte, inner, outer = (tensors[f"{n}.weight"] for n in ("wte", "control_trans.0", "control_trans.2"))
+        biases = [tensors[f"control_trans.{n}.bias"] for n in "02"]
         fits = wte.dim() == inner.dim() == outer.dim() == 2 and inner.shape[1] == wte.shape[1]
+        fits = fits and all(b.shape == weight.shape[:1] for b, weight in zip(biases, (inner, outer), strict=True))
         if not fits or len(wte) != tokens or outer.shape[1] != len(inner):
             message = f"the layers of {name} do not fit one another, or the {tokens} rows of prefix_length"
             adapter.find("DS526", message, "the file and the configuration are of two adapters", adapter.file)
             return None
-        hidden = F.linear(wte, inner, tensors["control_trans.0.bias"])
-        numbers = F.linear(_activated(activation, hidden), outer, tensors["control_trans.2.bias"]).reshape(-1)
+        hidden = F.linear(wte, inner, biases[0])
+        numbers = F.linear(_activated(activation, hidden), outer, biases[1]).reshape(-1)
         adapter.remark("its network is multiplied out: what is trained further are the keys and values themselves")
     else:
         message = (

@@ -107,9 +107,8 @@ def _unit(
         return None if rotation is None else {"rotation": rotation, "source": source, "bias": bias}
     start = "projection.parametrizations.weight."
     original = _need(adapter, names, f"{start}original", f"rotation of {fqn}, orthonormal", (rank, source.shape[1]))
-    base = names.get(f"{start}0.base")
-    turned = None if base is None else adapter.take(base, f"rotation of {fqn}, orthonormal", (source.shape[1],) * 2)
-    if original is None or (base is not None and turned is None):
+    turned = _need(adapter, names, f"{start}0.base", f"rotation of {fqn}, orthonormal", (source.shape[1],) * 2)
+    if original is None or turned is None:
         return None
     return {"rotation": _orthonormal(original, turned), "source": source, "bias": bias}
 
@@ -123,14 +122,12 @@ def _need(
     return adapter.take(names[name], became, shape)
 
 
-def _orthonormal(original: Tensor, base: Tensor | None) -> Tensor:
+def _orthonormal(original: Tensor, base: Tensor) -> Tensor:
     """Return the matrix that torch's parametrisation makes of what it keeps."""
-    state = {"parametrizations.weight.original": original}
-    if base is not None:
-        state["parametrizations.weight.0.base"] = base
+    state = {"parametrizations.weight.original": original, "parametrizations.weight.0.base": base}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a module starts with random values
         linear = nn.Linear(original.shape[1], original.shape[0], bias=False, dtype=original.dtype)
-        made = nn.utils.parametrizations.orthogonal(linear, use_trivialization=base is not None)
+        made = nn.utils.parametrizations.orthogonal(linear)
         made.load_state_dict(state)
         weight = made.weight
     assert isinstance(weight, torch.Tensor)

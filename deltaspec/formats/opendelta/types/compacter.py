@@ -22,13 +22,17 @@ _START = ("phm_c_init", "phm_init_range", "hypercomplex_nonlinearity", "kronecke
 def read(saved: Saved, options: Options, part: str) -> None:
     """Add the delta."""
     options.ignore(*_START, "reduction_factor", "bottleneck_dim", "phm_rank", "factorized_phm", "factorized_phm_rule",
-                   "use_bias_up_sampler", "use_bias_down_sampler", "learn_phm")  # fmt: skip
+                   "learn_phm")  # fmt: skip
+    biased = {way: options.flag(f"use_bias_{way}_sampler", True) for way in ("down", "up")}
     for name in ("shared_phm_rule", "shared_W_phm"):
         options.refuse(name, "OpenDelta 0.3 has none", "save the delta again")
     n = options.whole("hypercomplex_division", 4, least=1)
     sites, rank, width = [], 1, 1
     for module, fqn in saved.sites("compactor", options).items():
         lead = f"{module}.compactor"
+        if lacking := [way for way, due in biased.items() if due and f"{lead}.{way}_sampler.b" not in saved.weights]:
+            message = f"has no {lead}.{lacking[0]}_sampler.b"
+            saved.find("DS543", message, "the file was cut: save the delta again", saved.file)
         down, up = (_sampler(saved, f"{lead}.{way}_sampler", f"{way} of {fqn}", n) for way in ("down", "up"))
         if not down or not up:
             continue

@@ -58,8 +58,10 @@ def _computed(saved: Saved, first: str, tokens: int, options: Options) -> dict[s
     became = "multiplied out: keys and values in front"
     saved.take(f"{lead}.input_tokens", "the numbers of the prefix's rows")
     wte = saved.need(f"{lead}.wte.weight", became, (tokens, None))
-    inner, inner_bias = (saved.need(f"{lead}.control_trans.0.{name}", became) for name in ("weight", "bias"))
-    outer, outer_bias = (saved.need(f"{lead}.control_trans.2.{name}", became) for name in ("weight", "bias"))
+    inner = saved.need(f"{lead}.control_trans.0.weight", became, (None, None))
+    inner_bias = saved.need(f"{lead}.control_trans.0.bias", became, (None if inner is None else len(inner),))
+    outer = saved.need(f"{lead}.control_trans.2.weight", became, (None, None))
+    outer_bias = saved.need(f"{lead}.control_trans.2.bias", became, (None if outer is None else len(outer),))
     meant = saved.meant(options) or []
     places = list(saved.places([first]).values())
     if wte is None or inner is None or inner_bias is None or outer is None or outer_bias is None or not places:
@@ -68,7 +70,7 @@ def _computed(saved: Saved, first: str, tokens: int, options: Options) -> dict[s
         message = f"its network is at {first}, and modified_modules means {shown(meant) or 'nothing'} first"
         saved.find("DS543", message, "the file and the configuration are of two deltas", saved.file)
         return {}
-    if (inner.dim(), outer.dim()) != (2, 2) or inner.shape[1] != wte.shape[1] or outer.shape[1] != len(inner):
+    if inner.shape[1] != wte.shape[1] or outer.shape[1] != len(inner):
         saved.find("DS526", f"the layers of {lead} do not fit one another", "save the delta again", saved.file)
         return {}
     if len(outer) % (2 * len(meant)):
