@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,7 +30,7 @@ def read_beside(adapter: Adapter) -> Callable[[], None]:
     names = saved_names(adapter)
     saved = whole_modules(adapter, names)
     _tokens(adapter)
-    bias = adapter.option("bias", "none")
+    bias = _trained_biases(adapter)
     before = len(adapter.incoming.deltas)
 
     def rest() -> None:
@@ -39,6 +39,14 @@ def read_beside(adapter: Adapter) -> Callable[[], None]:
         _embeddings(adapter)
 
     return rest
+
+
+def _trained_biases(adapter: Adapter) -> str:
+    """Return which biases were trained. PEFT goes by the ending of `lora_only`, whatever type stands in front."""
+    given = adapter.option("bias", "none")
+    if isinstance(given, str) and given.endswith("_only"):
+        return given
+    return adapter.options.word("bias", "none", ("none", "all", f"{adapter.type.lower()}_only"))
 
 
 def _tokens(adapter: Adapter) -> None:
@@ -103,12 +111,9 @@ def add_tokens(adapter: Adapter, fqn: str, ids: list[int], rows: Tensor, part: s
         adapter.add("trainable_tokens", {"token_ids": list(ids), **tied}, [site], part)
 
 
-def _biases(adapter: Adapter, bias: Any, saved: set[tuple[str, str]], own: list[IncomingDelta]) -> None:
+def _biases(adapter: Adapter, bias: str, saved: set[tuple[str, str]], own: list[IncomingDelta]) -> None:
     """Add the biases that were trained: all of the base (`all`), or those of the type's modules (`lora_only`)."""
     if bias == "none":
-        return
-    if bias != "all" and not str(bias).endswith("_only"):
-        adapter.find("DS544", f"bias: {bias!r} is not known here", "it is none, all or lora_only", CONFIG)
         return
     sites = _in_full(adapter, [key for key in adapter.weights if key.rpartition(".")[2] == "bias"])
     touched = {site.fqn for delta in own for site in delta.sites}

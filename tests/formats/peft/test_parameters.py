@@ -7,6 +7,8 @@ from typing import Any
 
 import peft
 import pytest
+import torch
+from as_peft import same_in_peft, stirred
 from beside_peft import as_theirs, moved, saved
 from peft_bases import base, run
 
@@ -47,10 +49,26 @@ def test_packed_attention_whose_output_is_changed_twice(tmp_path: Path) -> None:
     assert found == {"mha.in_proj_weight": (3, 0), "mha.out_proj": (6, 0), "fc": (3, 0.1)}
 
 
+@pytest.mark.parametrize("more", [{}, {"lora_bias": True, "use_rslora": True}], ids=str)
+def test_grouped_convolutions_whose_a_sees_all_channels(more: dict[str, Any], tmp_path: Path) -> None:
+    made = moved(base("convolutions"), peft.LoraConfig(target_modules=["grouped", "conv1"], r=4, **more))
+    compiled = as_theirs(base("convolutions"), made, tmp_path / "french", run("convolutions"))
+    assert {s.fqn: s.params.channels for s in compiled.plan["french"].sites} == {"grouped": "all", "conv1": "group"}
+    same_in_peft(compiled, base("convolutions"), tmp_path / "again", run("convolutions"))
+
+
+def test_what_sees_its_own_groups_comes_back_so(tmp_path: Path) -> None:
+    made = {"name": "d", "method": "lora", "params": {"rank": 4}, "target": {"path": "grouped"}}
+    same_in_peft(stirred(base("convolutions"), made), base("convolutions"), tmp_path, run("convolutions"))
+    back = deltaspec.restore(base("convolutions"), tmp_path)
+    assert back.plan.deltas[0].sites[0].params.channels == "group"
+    torch.testing.assert_close(run("convolutions")(back.merge()), run("convolutions")(back))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("convolutions", {"target_modules": ["grouped"], "r": 2}, "lora_A sees all of its channels"),
+        ("convolutions", {"target_modules": ["grouped"], "r": 2, "use_dora": True}, "use_dora on grouped"),
         ("attention", {"target_modules": ["mha"], "lora_bias": True}, "lora_bias on mha"),
     ],
 )

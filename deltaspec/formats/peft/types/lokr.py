@@ -61,7 +61,7 @@ def _params(adapter: Adapter) -> dict[str, Any]:
         params["tucker"] = True
     if (factor := adapter.options.whole("decompose_factor", -1, -1)) != -1:
         params["factor"] = factor
-    if adapter.options.start("init_weights", True) == "lycoris":
+    if adapter.options.start("init_weights", True, ("lycoris",)) == "lycoris":
         params["init"] = "zero_large"
     return params
 
