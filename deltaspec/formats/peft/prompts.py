@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.peft.adapter import CONFIG, Adapter
@@ -77,9 +79,19 @@ def add_soft_prompt(adapter: Adapter) -> None:
     if _reads_first(adapter, row):
         params["output"] = "all"
         adapter.incoming.remarks[-1] = "its classifier reads the prompt's first position, as PEFT has it"
+    if _counts_by_ids(adapter, row):
+        adapter.remark("it numbers tokens by their ids, and leaves padding out; given PEFT's embeddings, it numbers padding, "
+                       "too: rows with padding on the left differ from PEFT's")  # fmt: skip
     default = [r for r in adapter.base.table.rows if r.entrance is not None and r.entrance.problem is None]
     site = IncomingSite(row.fqn, {"prompt": rows})
     adapter.add("soft_prompt", params, [site], default_target=default == [row])
+
+
+def _counts_by_ids(adapter: Adapter, row: Row) -> bool:
+    """Return whether a model numbers positions by the ids of tokens, as RoBERTa does: its table of them has padding."""
+    owner = adapter.base.model.get_submodule(row.fqn.rpartition(".")[0])
+    others = (module for name, module in owner.named_children() if name != row.fqn.rpartition(".")[2])
+    return any(isinstance(module, nn.Embedding) and module.padding_idx is not None for module in others)
 
 
 def _reads_first(adapter: Adapter, row: Row) -> bool:
