@@ -9,7 +9,14 @@ import torch
 
 from deltaspec.formats.incoming import IncomingDelta, IncomingSite
 from deltaspec.formats.peft.adapter import CONFIG, Adapter
-from deltaspec.formats.peft.saved_modules import check_saved, has_tied, rows_there, saved_names, whole_modules
+from deltaspec.formats.peft.saved_modules import (
+    check_saved,
+    has_tied,
+    rows_there,
+    saved_names,
+    ties_embeddings,
+    whole_modules,
+)
 from deltaspec.names.folding import shown
 from deltaspec.names.paths import below
 
@@ -91,7 +98,7 @@ def _ties_tokens(adapter: Adapter, fqn: str, others: Iterable[str]) -> bool:
     """Return whether PEFT ties the head to these rows: to those of the input embeddings, if it has none of its own."""
     row = adapter.base.rows[fqn]
     tied = {name.rpartition(".")[0] for p in row.parameters for name in p.tied}
-    return row.vocabulary and tied.isdisjoint(others)
+    return row.vocabulary and tied.isdisjoint(others) and ties_embeddings(adapter, unsaid=False)
 
 
 def add_tokens(adapter: Adapter, fqn: str, ids: list[int], rows: Tensor, part: str, *, together: bool = True) -> None:

@@ -80,8 +80,8 @@ def add_soft_prompt(adapter: Adapter) -> None:
         params["output"] = "all"
         adapter.incoming.remarks[-1] = "its classifier reads the prompt's first position, as PEFT has it"
     if _counts_by_ids(adapter, row):
-        adapter.remark("it numbers tokens by their ids, and leaves padding out; given PEFT's embeddings, it numbers padding, "
-                       "too: rows with padding on the left differ from PEFT's")  # fmt: skip
+        adapter.remark("it numbers tokens by their ids, and leaves padding out; given PEFT's embeddings, it numbers "
+                       "padding, too: rows with padding on the left differ from PEFT's")  # fmt: skip
     default = [r for r in adapter.base.table.rows if r.entrance is not None and r.entrance.problem is None]
     site = IncomingSite(row.fqn, {"prompt": rows})
     adapter.add("soft_prompt", params, [site], default_target=default == [row])

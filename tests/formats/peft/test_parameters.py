@@ -11,6 +11,7 @@ import torch
 from as_peft import same_in_peft, stirred
 from beside_peft import as_theirs, moved, saved
 from peft_bases import base, run
+from safetensors.torch import load_file, save_file
 
 import deltaspec
 
@@ -39,6 +40,16 @@ QKV = {"target_modules": ["q_proj"], "r": 3}
 def test_options(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     config = peft.LoraConfig(**{"target_modules": [], **options})
     as_theirs(base(name), moved(base(name), config), tmp_path / "french", run(name))
+
+
+def test_parameters_that_are_cut_and_those_that_no_model_has(tmp_path: Path) -> None:
+    targets = ["experts.gate_up_proj", "experts.nowhere"]
+    made = moved(base("mixtral"), peft.LoraConfig(target_modules=["q_proj"], target_parameters=targets, r=2))
+    as_theirs(base("mixtral"), made, tmp_path / "french", run("mixtral"))
+    file = tmp_path / "french" / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "layers.1.mlp" not in key}, file)
+    with pytest.raises(deltaspec.DeltaSpecError, match=r"has no factors for model.layers.1.mlp.experts.gate_up_proj"):
+        deltaspec.restore(base("mixtral"), tmp_path / "french")
 
 
 def test_packed_attention_whose_output_is_changed_twice(tmp_path: Path) -> None:

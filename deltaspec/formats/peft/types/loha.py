@@ -99,5 +99,7 @@ def _tensor(part: Part, name: str) -> Tensor | None:
         return None
     value: Tensor = getattr(part.own, name)
     if "core_1" in names:
+        if name.startswith("core"):  # PEFT has one of two dimensions of the kernel, also for Conv1d
+            return value.reshape(*value.shape, *(1,) * (4 - value.dim()))
         return value.t() if name.startswith("up") else value
     return value.flatten(1)

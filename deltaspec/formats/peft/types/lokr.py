@@ -119,4 +119,6 @@ def _tensor(part: Part, name: str) -> Tensor | None:
     value: Tensor = getattr(part.own, name)
     if "large_core" in names and name == "large_up":
         return value.t()
+    if name == "large_core":  # PEFT has one of two dimensions of the kernel, also for Conv1d
+        return value.reshape(*value.shape, *(1,) * (4 - value.dim()))
     return value.flatten(1) if name == "large_down" else value

@@ -16,6 +16,7 @@ from deltaspec.formats.peft.factors import Update, of_groups
 from deltaspec.formats.peft.low_rank import write_updates
 from deltaspec.formats.peft.parameters import factors, matrices_of, places_of
 from deltaspec.formats.peft.targets import alphas_of, by_pattern, check_targets, ranks_of
+from deltaspec.formats.peft.tying import check_tied, tied_targets
 from deltaspec.formats.peft.words import STARTS
 from deltaspec.methods.shared.parts import spread
 from deltaspec.names.folding import shown
@@ -50,7 +51,9 @@ def read(adapter: Adapter) -> None:
     modules = adapter.modules(*KEYS)
     places = adapter.places(modules)
     stand_for = places_of(adapter, places)
-    check_targets(adapter, {name: fqn for name, fqn in places.items() if stand_for[name].name == name})
+    tied = tied_targets(adapter, places)
+    meant = {name: fqn for name, fqn in places.items() if stand_for[name].name == name and fqn not in tied}
+    check_targets(adapter, meant)
     sites = []
     for module, fqn in places.items():
         place = stand_for[module]
@@ -87,6 +90,7 @@ def read(adapter: Adapter) -> None:
             f"PEFT adds the update of {shown(doubled)} twice, and computes the gradient of one: here it acts twice "
             "(alpha is doubled), and learns by the gradient of both"
         )
+    check_tied(adapter, sites, tied)
     adapter.add("lora", params, sites)
 
 
