@@ -48,6 +48,15 @@ def read_beside(adapter: Adapter) -> Callable[[], None]:
     return rest
 
 
+def _biased_heads(adapter: Adapter, fqn: str, together: bool) -> list[str]:
+    """Return the heads that rows are trained of, with a table or by themselves, and that have a bias."""
+    rows = adapter.base.rows
+    twins = [name.rpartition(".")[0] for p in rows[fqn].parameters for name in p.tied if p.name == "weight"]
+    return [
+        name for name in (fqn, *twins * together) if rows[name].kind == "linear" and rows[name].has_parameter("bias")
+    ]
+
+
 def _trained_biases(adapter: Adapter) -> str:
     """Return which biases were trained. PEFT goes by the ending of `lora_only`, whatever type stands in front."""
     given = adapter.option("bias", "none")
@@ -109,10 +118,14 @@ def add_tokens(adapter: Adapter, fqn: str, ids: list[int], rows: Tensor, part: s
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
         message = f"{option} has {', '.join(map(str, twice))} twice: which of its rows counts is undefined"
         adapter.find("DS544", message, "train it again with each token once", CONFIG)
-    elif adapter.base.rows[fqn].kind == "linear" and not is_tied:
-        message = f"{option} trains rows of {fqn}, a {adapter.base.rows[fqn].type} that is tied to no table"
-        hint = f"there is no method for it: train the head as a whole (modules_to_save: [{fqn.rpartition('.')[2]!r}])"
+    elif (row := adapter.base.rows[fqn]).kind == "linear" and not is_tied and "head" not in row.roles:
+        message = f"{option} trains rows of {fqn}, a {row.type} that is no head, and tied to no table"
+        hint = f"there is no method for it: train it as a whole (modules_to_save: [{fqn.rpartition('.')[2]!r}])"
         adapter.find("DS544", message, hint, CONFIG)
+    elif biased := _biased_heads(adapter, fqn, together):
+        message = f"{option} changes {shown(biased)}, too, and PEFT runs it without its bias then"
+        hint = "merging takes the bias along: train it again with a copy of the whole head (modules_to_save)"
+        adapter.find("DS548", message, hint, CONFIG)
     else:
         tied = {"tied": "together" if together else "alone"} if is_tied else {}
         adapter.add("trainable_tokens", {"token_ids": list(ids), **tied}, [site], part)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -123,6 +124,7 @@ def without(*parts: str) -> Callable[[dict[str, Tensor]], Any]:
         ("tied", lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
         ("tied", lora(modules_to_save=["lm_head"], ensure_weight_tying=True)),
         ("tied", lora(modules_to_save=["lm_head", "embed_tokens"])),
+        ("llama", lora(trainable_token_indices={"lm_head": [2, 5], "embed_tokens": [1]})),
         ("tied", TIED_TARGETS),
         ("tied", lora(trainable_token_indices=[1, 4, 9])),
         ("tied", lora(trainable_token_indices={"embed_tokens": [1, 4], "lm_head": [2, 5, 6]})),
@@ -166,7 +168,7 @@ def test_a_file_that_was_cut(
     [
         ({"modules_to_save": "lm_head"}, "modules_to_save: 'lm_head' is no list of names"),
         ({"modules_to_save": ["lm_head", ""]}, "is no list of names"),
-        ({"trainable_token_indices": {"lm_head": [1, 2]}}, "a Linear that is tied to no table"),
+        ({"trainable_token_indices": {"0.mlp.up_proj": [1, 2]}}, "a Linear that is no head, and tied to no table"),
         ({"trainable_token_indices": [1, 2, 1]}, "has 1 twice"),
         ({"trainable_token_indices": 5}, "says no tokens"),
     ],
@@ -223,6 +225,13 @@ def test_peft_ties_by_the_configuration(tmp_path: Path) -> None:
     model.config.tie_word_embeddings = False
     compiled = as_theirs(model, moved(model, lora(trainable_token_indices=[1, 4, 9])), tmp_path / "french", logits)
     assert compiled.plan["french-tokens"].params.tied == "alone"
+
+
+def test_a_tied_head_whose_bias_peft_leaves_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(**SIZES, max_position_embeddings=16)).eval()
+    folder = saved(moved(model, lora(target_modules=["query"], trainable_token_indices=[1, 4])), tmp_path / "a")
+    assert "DS548" in (found := refusal(model, folder)) and "runs it without its bias" in found
 
 
 def test_under_another_prefix(models: dict[str, Any], tmp_path: Path) -> None:
