@@ -145,7 +145,17 @@ def _shifts(out: Outgoing) -> dict[str, Tensor]:
                 added[fqn] = out.folded(fqn, parts)["bias"]
         elif out.base.is_meta:
             out.lacks_weights(parts, "PEFT keeps whole biases")
+        elif any(_is_shared(out, part) for part in parts):
+            out.refuse(parts, "PEFT changes a tied bias at all of its places")
         else:
             out.tensors[f"{PREFIX}{fqn}.bias"] = out.folded(fqn, parts)["bias"]
             out.config["bias"] = "all"
     return added
+
+
+def _is_shared(out: Outgoing, part: Part) -> bool:
+    """Return whether a bias is tied to that of another layer, and changed here alone."""
+    if getattr(part.params, "tied", None) == "together":
+        return False
+    twins = (twin for p in part.at.site.row.parameters if p.name == "bias" for twin in p.tied)
+    return any(out.base.rows[twin.rpartition(".")[0]].kind != "other" for twin in twins)

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 _TOKENS = "token_adapter.trainable_tokens_delta"
 _INDEX = "trainable_token_indices"
-OURS = "*.deltaspec.json"
-"""Specs that deltaspec writes beside an adapter, which then holds the biases alone that it changes."""
 
 
 def read_beside(adapter: Adapter) -> Callable[[], None]:
@@ -119,7 +117,7 @@ def _biases(adapter: Adapter, bias: Any, saved: set[tuple[str, str]], own: list[
         for row, _ in rows_there(adapter)
         if row.has_parameter("bias") and (row.fqn, "bias") not in held and (bias == "all" or row.fqn in touched)
     ]
-    if lacking and not (bias == "all" and any(adapter.folder.glob(OURS))):
+    if lacking:
         message = f"has no {shown(dict.fromkeys(lacking))}, which bias: {bias} trains"
         hint = 'save the adapter again; or with "bias": "none" the base\'s own stay, as in PEFT, where none is left'
         adapter.find("DS543", message, hint, adapter.file)
