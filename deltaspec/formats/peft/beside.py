@@ -9,7 +9,7 @@ import torch
 
 from deltaspec.formats.incoming import IncomingDelta, IncomingSite
 from deltaspec.formats.peft.adapter import CONFIG, Adapter
-from deltaspec.formats.peft.saved_modules import check_saved, has_tied, rows_there, saved_names, whole_modules
+from deltaspec.formats.peft.saved_modules import check_saved, has_tied, rows_there, running, saved_names, whole_modules
 from deltaspec.names.folding import shown
 from deltaspec.names.paths import below
 
@@ -86,8 +86,8 @@ def _ties_tokens(adapter: Adapter, fqn: str, others: Iterable[str]) -> bool:
 
 def add_tokens(adapter: Adapter, fqn: str, ids: list[int], rows: Tensor, part: str, *, together: bool = True) -> None:
     """Add trained rows of one table; a head that is tied to it is changed with it, as in PEFT."""
-    site = IncomingSite(fqn, {"weight": rows})
-    is_tied = has_tied(adapter, [site])
+    is_tied = has_tied(adapter, [IncomingSite(fqn, {})])
+    site = IncomingSite(running(adapter, fqn) if together and is_tied else fqn, {"weight": rows})
     option = _INDEX if _INDEX in adapter.config else "token_indices"
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
         message = f"{option} has {', '.join(map(str, twice))} twice: which of its rows counts is undefined"
