@@ -149,8 +149,8 @@ def test_an_unreachable_hub_is_said(here, monkeypatch):
     def fails(*_):
         raise socket.gaierror("no such name")
 
-    monkeypatch.setattr("deltaspec.backbone.loading.socket.getaddrinfo", fails)
-    monkeypatch.setattr("deltaspec.backbone.loading.getproxies", dict)
+    monkeypatch.setattr("deltaspec.backbone.hub.socket.getaddrinfo", fails)
+    monkeypatch.setattr("deltaspec.backbone.hub.getproxies", dict)
     found = finding("no-such-org-anywhere/no-such-model")
     assert found.code == "DS321" and "the hub cannot be reached" in found.message
 
@@ -166,7 +166,7 @@ def test_a_hub_id_uses_the_cache_and_the_same_code(here, monkeypatch):
         asked.append((source, options))
         return config
 
-    monkeypatch.setattr("deltaspec.backbone.loading._cached", lambda reference: True)
+    monkeypatch.setattr("deltaspec.backbone.loading.is_cached", lambda reference: True)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", gives)
     assert type(model_from("org/model")).__name__ == "LlamaForCausalLM"
     assert asked == [("org/model", {"trust_remote_code": False, "local_files_only": False})]
