@@ -116,8 +116,13 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         found = load(content)  # in any order, another one each time
     except (SafetensorError, KeyError) as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_reason(error)) from error
     return {key: found[key] for key in sorted(found)}
+
+
+def _reason(error: Exception) -> str:
+    """Return what safetensors says, which begins in another way where it reads headers alone."""
+    return str(error).removeprefix("Error while deserializing").removeprefix(" header").removeprefix(": ")
 
 
 def _headers(path: Path) -> dict[str, Header]:
@@ -128,7 +133,7 @@ def _headers(path: Path) -> dict[str, Header]:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  it is no mapping
             return {name: Header(tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
     except SafetensorError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_reason(error)) from error
 
 
 def _pickled(path: Path, device: str) -> dict[str, Tensor]:

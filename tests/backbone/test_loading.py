@@ -238,6 +238,6 @@ def test_loaded_models_have_their_weights(tmp_path, monkeypatch):
     config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     config.architectures = ["BertModel"]
     config.save_pretrained(tmp_path / "empty")
-    with pytest.raises(DeltaSpecError, match="BertModel cannot be built from this configuration: OSError") as raised:
+    with pytest.raises(DeltaSpecError, match="the weights of this BertModel cannot be loaded: OSError") as raised:
         model_from(str(tmp_path / "empty"), Wanted(weights=True))
     assert [finding.code for finding in raised.value.diagnostics] == ["DS322"]
