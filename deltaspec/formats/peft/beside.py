@@ -13,6 +13,7 @@ from deltaspec.formats.peft.saved_modules import (
     check_saved,
     has_tied,
     rows_there,
+    running,
     saved_names,
     ties_embeddings,
     whole_modules,
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 _TOKENS = "token_adapter.trainable_tokens_delta"
 _INDEX = "trainable_token_indices"
-OURS = "*.deltaspec.json"
-"""Specs that deltaspec writes beside an adapter, which then holds the biases alone that it changes."""
 
 
 def read_beside(adapter: Adapter) -> Callable[[], None]:
@@ -112,8 +111,8 @@ def _ties_tokens(adapter: Adapter, fqn: str, others: Iterable[str]) -> bool:
 
 def add_tokens(adapter: Adapter, fqn: str, ids: list[int], rows: Tensor, part: str, *, together: bool = True) -> None:
     """Add trained rows of one table; a head that is tied to it is changed with it, as in PEFT."""
-    site = IncomingSite(fqn, {"weight": rows})
-    is_tied = has_tied(adapter, [site])
+    is_tied = has_tied(adapter, [IncomingSite(fqn, {})])
+    site = IncomingSite(running(adapter, fqn) if together and is_tied else fqn, {"weight": rows})
     option = _INDEX if _INDEX in adapter.config else "token_indices"
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
         message = f"{option} has {', '.join(map(str, twice))} twice: which of its rows counts is undefined"
@@ -144,7 +143,7 @@ def _biases(adapter: Adapter, bias: str, saved: set[tuple[str, str]], own: list[
         for row, _ in rows_there(adapter)
         if row.has_parameter("bias") and (row.fqn, "bias") not in held and (bias == "all" or row.fqn in touched)
     ]
-    if lacking and not (bias == "all" and any(adapter.folder.glob(OURS))):
+    if lacking:
         message = f"has no {shown(dict.fromkeys(lacking))}, which bias: {bias} trains"
         hint = 'save the adapter again; or with "bias": "none" the base\'s own stay, as in PEFT, where none is left'
         adapter.find("DS543", message, hint, adapter.file)

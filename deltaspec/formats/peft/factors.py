@@ -8,6 +8,7 @@ from math import sqrt
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from deltaspec.backbone.table import Row
 
@@ -17,9 +18,10 @@ class Update:
     """scale · (up · down), and scale · bias beside it."""
 
     down: Tensor
-    """`[rank, in]`; of a convolution `[rank, in, *kernel]`, over the channels of all groups."""
+    """`[rank, in]`; of a convolution `[rank, in, *kernel]`, over the channels of all groups; of a stack of matrices
+    `[matrices, rank, in]`."""
     up: Tensor
-    """`[out, rank]`; of a convolution `[out, rank per group, *ones]`."""
+    """`[out, rank]`; of a convolution `[out, rank per group, *ones]`, of a stack `[matrices, out, rank]`."""
     scale: float
     bias: Tensor | None = None
     alpha: float | None = None
@@ -28,11 +30,13 @@ class Update:
     """Whether that is over the root of the rank (rsLoRA)."""
     magnitude: Tensor | None = None
     """Norms of the decomposed weight (DoRA)."""
+    stacked: bool = False
+    """Whether it is one of a stack of matrices, each with a pair of factors of its own."""
 
     @property
     def rank(self) -> int:
         """Rank of the update."""
-        return self.down.shape[0]
+        return self.down.shape[1 if self.stacked else 0]
 
     def alpha_as(self, rooted: bool) -> float:
         """Return the numerator with which PEFT computes this scale."""
@@ -47,8 +51,11 @@ def joined(updates: Iterable[Update], groups: int = 1) -> Update:
     if len(all_of_them) == 1 and all_of_them[0].scale > 0:
         return all_of_them[0]
     scale = max(abs(update.scale) for update in all_of_them) or 1.0
-    downs = [_grouped(update.down, groups) for update in all_of_them]
     ups = [_times(update.up, update.scale / scale) for update in all_of_them]
+    if all_of_them[0].stacked:
+        downs = [update.down for update in all_of_them]
+        return Update(torch.cat(_alike(downs), 1), torch.cat(_alike(ups), 2), scale, stacked=True)
+    downs = [_grouped(update.down, groups) for update in all_of_them]
     biases = [_times(update.bias, update.scale / scale) for update in all_of_them if update.bias is not None]
     shape = all_of_them[0].down.shape[1:]
     down = torch.cat(_alike(downs), 1).reshape(-1, *shape)
@@ -58,12 +65,28 @@ def joined(updates: Iterable[Update], groups: int = 1) -> Update:
 def padded(update: Update, rank: int, scale: float, groups: int = 1) -> Update:
     """Return an update of a higher rank, zeros behind its own, and of another scale."""
     factor = update.scale / scale
+    if update.stacked:
+        down = pad(update.down, (0, 0, 0, rank - update.rank))
+        up = pad(_times(update.up, factor), (0, rank - update.rank))
+        return Update(down, up, scale, stacked=True)
     up, bias = _times(update.up, factor), None if update.bias is None else _times(update.bias, factor)
     lacking = rank - update.rank
     down = _grouped(update.down, groups)
     down = torch.cat((down, down.new_zeros(groups, lacking // groups, *down.shape[2:])), 1)
     up = torch.cat((up, up.new_zeros(up.shape[0], lacking // groups, *up.shape[2:])), 1)
     return Update(down.reshape(rank, *update.down.shape[1:]), up, scale, bias=bias, magnitude=update.magnitude)
+
+
+def stack(matrices: Iterable[Update]) -> Update:
+    """Return the update of a stack of matrices, of those of each; all have one rank."""
+    each = list(matrices)
+    first = each[0]
+    alike = all(update.scale == first.scale for update in each)
+    ups = [update.up if alike else _times(update.up, update.scale) for update in each]
+    down, up = torch.stack([update.down for update in each]), torch.stack(ups)
+    if alike:
+        return Update(down, up, first.scale, alpha=first.alpha, rooted=first.rooted, stacked=True)
+    return Update(down, up, 1.0, stacked=True)
 
 
 def ungrouped(update: Update, row: Row) -> Update:

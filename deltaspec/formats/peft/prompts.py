@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deltaspec.backbone.table import Row
+    from deltaspec.formats.base import Base
 
 KEY = "prompt_embeddings"
 _OUT = "merging is not possible with a prompt: train it anew with deltaspec, or go on with PEFT"
@@ -96,20 +97,35 @@ def _counts_by_ids(adapter: Adapter, row: Row) -> bool:
 
 def _reads_first(adapter: Adapter, row: Row) -> bool:
     """Return whether a head behind the model that is given the prompt reads its first position, as encoders' do."""
-    base, entrance = adapter.base, row.entrance
-    assert entrance is not None
-    if adapter.task != "SEQ_CLS" or not entrance.fqn:
+    if adapter.task != "SEQ_CLS":
         return False
-    inside = [r for r in base.table.rows if r.attends and is_inside(r.fqn, entrance.fqn)]
-    if any(getattr(base.model.get_submodule(r.fqn), "is_causal", False) for r in inside):
+    reads = classifier_reads(adapter.base, row)
+    if reads == "last":
         adapter.remark("PEFT's classifier reads the last column of each row; here it reads the last token, so that "
                        "rows with padding on the right differ from PEFT's")  # fmt: skip
-        return False
-    if getattr(base.config, "classifier_pooling", "cls") == "mean":
-        message = f"the head of {base.table.model_class} averages over positions, in PEFT over the prompt's, too"
+    elif reads == "mean":
+        message = (
+            f"the head of {adapter.base.table.model_class} averages over positions, in PEFT over the prompt's, too"
+        )
         adapter.find("DS548", message, _OUT, CONFIG)
+    return reads in ("first", "mean")
+
+
+def classifier_reads(base: Base, row: Row) -> str | None:
+    """Return what a classifier reads of the model that is given the prompt: its `first` position, its `last` one, the
+    `mean` of all; None where it reads what that model itself made of them, or nothing that is known.
+    """
+    entrance = row.entrance
+    assert entrance is not None
+    if not entrance.fqn:
+        return None
+    inside = [r for r in base.table.rows if r.attends and is_inside(r.fqn, entrance.fqn)]
+    if any(getattr(base.model.get_submodule(r.fqn), "is_causal", False) for r in inside):
+        return "last"
+    if getattr(base.config, "classifier_pooling", "cls") == "mean":
+        return "mean"
     model: Any = base.model.get_submodule(entrance.fqn)
-    return getattr(model, "pooler", None) is None
+    return "first" if getattr(model, "pooler", None) is None else None
 
 
 def _entrance(adapter: Adapter) -> Row | None:

@@ -58,11 +58,27 @@ def whole_modules(adapter: Adapter, names: tuple[str, ...]) -> set[tuple[str, st
                 tensors[name] = value
         sites.append(IncomingSite(fqn, tensors))
     held = {(site.fqn, name) for site in sites for name in site.tensors}
+    sites = _called(adapter, sites)
     together = bool(adapter.option("ensure_weight_tying")) and _drop_twins(adapter, names, sites)
     adapter.add(
         "full", {"tied": "together" if together else "alone"} if has_tied(adapter, sites) else {}, sites, "saved"
     )
     return held
+
+
+def _called(adapter: Adapter, sites: list[IncomingSite]) -> list[IncomingSite]:
+    """Return the places without those that only lend their weight to others, whose copies PEFT never calls either."""
+    idle = [site.fqn for site in sites if running(adapter, site.fqn) != site.fqn]
+    if idle:
+        adapter.remark(f"the copies of {shown(idle)} are left out: no forward calls these, and PEFT unties what does")
+    return [site for site in sites if site.fqn not in idle]
+
+
+def running(adapter: Adapter, fqn: str) -> str:
+    """Return the module itself, or, where no forward calls it, one that is tied to it and runs."""
+    tied = [name.rpartition(".")[0] for p in adapter.base.rows[fqn].parameters for name in p.tied]
+    unused = adapter.base.observations.unused() if tied else frozenset[str]()
+    return next((name for name in tied if name not in unused), fqn) if fqn in unused else fqn
 
 
 def _drop_wrapped(adapter: Adapter, keys: Iterable[str]) -> None:
