@@ -170,6 +170,7 @@ CODES: dict[str, str] = {
     "DS562": "directory that holds something else",
     "DS563": "saved deltas without a known base model",
     "DS564": "delta whose form in another library follows from weights",
+    "DS575": "adapter of a model in shards",
     # DS6: engine
     "DS601": "method that an engine does not read",
     "DS602": "rank that an engine does not take",

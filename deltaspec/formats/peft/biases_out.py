@@ -32,7 +32,10 @@ def write_all_biases(out: Outgoing, places: Collection[str]) -> None:
         new = changed.get(name, value)
         if top is not None:
             inner = name.removeprefix(top)
-            out.tensors |= {f"{PREFIX}{top}.original_module{inner}": value, f"{PREFIX}{top}.modules_to_save{inner}": new}
+            out.tensors |= {
+                f"{PREFIX}{top}.original_module{inner}": value,
+                f"{PREFIX}{top}.modules_to_save{inner}": new,
+            }
             out.tensors[PREFIX + name] = new
         else:
             owner = name.rpartition(".")[0]
@@ -50,4 +53,6 @@ def _twins(out: Outgoing, name: str) -> Iterator[str]:
 def _saved(out: Outgoing) -> list[str]:
     """Return the FQNs of the modules that `modules_to_save` means."""
     listed = tuple(out.config.get("modules_to_save") or ())
-    return [name for name, _ in out.base.model.named_modules(remove_duplicate=False) if listed and name.endswith(listed)]
+    return [
+        name for name, _ in out.base.model.named_modules(remove_duplicate=False) if listed and name.endswith(listed)
+    ]

@@ -92,7 +92,9 @@ def _reads_first(adapter: Adapter, row: Row) -> bool:
         adapter.remark("PEFT's classifier reads the last column of each row; here it reads the last token, so that "
                        "rows with padding on the right differ from PEFT's")  # fmt: skip
     elif reads == "mean":
-        message = f"the head of {adapter.base.table.model_class} averages over positions, in PEFT over the prompt's, too"
+        message = (
+            f"the head of {adapter.base.table.model_class} averages over positions, in PEFT over the prompt's, too"
+        )
         adapter.find("DS548", message, _OUT, CONFIG)
     return reads in ("first", "mean")
 
