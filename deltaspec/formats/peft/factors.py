@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from deltaspec.backbone.table import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +18,8 @@ class Update:
     """scale · (up · down), and scale · bias beside it."""
 
     down: Tensor
-    """`[rank, in]`; of a convolution `[rank, in per group, *kernel]`, of a stack of matrices `[matrices, rank, in]`."""
+    """`[rank, in]`; of a convolution `[rank, in, *kernel]`, over the channels of all groups; of a stack of matrices
+    `[matrices, rank, in]`."""
     up: Tensor
     """`[out, rank]`; of a convolution `[out, rank per group, *ones]`, of a stack `[matrices, out, rank]`."""
     scale: float
@@ -86,15 +89,26 @@ def stack(matrices: Iterable[Update]) -> Update:
     return Update(down, up, 1.0, stacked=True)
 
 
-def ungrouped(down: Tensor, groups: int) -> Tensor:
-    """Return A of a grouped convolution as PEFT has it: over all channels, zeros for those of other groups."""
-    if groups == 1:
-        return down
+def ungrouped(update: Update, row: Row) -> Update:
+    """Return an update of a grouped convolution as PEFT has it: A over all channels, zeros for other groups'."""
+    groups, down = row.conv_groups, update.down
+    if groups == 1 or down.shape[1] == row.in_features:
+        return update
     rank, per_group, *kernel = down.shape
     wide = down.new_zeros(rank, groups, per_group, *kernel)
     for group, rows in enumerate(torch.arange(rank).chunk(groups)):
         wide[rows, group] = down[rows]
-    return wide.reshape(rank, groups * per_group, *kernel)
+    return replace(update, down=wide.reshape(rank, groups * per_group, *kernel))
+
+
+def of_groups(down: Tensor, groups: int) -> Tensor | None:
+    """Return A with the channels of its own groups alone; None where it sees others, or is not made for groups."""
+    rank, channels, *kernel = down.shape
+    if rank % groups or channels % groups:
+        return None
+    parts = down.reshape(groups, rank // groups, groups, channels // groups, *kernel)
+    own = torch.stack([parts[group, :, group] for group in range(groups)])
+    return own.flatten(0, 1) if own.count_nonzero() == down.count_nonzero() else None
 
 
 def _grouped(down: Tensor, groups: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from deltaspec.backbone.table import Row
 from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.aside import PREFIX
-from deltaspec.formats.peft.factors import Update, padded, ungrouped
+from deltaspec.formats.peft.factors import Update, padded
 from deltaspec.formats.peft.naming import by_name
 from deltaspec.formats.peft.parameters_out import (
     ONE_BY_ONE,
@@ -32,7 +32,7 @@ def with_bias(update: Update | None, bias: Tensor, row: Row) -> Update:
         if row.kind == "conv":
             out_channels, in_per_group, *kernel = row.shape_of("weight")
             groups, ones = row.conv_groups, (1,) * len(kernel)
-            down, up = bias.new_zeros(groups, in_per_group, *kernel), bias.new_zeros(out_channels, 1, *ones)
+            down, up = bias.new_zeros(groups, groups * in_per_group, *kernel), bias.new_zeros(out_channels, 1, *ones)
         else:
             down, up = bias.new_zeros(1, row.in_features), bias.new_zeros(row.out_features, 1)
         return Update(down, up, 1.0 / down.shape[0], bias=bias * down.shape[0], alpha=1.0)
@@ -91,8 +91,7 @@ def _put(out: Outgoing, fqn: str, update: Update, row: Row, biased: bool) -> Non
     if row.kind == "embedding":
         out.tensors |= {f"{at}lora_embedding_A": update.down, f"{at}lora_embedding_B": update.up}
     else:
-        down = ungrouped(update.down, row.conv_groups)
-        out.tensors |= {f"{at}lora_A.weight": down, f"{at}lora_B.weight": update.up}
+        out.tensors |= {f"{at}lora_A.weight": update.down, f"{at}lora_B.weight": update.up}
         if biased:
             bias = update.up.new_zeros(update.up.shape[0]) if update.bias is None else update.bias
             out.tensors[f"{at}lora_B.bias"] = bias

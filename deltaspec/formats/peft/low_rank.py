@@ -10,7 +10,7 @@ from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.aside import PREFIX, write_aside
 from deltaspec.formats.peft.closest import closest_update
 from deltaspec.formats.peft.convolutions import ignored_dilation
-from deltaspec.formats.peft.factors import Update, joined
+from deltaspec.formats.peft.factors import Update, joined, ungrouped
 from deltaspec.formats.peft.lora_form import with_bias, write_lora
 from deltaspec.formats.peft.parameters_out import older_names, untargetable, updates_at
 from deltaspec.formats.peft.single import LAYERS, left_out, unknown_layer, unplaced
@@ -37,8 +37,9 @@ def write_updates(out: Outgoing, known: Mapping[str, Updates]) -> None:
         updates = modules if parts[0].parameter is None else parameters
         reason = _inexact(parts, known, dora=out.wishes.dora)
         if reason is None:
-            made = [update for part in parts for update in updates_at(part, known[part.method])]
-            updates[name] = joined(made, parts[0].at.site.row.conv_groups)
+            row = parts[0].at.site.row
+            made = [ungrouped(update, row) for part in parts for update in updates_at(part, known[part.method])]
+            updates[name] = joined(made, row.conv_groups)
         elif rank is None:
             out.refuse(parts, reason)
         elif (close := closest_update(out, parts, rank)) is not None:

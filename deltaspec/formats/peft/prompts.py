@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.peft.adapter import CONFIG, Adapter
+from deltaspec.formats.peft.words import TASKS
 from deltaspec.names.paths import is_inside
 
 if TYPE_CHECKING:
@@ -16,20 +19,19 @@ if TYPE_CHECKING:
     from deltaspec.formats.base import Base
 
 KEY = "prompt_embeddings"
-_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _OUT = "merging is not possible with a prompt: train it anew with deltaspec, or go on with PEFT"
 
 
 def check_task(adapter: Adapter) -> None:
     """Refuse an adapter of a task for which PEFT runs the model without its prompt, in silence."""
-    if (task := adapter.config.get("task_type")) not in _TASKS:
-        message = f"task_type: {task!r}: without one of its tasks PEFT runs the model without the prompt"
-        adapter.find("DS548", message, f"write the task that it was trained for: {', '.join(_TASKS)}", CONFIG)
+    if not adapter.config.get("task_type"):
+        message = "has no task_type: without one of its tasks PEFT runs the model without the prompt"
+        adapter.find("DS548", message, f"write the task that it was trained for: {', '.join(TASKS)}", CONFIG)
 
 
 def submodules(adapter: Adapter) -> int:
     """Return for how many stacks PEFT has made tokens; it takes both of an encoder and a decoder where none is said."""
-    usual = 2 if adapter.config.get("task_type") == "SEQ_2_SEQ_LM" else 1
+    usual = 2 if adapter.task == "SEQ_2_SEQ_LM" else 1
     if adapter.options.get("num_transformer_submodules") is None:
         return usual
     given = adapter.options.whole("num_transformer_submodules", usual)
@@ -78,14 +80,24 @@ def add_soft_prompt(adapter: Adapter) -> None:
     if _reads_first(adapter, row):
         params["output"] = "all"
         adapter.incoming.remarks[-1] = "its classifier reads the prompt's first position, as PEFT has it"
+    if _counts_by_ids(adapter, row):
+        adapter.remark("it numbers tokens by their ids, and leaves padding out; given PEFT's embeddings, it numbers "
+                       "padding, too: rows with padding on the left differ from PEFT's")  # fmt: skip
     default = [r for r in adapter.base.table.rows if r.entrance is not None and r.entrance.problem is None]
     site = IncomingSite(row.fqn, {"prompt": rows})
     adapter.add("soft_prompt", params, [site], default_target=default == [row])
 
 
+def _counts_by_ids(adapter: Adapter, row: Row) -> bool:
+    """Return whether a model numbers positions by the ids of tokens, as RoBERTa does: its table of them has padding."""
+    owner = adapter.base.model.get_submodule(row.fqn.rpartition(".")[0])
+    others = (module for name, module in owner.named_children() if name != row.fqn.rpartition(".")[2])
+    return any(isinstance(module, nn.Embedding) and module.padding_idx is not None for module in others)
+
+
 def _reads_first(adapter: Adapter, row: Row) -> bool:
     """Return whether a head behind the model that is given the prompt reads its first position, as encoders' do."""
-    if adapter.config.get("task_type") != "SEQ_CLS":
+    if adapter.task != "SEQ_CLS":
         return False
     reads = classifier_reads(adapter.base, row)
     if reads == "last":

@@ -117,11 +117,20 @@ def _drop_twins(adapter: Adapter, names: tuple[str, ...], sites: list[IncomingSi
             found = True
     if not {below(site.fqn, name) for site in sites for name in site.tensors}.isdisjoint(twins):
         return False  # each has a copy of its own
-    ties = adapter.type == "LORA" and any(name.rpartition(".")[2] in _TIED_NAMES for name in names)
+    named = any(name.rpartition(".")[2] in _TIED_NAMES for name in names)
+    ties = adapter.type == "LORA" and named and ties_embeddings(adapter, unsaid=True)
     if twins and ties and not found:
         message = f"has no {shown(twins)}, which ensure_weight_tying ties to a saved module"
         adapter.find("DS543", message, "the file was cut: save the adapter again", adapter.file)
     return found
+
+
+def ties_embeddings(adapter: Adapter, unsaid: bool) -> bool:
+    """Return whether PEFT takes the base's embeddings for tied: its configuration says so, or `unsaid`."""
+    config = adapter.base.config
+    if isinstance(config, dict):
+        return bool(config.get("tie_word_embeddings", unsaid))
+    return bool(getattr(config, "tie_word_embeddings", unsaid))
 
 
 def check_saved(adapter: Adapter, names: tuple[str, ...], held: set[tuple[str, str]]) -> None:

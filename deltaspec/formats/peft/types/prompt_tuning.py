@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 METHODS = frozenset({"soft_prompt", "p_tuning"})
 """Methods that are written so: of p-tuning, what its encoder gives."""
-_START = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
+_START = ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
 """Options that say what the embeddings were before they were trained."""
 
 
 def read(adapter: Adapter) -> None:
     """Add the delta of a prompt tuning adapter."""
     adapter.ignore(*_START)
+    adapter.options.word("prompt_tuning_init", "RANDOM", ("TEXT", "SAMPLE_VOCAB", "RANDOM"))
     add_soft_prompt(adapter)
 
 
