@@ -150,7 +150,7 @@ def draw(seed: int) -> tuple[str, list[dict[str, Any]], dict[str, float], dict[s
 
 
 def differs(seed: int, folder: Path) -> str | None:
-    """Return what is wrong with what was written for a seed; why nothing was, after `refused: `; None where all agree."""
+    """Return what is wrong with what was written for a seed, or, after `refused: `, why nothing was."""
     name, deltas, strengths, wishes = draw(seed)
     model = model_of(name)
     try:
@@ -180,16 +180,16 @@ def main(first: int, last: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 found = differs(seed, Path(folder) / "out")
-            except Exception as error:  # noqa: BLE001 - whatever it is, the sweep says it and goes on
+            except Exception as error:  # whatever it is, the sweep says it and goes on
                 found = f"{type(error).__name__}: {str(error)[:300]}"
         if found is not None and found.startswith("refused"):
             reasons[f"{'+'.join(one['method'] for one in draw(seed)[1])}: {found}"[:200]] += 1
         elif found is not None:
-            print(seed, found, *draw(seed), flush=True)
+            sys.stdout.write(f"{seed} {found} {draw(seed)}\n")
         else:
             reasons["agree"] += 1
     for reason, count in reasons.most_common():
-        print(count, reason)
+        sys.stdout.write(f"{count} {reason}\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""The biases that PEFT writes with `bias: all`: every one of the base, under the names that they have in its wrappers."""
+"""The biases that PEFT writes with `bias: all`: every one of the base, under the names that its wrappers give them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-
-from torch import Tensor
 
 from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.aside import PREFIX

@@ -131,7 +131,7 @@ def _parts_of(out: Outgoing, parameters: Iterable[str]) -> list[Part]:
 
 def _as_peft(out: Outgoing, name: str, update: Update) -> tuple[Tensor, Tensor]:
     """Return A and B as PEFT has them for the parameter as it is stored: those of all matrices in one."""
-    fqn, _, own = name.rpartition(".")
+    fqn = name.rpartition(".")[0]
     row = out.base.rows[fqn]
     down, up = update.down, update.up
     if not update.stacked:

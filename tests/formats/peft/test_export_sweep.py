@@ -16,7 +16,6 @@ def test_peft_and_restore_compute_the_same(seed: int, tmp_path: Path) -> None:
     assert differs(seed, tmp_path / "out") is None
 
 
-@pytest.mark.parametrize("seed", [27, 105])
-def test_what_peft_has_no_place_for_is_refused(seed: int, tmp_path: Path) -> None:
-    found = differs(seed, tmp_path / "out")
+def test_what_peft_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    found = differs(27, tmp_path / "out")
     assert found is not None and found.startswith("refused") and "trainable_token_indices" in found
