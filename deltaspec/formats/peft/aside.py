@@ -21,14 +21,21 @@ ASIDE = frozenset({*WHOLE, ROWS, SHIFTS})
 """Methods that go beside any type that PEFT has."""
 
 
-def write_aside(out: Outgoing, *, biases: bool) -> dict[str, Tensor]:
-    """Take the parts that PEFT keeps beside a type's tensors; `biases`: whether the type has an option for those.
+def write_aside(out: Outgoing, type_name: str, *, biases: bool, rows: bool = False) -> dict[str, Tensor]:
+    """Take the parts that PEFT keeps beside a type's tensors; `biases`, `rows`: whether it has options for those.
 
     Return the biases of modules that have none of their own, by FQN: the type may add them, or refuse them.
     """
     added = _shifts(out) if biases else {}
+    if not biases:
+        parts = [part for own in out.take(lambda part: part.method == SHIFTS).values() for part in own]
+        out.refuse(parts, f"PEFT's {type_name} has no option for biases")
     write_whole(out)
-    _rows(out)
+    if rows:
+        _rows(out)
+    else:
+        parts = [part for own in out.take(lambda part: part.method == ROWS).values() for part in own]
+        out.refuse(parts, f"PEFT's {type_name} has no trainable_token_indices")
     return added
 
 
@@ -153,14 +160,15 @@ def _refuse_untied(out: Outgoing, found: dict[str, list[Part]]) -> None:
                 out.refuse([part], reason, f"c.merge({part.delta!r}), or train the rows with tied: together")
 
 
-def _is_bias(part: Part) -> bool:
+def is_bias(part: Part) -> bool:
+    """Return whether all that a part changes is a bias."""
     return part.method == SHIFTS or (part.method in WHOLE and {spec.name for spec in part.at.tensors} == {"bias"})
 
 
 def _shifts(out: Outgoing) -> dict[str, Tensor]:
     """Take the changes of biases; return those of modules without one."""
-    whole = {part.fqn for part in out.parts if part.method in WHOLE and not _is_bias(part)}
-    found = out.take(lambda part: _is_bias(part) and not any(is_inside(part.fqn, other) for other in whole))
+    whole = {part.fqn for part in out.parts if part.method in WHOLE and not is_bias(part)}
+    found = out.take(lambda part: is_bias(part) and not any(is_inside(part.fqn, other) for other in whole))
     added: dict[str, Tensor] = {}
     for fqn, parts in found.items():
         row = parts[0].at.site.row

@@ -1,10 +1,8 @@
-"""The biases that PEFT writes with `bias: all`: every one of the base, under the names that they have in its wrappers."""
+"""The biases that PEFT writes with `bias: all`: every one of the base, under the names that its wrappers give them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-
-from torch import Tensor
 
 from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.aside import PREFIX
@@ -32,7 +30,10 @@ def write_all_biases(out: Outgoing, places: Collection[str]) -> None:
         new = changed.get(name, value)
         if top is not None:
             inner = name.removeprefix(top)
-            out.tensors |= {f"{PREFIX}{top}.original_module{inner}": value, f"{PREFIX}{top}.modules_to_save{inner}": new}
+            out.tensors |= {
+                f"{PREFIX}{top}.original_module{inner}": value,
+                f"{PREFIX}{top}.modules_to_save{inner}": new,
+            }
             out.tensors[PREFIX + name] = new
         else:
             owner = name.rpartition(".")[0]
@@ -50,4 +51,6 @@ def _twins(out: Outgoing, name: str) -> Iterator[str]:
 def _saved(out: Outgoing) -> list[str]:
     """Return the FQNs of the modules that `modules_to_save` means."""
     listed = tuple(out.config.get("modules_to_save") or ())
-    return [name for name, _ in out.base.model.named_modules(remove_duplicate=False) if listed and name.endswith(listed)]
+    return [
+        name for name, _ in out.base.model.named_modules(remove_duplicate=False) if listed and name.endswith(listed)
+    ]

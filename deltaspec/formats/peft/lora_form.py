@@ -13,7 +13,13 @@ from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.aside import PREFIX
 from deltaspec.formats.peft.factors import Update, padded
 from deltaspec.formats.peft.naming import by_name
-from deltaspec.formats.peft.parameters_out import refuse_beside, wrappers, write_parameters
+from deltaspec.formats.peft.parameters_out import (
+    ONE_BY_ONE,
+    older_names,
+    refuse_beside,
+    wrappers,
+    write_parameters,
+)
 from deltaspec.formats.peft.single import most, name_modules
 from deltaspec.methods.shared.dora import squared_norms
 from deltaspec.methods.shared.weights import canonical
@@ -67,9 +73,15 @@ def write_lora(
         **({"lora_bias": True} if biased else {}),
     }
     out.config.setdefault("bias", "none")
+    if tables := [fqn for fqn in updates if biased and rows[fqn].kind == "embedding"]:
+        parts = [part for fqn in tables for part in out.at(fqn)]
+        out.refuse(parts, "PEFT's lora_bias is for all modules of an adapter, and takes no embeddings", ONE_BY_ONE)
     name_modules(out, list(updates), wrappers(parameters))
     for fqn, update in updates.items():
         _put(out, fqn, update, rows[fqn], biased)
+    if isinstance(out.config["target_modules"], str) and updates and older_names(out):
+        parts = [part for fqn in updates for part in out.at(fqn)]
+        out.refuse(parts, "PEFT takes an expression for all modules of the same last names in a mixture of this type")
     if parameters:
         write_parameters(out, parameters)
 

@@ -22,7 +22,7 @@ Updates = Callable[[Part], Iterable[Update]]
 
 def write_updates(out: Outgoing, known: Mapping[str, Updates]) -> None:
     """Write one LoRA; `known` are the methods that are low-rank themselves."""
-    added = write_aside(out, biases=True)
+    added = write_aside(out, "LORA", biases=True, rows=True)
     rank = out.wishes.approximate
     taken = out.take(lambda part: part.method in known or (rank is not None and part.is_weight))
     found: dict[str, list[Part]] = {}

@@ -22,7 +22,7 @@ from deltaspec.methods.shared.weights import canonical
 from deltaspec.names.paths import below, is_inside
 
 WRAPPED = ".base_layer"
-ONE_BY_ONE = "write what is on parameters by itself: c.save_as('peft', …, names)"
+ONE_BY_ONE = "write the deltas that are on these by themselves: c.save_as('peft', …, names)"
 _MIXTRAL = frozenset({"mixtral", "minimax", "minimax_m2"})
 _QWEN = frozenset({
     "qwen2_moe", "afmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "glm4_moe",
@@ -124,12 +124,14 @@ def _is_below(fqn: str, other: str) -> bool:
 def _parts_of(out: Outgoing, parameters: Iterable[str]) -> list[Part]:
     """Return the parts that are changes of these parameters, by their FQNs."""
     wanted = set(parameters)
-    return [p for p in out.all_parts if p.at.fqn in wanted or (p.parameter is None and below(p.fqn, "weight") in wanted)]
+    return [
+        p for p in out.all_parts if p.at.fqn in wanted or (p.parameter is None and below(p.fqn, "weight") in wanted)
+    ]
 
 
 def _as_peft(out: Outgoing, name: str, update: Update) -> tuple[Tensor, Tensor]:
     """Return A and B as PEFT has them for the parameter as it is stored: those of all matrices in one."""
-    fqn, _, own = name.rpartition(".")
+    fqn = name.rpartition(".")[0]
     row = out.base.rows[fqn]
     down, up = update.down, update.up
     if not update.stacked:

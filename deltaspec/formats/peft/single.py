@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from deltaspec.formats.outgoing import Outgoing, Part
-from deltaspec.formats.peft.aside import PREFIX, write_aside
+from deltaspec.formats.peft.aside import PREFIX, is_bias, write_aside
 from deltaspec.formats.peft.biases_out import write_all_biases
 from deltaspec.formats.peft.naming import by_name, by_name_below, hidden_by, target_list
 
@@ -26,12 +26,19 @@ class Single:
     """The parts of one method on their way into a type; what PEFT has no form for is refused."""
 
     def __init__(
-        self, out: Outgoing, type_name: str, method: str, layers: Collection[str], biases: bool = True
+        self,
+        out: Outgoing,
+        type_name: str,
+        method: str,
+        layers: Collection[str],
+        biases: bool = True,
+        rows: bool = False,
     ) -> None:
         self.out, self.type = out, type_name
-        added = write_aside(out, biases=biases)
+        added = write_aside(out, type_name, biases=biases, rows=rows)
         for fqn in added:
-            out.refuse(out.at(fqn), f"this module has no bias, and PEFT's {type_name} adds none")
+            shifts = [part for part in out.at(fqn) if is_bias(part)]
+            out.refuse(shifts, f"this module has no bias, and PEFT's {type_name} adds none")
         self.parts: dict[str, Part] = {}
         for fqn, parts in out.take(lambda part: part.method == method).items():
             if reason := self._refusal(parts, layers):

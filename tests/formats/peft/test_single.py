@@ -120,7 +120,12 @@ def test_what_peft_saved_goes_through_unchanged(llama: Any, config: Any, tmp_pat
         ([one("oft", block_size=4), one("hra", rank=2) | {"name": "c", "target": {"role": "mlp.up"}}], 1, "of several"),
         ([one("hra", rank=2, other={"rank": 4})], 1, "has one r for all modules"),
         ([one("miss", rank=4), one("miss", rank=4) | {"name": "c"}], 1, "several deltas"),
-        ([one("ia3"), BIASES], 1, "PEFT has no form for it here"),
+        ([one("ia3"), BIASES], 1, "PEFT's IA3 has no option for biases"),
+        (
+            [one("hra", rank=2), {"name": "t", "method": "trainable_tokens", "params": {"token_ids": [1]}}],
+            1,
+            "HRA has no trainable_token_indices",
+        ),
     ],
     ids=str,
 )

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 METHODS = frozenset({"adalora"})
 """Methods that are written so."""
+KEEPS_ROWS = True
+"""Whether PEFT keeps rows of single tokens beside it."""
 _NAMES = {"lora_A": "down", "lora_E": "singular", "lora_B": "up"}
 _TRAINING = (
     "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
@@ -87,7 +89,7 @@ def _spread(found: Found, mask: list[bool]) -> dict[str, Tensor]:
 
 def write(out: Outgoing) -> None:
     """Write an AdaLoRA adapter. Ranks that were dropped stay in their places, as zeros."""
-    single = Single(out, "ADALORA", "adalora", ("Linear", "Conv1D", "Conv2d"))
+    single = Single(out, "ADALORA", "adalora", ("Linear", "Conv1D", "Conv2d"), rows=KEEPS_ROWS)
     initial = single.agreed("init_r", lambda part: part.params.initial_rank, 12)
     alpha = single.agreed("lora_alpha", lambda part: part.params.alpha, 8)
     target = single.agreed("target_r", lambda part: part.params.rank, 8)
