@@ -18,7 +18,10 @@ _DRAWN = "pooler"
 
 @contextmanager
 def quiet(*, progress: bool) -> Iterator[None]:
-    """Keep transformers' reports and bars off standard error; with `progress`, a terminal still sees downloads."""
+    """Keep transformers' reports and bars off standard error; with `progress`, a terminal still sees bars."""
+    if "transformers" not in sys.modules:
+        yield
+        return
     from transformers import logging
 
     # It logs configurations at length when a model is built without weights, and a table of keys when it is loaded.

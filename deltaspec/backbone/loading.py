@@ -198,12 +198,13 @@ def _from_factory(reference: str, module_name: str, attribute: str, *, weights: 
             kind = f"an object of class {type(made).__name__}"
             _fail("DS324", f"{attribute} is {kind}, neither a module nor a factory", reference)
         try:
-            with torch.device("cpu" if weights else "meta"):
+            with torch.device("cpu" if weights else "meta"), quiet(progress=True):
                 model = made()
         except (Exception, SystemExit):
             # Some constructors compute with values; their failure on real weights is the one that counts.
             try:
-                model = made()
+                with quiet(progress=True):
+                    model = made()
             except (Exception, SystemExit) as error:  # the caller's own code
                 message = f"{attribute}() failed: {_brief(error)}{_where(error)}"
                 _fail("DS324", message, reference, "a factory is called without arguments and gives a torch.nn.Module")

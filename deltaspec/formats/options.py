@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,6 +11,8 @@ from deltaspec.formats.unread import Unread
 
 _MOST = (1 << 63) - 1
 """Largest whole number that torch takes."""
+_LARGEST = 3.4028234663852886e38
+"""Largest number of float32: tensors can be multiplied by it."""
 
 
 class Options:
@@ -45,7 +46,7 @@ class Options:
     def number(self, name: str, default: float) -> float:
         """Return a finite number."""
         value = self.get(name, default)
-        if _is_number(value):
+        if is_number(value):
             return float(value)
         self.wrong(name, value, "a number")
         return default
@@ -97,7 +98,7 @@ class Options:
 
     def numbers(self, name: str, form: str = "{}") -> dict[str, float]:
         """Return a mapping from regular expressions, which stand in `form`, to numbers; null counts as an empty one."""
-        return {key: float(value) for key, value in self._pattern(name, _is_number, "numbers", form).items()}
+        return {key: float(value) for key, value in self._pattern(name, is_number, "numbers", form).items()}
 
     def wholes(self, name: str, form: str = "{}", least: int = 0) -> dict[str, int]:
         """Return a mapping as `numbers` does, to integers."""
@@ -183,6 +184,6 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _MOST
 
 
-def _is_number(value: Any) -> bool:
-    largest = sys.float_info.max  # compared with it, whole numbers of any length are
-    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number, no truth value, that float32 holds; whole ones may be of any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import inf
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.adapterhub.adapter import CONFIG, Adapter
@@ -11,7 +10,7 @@ from deltaspec.formats.adapterhub.hypercomplex import hypercomplex_of
 from deltaspec.formats.adapterhub.invertible import read_invertible
 from deltaspec.formats.adapterhub.places import Place
 from deltaspec.formats.incoming import IncomingSite
-from deltaspec.formats.options import Options
+from deltaspec.formats.options import Options, is_number
 from deltaspec.names.folding import shown
 
 if TYPE_CHECKING:
@@ -23,8 +22,8 @@ _EPS = 1e-5
 
 def read(adapter: Adapter, options: Options, part: str) -> None:
     """Add the deltas: one for each of the domains."""
-    places = _places(adapter, options)
     shape = _Shape(adapter, options)
+    places = _places(adapter, options)
     read_invertible(adapter, options, shape.activation, part)
     forms = _forms(adapter, shape.wiring, places)
     if adapter.findings:
@@ -69,6 +68,7 @@ def _places(adapter: Adapter, options: Options) -> dict[str, Place]:
     switches = {"mh": options.flag("mh_adapter", False), "output": options.flag("output_adapter", True),
                 "cross": options.flag("cross_adapter", False)}  # fmt: skip
     out = adapter.left_out(options)
+    options.settle()
     meant = [key for key, place in known.items() if switches[place.location] and place.layer not in out]
     modules = list(adapter.modules("adapters"))
     found = adapter.places(modules, known)
@@ -244,8 +244,8 @@ class _Shape:
         factor = self.reduction
         if isinstance(factor, dict):
             factor = factor.get(str(place.layer), factor.get("default"))
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < inf:
-            message = f"reduction_factor: {self.reduction!r} gives layer {place.layer} no number above 0"
+        if not is_number(factor) or factor <= 0:
+            message = f"reduction_factor: {self.reduction!r:.80} gives layer {place.layer} no number above 0"
             self.adapter.find("DS544", message, "save the adapter again", CONFIG)
             return False
         if (due := max(1, int(hidden // factor))) == width:

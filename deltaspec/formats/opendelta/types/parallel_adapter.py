@@ -18,6 +18,7 @@ def read(saved: Saved, options: Options, part: str) -> None:
     width = options.whole("bottleneck_dim", 24, least=1)
     params = {"width": width, "activation": saved.activation(options), "scale": 1.0}
     options.refuse("scaled", "OpenDelta 0.3 reads it nowhere", "save the delta again", unless=(None, 1, 1.0))
+    options.settle()
     around = _around(saved, options)
     modules = list(saved.modules("parallel_adapter"))
     sites, alone = [], []
