@@ -61,6 +61,6 @@ class BlockDiagonal:
                 message = f"{module}: its {factor} of {list(value.shape)} has no {blocks} blocks"
                 self._adapter.find("DS543", message, "the configuration was changed by hand", self._adapter.file)
                 continue
-            found[factor] = torch.block_diag(*value.chunk(blocks))
+            found[factor] = torch.block_diag(*value.chunk(blocks))  # type: ignore[no-untyped-call]
             self._adapter.remark("BD-LoRA has blocks of a factor alone: here the rest of it is zero, and trained, too")
         return found
