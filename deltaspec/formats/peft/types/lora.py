@@ -17,6 +17,7 @@ from deltaspec.formats.peft.low_rank import write_updates
 from deltaspec.formats.peft.parameters import factors, matrices_of, places_of
 from deltaspec.formats.peft.targets import alphas_of, by_pattern, check_targets, ranks_of
 from deltaspec.formats.peft.tying import check_tied, tied_targets
+from deltaspec.formats.peft.variants import BlockDiagonal, trained_otherwise
 from deltaspec.formats.peft.words import STARTS
 from deltaspec.methods.shared.parts import spread
 from deltaspec.names.folding import shown
@@ -43,9 +44,10 @@ _OURS = {"lora_A.weight": "down", "lora_B.weight": "up", "lora_B.bias": "bias", 
 def read(adapter: Adapter) -> None:
     """Add the delta of a LoRA adapter."""
     adapter.ignore(*_TRAINING)
-    for name in ("use_qalora", "velora_config", "alora_invocation_tokens", "monteclora_config", "layer_replication",
-                 "use_bdlora", "arrow_config", "kasa_config"):  # fmt: skip
+    for name in ("use_qalora", "alora_invocation_tokens", "layer_replication", "arrow_config", "kasa_config"):
         adapter.refuse(name, "there is no method for this variant", "merge it with PEFT: model.merge_and_unload()")
+    trained_otherwise(adapter)
+    blocks = BlockDiagonal(adapter)
     params = _params(adapter)
     rank, alpha, ranks, alphas = params["rank"], params["alpha"], ranks_of(adapter), alphas_of(adapter)
     modules = adapter.modules(*KEYS)
@@ -64,6 +66,7 @@ def read(adapter: Adapter) -> None:
             for suffix in KEYS
             if (value := adapter.tensor_of(module, suffix, f"{_OURS[suffix]} of {fqn}")) is not None
         }
+        tensors = blocks.whole(module, tensors)
         row = adapter.base.rows[fqn]
         if not _fits(adapter, module, row, tensors):
             continue
