@@ -32,6 +32,11 @@ class Observations:
             return Observation(True)
         return self._run().get(row.fqn)
 
+    def seen(self, row: Row) -> Observation | None:
+        """Return what a forward showed of a module; None where it could not run."""
+        found = self._run().get(row.fqn)
+        return None if self.failure is not None else found
+
     def unused(self, *, run: bool = True) -> frozenset[str]:
         """Return the FQNs of the modules that take no part in what the model gives, so far as a forward showed it.
 

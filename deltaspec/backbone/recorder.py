@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,17 @@ from torch.utils._pytree import tree_iter
 from deltaspec.backbone.attention import AttentionShape
 from deltaspec.backbone.flow import METADATA, Fate
 from deltaspec.names.paths import is_inside
+
+
+class Passage(NamedTuple):
+    """One call of a module. Moments count what was entered and left in the forward."""
+
+    entered: int
+    left: int
+    entering: tuple[int, ...] | None
+    """Positions of the hidden state that entered (all dimensions but the last); None where none did."""
+    leaving: tuple[int, ...] | None
+    """Positions of the hidden state that left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +56,8 @@ class Observation:
     """FQN of the module that reads this one's parameters without calling it, in one of the ways to call the model."""
     fate: Fate = "used"
     """Fate of what left it, or its host."""
+    calls: tuple[Passage, ...] = ()
+    """Its calls, in order."""
 
     def useless(self, kind: str, weight: bool) -> tuple[str, str] | None:
         """Return why a delta at a module of this kind, in its `weight` or around it, does nothing, and the way out."""
@@ -79,8 +92,10 @@ class Recorder:
         self._model = model
         self._thread = get_ident()
         self._stack: list[str] = []
-        self._entered: list[Any] = []
-        """Positions of what entered each module on the stack."""
+        self._entered: list[tuple[int, tuple[int, ...] | None]] = []
+        """When each module on the stack was entered, and positions of what did."""
+        self._moment = 0
+        self._calls: dict[str, list[Passage]] = {}
         self._seen: dict[str, Observation] = {}
         self._readers: dict[str, set[str]] = {}
         self._reads: dict[str, set[str]] = {}
@@ -124,7 +139,7 @@ class Recorder:
             return
         self._stack.append(fqn)
         entering = args[0] if args else _first(type(module).forward, kwargs)
-        self._entered.append(_positions(entering))
+        self._entered.append((self._next(), _positions(entering)))
         width = _width(entering)
         before = self._seen.get(fqn)
         self._seen[fqn] = Observation(True, before.in_width if before else width, before.width if before else None)
@@ -135,17 +150,22 @@ class Recorder:
         fqn = self._stack.pop()
         if id(module) not in self._names:
             return
-        hidden, entered = _hidden(output), self._entered.pop()
-        dims = None if hidden is None else hidden.dim()
-        moves = entered is not None and hidden is not None and entered != _positions(output)
+        hidden, (moment, entered) = _hidden(output), self._entered.pop()
+        dims, left = None if hidden is None else hidden.dim(), _positions(output)
+        moves = entered is not None and left is not None and entered != left
+        self._calls.setdefault(fqn, []).append(Passage(moment, self._next(), entered, left))
         self._seen[fqn] = Observation(True, self._seen[fqn].in_width, _width(output), dims=dims, moves=moves)
+
+    def _next(self) -> int:
+        self._moment += 1
+        return self._moment
 
     def result(self) -> dict[str, Observation]:
         """Return what was seen of every module, by each of its names."""
         result: dict[str, Observation] = {}
         for fqn, module in self._model.named_modules(remove_duplicate=False):
             name = self._names[id(module)]
-            found = self._seen.get(name, Observation(False))
+            found = replace(self._seen.get(name, Observation(False)), calls=tuple(self._calls.get(name, ())))
             # A parametrisation, for one, hands its own parameters to its children.
             if readers := {r for r in self._readers.get(name, ()) if not is_inside(r, name)}:
                 # Whoever stands above both the module and all its readers can run with another weight in its place.

@@ -54,7 +54,9 @@ def with_rows(active: Active, shared: Shared, libraries: Libraries) -> Built:
 def places(plan: Plan) -> tuple[set[str], set[str]]:
     """Return the FQNs of all sites, and of the modules whose forwards their deltas need."""
     sites = [site.site for delta in plan.deltas for site in delta.sites]
-    return {s.row.fqn for s in sites}, {s.row.fqn if s.host is None else s.host for s in sites}
+    streams = {site.stream for site in sites if site.stream is not None}
+    hosts = {s.row.fqn if s.host is None else s.host for s in sites}
+    return {s.row.fqn for s in sites} | streams, hosts | streams
 
 
 @torch.inference_mode(False)  # parameters made in inference mode could never be trained, nor loaded outside of it

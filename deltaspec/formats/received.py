@@ -136,8 +136,17 @@ class ReceivedSet(ForeignSet):
         if name not in self._plans:
             document = self.document(name)
             document["deltas"][0]["name"] = "delta"
-            self._plans[name] = self.base.plan(document)
+            try:
+                self._plans[name] = self.base.plan(document)
+            except DeltaSpecError as error:
+                raise DeltaSpecError(self._as_option(name, finding) for finding in error.diagnostics) from None
         return self._plans[name]
+
+    def _as_option(self, name: str, found: Diagnostic) -> Diagnostic:
+        """Return what is wrong with a value in the spec that was made as a finding about the adapter's configuration."""
+        if not found.code.startswith("DS2"):
+            return found
+        return self.finding("DS544", f"{name}: {found.message}", "the configuration was changed by hand: save it again")
 
     def _resolved(self, name: str) -> dict[str, Any]:
         """Return the spec of a delta with every parameter written out."""

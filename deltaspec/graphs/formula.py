@@ -23,6 +23,7 @@ class Formula:
     x: fx.Node
     tensors: dict[str, fx.Node]
     arguments: dict[str, fx.Node]
+    stream: fx.Node | None
     result: fx.Node
     own: frozenset[fx.Node]
     """Nodes that depend on the delta's tensors or call the host on other parameters; the host's own output is none."""
@@ -37,9 +38,17 @@ class _Formal:
         self._tracer, self._open, self._has_dropout = tracer, open_call, has_dropout
         self.nodes = {name: tracer.graph.placeholder(name) for name in names}
         self.arguments: dict[str, fx.Node] = {}
+        self.entered: fx.Node | None = None
 
     def __getattr__(self, name: str) -> fx.Proxy:
         return fx.Proxy(self.nodes[name], self._tracer)
+
+    @property
+    def stream(self) -> fx.Proxy:
+        """What entered the module that the formula reads besides."""
+        if self.entered is None:
+            self.entered = self._tracer.graph.placeholder("stream")
+        return fx.Proxy(self.entered, self._tracer)
 
     def dropout(self, value: fx.Proxy) -> fx.Proxy:
         if not self._has_dropout:
@@ -77,4 +86,4 @@ def formula(link: Link, open_call: bool) -> Formula:
     for node in graph.nodes:
         if node.target == "swapped" or (node.target != "base" and not own.isdisjoint(node.all_input_nodes)):
             own.add(node)
-    return Formula(x, given.nodes, given.arguments, result, frozenset(own))
+    return Formula(x, given.nodes, given.arguments, given.entered, result, frozenset(own))

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from deltaspec.methods.declarations import Form, MethodParams
+from deltaspec.methods.registry import methods
 
 Call = Callable[..., fx.Node]
 """Emitter of one call of the host: (input node, replaced parameters by own name) -> node of what leaves."""
@@ -34,6 +35,11 @@ class Link:
     buffers: frozenset[str] = frozenset()
     """Names of the tensors that the delta holds as buffers."""
 
+    @property
+    def reads_stream(self) -> bool:
+        """Whether its formula reads what enters another module."""
+        return methods()[self.method].stream(self.params) is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
@@ -45,6 +51,8 @@ class Inputs:
     """Emitter of a lookup of one of the host's arguments by name; None where the host takes the hidden state alone."""
     strength: fx.Node | None = None
     """Node of its strength, where it is scaled; of the rows' `RowSlot`, where it is per row."""
+    stream: Callable[[], fx.Node] | None = None
+    """Emitter of what entered the module that the formula reads besides; None where it reads none."""
     swapped: Callable[[], fx.Node] | None = None
     """Emitter of the input that runs the host on other parameters, for formulas per row."""
 

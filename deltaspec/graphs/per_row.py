@@ -63,7 +63,12 @@ class RowEmitter:
         for node in self.formula.result.graph.nodes:
             if node in self.formula.own or node in self.env:
                 continue
-            if node.op == "placeholder":
+            if node is self.formula.stream:
+                assert self.inputs.stream is not None
+                entered = self.inputs.stream()
+                entered = entered if self.compute is None else self._call(_cast, entered, self.compute)
+                self.env[node] = self._call(rows_in, self.slot, entered)
+            elif node.op == "placeholder":
                 name = next((n for n, known in self.formula.arguments.items() if known is node), None)
                 if name is not None:
                     assert self.inputs.argument is not None

@@ -8,9 +8,9 @@ names, and looks the tensors up when it runs. A site binds the function with `fu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 from torch import Tensor, fx
@@ -19,6 +19,7 @@ from deltaspec.graphs.lifted import SPLAT_ARGS, SPLAT_KWARGS, Held, to_function
 from deltaspec.graphs.links import Inputs, Link
 from deltaspec.graphs.passes.run import run_passes
 from deltaspec.graphs.rewrite import emit_chain
+from deltaspec.graphs.streams import entered
 from deltaspec.methods.registry import methods
 
 
@@ -50,8 +51,8 @@ class Region:
     code: str
     function: Callable[..., Any]
     bound: tuple[str, ...]
-    """Names of the graph's inputs that a site binds, in order: `base`, each link's tensors, dropout and strength,
-    `swapped`."""
+    """Names of the graph's inputs that a site binds, in order: `base`, each link's tensors, dropout, stream and
+    strength, `swapped`."""
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
@@ -95,7 +96,7 @@ def with_hidden_out(output: Any, hidden: Tensor) -> Any:
     return type(output)((hidden, *output[1:]))
 
 
-@cache
+@functools.cache
 def region(key: RegionKey) -> Region:
     """Build the region of a form of site; made once per process."""
     graph = fx.Graph()
@@ -132,8 +133,9 @@ def region(key: RegionKey) -> Region:
         if methods()[link.method].dropout(link.params):
             dropout = f"dropout{suffix}"
             bind(dropout)
+        stream = functools.partial(_entered, graph, bind(f"stream{suffix}")) if link.reads_stream else None
         strength = bind(f"strength{suffix}") if link.scaled or link.per_row else None
-        inputs.append(Inputs(tensors, dropout, strength=strength, swapped=swapped))
+        inputs.append(Inputs(tensors, dropout, strength=strength, stream=stream, swapped=swapped))
 
     leading = (tuple(lowered),) if lowered else ()
     if key.argument is not None:
@@ -192,6 +194,10 @@ def _open_call(
 
     result = emit_chain(graph, x, key.links, inputs, call)
     return graph.call_function(with_hidden_out, (outputs[0], result)) if key.links else result
+
+
+def _entered(graph: fx.Graph, stream: fx.Node) -> fx.Node:
+    return graph.call_function(entered, (stream,))
 
 
 def _getitem(pair: tuple[Any, Any], index: int) -> Any:

@@ -22,12 +22,20 @@ from deltaspec.methods.registry import methods
 class _Tensors:
     """Stands for `t` in a formula: the delta's tensors as proxies, dropout, the host's other arguments."""
 
-    def __init__(self, tracer: GraphAppendingTracer, inputs: Inputs, widen: torch.dtype | None) -> None:
-        self._tracer, self._inputs, self._widen = tracer, inputs, widen
+    def __init__(self, tracer: GraphAppendingTracer, inputs: Inputs, compute: torch.dtype | None, narrow: bool) -> None:
+        self._tracer, self._inputs, self._compute = tracer, inputs, compute
+        self._widen = compute if narrow else None
 
     def __getattr__(self, name: str) -> fx.Proxy:
         tensor = fx.Proxy(self._inputs.tensors[name], self._tracer)
         return tensor if self._widen is None else self.call(widened, tensor, self._widen)
+
+    @property
+    def stream(self) -> fx.Proxy:
+        """What entered the module that the formula reads besides."""
+        assert self._inputs.stream is not None
+        entered = fx.Proxy(self._inputs.stream(), self._tracer)
+        return entered if self._compute is None else entered.to(self._compute)
 
     def dropout(self, value: fx.Proxy) -> fx.Proxy:
         if self._inputs.dropout is None:
@@ -79,7 +87,7 @@ def emit_chain(graph: fx.Graph, x: fx.Node, links: tuple[Link, ...], inputs: tup
                 without.append(out)
             return out
 
-        tensors = _Tensors(tracer, given, compute if link.narrow else None)
+        tensors = _Tensors(tracer, given, compute, link.narrow)
         result: fx.Proxy = methods()[link.method].apply(link.form, link.params, tensors, cast, base)
         if compute is None and not keeps_dtype(result.node, leaving[0].node):
             result = tracer.create_proxy("call_function", like, (result, leaving[0]), {})

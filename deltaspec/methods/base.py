@@ -132,7 +132,9 @@ class Method(ABC):
         `t.<name>` are the delta's tensors, `t.dropout(v)` is dropout by `self.dropout(params)`, `x` is the hidden
         state that enters the site. `base(x)` gives what leaves without this delta; call it once.
         `t.argument(name)` is what the host is called with by that name, None where it is not given (declare the names
-        in `arguments`). `t.call(function, *args)` calls a Python function on the values themselves, once a forward.
+        in `arguments`). `t.stream` is the hidden state that entered the module that `stream` names; where that runs
+        inside the host, ask for it after `base`.
+        `t.call(function, *args)` calls a Python function on the values themselves, once a forward.
         `base(x, weight=w, bias=None)` runs the host's own forward with these parameters in place of its own, and
         `base(x, weight_factor=f, bias=None)` with its own weight times f.
         Dtypes are settled outside: `x` comes in the delta's dtype, the result leaves in the host's.
@@ -193,6 +195,15 @@ class Method(ABC):
     def arguments(self, site: Site, params: Any) -> tuple[str, ...]:
         """Return the names of the host's arguments, besides the hidden state, that `apply` asks for at this site."""
         return ()
+
+    def stream(self, params: Any) -> str | None:
+        """Return the path of a module whose input the formula reads besides (`t.stream`), such as the residual stream
+        that enters a norm; None: it reads none.
+
+        It is looked up from the site outwards: in its parent, in that one's parent, and so on. The site's
+        `stream_width` is the width of that input.
+        """
+        return None
 
     def lowers(self, site: Site, params: Any) -> bool:
         """Return whether this site works by `fold` in every forward instead of `apply`, though it is called."""

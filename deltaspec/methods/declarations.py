@@ -107,6 +107,10 @@ class Site:
     stack of them; None where the site is no such parameter. See `Method.matrices`."""
     moves: bool = False
     """What leaves has other positions (all dimensions but the last) than what enters, observed."""
+    stream: str | None = None
+    """FQN of the module whose input the formula reads besides; None where it reads none. See `Method.stream`."""
+    stream_width: int | None = None
+    """Width of that input (last dimension); None where unknown."""
 
     @property
     def fqn(self) -> str:

@@ -22,6 +22,7 @@ from deltaspec.planning.budget import choose_rank
 from deltaspec.planning.defaults import cross_attention_note
 from deltaspec.planning.fixed import refuse_fixed
 from deltaspec.planning.planned import PlannedDelta, PlannedSite
+from deltaspec.planning.streams import refuse_stream, with_stream
 from deltaspec.planning.weight_forms import refuse_computed, refuse_packed
 from deltaspec.selection.select import select
 from deltaspec.selection.subtree import Subtrees
@@ -167,7 +168,11 @@ class Placer:
         self, place: Place, overrides: dict[tuple[str, str | None], int], variants: list[MethodParams]
     ) -> Candidate:
         override = overrides.get((place[0].fqn, place[1]))
-        return self.site(*place), self.entry.params if override is None else variants[override], override
+        params = self.entry.params if override is None else variants[override]
+        site, stream = self.site(*place), self.method.stream(params)
+        if stream is not None:
+            site = with_stream(site, stream, self.table, self.observations)
+        return site, params, override
 
     def site(self, row: Row, parameter: str | None) -> Site:
         """Describe a place, with what the forward pass showed of it."""
@@ -223,6 +228,9 @@ class Placer:
     def why_not(self, site: Site, params: MethodParams) -> tuple[str, str, str]:
         """Return code, reason and way out where this site cannot be; empty texts where it can."""
         if why := refuse_computed(self.method, site, params):
+            return why
+        stream = self.method.stream(params)
+        if stream is not None and (why := refuse_stream(site, stream, self.table, self.observations)):
             return why
         if refusal := self.method.refuse(site, params):
             # A method that asks for example_inputs lacks what a forward would have shown.

@@ -24,11 +24,16 @@ def call_form(kind: type[nn.Module], site: Site) -> tuple[str | None, str]:
     """Return how a host is called: (its only argument's name, or None where anything is passed through; the first's
     name).
     """
-    names = argument_names(kind.forward)
-    first = names[0] if names and not names[0].startswith("*") else "hidden_states"
+    names, first = argument_names(kind.forward), first_argument(kind)
     known = site.kind != "other" and site.row.faithful
     single = known and len(names) == 1 and not names[0].startswith("*")
     return (first if single else None), first
+
+
+def first_argument(kind: type[nn.Module]) -> str:
+    """Return the name of the argument that carries the hidden state into a module."""
+    names = argument_names(kind.forward)
+    return names[0] if names and not names[0].startswith("*") else "hidden_states"
 
 
 @functools.cache

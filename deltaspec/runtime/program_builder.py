@@ -36,6 +36,7 @@ from deltaspec.runtime.placements import Placement, Placements
 from deltaspec.runtime.program import Program
 from deltaspec.runtime.prompts import Following, Front, Prompted
 from deltaspec.runtime.sockets import Forward
+from deltaspec.runtime.streams import Reading, Streams, Tapped
 
 _LONGEST = 64
 """Links of one region at most: emitting a chain takes some frames a link. More are regions around regions."""
@@ -65,7 +66,7 @@ class ProgramBuilder:
         self, host: Host, placements: Placements, graph: fx.Graph | None, strengths: Strengths | None = None
     ) -> None:
         self.host, self.placements = host, placements
-        self.deltas, self.own_forward = host.deltas, host.own_forward
+        self.deltas, self.own_forward, self.streams = host.deltas, host.own_forward, Streams()
         self.strengths = Strengths() if strengths is None else strengths
         self.take(graph)
 
@@ -100,10 +101,12 @@ class ProgramBuilder:
         refuse_misfits(self.host, (self.placements.planned[name] for name in names))
         hosts = dict.fromkeys(host for name in names for host in self.placements[name])
         inline: dict[str, list[Placement]] = {}
+        tapped = self.streams.at({host: self._at(host, names) for host in hosts})
         for host in hosts:
             placements = self._at(host, names)
             alone = len(placements) > _LONGEST or any(_needs_own_region(v) or v.delta in scaled for v in placements)
-            alone = alone or _has_hooks(self.modules[host])  # they go around the deltas, which a trace puts around them
+            # Hooks go around the deltas, which a trace puts around them; what is read is what enters.
+            alone = alone or _has_hooks(self.modules[host]) or host in tapped
             if host in self.traced and not alone:
                 inline[host] = placements
                 continue
@@ -115,6 +118,8 @@ class ProgramBuilder:
         for fqn in self.statistics:
             if fqn not in hosts or fqn in inline:
                 self._write(program, fqn, self.host.frozen_statistics(fqn))
+        for fqn, streams in tapped.items():
+            self._write(program, fqn, Tapped(self.modules[fqn], self._so_far(program, fqn), streams))
         self._count_positions(program, names)
         self._put_prompts_in_front(program, names)
         if wrap_root is not None:
@@ -209,7 +214,8 @@ class ProgramBuilder:
                 found.attends.append((placement, attend, [*values, *strength]))
             else:
                 found.links.append(replace(link, scaled=bool(strength) and not per_row, per_row=per_row))
-                found.arguments.append([*values, *dropout, *strength])
+                stream = self.streams.of(placement, host)
+                found.arguments.append([*values, *dropout, *([] if stream is None else [stream]), *strength])
         return found
 
     def bind_region(
@@ -240,7 +246,8 @@ class ProgramBuilder:
             swapped = [Swapped(module)] if "swapped" in built.bound else []
             base = functools.partial(built.function, base, *inside, *chain.from_iterable(arguments[part]), *swapped)
             inside, lowered, owned = [], (), False  # those are in the first; what a region gives may be kept in it
-        return base, built
+        read = dict.fromkeys(stream for p in placements if (stream := self.streams.of(p, host)) is not None)
+        return (Reading(base, tuple(read)) if read else base), built
 
     def _bind_root(self, program: Program, inline: dict[str, list[Placement]]) -> None:
         """Rewrite the whole model's graph at these sites and make it the backbone's forward."""
@@ -280,7 +287,7 @@ class ProgramBuilder:
 
 def _needs_own_region(placement: Placement) -> bool:
     substitutes = methods()[placement.method].substitutes(placement.planned.site, placement.planned.params)
-    return placement.lowered or substitutes or bool(placement.arguments)
+    return placement.lowered or substitutes or bool(placement.arguments) or placement.planned.site.stream is not None
 
 
 def _has_hooks(module: nn.Module) -> bool:

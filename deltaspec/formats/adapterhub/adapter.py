@@ -60,12 +60,21 @@ class Adapter(Foreign):
 
     def configurations(self) -> list[Options]:
         """Return the configurations that it is made of. Raises DeltaSpecError."""
+        around = Options(self, self.whole, CONFIG)
+        around.ignore("config", "config_id", "type")  # the last two of version 1
+        for name in ("name", "model_class", "model_name", "model_type", "version"):
+            if around.get(name) is not None:
+                around.text(name, "")
+        if around.get("hidden_size") is not None:
+            around.whole("hidden_size", 1, least=1)
+        around.finish("an adapter_config.json of AdapterHub")
         try:
             parts = parts_of(self.whole.get("config"), self.whole)
         except ValueError as error:
             self.find("DS544", f"config: {error}", "save the adapter again", CONFIG)
             self.settle()
             return []
+        self.settle()
         found = [Options(self, part, CONFIG) for part in parts]
         for options in found:
             options.ignore(*_TRAINING)

@@ -10,9 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from deltaspec.diagnostics.wording import closest
+
 BOTTLENECK = "bottleneck"
 """Name here of the architecture that AdapterHub gives none."""
 _STRING = re.compile(r"(?P<name>[^\[\]|\n]+)(?:\[(?P<options>.*)\])?")
+_BAR = re.compile(r"\|(?![^\[]*\])")
+"""A bar that is in no brackets."""
 _SEQ: dict[str, Any] = {"mh_adapter": False, "output_adapter": True, "original_ln_before": True,
                         "non_linearity": "relu", "reduction_factor": 16}  # fmt: skip
 _DOUBLE: dict[str, Any] = {"mh_adapter": True, "output_adapter": True, "non_linearity": "swish", "reduction_factor": 16}
@@ -64,11 +68,16 @@ def parts_of(given: Any, whole: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Raises ValueError where it is none.
     """
-    if isinstance(given, str):
-        found = [part for name, options in _parsed(given) for part in _united(_named(name, options))]
-    elif isinstance(given, Mapping):
-        found = _united(dict(given))
-    else:
+    try:
+        if isinstance(given, str):
+            found = [part for name, options in _parsed(given) for part in _united(_named(name, options))]
+        elif isinstance(given, Mapping):
+            found = _united(dict(given))
+        else:
+            found = []
+    except RecursionError as error:
+        raise ValueError("it has unions in unions without end") from error
+    if not found:
         raise ValueError(f"it is a {type(given).__name__}, neither a mapping nor a string")
     return [_modern(part, whole) for part in found]
 
@@ -77,6 +86,8 @@ def _united(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     if config.get("architecture") != "union":
         return [dict(config)]
     inside = config.get("configs")
+    if more := sorted(config.keys() - {"architecture", "configs"}):
+        raise ValueError(f"{', '.join(more)} {'is' if len(more) == 1 else 'are'} no key of a union")
     if not isinstance(inside, list) or not inside or not all(isinstance(part, str | Mapping) for part in inside):
         raise ValueError("it is a union without configurations")
     parts = [_united(part) if isinstance(part, Mapping) else
@@ -88,23 +99,34 @@ def _united(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _parsed(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Read `name[key=value,…]|name…`; values are Python's literals, and nothing is executed."""
     found = []
-    for piece in text.split("|"):
+    for piece in _BAR.split(text):
         match = _STRING.fullmatch(piece.strip())
         if match is None:
-            raise ValueError(f"{piece.strip()!r} is not of the form name[key=value, …]")
-        options = re.sub(r"(\w+)=", r"'\1':", match["options"] or "")
-        try:
-            values = ast.literal_eval("{" + options + "}")
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise ValueError(f"{match['options']!r} are no options key=value") from error
-        found.append((match["name"].strip(), dict(values)))
+            raise ValueError(f"{piece.strip()!r:.80} is not of the form name[key=value, …]")
+        found.append((match["name"].strip(), _options(match["options"] or "")))
+    return found
+
+
+def _options(text: str) -> dict[str, Any]:
+    """Read `key=value, …` as the keywords of a call."""
+    try:
+        call = ast.parse(f"_({text})", mode="eval").body
+        keywords = call.keywords if isinstance(call, ast.Call) and not call.args else []
+        found = {word.arg: ast.literal_eval(word.value) for word in keywords if word.arg is not None}
+        whole = isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{text!r:.80} are no options key=value") from error
+    if not whole or len(found) != len(keywords):
+        raise ValueError(f"{text!r:.80} are no options key=value")
     return found
 
 
 def _named(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     known = NAMED.get(name)
     if known is None:
-        raise ValueError(f"{name!r} is none of the configurations {', '.join(NAMED)}")
+        meant = closest(name, NAMED)
+        way_out = f"did you mean {meant!r}?" if meant else f"they are {', '.join(NAMED)}"
+        raise ValueError(f"{name!r:.80} is none of AdapterHub's configurations; {way_out}")
     if known.get("architecture") == "union":
         return {**known, "configs": [{**part, **options} for part in known["configs"]]}
     return {**known, **options}

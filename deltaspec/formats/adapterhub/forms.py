@@ -7,9 +7,12 @@ behind the sum (the identity where an architecture normalises before):
     r = h where residual_before_ln, else z             what u(z) is added to
     y = N(u(z) + r + x) where original_ln_after, else u(z) + r
 
+A parallel one sees z = x, and y = N(u(x) + h + x).
+
 A delta here changes what enters or leaves one module. Of these, it can say those that change h (an adapter behind the
 projection), those that change s (behind the module that gives s; or before N, with a copy of N in front of the
-bottleneck) and those that change what is left in the end (behind N, or behind s).
+bottleneck; or, where no module gives s, behind the projection, with what enters a module that x enters added to what it
+sees) and those that change what is left in the end (behind N, or behind s).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Literal
 from deltaspec.formats.adapterhub.places import Place
 
 Domain = Literal["h", "s", "y", "around"]
+"""What a delta changes: `h`, `s`, `y` as above; `around` adds to s what it makes of x."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +31,14 @@ class Form:
     """What a configuration computes at one place."""
 
     domain: Domain
-    """What it changes: `h`, `s`, `y` as above; `around` adds to s what it makes of x."""
     site: str
     """FQN of the module that the delta is on."""
     before: bool = False
     """Whether it changes what enters."""
+    parallel: bool = False
+    """Whether the bottleneck sees x alone."""
+    stream: str | None = None
+    """Path of the module that x enters, where the site's own input or output is not all that the bottleneck sees."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +75,13 @@ class Wiring:
             if not self.residual:
                 return Form("y", place.norm)
             return "ln_before stands behind the model's own norm" if self.norm_before else Form("s", place.norm, True)
-        if place.sum is None:
-            return "the sum with the residual stream is taken in the layer's own code, and no module gives it"
+        if place.sum is None:  # what is left in the end is the sum, whatever the residual
+            return Form("h", place.projection, stream=place.stream)
         return Form("s" if self.residual else "y", place.sum)
 
     def _around(self, place: Place) -> Form | str:
         if not self.after:
             return "is_parallel without original_ln_after leaves the residual stream out"
         if place.around is None:
-            return "is_parallel takes the residual stream without its norm, and no module goes from there to the sum"
-        return Form("around", place.around)
+            return Form("h", place.projection, parallel=True, stream=place.stream)
+        return Form("around", place.around, parallel=True)

@@ -3,8 +3,8 @@
 `places.json` has, by model type: `stacks` of layers with what prefixes on their attention are called; `bottlenecks`
 with the key in files, the projection whose output they see, the norm behind the residual sum (architectures that
 normalise after it), the module that gives that sum and the one that goes from the residual stream to it, where there
-are such; `embeddings`, what gives what enters the first layer; `linears` by AdapterHub's names; and `attentions` with
-what their prefixes are called where that is not the stack's.
+are such, else (`stream`) one that the residual stream enters; `embeddings`, what gives what enters the first layer;
+`linears` by AdapterHub's names; and `attentions` with what their prefixes are called where that is not the stack's.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Place:
     norm: str | None
     sum: str | None
     around: str | None
+    stream: str
+    """Path, in its layer, of a module that the residual stream enters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,10 @@ def places_of(table: ModuleTable) -> Places | None:
             if below(layer, place["projection"]) in names:
                 found = {key: _inside(layer, place.get(key)) for key in ("norm", "sum", "around")}
                 projection = below(layer, place["projection"])
-                bottlenecks[below(layer, place["key"])] = Place(place["location"], number, projection, **found)
+                stream = place.get("stream", "")
+                bottlenecks[below(layer, place["key"])] = Place(
+                    place["location"], number, projection, stream=stream, **found
+                )
         for name, paths in data["linears"].items():
             linears |= {below(layer, p): (name, number) for p in paths if below(layer, p) in names}
         for path, name in data["attentions"].items():

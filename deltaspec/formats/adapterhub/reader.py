@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from deltaspec.backbone.loading import Wanted
+from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.formats.adapterhub import architectures, heads
 from deltaspec.formats.adapterhub.adapter import CONFIG, WEIGHTS, Adapter
 from deltaspec.formats.adapterhub.configuration import BOTTLENECK
@@ -79,7 +80,11 @@ def read_adapter(folder: Path, base: Base, name: str) -> Adapter:
         part = kind.removesuffix("_tuning").replace("_", "-") if len(parts) > 1 else ""
         if kinds.count(kind) > 1:
             part = f"{part}-{kinds[:number].count(kind) + 1}"
-        known_architectures()[kind].read(adapter, options, part)
+        try:
+            known_architectures()[kind].read(adapter, options, part)
+        except DeltaSpecError:  # its findings are kept, and other parts may have some
+            if not adapter.findings:
+                raise
         if not adapter.findings:  # else not all options were asked for
             options.finish(f"AdapterHub's {kind}")
     read_head(adapter)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from deltaspec.methods.declarations import Form, Init, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.activations import Activation, activate
-from deltaspec.methods.shared.bottleneck import SerialMethod, SerialParams, bottleneck_width, in_series
+from deltaspec.methods.shared.bottleneck import ModulePath, SerialMethod, SerialParams, bottleneck_width, in_series
 from deltaspec.methods.shared.gates import gate_of, opened, refuse_gate
 from deltaspec.methods.shared.shapes import hidden_width
 
@@ -28,6 +28,9 @@ class AdapterParams(SerialParams):
     gate: bool = False
     """Multiply the bottleneck's output by a gate in (0, 1) that its input opens: the mean over positions, padding
     included, of the sigmoid of a linear map (UniPELT, arXiv:2110.07577)."""
+    residual_of: ModulePath | None = None
+    """Path of another module, what enters which is added to what the bottleneck sees: `ln_2` on a GPT-2's
+    `mlp.c_proj` gives it the sum with the residual stream. It is looked up from the site outwards."""
     residual: bool = True
     """Add the bottleneck's output to the hidden state; false puts it in its place, and nothing is the identity then."""
 
@@ -56,7 +59,18 @@ class Adapter(SerialMethod):
 
     def refuse(self, site: Site, params: AdapterParams) -> Refusal | None:
         """Also refuse a gate where the hidden state has no positions, or more dimensions of them."""
-        return super().refuse(site, params) or (refuse_gate(site) if params.gate else None)
+        if refusal := super().refuse(site, params):
+            return refusal
+        if params.residual_of is not None and params.position == "before":
+            return Refusal("residual_of is for what leaves a module", "set position: after")
+        if params.residual_of is not None and site.stream_width not in (None, hidden_width(site, "after")):
+            reason = f"what enters {params.residual_of} is {site.stream_width:,} wide, and cannot be added here"
+            return Refusal(reason, "name a module whose input is as wide as this one's output")
+        return refuse_gate(site) if params.gate else None
+
+    def stream(self, params: AdapterParams) -> str | None:
+        """Return the module whose input it adds to what it sees."""
+        return params.residual_of
 
     def tensors(self, site: Site, params: AdapterParams) -> tuple[TensorSpec, ...]:
         """Declare D `[width, hidden]`, its bias, U `[hidden, width]`, its bias, and the norms' weights and biases."""
@@ -80,7 +94,8 @@ class Adapter(SerialMethod):
         return (*specs, *(gate_of(hidden) if params.gate else ()))
 
     def apply(self, form: Form, params: AdapterParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
-        """Compute h + scale · bottleneck(h) with h = base(x), or base of the same on x."""
+        """Compute h + scale · bottleneck(h) with h = base(x), or base of the same on x; see `residual_of`."""
+        import torch
         from torch.nn import functional as F
 
         def bottleneck(entering: Any) -> Any:
@@ -93,6 +108,10 @@ class Adapter(SerialMethod):
                 h = F.layer_norm(h, t.norm_after_weight.shape, t.norm_after_weight, t.norm_after_bias, params.norm_eps)
             return h * opened(t, entering) if params.gate else h
 
+        if params.residual_of is not None:
+            h = base(x)
+            change = bottleneck(h + t.stream)
+            return torch.add(h, change, alpha=params.scale) if params.residual else change * params.scale
         if params.residual:
             return in_series(params, x, base, bottleneck)
         if params.position == "after":

@@ -9,7 +9,14 @@ from typing import Any
 from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import Form, Init, Promises, Refusal, Site, TensorSpec
 from deltaspec.methods.shared.activations import Activation, activate
-from deltaspec.methods.shared.bottleneck import Dropout, Scale, WidthParams, bottleneck_width, refuse_serial
+from deltaspec.methods.shared.bottleneck import (
+    Dropout,
+    ModulePath,
+    Scale,
+    WidthParams,
+    bottleneck_width,
+    refuse_serial,
+)
 from deltaspec.methods.shared.gates import gate_of, opened, refuse_gate
 from deltaspec.methods.shared.shapes import hidden_width
 
@@ -28,6 +35,9 @@ class ParallelAdapterParams(WidthParams):
     included, of the sigmoid of a linear map (UniPELT, arXiv:2110.07577)."""
     learn_scale: bool = False
     """Train the scale, from `scale`."""
+    input_of: ModulePath | None = None
+    """Path of another module, whose input the bottleneck takes in the place of the site's: `ln_2` on a GPT-2's
+    `mlp.c_proj` takes the residual stream. It is looked up from the site outwards."""
 
 
 class ParallelAdapter(Method):
@@ -43,6 +53,14 @@ class ParallelAdapter(Method):
 
     def refuse(self, site: Site, params: ParallelAdapterParams) -> Refusal | None:
         """Take whatever takes and gives a hidden state with its width in the last dimension."""
+        if refusal := refuse_serial(self.name, site, "after") if params.input_of else self._refuse_beside(site):
+            return refusal
+        if params.input_of and site.stream_width is None:
+            return Refusal(f"the width of what enters {params.input_of} is not known", "pass example_inputs")
+        return refuse_gate(site) if params.gate else None
+
+    def _refuse_beside(self, site: Site) -> Refusal | None:
+        """Return why nothing can go from what enters a site to what leaves it."""
         if site.kind == "embedding":
             return Refusal("an embedding takes ids, so nothing can stand beside it", "use method adapter")
         if refusal := refuse_serial(self.name, site, "before") or refuse_serial(self.name, site, "after"):
@@ -52,11 +70,16 @@ class ParallelAdapter(Method):
                 f"this {site.row.type} gives other positions than it takes, so nothing can stand beside it",
                 "select the blocks or linear layers inside it",
             )
-        return refuse_gate(site) if params.gate else None
+        return None
+
+    def stream(self, params: ParallelAdapterParams) -> str | None:
+        """Return the module whose input it takes, if that is another one's."""
+        return params.input_of
 
     def tensors(self, site: Site, params: ParallelAdapterParams) -> tuple[TensorSpec, ...]:
         """Declare D `[width, in]`, its bias, U `[out, width]`, its bias, and the scale `[1]` if it is trained."""
-        entering, leaving = hidden_width(site, "before"), hidden_width(site, "after")
+        entering = site.stream_width if params.input_of else hidden_width(site, "before")
+        leaving = hidden_width(site, "after")
         assert entering is not None and leaving is not None
         width = bottleneck_width(leaving, params, default=24)
         # As in the paper: D as nn.Linear's own, everything else zero.
@@ -71,14 +94,21 @@ class ParallelAdapter(Method):
         return (*specs, *(gate_of(entering) if params.gate else ()))
 
     def apply(self, form: Form, params: ParallelAdapterParams, t: Any, x: Any, base: Callable[..., Any]) -> Any:
-        """Compute base(x) + scale · bottleneck(x)."""
+        """Compute base(x) + scale · bottleneck(x), or of what enters another module in the place of x."""
         import torch
         from torch.nn import functional as F
 
-        inner = activate(params.activation, F.linear(t.dropout(x), t.down, t.down_bias))
-        change = F.linear(inner, t.up, t.up_bias)
-        if params.gate:
-            change = change * opened(t, x)
+        def bottleneck(entering: Any) -> Any:
+            inner = activate(params.activation, F.linear(t.dropout(entering), t.down, t.down_bias))
+            change = F.linear(inner, t.up, t.up_bias)
+            return change * opened(t, entering) if params.gate else change
+
+        if params.input_of is None:
+            change = bottleneck(x)
+            leaving = base(x)
+        else:  # whose module may run inside this one
+            leaving = base(x)
+            change = bottleneck(t.stream)
         if params.learn_scale:
-            return base(x) + t.scale * change
-        return torch.add(base(x), change, alpha=params.scale)
+            return leaving + t.scale * change
+        return torch.add(leaving, change, alpha=params.scale)

@@ -14,6 +14,8 @@ from deltaspec.methods.shared.shapes import channels_first, hidden_width
 Width = Annotated[int, Field(ge=1, le=65536)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Scale = Annotated[float, Field(gt=0, le=1e6)]
+ModulePath = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\s.*?\[\]]+(\.[^\s.*?\[\]]+)*$")]
+"""Own names from one module down to another, with dots between."""
 Placement = Literal["houlsby", "pfeiffer"]
 
 PLACEMENTS: dict[Placement, tuple[str, ...]] = {

@@ -13,11 +13,10 @@ import deltaspec
 from deltaspec.diagnostics.findings import DeltaSpecError
 
 EXACT = (
-    "adapter_bert", "bitfit_t5", "compacter_gpt2_n2", "lora_bert_head", "lowrank_t5", "parallel_gpt2", "prefix_bert",
-    "soft_gpt2",
+    "adapter_bert", "bitfit_t5", "compacter_gpt2_n2", "lora_bert_head", "lowrank_t5", "parallel_bert", "parallel_gpt2",
+    "prefix_bert", "soft_gpt2",
 )  # fmt: skip
 REFUSED = {
-    "parallel_bert": ("DS549", "intermediate.dense"),
     "prefix_flat_t5": ("DS549", "relative positions"),
     "two_lora_adapter_bert": ("DS538", "adapter"),
 }

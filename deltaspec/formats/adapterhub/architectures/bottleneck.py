@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import inf
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.adapterhub.adapter import CONFIG, Adapter
@@ -11,7 +10,7 @@ from deltaspec.formats.adapterhub.hypercomplex import hypercomplex_of
 from deltaspec.formats.adapterhub.invertible import read_invertible
 from deltaspec.formats.adapterhub.places import Place
 from deltaspec.formats.incoming import IncomingSite
-from deltaspec.formats.options import Options
+from deltaspec.formats.options import Options, is_number
 from deltaspec.names.folding import shown
 
 if TYPE_CHECKING:
@@ -23,8 +22,8 @@ _EPS = 1e-5
 
 def read(adapter: Adapter, options: Options, part: str) -> None:
     """Add the deltas: one for each of the domains."""
-    places = _places(adapter, options)
     shape = _Shape(adapter, options)
+    places = _places(adapter, options)
     read_invertible(adapter, options, shape.activation, part)
     forms = _forms(adapter, shape.wiring, places)
     if adapter.findings:
@@ -69,6 +68,7 @@ def _places(adapter: Adapter, options: Options) -> dict[str, Place]:
     switches = {"mh": options.flag("mh_adapter", False), "output": options.flag("output_adapter", True),
                 "cross": options.flag("cross_adapter", False)}  # fmt: skip
     out = adapter.left_out(options)
+    options.settle()
     meant = [key for key, place in known.items() if switches[place.location] and place.layer not in out]
     modules = list(adapter.modules("adapters"))
     found = adapter.places(modules, known)
@@ -116,9 +116,11 @@ class _Shape:
         tensors = self._dense(keys, form.site) if phm is None else phm.taken(self.adapter, keys, form.site)
         if tensors is None:
             return None
-        method = "parallel_adapter" if form.domain == "around" else "adapter"
+        method = "parallel_adapter" if form.parallel else "adapter"
         if self.phm is not None:
-            plain = method == "adapter" and not (self.norm_before or self.norm_after or form.before or self.gated)
+            plain = method == "adapter" and not (
+                self.norm_before or self.norm_after or form.before or form.stream or self.gated
+            )
             if plain and (scale is None or scale.numel() == 1):
                 method = "compacter"
             else:
@@ -139,7 +141,8 @@ class _Shape:
             if norms is None:
                 return None
             tensors |= norms
-        return method, IncomingSite(form.site, tensors)
+        reads = "input_of" if form.parallel else "residual_of"
+        return method, IncomingSite(form.site, tensors, {} if form.stream is None else {reads: form.stream})
 
     def _dense(self, keys: dict[str, str], site: str) -> dict[str, Tensor] | None:
         lead = "adapter_down.1" if self.norm_before else "adapter_down.0"
@@ -196,8 +199,9 @@ class _Shape:
         )
 
     def params(self, method: str, before: bool, sites: list[IncomingSite]) -> dict[str, Any]:
-        """Return the parameters of a delta; the width is the first site's."""
+        """Return the parameters of a delta; the width, and what it reads, are the first site's."""
         params: dict[str, Any] = {"width": len(sites[0].tensors["down_bias"]), "activation": self.activation}
+        params |= sites[0].params
         number = 1.0 if isinstance(self.scaling, str) else float(self.scaling)
         number = number if number > 0 and not self.norm_after else 1.0
         if number != 1.0 or method == "parallel_adapter":
@@ -226,14 +230,13 @@ class _Shape:
         return {} if eps == {_EPS} else {"norm_eps": eps.pop()}
 
     def settled(self, method: str, sites: list[IncomingSite]) -> list[IncomingSite]:
-        """Return the sites with the widths that differ from the first one's."""
-        first = len(sites[0].tensors["down_bias"])
+        """Return the sites with what differs from the first one: widths, and what they read."""
         if method == "compacter" and self.phm is not None:
             sites = self.phm.alike(sites)
-        widths = [len(site.tensors["down_bias"]) for site in sites]
+        own = [{"width": len(site.tensors["down_bias"]), **site.params} for site in sites]
         return [
-            site if width == first else IncomingSite(site.fqn, site.tensors, {"width": width})
-            for site, width in zip(sites, widths, strict=True)
+            IncomingSite(s.fqn, s.tensors, {name: value for name, value in params.items() if value != own[0][name]})
+            for s, params in zip(sites, own, strict=True)
         ]
 
     def _width_fits(self, width: int, hidden: int, place: Place, site: str) -> bool:
@@ -241,8 +244,8 @@ class _Shape:
         factor = self.reduction
         if isinstance(factor, dict):
             factor = factor.get(str(place.layer), factor.get("default"))
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < inf:
-            message = f"reduction_factor: {self.reduction!r} gives layer {place.layer} no number above 0"
+        if not is_number(factor) or factor <= 0:
+            message = f"reduction_factor: {self.reduction!r:.80} gives layer {place.layer} no number above 0"
             self.adapter.find("DS544", message, "save the adapter again", CONFIG)
             return False
         if (due := max(1, int(hidden // factor))) == width:

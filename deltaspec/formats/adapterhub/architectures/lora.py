@@ -7,7 +7,7 @@ always in this order; DoRA's norm is of W + BA without alpha / r, and it scales 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -30,6 +30,8 @@ def read(adapter: Adapter, options: Options, part: str) -> None:
     wanted = set(chosen) | ({"qkv"} if set(chosen) & set(_FUSED) else set())
     wanted |= {name for name in ("intermediate", "output") if options.flag(f"{name}_lora", False)}
     out = adapter.left_out(options)
+    said = _said(adapter, options)
+    options.settle()
     linears = adapter.arrangement.linears
     meant = [fqn for fqn, (name, layer) in linears.items() if name in wanted and layer not in out]
     modules = adapter.modules("loras")
@@ -42,21 +44,42 @@ def read(adapter: Adapter, options: Options, part: str) -> None:
         return
     parts = [name for name in _FUSED if name in chosen]
     fused = {fqn: parts for fqn, (name, _) in linears.items() if name == "qkv"}
-    scales = options.text("composition_mode", "add") == "scale"
-    if gated and (scales or options.flag("use_dora", False) or any(fqn in places.values() for fqn in fused)):
+    if gated and (said.scales or said.dora or any(fqn in places.values() for fqn in fused)):
         why = "a gate that the input opens has a counterpart for LoRA on one projection alone"
         adapter.unsupported("use_gating", why, "train it without")
         return
-    if scales:
-        _scales(adapter, options, part, places, fused)
+    if said.scales:
+        _scales(adapter, said.alpha, part, places, fused)
     else:
-        _updates(adapter, options, part, places, fused, gated)
+        _updates(adapter, said, part, places, fused, gated)
 
 
-def _scales(adapter: Adapter, options: Options, part: str, places: dict[str, str], fused: dict[str, list[str]]) -> None:
+class _Said(NamedTuple):
+    """What a configuration says of the factors."""
+
+    scales: bool
+    """Whether they multiply, as in (IA)³."""
+    alpha: float
+    rank: int = 1
+    dropout: float = 0.0
+    dora: bool = False
+    vera: bool = False
+
+
+def _said(adapter: Adapter, options: Options) -> _Said:
+    mode = options.text("composition_mode", "add")
+    if mode not in ("add", "scale"):
+        adapter.find("DS544", f"composition_mode: {mode!r} is neither add nor scale", "save the adapter again", CONFIG)
+    if mode == "scale":
+        options.ignore("r", "dropout", "use_dora", "vera_d", "vera_b")
+        return _Said(True, options.number("alpha", 1.0))
+    vera = any(isinstance(options.get(name), float) for name in ("vera_d", "vera_b"))
+    rank, alpha = options.whole("r", 8, least=1), options.number("alpha", 8.0)
+    return _Said(False, alpha, rank, options.number("dropout", 0.0), options.flag("use_dora", False), vera)
+
+
+def _scales(adapter: Adapter, alpha: float, part: str, places: dict[str, str], fused: dict[str, list[str]]) -> None:
     """Add (IA)³: y = (Wx + b) · l · alpha, where l is one for what is not enabled."""
-    options.ignore("r", "dropout", "use_dora", "vera_d", "vera_b")
-    alpha = options.number("alpha", 1.0)
     keys = adapter.modules("loras")
     sites = []
     for module, fqn in places.items():
@@ -77,15 +100,10 @@ def _scales(adapter: Adapter, options: Options, part: str, places: dict[str, str
 
 
 def _updates(
-    adapter: Adapter, options: Options, part: str, places: dict[str, str], fused: dict[str, list[str]], gated: bool
+    adapter: Adapter, said: _Said, part: str, places: dict[str, str], fused: dict[str, list[str]], gated: bool
 ) -> None:
     """Add LoRA: y = Wx + b + alpha / r · BAx; VeRA's four factors are two here."""
-    rank, alpha = options.whole("r", 8, least=1), options.number("alpha", 8.0)
-    dropout = options.number("dropout", 0.0)
-    dora = options.flag("use_dora", False)
-    vera = any(isinstance(options.get(name), float) for name in ("vera_d", "vera_b"))
-    if options.text("composition_mode", "add") != "add":
-        adapter.find("DS544", "composition_mode is neither add nor scale", "save the adapter again", CONFIG)
+    _, alpha, rank, dropout, dora, vera = said
     keys = adapter.modules("loras")
     shared = _shared(adapter, rank) if vera else None
     if vera and shared is None:

@@ -26,6 +26,7 @@ def read(adapter: Adapter, options: Options, part: str) -> None:
     activation = adapter.activation(options, "tanh")
     out = adapter.left_out(options)
     switches = {"encoder": options.flag("encoder_prefix", True), "cross": options.flag("cross_prefix", True)}
+    options.settle()
     kind = adapter.base.table.model_type
     if kind in ("t5", "mt5"):
         why = f"they shift the relative positions of {kind} by their number, and ours have none"

@@ -30,6 +30,7 @@ def read(adapter: Adapter, options: Options, part: str) -> None:
     options.ignore("output_reft")
     everywhere = options.get("layers", "all") == "all"
     layers = [] if everywhere else options.items("layers", (), int)
+    options.settle()
     kind = adapter.base.table.model_type
     if any(name == "encoder" for name, _ in adapter.arrangement.attentions.values()):
         why = f"AdapterHub chooses positions in the decoder of {kind} by the encoder's mask"

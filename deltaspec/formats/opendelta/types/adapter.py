@@ -19,6 +19,7 @@ def read(saved: Saved, options: Options, part: str) -> None:
     """Add the delta."""
     width = options.whole("bottleneck_dim", 24, least=1)
     params = {"width": width, "activation": saved.activation(options)}
+    options.settle()
     sites = []
     for module, fqn in saved.sites("adapter", options).items():
         tensors = bottleneck(saved, f"{module}.adapter.modulelist", fqn, width)

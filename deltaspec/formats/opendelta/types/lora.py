@@ -14,6 +14,7 @@ def read(saved: Saved, options: Options, part: str) -> None:
     """Add the delta."""
     rank, alpha = options.whole("lora_r", 8, least=1), options.number("lora_alpha", 16.0)
     dropout = options.number("lora_dropout", 0.0)
+    options.settle()
     fold = alpha <= 0  # which no spec can say
     sites = []
     for module, fqn in saved.sites("lora", options).items():

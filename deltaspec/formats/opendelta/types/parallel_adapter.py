@@ -7,6 +7,7 @@ from deltaspec.formats.opendelta.saved import CONFIG, Saved
 from deltaspec.formats.opendelta.types.adapter import bottleneck
 from deltaspec.formats.options import Options
 from deltaspec.names.folding import shown
+from deltaspec.planning.streams import path_to
 
 INFIXES = ("parallel_adapter",)
 NEEDS = "its non_linearity"
@@ -17,28 +18,33 @@ def read(saved: Saved, options: Options, part: str) -> None:
     width = options.whole("bottleneck_dim", 24, least=1)
     params = {"width": width, "activation": saved.activation(options), "scale": 1.0}
     options.refuse("scaled", "OpenDelta 0.3 reads it nowhere", "save the delta again", unless=(None, 1, 1.0))
+    options.settle()
     around = _around(saved, options)
     modules = list(saved.modules("parallel_adapter"))
-    sites, between = [], []
+    sites, alone = [], []
     for module, fqn in saved.places(modules).items():
         tensors = bottleneck(saved, f"{module}.parallel_adapter.modulelist", fqn, width)
-        site = around.pop(fqn, None)
-        if site is None:
-            between.append(module)
+        ends = around.pop(fqn, None)
+        if ends is None:
+            alone.append(module)
         elif tensors:
-            sites.append(IncomingSite(site, tensors))
-    if between:
-        message = f"its adapters from {shown(between)} end at another module, and no module of the model goes from one "
-        hint = "put parallel adapters on whole blocks (modified_modules: two equal names), or use adapter there"
-        saved.find("DS549", message + "to the other: a delta has one site here", hint, saved.file)
+            site, reads = ends
+            sites.append(IncomingSite(site, tensors, {} if reads is None else {"input_of": reads}))
+    if alone and not saved.findings:
+        message = f"has tensors for {shown(alone)}, which begin no pair of modified_modules"
+        saved.find("DS543", message, "the file and the configuration are of two deltas", saved.file)
     if around and sites and not saved.findings:
         message = f"has no tensors for {shown(around)}, which modified_modules means"
         saved.find("DS543", message, "the file was cut, or is for a model with fewer layers", saved.file)
+    if sites and all(site.params == sites[0].params for site in sites):
+        params |= sites[0].params
+        sites = [IncomingSite(site.fqn, site.tensors) for site in sites]
     saved.add("parallel_adapter", params, sites, part)
 
 
-def _around(saved: Saved, options: Options) -> dict[str, str]:
-    """Return the first modules of pairs, and the module that goes from what enters it to what leaves the second.
+def _around(saved: Saved, options: Options) -> dict[str, tuple[str, str | None]]:
+    """Return, by the first modules of pairs, the module whose output changes and the path of the one whose input is
+    read, if that is another.
 
     OpenDelta walks through the model's modules and pairs each two that follow one another; two equal names make one.
     """
@@ -47,16 +53,17 @@ def _around(saved: Saved, options: Options) -> dict[str, str]:
     if len(patterns) % 2 or not patterns or met is None:
         saved.find("DS544", f"modified_modules: {patterns!r} are no pairs", "save the delta again", CONFIG)
         return {}
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, str | None]] = {}
     turn, first = 0, ""
     for name in met:
         alone = turn % 2 == 0 and patterns[turn] == patterns[turn + 1]
         if turn % 2 == 0:
             first = name
         if alone:
-            found[name] = name
-        elif turn % 2 and (block := _block(saved, first, name)) is not None:
-            found[first] = block
+            found[name] = (name, None)
+        elif turn % 2:
+            block = _block(saved, first, name)
+            found[first] = (name, path_to(first, name, saved.base.rows)) if block is None else (block, None)
         turn = ((turn | 1) if alone else turn) + 1
         turn %= len(patterns)
     return found

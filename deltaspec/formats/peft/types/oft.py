@@ -22,7 +22,8 @@ _NAMES = {"oft_R.weight": "rotation", "oft_embedding_R.weight": "rotation"}
 
 def read(adapter: Adapter) -> None:
     """Add the delta of an OFT adapter. The width of the blocks is that of the file: PEFT moves it to what divides."""
-    adapter.ignore("init_weights", "fan_in_fan_out", "r")
+    adapter.ignore("fan_in_fan_out", "r")
+    adapter.options.start("init_weights", True)
     adapter.options.whole("oft_block_size", 32)
     params = _params(adapter)
     modules = found_modules(adapter, _NAMES)

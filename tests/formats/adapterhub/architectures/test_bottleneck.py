@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from written_elsewhere import base
 
@@ -34,7 +34,21 @@ SAID = [
     {"original_ln_after": False, "residual_before_ln": False, "ln_after": True, "scaling": "channel"},
     {"use_gating": True, "scaling": -2.0},
     {"use_gating": True, "original_ln_before": False, "scaling": "channel"},
+    {"is_parallel": True},
+    {"is_parallel": True, "scaling": "learned", "mh_adapter": False},
+    {"is_parallel": True, "use_gating": True, "scaling": -2.0},
 ]
+BEFORE = [
+    {},
+    {"is_parallel": True},
+    {"is_parallel": True, "output_adapter": False, "scaling": "channel", "leave_out": [0]},
+    {"ln_before": True, "ln_after": True},
+    {"original_ln_after": False, "residual_before_ln": False},
+    {"original_ln_before": False},
+    {"use_gating": True, "scaling": 2.0},
+    {"reduction_factor": {"0": 8, "default": 8}, "phm_layer": False},
+]
+"""Wirings on a model that normalises before."""
 UNSAID = [
     {"ln_before": True},
     {"residual_before_ln": False},
@@ -42,7 +56,8 @@ UNSAID = [
     {"original_ln_after": False},
     {"original_ln_before": False, "original_ln_after": False},
     {"original_ln_before": False, "ln_after": True, "adapter_residual_before_ln": True},
-    {"is_parallel": True},
+    {"is_parallel": True, "original_ln_after": False},
+    {"is_parallel": True, "ln_after": True},
     {"use_gating": True, "original_ln_before": False, "ln_after": True},
     {"ln_after": True},
 ]
@@ -70,10 +85,11 @@ def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def computed(config: dict[str, Any], t: dict[str, Tensor], h: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
+def computed(config: dict[str, Any], t: dict[str, Tensor], h: Tensor, x: Tensor, norm: Callable[..., Any]) -> Tensor:
     """Compute what AdapterHub does with what leaves a sublayer, h, and the residual stream, x."""
     z = norm(h + x) if config["original_ln_before"] else h
-    residual = h if config["residual_before_ln"] else z
+    residual = h if config["residual_before_ln"] or config.get("is_parallel") else z
+    z = x if config.get("is_parallel") else z
     own = z
     if config.get("ln_before"):
         own = F.layer_norm(z, (HIDDEN,), t["adapter_norm_before.weight"], t["adapter_norm_before.bias"])
@@ -88,13 +104,21 @@ def computed(config: dict[str, Any], t: dict[str, Tensor], h: Tensor, x: Tensor,
     return norm(u + residual + x) if config["original_ln_after"] else u + residual
 
 
-def written(config: dict[str, Any], folder: Path) -> tuple[Path, dict[str, dict[str, Tensor]]]:
-    """Write an adapter for tiny BERT; return where, and its tensors by module."""
+PLACES = {
+    "bert": ("bert.encoder.layer", "attention.output", "output"),
+    "gpt2": ("transformer.h", "attention_adapters", "output_adapters"),
+}
+"""What AdapterHub calls layers and places, by model type."""
+
+
+def written(config: dict[str, Any], folder: Path, kind: str = "bert") -> tuple[Path, dict[str, dict[str, Tensor]]]:
+    """Write an adapter for a tiny model; return where, and its tensors by module."""
     torch.manual_seed(3)
-    modules = [f"bert.encoder.layer.{layer}.{part}" for layer in range(2) if layer not in config.get("leave_out", [])
-               for part in (["attention.output"] if config["mh_adapter"] else []) + ["output"]]  # fmt: skip
-    made = {module: tensors_of(config) for module in modules}
-    whole = {"config": config, "hidden_size": HIDDEN, "model_type": "bert", "name": "n", "version": "adapters.1.3.0"}
+    stack, mh, output = PLACES[kind]
+    parts = [mh] * config["mh_adapter"] + [output] * config.get("output_adapter", True)
+    layers = [layer for layer in range(2) if layer not in config.get("leave_out", [])]
+    made = {f"{stack}.{layer}.{part}": tensors_of(config) for layer in layers for part in parts}
+    whole = {"config": config, "hidden_size": HIDDEN, "model_type": kind, "name": "n", "version": "adapters.1.3.0"}
     (folder / "adapter_config.json").write_text(json.dumps(whole))
     keys = {f"{module}.adapters.n.{name}": value for module, own in made.items() for name, value in own.items()}
     torch.save(keys, folder / "pytorch_adapter.bin")
@@ -127,6 +151,25 @@ def test_wirings(changes: dict[str, Any], tmp_path: Path) -> None:
     with torch.no_grad():
         found, expected = run(deltaspec.restore(model, folder)), run(theirs(model, config, made))
         assert not torch.allclose(run(model), expected, atol=1e-3)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", BEFORE, ids=str)
+def test_wirings_of_models_that_normalise_before(changes: dict[str, Any], tmp_path: Path) -> None:
+    config, model = USUAL | changes, base("adapterhub", "gpt2", "GPT2LMHeadModel")
+    folder, made = written(config, tmp_path, "gpt2")
+    ids = torch.arange(3, 21).reshape(2, 9)
+    body, causal = model.transformer, torch.full((1, 1, 9, 9), -torch.inf).triu(1)
+    with torch.no_grad():
+        found, x = deltaspec.restore(model, folder)(input_ids=ids).logits, body.wte(ids) + body.wpe(torch.arange(9))
+        for layer, block in enumerate(body.h):
+            for part in ("attention", "output"):
+                attends = part == "attention"
+                h = block.attn(block.ln_1(x), attention_mask=causal)[0] if attends else block.mlp(block.ln_2(x))
+                own = made.get(f"transformer.h.{layer}.{part}_adapters")
+                x = h + x if own is None else computed(config, own, h, x, lambda s: s)
+        expected = model.lm_head(body.ln_f(x))
+        assert not torch.allclose(model(input_ids=ids).logits, expected, atol=1e-3)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
