@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -36,6 +38,24 @@ def reachable() -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep the reports of the hub's client off standard error; a terminal still sees its bars."""
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    level, without = logging.get_verbosity(), are_progress_bars_disabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if not without:
+            enable_progress_bars()
 
 
 def refusal(error: BaseException, repo: str, revision: str | None = None) -> tuple[str, str] | None:

@@ -35,15 +35,14 @@ _INTERRUPTED = 130
 
 @contextmanager
 def _notes() -> Iterator[None]:
-    """Print warnings as notes, on a line each; those of libraries about their own future are for who calls them."""
-
-    def note(message: Warning | str, *_: Any, **__: Any) -> None:
-        say(f"note: {message}", err=True)
-
-    with warnings.catch_warnings():
+    """Print warnings as notes, at the end; those of libraries about their own future are for who calls them."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.showwarning = note
-        yield
+        try:
+            yield
+        finally:
+            for warning in caught:
+                say(f"note: {warning.message}", err=True)
 
 
 class _Verbs(click.Group):

@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import NoReturn, Protocol, cast
 
-from deltaspec.backbone.hub import refusal
+from deltaspec.backbone.hub import quietly, refusal
 from deltaspec.backbone.loading import Wanted
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import one_line
@@ -182,7 +182,8 @@ def _fetched(repo: str, folder: str, revision: str | None) -> Path:
     inside, place = f"{folder}/" if folder else "", f"{repo}/{folder}" if folder else repo
     wanted = [f"{inside}{pattern}" for pattern in _patterns()]
     try:
-        root = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        with quietly():
+            root = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except Exception as error:  # whatever the hub's client raises
         said, hint = refusal(error, repo, revision) or (
             f"the hub's client failed: {one_line(f'{type(error).__name__}: {error}')}",
