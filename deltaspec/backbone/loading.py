@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import re
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -18,15 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from torch import nn
 
+from deltaspec.backbone.hub import is_cached, reachable, refusal
+from deltaspec.backbone.load_report import quiet, refuse_lacking
 from deltaspec.backbone.untrusted import kernel_in, no_code, no_questions
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import closest, one_line
+from deltaspec.documents.nearby import did_you_mean
 from deltaspec.names.paths import is_inside
 
 _FACTORY = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
@@ -52,6 +52,8 @@ class Wanted:
 
 
 _AS_NAMED = Wanted()
+_ANOTHER = "name the base model that the adapter was trained on"
+_VALUES = "check its values, or load the model by a factory: package.module:factory"
 
 
 def model_from(reference: str, wanted: Wanted = _AS_NAMED) -> nn.Module:
@@ -67,7 +69,7 @@ def model_from(reference: str, wanted: Wanted = _AS_NAMED) -> nn.Module:
         made = _from_factory(reference, found[1], found[2], weights=wanted.weights)
         return made if wanted.dtype is None else made.to(getattr(torch, wanted.dtype))
     if reference.endswith((".json", ".py")) or not _HUB_ID.fullmatch(reference):
-        _fail("DS321", "there is no such file or directory", reference, _WAYS)
+        _fail("DS321", "there is no such file or directory", reference, did_you_mean(reference, _WAYS))
     return _from_hub(reference, wanted)
 
 
@@ -95,35 +97,11 @@ def _from_config_file(reference: str, file: str, wanted: Wanted) -> nn.Module:
 
 
 def _from_hub(reference: str, wanted: Wanted) -> nn.Module:
-    if not _cached(reference) and not reachable():
+    if not is_cached(reference) and not reachable():
         message = "no such file or directory here, and the hub cannot be reached"
-        _fail("DS321", message, reference, f"check the name and the network, or {_WAYS}")
+        hint = f"check the name and the network, or fetch it where there is one (hf download {reference}), or {_WAYS}"
+        _fail("DS321", message, reference, did_you_mean(reference, hint))
     return _build(reference, reference, wanted, local=False)
-
-
-def _cached(reference: str) -> bool:
-    try:
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        return isinstance(try_to_load_from_cache(reference, "config.json"), str)
-    except (ModuleNotFoundError, HFValidationError):
-        return False
-
-
-def reachable() -> bool:
-    """Look up the hub's name, since its client retries for half a minute; behind a proxy, leave it to the client."""
-    if getproxies():
-        return True
-    try:
-        from huggingface_hub.constants import ENDPOINT
-
-        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
-    except ModuleNotFoundError:
-        return True  # transformers is missing too, which is the better message
-    except OSError:
-        return False
-    return True
 
 
 def _build(reference: str, source: str, wanted: Wanted, local: bool) -> nn.Module:
@@ -132,29 +110,30 @@ def _build(reference: str, source: str, wanted: Wanted, local: bool) -> nn.Modul
         import transformers
     except ModuleNotFoundError:
         _fail("DS322", "transformers is not installed", reference, "pip install 'deltaspec[transformers]'")
-    with _quiet(transformers), no_code():
+    with quiet(progress=not local), no_code():
         try:
             config = transformers.AutoConfig.from_pretrained(
                 source, trust_remote_code=False, local_files_only=local, **wanted.settings
             )
         except Exception as error:  # whatever the hub's client or a configuration class raises
-            if local or _remedy(error):
-                message = f"transformers cannot use this configuration: {_brief(error)}"
-                _fail("DS322", _OWN_CODE if _remedy(error) else message, reference, _remedy(error))
-            message = f"no such directory here, and no configuration on the hub: {_brief(error)}"
-            _fail("DS321", message, reference, f"check the id, or {_WAYS}")
+            if not local and (said := refusal(error, reference)) is not None:
+                hint = did_you_mean(reference, f"{said[1]}, or {_WAYS}")
+                _fail("DS321", f"no such file or directory here, and {said[0]}", reference, hint)
+            message = f"transformers cannot use this configuration: {_brief(error)}"
+            _fail("DS322", _OWN_CODE if _remedy(error) else message, reference, _remedy(error) or _WAYS)
         _refuse_kernels(reference, config)
         named = wanted.kind or getattr(config, "architectures", None) or ["AutoModel"]
         named = [named] if isinstance(named, str) else named
         maker = _model_class(reference, str(named[0]), config)
         try:
-            if wanted.weights:
-                return _weighted(source, str(named[0]), config, local, wanted.dtype)
             with torch.device("meta"):
                 model = maker(config)
         except Exception as error:  # a configuration can fail in any line of any model's constructor
             message = f"{named[0]} cannot be built from this configuration: {_brief(error)}"
-            _fail("DS322", _OWN_CODE if _remedy(error) else message, reference, _remedy(error))
+            hint = _ANOTHER if wanted.kind else _VALUES
+            _fail("DS322", _OWN_CODE if _remedy(error) else message, reference, _remedy(error) or hint)
+        if wanted.weights:
+            return _weighted(reference, source, str(named[0]), config, local, wanted.dtype)
     assert isinstance(model, nn.Module)
     return model.eval()
 
@@ -187,14 +166,20 @@ def _remedy(error: Exception) -> str | None:
     return None
 
 
-def _weighted(source: str, name: str, config: Any, local: bool, dtype: str | None) -> nn.Module:
-    """Load a model with its weights; of a configuration file, those that lie beside it."""
+def _weighted(reference: str, source: str, name: str, config: Any, local: bool, dtype: str | None) -> nn.Module:
+    """Load a model with its weights; of a configuration file, those that lie beside it. Raises DeltaSpecError."""
     import transformers
 
     place = os.path.dirname(os.path.abspath(source)) if local else source
-    options = {"config": config, "trust_remote_code": False, "dtype": dtype or "auto"}
-    made: Any = getattr(transformers, name).from_pretrained(place, **options)
+    options = {"config": config, "trust_remote_code": False, "dtype": dtype or "auto", "output_loading_info": True}
+    try:
+        made, report = getattr(transformers, name).from_pretrained(place, **options)
+    except Exception as error:  # whatever a file of weights, the hub's client or a model's class raises
+        said = None if local else refusal(error, reference)
+        message, hint = said or (_brief(error), "name a directory with weights, as save_pretrained writes it")
+        _fail("DS322", f"the weights of this {name} cannot be loaded: {message}", reference, hint)
     assert isinstance(made, nn.Module)
+    refuse_lacking(reference, made, report["missing_keys"])
     return made.eval()
 
 
@@ -213,12 +198,13 @@ def _from_factory(reference: str, module_name: str, attribute: str, *, weights: 
             kind = f"an object of class {type(made).__name__}"
             _fail("DS324", f"{attribute} is {kind}, neither a module nor a factory", reference)
         try:
-            with torch.device("cpu" if weights else "meta"):
+            with torch.device("cpu" if weights else "meta"), quiet(progress=True):
                 model = made()
         except (Exception, SystemExit):
             # Some constructors compute with values; their failure on real weights is the one that counts.
             try:
-                model = made()
+                with quiet(progress=True):
+                    model = made()
             except (Exception, SystemExit) as error:  # the caller's own code
                 message = f"{attribute}() failed: {_brief(error)}{_where(error)}"
                 _fail("DS324", message, reference, "a factory is called without arguments and gives a torch.nn.Module")
@@ -246,17 +232,6 @@ def _current_directory_first() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    # It logs configurations at length, on standard error, when a model is built without weights.
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
 
 
 def _where(error: BaseException) -> str:

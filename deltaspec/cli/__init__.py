@@ -2,7 +2,8 @@
 
 Reads arguments and prints; decides nothing.
 
-Exit codes: 0 clean, 1 findings, 2 usage or internal error.
+Results go to standard output, all else to standard error. Exit codes: 0 clean, 1 findings, 2 usage or internal error,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import io
 import pkgutil
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -23,6 +27,22 @@ from deltaspec.diagnostics.wording import closest
 
 _EXTRAS = {"torch": "torch", "safetensors": "torch", "transformers": "transformers"}
 """Packages that an installation for `validate` alone lacks, with the extra that has each."""
+
+
+_INTERRUPTED = 130
+"""What shells give for a command that Ctrl-C ended."""
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Print warnings as notes, at the end; those of libraries about their own future are for who calls them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            yield
+        finally:
+            for warning in caught:
+                say(f"note: {warning.message}", err=True)
 
 
 class _Verbs(click.Group):
@@ -50,7 +70,11 @@ class _Verbs(click.Group):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still gets the findings
         try:
-            return super().invoke(ctx)
+            with _notes():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("deltaspec: interrupted", err=True)
+            ctx.exit(_INTERRUPTED)
         except DeltaSpecError as error:
             show(error.diagnostics)
             ctx.exit(1)
@@ -83,5 +107,5 @@ def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 def main() -> None:
     """Validate, plan and compile DeltaSpecs.
 
-    Exit codes: 0 clean, 1 findings, 2 usage or internal error.
+    Exit codes: 0 clean, 1 findings, 2 usage or internal error, 130 interrupted.
     """

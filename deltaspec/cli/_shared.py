@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltaspec.diagnostics.clean import clean
+from deltaspec.diagnostics.clean import clean, clean_data
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.render import FORMATS, as_text
+
+if TYPE_CHECKING:
+    from deltaspec.planning.plan import Plan
 
 
 def say(text: str, *, err: bool = False, **style: Any) -> None:
@@ -46,11 +50,33 @@ def report(
         click.get_current_context().exit(1)
 
 
+def tell(result: Mapping[str, Any], findings: Sequence[Diagnostic] = ()) -> None:
+    """Print a result as one JSON object, which has `findings`, too."""
+    found = json.loads(FORMATS["json"](findings, None, ()))["findings"]
+    click.echo(json.dumps({**clean_data(dict(result)), "findings": found}, indent=2, allow_nan=False), sys.stdout)
+
+
+def counts(plan: Plan) -> list[dict[str, Any]]:
+    """Return what a plan's deltas are and cost, as JSON takes it."""
+    return [
+        {"name": delta.name, "method": delta.method, "sites": len(delta.sites), "parameters": delta.trainable}
+        for delta in plan.deltas
+    ]
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Put on standard error what a factory, a forward or another library prints: it is no part of a result."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
 @contextmanager
 def writing(output: object) -> Iterator[None]:
-    """Say that an output cannot be written, where the system refuses, as a usage error."""
+    """As `apart`, and say that an output cannot be written, where the system refuses, as a usage error."""
     try:
-        yield
+        with apart():
+            yield
     except OSError as error:
         place = error.filename or output
         raise click.UsageError(

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stdout
-
 import click
 
-from deltaspec.cli._shared import report, say
+from deltaspec.cli._params import ENGINE, Verb, output_format
+from deltaspec.cli._shared import apart, report, say
 from deltaspec.diagnostics.render import FORMATS
-from deltaspec.engines import known, notes
+from deltaspec.engines import notes
 
 
-class _Engine(click.ParamType[str]):
-    """A name among the files of rules, or a file of rules of one's own."""
-
-    name = "engine"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return f"[{'|'.join(known())}|FILE.yaml]"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value in known() or value.endswith((".yaml", ".yml", ".json")):
-            return value
-        self.fail(f"{value!r} is not one of {', '.join(known())}, and no file of rules", param, ctx)
-
-
-@click.command()
+@click.command(cls=Verb)
 @click.argument("adapter")
 @click.option(
     "--model", metavar="BASE", help="The base: a directory, a config.json, a hub id or package.module:factory."
 )
-@click.option("--for", "engine", type=_Engine(), help="The engine that is to serve it.")
+@click.option("--for", "engine", type=ENGINE, help="The engine that is to serve it.")
 @click.option("--max-rank", type=click.IntRange(min=1), help="Greatest rank that the engine is started with.")
-@click.option("--format", "output_format", type=click.Choice(list(FORMATS)), default="text", show_default=True,
-              help="How findings are written.")  # fmt: skip
+@output_format(*FORMATS, what="Findings")
 def command(adapter: str, model: str | None, engine: str | None, max_rank: int | None, output_format: str) -> None:
     """Say what an engine would reject, ignore or get wrong of ADAPTER, a directory of saved deltas or of PEFT.
 
@@ -46,7 +29,7 @@ def command(adapter: str, model: str | None, engine: str | None, max_rank: int |
         raise click.UsageError(f"check needs {lacking}: deltaspec check ADAPTER --model BASE --for ENGINE")
     from deltaspec.engines import check
 
-    with redirect_stdout(sys.stderr):  # what a factory prints is no part of a report
+    with apart():
         findings = check(adapter, model, engine, max_rank)
     if output_format == "text":
         for note in notes(engine):

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 import click
 
-from deltaspec.cli._shared import report, say, writing
-from deltaspec.diagnostics.clean import clean, clean_data
-from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.cli._params import Verb, output_format
+from deltaspec.cli._shared import counts, say, tell, writing
+from deltaspec.diagnostics.clean import clean
 from deltaspec.diagnostics.wording import counted
 
 if TYPE_CHECKING:
     from deltaspec.formats.convert import Conversion
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("source")
 @click.option("-o", "--output", required=True, metavar="DIR", help="Directory for the spec, its lock and the deltas.")
 @click.option("--model", metavar="MODEL", help="The base model; left out, the one that the adapter names.")
 @click.option("--name", help="Name of the delta; left out, that of the directory.")
-@click.option(
-    "--format", "output_format", type=click.Choice(["text", "json"]), default="text", show_default=True,
-    help="How the account and findings are written.",
-)  # fmt: skip
+@output_format(what="The account and findings")
 def command(source: str, output: str, model: str | None, name: str | None, output_format: str) -> None:
     """Convert SOURCE, an adapter of PEFT, AdapterHub or OpenDelta, into a spec with a lock, and saved deltas.
 
@@ -37,14 +31,10 @@ def command(source: str, output: str, model: str | None, name: str | None, outpu
     """
     from deltaspec.formats.convert import convert
 
-    try:
-        with writing(output), redirect_stdout(sys.stderr):  # what a factory or a forward prints is no part of a report
-            done = convert(source, output, model, name)
-    except DeltaSpecError as error:
-        report(error.diagnostics, output_format)
-        return
+    with writing(output):
+        done = convert(source, output, model, name)
     if output_format == "json":
-        click.echo(json.dumps(clean_data(_data(done)), indent=2))
+        tell(_data(done))
         return
     say(f"{clean(str(done.spec))}: {done.received.incoming.kind}")
     for delta in done.plan.deltas:
@@ -55,16 +45,13 @@ def command(source: str, output: str, model: str | None, name: str | None, outpu
 
 
 def _data(done: Conversion) -> dict[str, object]:
-    deltas = [
-        {"name": d.name, "method": d.method, "sites": len(d.sites), "parameters": d.trainable} for d in done.plan.deltas
-    ]
     incoming = done.received.incoming
     return {
         "spec": str(done.spec),
         "from": incoming.kind,
         "base": incoming.base,
         "revision": incoming.revision,
-        "deltas": deltas,
+        "deltas": counts(done.plan),
         "account": done.account,
         "remarks": incoming.remarks,
     }

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
+from deltaspec.cli._params import Verb
 from deltaspec.cli._shared import say
 
 QUICK_TRAIN, QUICK_TEST = 96, 128
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.option(
     "--output", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-output"), show_default=True
 )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import click
 
 from deltaspec.backbone.table import Row
-from deltaspec.cli._shared import say
+from deltaspec.cli._params import Verb
+from deltaspec.cli._shared import apart, say
 from deltaspec.diagnostics.clean import clean
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("model")
 @click.argument("spec")
 @click.argument("name", metavar="FQN")
@@ -26,8 +27,9 @@ def command(model: str, spec: str, name: str) -> None:
     from deltaspec.backbone.tabulate import tabulate
     from deltaspec.reports.verdicts import find_row, verdicts
 
-    backbone = model_from(model)
-    table = tabulate(backbone)
+    with apart():
+        backbone = model_from(model)
+        table = tabulate(backbone)
     row = find_row(table, name)
     say(_title(row), bold=True)
     for verdict in verdicts(loaded, table, Observations(backbone), row):

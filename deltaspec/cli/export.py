@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
-from contextlib import redirect_stdout
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import click
 
-from deltaspec.cli._shared import report, say, writing
+from deltaspec.cli._params import ENGINE, MATCH, OneOf, Verb, output_format
+from deltaspec.cli._shared import say, tell, writing
 from deltaspec.diagnostics.clean import clean
-from deltaspec.diagnostics.findings import DeltaSpecError
+
+if TYPE_CHECKING:
+    from deltaspec.formats.outgoing import Outgoing
 
 
-@click.command()
+def _forms() -> Iterable[str]:
+    from deltaspec.formats.saving import forms
+
+    return forms()
+
+
+@click.command(cls=Verb)
 @click.argument("source")
-@click.option("--to", "form", default="peft", show_default=True, help="Form to write.")
+@click.option("--to", "form", type=OneOf(_forms), default="peft", show_default=True, metavar="FORM",
+              help="Form to write.")  # fmt: skip
 @click.option("-o", "--output", required=True, metavar="DIR", help="Directory for the adapter, made if need be.")
 @click.option("--model", metavar="MODEL", help="The base model; left out, the one that a foreign adapter names.")
 @click.option("--delta", "names", multiple=True, metavar="NAME", help="Delta to write; left out, those attached.")
@@ -24,11 +32,14 @@ from deltaspec.diagnostics.findings import DeltaSpecError
 @click.option(
     "--for",
     "engine",
-    metavar="ENGINE",
+    type=ENGINE,
     help="Write it so that this engine's check passes, at a start that takes its rank.",
 )
 @click.option("--approximate", type=click.IntRange(min=1), metavar="RANK",
               help="Rank of the updates that stand for what has no exact form; their errors are printed.")  # fmt: skip
+@click.option("--match", type=MATCH, default="weights", show_default=True,
+              help="How much of the base must be as it was when the deltas were saved.")  # fmt: skip
+@output_format()
 def command(
     source: str,
     form: str,
@@ -38,6 +49,8 @@ def command(
     uniform: bool,
     engine: str | None,
     approximate: int | None,
+    match: str,
+    output_format: str,
 ) -> None:
     """Write SOURCE as one adapter that computes the same in another library.
 
@@ -49,28 +62,41 @@ def command(
     """
     from deltaspec.compiler.export import export
     from deltaspec.formats.outgoing import Wishes
+    from deltaspec.storage.matching import checked
 
-    wishes = Wishes(uniform=uniform, approximate=approximate)
-    try:
-        with writing(output), redirect_stdout(sys.stderr):  # what a factory or a forward prints is no part of a report
-            out = export(source, output, form, model, names, wishes, engine)
-    except DeltaSpecError as error:
-        report(error.diagnostics)
+    wishes, level = Wishes(uniform=uniform, approximate=approximate), checked(match)
+    with writing(output):
+        out = export(source, output, form, model, names, wishes, engine, level)
+    if output_format == "json":
+        tell(_data(output, engine, out))
         return
     say(f"{clean(output)}: {out.label}, {', '.join(out.strengths)}")
-    for fqn, error_here in out.errors.items():
-        say(f"  {fqn}: relative error {error_here:.2e}")
-    for remark in (*out.remarks, *_of(engine, out.config)):
+    for fqn, error in out.errors.items():
+        say(f"  {fqn}: relative error {error:.2e}")
+    for remark in (*out.remarks, *_of(engine, out)):
         say(f"  note: {remark}")
 
 
-def _of(engine: str | None, config: Mapping[str, Any]) -> tuple[str, ...]:
+def _data(output: str, engine: str | None, out: Outgoing) -> dict[str, object]:
+    from deltaspec.compiler.engine import greatest_rank
+
+    return {
+        "output": output,
+        "adapter": out.label,
+        "deltas": out.strengths,
+        "rank": greatest_rank(out.config),
+        "errors": out.errors,
+        "remarks": [*out.remarks, *_of(engine, out)],
+    }
+
+
+def _of(engine: str | None, out: Outgoing) -> tuple[str, ...]:
     """Return what whoever starts an engine must know of this adapter: its greatest rank, and the engine's own notes."""
     if engine is None:
         return ()
     from deltaspec.compiler.engine import greatest_rank
     from deltaspec.engines import notes
 
-    rank = greatest_rank(config)
+    rank = greatest_rank(out.config)
     said = (f"its greatest rank is {rank}: start {engine} so that it takes that (check: --max-rank {rank})",)
     return (*(said if rank else ()), *notes(engine))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
+from deltaspec.cli._params import Verb
 from deltaspec.cli._shared import say
 from deltaspec.cli.plan import plan_from
 from deltaspec.diagnostics.wording import counted
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("model")
 @click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
 def command(model: str, specs: tuple[str, ...]) -> None:

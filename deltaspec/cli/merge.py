@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from deltaspec.cli._shared import say, writing
+from deltaspec.cli._params import MATCH, Verb, output_format
+from deltaspec.cli._shared import say, tell, writing
 from deltaspec.diagnostics.wording import counted
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("directory")
 @click.argument("names", nargs=-1, metavar="[DELTA]...")
-@click.option("--model", "base", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path),
+@click.option("--model", "base", required=True, metavar="BASE",
               help="Folder of the base model: config.json and safetensors.")  # fmt: skip
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-@click.option("--match", type=click.Choice(["weights", "structure", "sites"]), default="weights", show_default=True,
+@click.option("-o", "--output", required=True, metavar="DIR", help="Folder to make.")
+@click.option("--match", type=MATCH, default="weights", show_default=True,
               help="How much of the base must be as it was when the deltas were saved.")  # fmt: skip
-def command(directory: str, names: tuple[str, ...], base: Path, output: Path, match: str) -> None:
+@output_format()
+def command(directory: str, names: tuple[str, ...], base: str, output: str, match: str, output_format: str) -> None:
     """Fold the deltas saved in DIRECTORY, by name or those that were attached, into a copy of the base model's folder.
 
     One shard is in memory at a time. Exit codes: 0 written, 1 findings (nothing is written), 2 usage.
@@ -28,4 +28,7 @@ def command(directory: str, names: tuple[str, ...], base: Path, output: Path, ma
 
     with writing(output):
         changed = merge_folder(directory, base, output, *names, match=checked(match))
+    if output_format == "json":
+        tell({"output": output, "changed": list(changed)})
+        return
     say(f"{output}: {counted(len(changed), 'tensor')} changed")

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
-from deltaspec.cli._shared import report, say
+from deltaspec.cli._params import Verb
+from deltaspec.cli._shared import report, say, writing
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.methods.registry import builtin_methods, methods
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("path", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--check", is_flag=True, help="Only compare the table in PATH; exit 1 where it differs.")
 def command(path: Path | None, check: bool) -> None:
@@ -26,14 +27,15 @@ def command(path: Path | None, check: bool) -> None:
             raise click.UsageError("--check needs PATH")
         click.echo(methods_table(methods()), nl=False)
         return
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         new = with_table(text, builtin_methods())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise click.UsageError(f"{path}: {error}") from None
     if check and new != text:
         hint = f"write it anew: deltaspec methods {path}"
         report([Diagnostic("DS222", "the table of methods is out of date", str(path), suggestion=hint)])
     if not check:
-        path.write_text(new, encoding="utf-8", newline="\n")
+        with writing(path):
+            path.write_text(new, encoding="utf-8", newline="\n")
     say(f"{path} is up to date")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 import click
 
-from deltaspec.cli._shared import report, say, show, wants_color
+from deltaspec.cli._params import Verb, output_format
+from deltaspec.cli._shared import apart, report, say, show, wants_color
 from deltaspec.diagnostics.clean import clean, clean_data
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.render import FORMATS
@@ -21,18 +20,11 @@ if TYPE_CHECKING:
     from deltaspec.planning.plan import Plan
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("model")
 @click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
 @click.option("--check", is_flag=True, help="Compare with the locks beside the specs instead of printing the plan.")
-@click.option(
-    "--format",
-    "output_format",
-    type=click.Choice([*FORMATS, "markdown"]),
-    default="text",
-    show_default=True,
-    help="How the plan and findings are written; github and sarif write findings only.",
-)
+@output_format(*FORMATS, "markdown", what="The plan and findings")
 def command(model: str, specs: tuple[str, ...], check: bool, output_format: str) -> None:
     """Return what specs do to MODEL: sites, tensors, counts, expectations.
 
@@ -74,7 +66,7 @@ def plan_from(model: str, specs: tuple[str, ...]) -> Plan:
     from deltaspec.backbone.loading import model_from
     from deltaspec.planning.resolve import plan
 
-    with redirect_stdout(sys.stderr):  # what a factory or a forward prints is no part of a report
+    with apart():
         return plan(model_from(model), *specs)
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 
-from deltaspec.cli._shared import report, say
+from deltaspec.cli._params import Verb
+from deltaspec.cli._shared import report, say, writing
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.language.schema.accept import COMMITTED
 from deltaspec.language.schema.generate import schema_text
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("path", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--check", is_flag=True, help=f"Compare with the file (default: {COMMITTED}); exit 1 where it differs.")
 @click.option("--with-plugins", is_flag=True, help="Include the methods of other installed packages.")
@@ -27,8 +28,9 @@ def command(path: Path | None, check: bool, with_plugins: bool) -> None:
     if check:
         _check(path or Path(COMMITTED), text)
     elif path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="\n")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8", newline="\n")
     else:
         click.echo(text, nl=False)
 

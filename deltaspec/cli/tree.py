@@ -6,11 +6,12 @@ import sys
 
 import click
 
-from deltaspec.cli._shared import report, wants_color
+from deltaspec.cli._params import Verb
+from deltaspec.cli._shared import apart, report, wants_color
 from deltaspec.diagnostics.findings import Diagnostic
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("model")
 @click.option("--spec", "specs", multiple=True, metavar="FILE", help="Mark what the deltas of this spec select.")
 @click.option("--depth", type=click.IntRange(min=0), help="Levels to show below the model.")
@@ -30,7 +31,8 @@ def command(model: str, specs: tuple[str, ...], depth: int | None, everything: b
     from deltaspec.selection.clock import timed
 
     loaded = [load(spec) for spec in specs]
-    table = tabulate(model_from(model))
+    with apart():
+        table = tabulate(model_from(model))
     marks: dict[str, list[Mark]] = {}
     findings: list[Diagnostic] = []
     counts: list[str] = []

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import click
 
+from deltaspec.cli._params import Verb, output_format
 from deltaspec.cli._shared import report
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.render import FORMATS
@@ -20,10 +21,9 @@ _INPUT = "<stdin>"
 ENDINGS = (".deltaspec.yaml", ".deltaspec.yml", ".deltaspec.json")
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("paths", nargs=-1, required=True)
-@click.option("--format", "output_format", type=click.Choice(list(FORMATS)), default="text", show_default=True,
-              help="How findings are written.")  # fmt: skip
+@output_format(*FORMATS, what="Findings")
 def command(paths: tuple[str, ...], output_format: str) -> None:
     """Check specs: files, globs, directories searched for *.deltaspec.yaml, .yml and .json, or - for standard input.
 

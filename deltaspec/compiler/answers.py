@@ -70,7 +70,7 @@ def kept_in(saved: SavedSet, names: tuple[str, ...]) -> list[Golden]:
 
     Raises DeltaSpecError, with all findings: files that are damaged, deltas without golden answers (DS551).
     """
-    require_known(names, saved.names)
+    require_known(names, saved.names, saved.folder)
     found, findings = list[Golden](), list[Diagnostic]()
     for name in (*(names or saved.names), *(() if names else (None,))):
         try:

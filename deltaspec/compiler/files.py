@@ -96,7 +96,8 @@ class Files(nn.Module):
         gives all modules one rank and one scale, for readers that know no patterns. What has no exact form is refused,
         and nothing is written; `approximate` is the rank of low-rank updates that stand for it. Return the relative
         error of each module where they do; the card has them, too. `engine` writes it so that this engine's check
-        passes (`deltaspec.engines`). Raises DeltaSpecError (DS560) with all findings, TypeError, ValueError, OSError.
+        passes (`deltaspec.engines`). Raises DeltaSpecError (DS560, or DS575 for a model in shards) with all findings,
+        TypeError, ValueError, OSError.
         """
         _require_plain(form, directory, approximate)
         target, wishes = writer(form), Wishes(uniform=uniform, approximate=approximate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from deltaspec.backbone.sharded import is_sharded
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.formats.base import Base
 from deltaspec.formats.outgoing import Outgoing, Wishes, outgoing
@@ -27,6 +28,10 @@ def leaving(active: Active, shared: Shared, host: Host, names: Collection[str], 
         message = "the backbone itself may have been trained (train_backbone=True), and an adapter holds deltas alone"
         hint = "c.merge() gives a plain model with all of it"
         raise DeltaSpecError([Diagnostic("DS560", message, file="<model>", suggestion=hint)])
+    if any(map(is_sharded, host.backbone.parameters())):
+        message = "the model is sharded over processes, and an adapter is written from a whole one"
+        hint = "c.save(DIR) in all processes, then `deltaspec export DIR --to peft -o OUT` in one"
+        raise DeltaSpecError([Diagnostic("DS575", message, file="<model>", suggestion=hint)])
     chosen = tuple(sorted(set(names), key=shared.order.__getitem__))
     active.require(chosen)
     active.follow_others()

@@ -68,7 +68,7 @@ class Prepared:
 
 def prepared(model: nn.Module, saved: DeltaSet, names: tuple[str, ...], example_inputs: Any, match: Match) -> Prepared:
     """Compare saved deltas, by default all of a set, with a model, and plan them on it. Raises DeltaSpecError."""
-    require_known(names, saved.names)
+    require_known(names, saved.names, saved.folder)
     chosen, findings = names or tuple(saved.names), list[Diagnostic]()
     observations = Observations(model, example_inputs)
     matcher = Matcher(Present(model, unused=observations.unused), match)

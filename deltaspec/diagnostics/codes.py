@@ -170,8 +170,11 @@ CODES: dict[str, str] = {
     "DS562": "directory that holds something else",
     "DS563": "saved deltas without a known base model",
     "DS564": "delta whose form in another library follows from weights",
+    "DS575": "adapter of a model in shards",
     "DS585": "input of another module that a delta cannot read",
     "DS586": "forward without the module whose input a delta reads",
+    "DS590": "output that would lie in what is read",
+    "DS591": "model whose files lack weights",
     # DS6: engine
     "DS601": "method that an engine does not read",
     "DS602": "rank that an engine does not take",

@@ -71,15 +71,15 @@ class UnknownDeltaError(DeltaSpecError, KeyError):
     __str__ = Exception.__str__
 
 
-def require_known(names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise UnknownDeltaError, with all findings, for names that no delta has."""
+def require_known(names: Iterable[str], known: Iterable[str], place: object = "<spec>") -> None:
+    """Raise UnknownDeltaError, with all findings, for names that no delta has; `place` is what should have them."""
     among = known if isinstance(known, Mapping) else tuple(known)
     if unknown := [name for name in names if name not in among]:
-        raise UnknownDeltaError([_unknown_delta(name, tuple(among)) for name in unknown])
+        raise UnknownDeltaError([_unknown_delta(name, tuple(among), str(place)) for name in unknown])
 
 
-def _unknown_delta(name: str, known: tuple[str, ...]) -> Diagnostic:
+def _unknown_delta(name: str, known: tuple[str, ...], place: str) -> Diagnostic:
     near = closest(name, known)
     hint = f"did you mean {near!r}? " if near else ""
     some = ", ".join(known[:20]) + (f" … ({len(known):,} in all)" if len(known) > 20 else "")
-    return Diagnostic("DS434", f"no delta is named {name!r}", suggestion=f"{hint}known: {some or 'none'}")
+    return Diagnostic("DS434", f"no delta is named {name!r}", place, suggestion=f"{hint}known: {some or 'none'}")

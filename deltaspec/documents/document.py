@@ -16,6 +16,7 @@ from typing import Any
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, Path
 from deltaspec.diagnostics.wording import show_path
 from deltaspec.documents.builder import MAX_DEPTH, MAX_NODES, MAX_NUMBER, Builder, Mark, bad_character
+from deltaspec.documents.nearby import near_path
 
 MAX_BYTES = 1 << 20
 
@@ -64,7 +65,9 @@ def read(path: str | os.PathLike[str]) -> Document:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         long_text = "\n" in name or len(name) > 1000
+        missing = None if os.path.lexists(name) or long_text else near_path(name)
         hint = "this looks like the text of a spec: pass a file name or a dict" if long_text else None
+        hint = hint if missing is None else f"did you mean {missing}?"
         finding = Diagnostic("DS101", f"cannot read: {reason}", _called(name), suggestion=hint)
         raise DeltaSpecError([finding]) from None
     return from_bytes(content, _called(name))

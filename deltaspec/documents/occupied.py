@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from os import PathLike
 from pathlib import Path
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
@@ -24,4 +26,14 @@ def refuse_occupied(folder: Path, *, adapters: bool = True) -> None:
         held = "an adapter of another library"
     if held is not None:
         finding = Diagnostic("DS562", f"holds {held}", file=str(folder), suggestion="give another directory")
+        raise DeltaSpecError([finding])
+
+
+def refuse_inside(out: Path, *sources: str | PathLike[str]) -> None:
+    """Raise DeltaSpecError (DS590) where a directory is read, or lies in one that is: that stays as it is."""
+    place = Path(os.path.realpath(out))
+    held = [str(source) for source in sources if place.is_relative_to(os.path.realpath(source))]
+    if held:
+        message = f"lies in {held[0]}, which is read" if place != Path(os.path.realpath(held[0])) else "is what is read"
+        finding = Diagnostic("DS590", message, file=str(out), suggestion="give a directory outside of it")
         raise DeltaSpecError([finding])

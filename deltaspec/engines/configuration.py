@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
@@ -11,6 +11,10 @@ from deltaspec.diagnostics.wording import show_value
 from deltaspec.engines.adapters import Adapter
 from deltaspec.engines.base import Base
 from deltaspec.engines.observation import Observation
+from deltaspec.formats.opening import CONFIG
+from deltaspec.formats.options import Options
+from deltaspec.formats.peft.targets import AT_END
+from deltaspec.formats.unread import Unread
 from deltaspec.names.patterns import PatternError, compile_regex, fullmatch
 
 NEEDED = ("peft_type", "r", "lora_alpha", "target_modules")
@@ -28,42 +32,44 @@ KNOWN = frozenset((
     "target_parameters", "ensure_weight_tying",
 ))  # fmt: skip
 """All keys of PEFT's LoRA (0.21)."""
-_TYPES: Mapping[str, tuple[str, Any]] = {
-    "r": ("an integer", int),
-    "lora_alpha": ("a number", (int, float)),
-    "rank_pattern": ("a mapping", dict),
-    "alpha_pattern": ("a mapping", dict),
-    "modules_to_save": ("a list", list),
-    "target_modules": ("a list or text", (list, str)),
-    "target_parameters": ("a list", list),
-    "bias": ("text", str),
+_ASKED: Mapping[str, Callable[[Options], object]] = {
+    "r": lambda given: given.whole("r", 8),
+    "lora_alpha": lambda given: given.number("lora_alpha", 8),
+    "rank_pattern": lambda given: given.wholes("rank_pattern", AT_END),
+    "alpha_pattern": lambda given: given.numbers("alpha_pattern", AT_END),
+    "modules_to_save": lambda given: given.listed("modules_to_save"),
+    "target_modules": lambda given: given.names("target_modules"),
+    "target_parameters": lambda given: given.listed("target_parameters"),
+    "bias": lambda given: given.text("bias", "none"),
 }
-_INSIDE: Mapping[str, tuple[str, Any]] = {"rank_pattern": ("integers", int), "alpha_pattern": ("numbers", (int, float))}
+"""Options whose values rules are about, each asked for as who reads the adapter does."""
 
 
 def refuse_malformed(adapter: Adapter) -> None:
-    """Raise DeltaSpecError with a finding (DS625) for each value of a type that PEFT never writes."""
-    findings: list[Diagnostic] = []
-    for key, (noun, kinds) in _TYPES.items():
-        value = adapter.data.get(key)
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-            findings.append(_malformed(adapter, f"{key} must be {noun}, not {show_value(value)}", (key,)))
-    for key, (noun, kinds) in _INSIDE.items():
+    """Raise DeltaSpecError (DS544) with a finding for each option that is not what it may be, in words of `restore`."""
+    unread = Unread(adapter.folder)
+    given = Options(unread, {key: value for key, value in adapter.data.items() if value is not None}, CONFIG)
+    found: list[Diagnostic] = []
+    for key, ask in _ASKED.items():
+        if key in given.given:
+            ask(given)
+        found += (adapter.config.diagnostic(f.code, f.message, (key,), f.suggestion) for f in unread.findings)
+        unread.findings.clear()
+    for key in ("rank_pattern", "alpha_pattern"):
         pattern = adapter.data.get(key)
-        for name, value in pattern.items() if isinstance(pattern, dict) else ():
-            if not isinstance(value, kinds) or isinstance(value, bool):
-                message = f"{key} must hold {noun}, not {show_value(value)}"
-                findings.append(_malformed(adapter, message, (key, name)))
+        for name in pattern if isinstance(pattern, dict) and not found else ():
             try:
                 _compiled(name)
             except PatternError as error:
-                findings.append(_malformed(adapter, f"{key}: the pattern {show_value(name)}: {error}", (key, name)))
-    if findings:
-        raise DeltaSpecError(findings)
+                found.append(malformed(adapter, error, key))
+    if found:
+        raise DeltaSpecError(found)
 
 
-def _malformed(adapter: Adapter, message: str, path: tuple[str, ...]) -> Diagnostic:
-    return adapter.config.diagnostic("DS625", message, path, "write it as PEFT does")
+def malformed(adapter: Adapter, error: PatternError, *path: str) -> Diagnostic:
+    """Return the finding about an expression that cannot be used, or takes too long."""
+    hint = error.suggestion or "name the modules in a list"
+    return adapter.config.diagnostic("DS544", f"the expression {error}", path, hint)
 
 
 def patterned(pattern: Mapping[str, Any] | None, module: str, usual: Any) -> Any:

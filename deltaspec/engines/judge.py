@@ -43,13 +43,12 @@ def check(
 
 
 def judge(adapter: Adapter, base: Base, rules: Rules, max_rank: int | None = None) -> Iterator[Diagnostic]:
-    """Yield the findings about one adapter. Raises DeltaSpecError where its configuration is malformed (DS625)."""
+    """Yield the findings about one adapter. Raises DeltaSpecError where its configuration is malformed (DS544)."""
     configuration.refuse_malformed(adapter)
     try:
         found = list(_observed(adapter, base))
     except PatternError as error:  # one that takes too long on some name
-        message, hint = f"rank_pattern or alpha_pattern: {error}", "name the modules as they are"
-        raise DeltaSpecError([adapter.config.diagnostic("DS625", message, (), hint)]) from None
+        raise DeltaSpecError([configuration.malformed(adapter, error)]) from None
     for observation in found:
         for rule in rules.about(observation.fact, observation.value):
             yield _finding(adapter, observation, rules, rule)

@@ -12,9 +12,10 @@ from typing import Any
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.documents.document import Document
-from deltaspec.engines.adapters import Adapter, Header, headers
+from deltaspec.engines.adapters import Adapter
 from deltaspec.engines.base import Base
 from deltaspec.engines.keys import PREFIX
+from deltaspec.formats.unread import Header, Unread
 from deltaspec.language.checks.translation import peft_name
 from deltaspec.language.derivation import METHOD
 from deltaspec.names.folding import unfold
@@ -60,7 +61,7 @@ def read_saved(folder: Path, base: Base) -> list[Adapter]:
 
 def _adapter(saved: SavedSet, name: str, content: dict[str, Any], base: Base) -> Adapter:
     file = saved.folder / saved.entry[name]["file"]
-    stored = headers(file)
+    stored = Unread(file.parent).headers(file.name)
     method = content["method"]
     config: dict[str, Any] = {"peft_type": peft_name(method)}
     tensors: dict[str, Header] = {}

@@ -8,11 +8,12 @@ from math import isclose, sqrt
 from pathlib import PurePath
 
 from deltaspec.backbone.table import Row
-from deltaspec.engines.adapters import Adapter, Header
+from deltaspec.engines.adapters import Adapter
 from deltaspec.engines.base import Base, is_tied
 from deltaspec.engines.configuration import patterned
 from deltaspec.engines.keys import LORA, PREFIX, Key
 from deltaspec.engines.observation import Observation
+from deltaspec.formats.unread import Header
 
 _WIDE = ("linear", "conv1d", "embedding", "conv")
 """Kinds of modules whose widths are known."""

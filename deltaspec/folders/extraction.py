@@ -19,7 +19,7 @@ from deltaspec.backbone.table import ModuleTable
 from deltaspec.backbone.tabulate import tabulate
 from deltaspec.deltas.modules import storage_key
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.documents.occupied import refuse_occupied
+from deltaspec.documents.occupied import refuse_inside, refuse_occupied
 from deltaspec.folders.differences import Change, Comparer
 from deltaspec.folders.present import PresentFolder
 from deltaspec.folders.weights import Folder, ModuleTensors, Named, Tensors
@@ -73,6 +73,7 @@ def extract(
     if not 0 <= error < 1:
         raise ValueError(f"error is a share, from 0 to 1, not {error}")
     refuse_occupied(Path(out))
+    refuse_inside(Path(out), *(each for each in (full, base) if not isinstance(each, nn.Module)))
     model = base if isinstance(base, nn.Module) else model_from(str(base))
     table = tabulate(model)
     ours, theirs = (_tensors(each, model, table) for each in (base, full))

@@ -17,12 +17,13 @@ from deltaspec.compiler.restore import planned_on
 from deltaspec.deltas.initial import build_delta
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.diagnostics.progress import tracked
+from deltaspec.documents.occupied import refuse_inside
 from deltaspec.folders.folding import Folding
 from deltaspec.folders.output import copy_rest, whole, write_index
 from deltaspec.folders.present import PresentFolder
 from deltaspec.folders.weights import Folder, Named
 from deltaspec.formats.base import Base
-from deltaspec.formats.opening import open_set
+from deltaspec.formats.opening import located, open_set
 from deltaspec.names.folding import shown
 from deltaspec.planning.conflicts import Rivals
 from deltaspec.planning.plan import Plan
@@ -51,13 +52,15 @@ def merge_folder(
     config.json does not: the meta device will do. `match` as for `restore`.
 
     Raises DeltaSpecError with all findings, and then nothing is written: those of `restore` and `merge`; a folder that
-    cannot be read (DS554), or lacks what a delta changes (DS555); an `out` that is there already (DS558).
+    cannot be read (DS554), or lacks what a delta changes (DS555); an `out` that is there already (DS558), or in what
+    is read (DS590).
     """
     level, weights = checked(match), Folder(base)
+    refuse_inside(Path(out), base, located(directory))
     backbone = model_from(str(base)) if model is None else model
     names_of = Named(weights, backbone, tabulate(backbone))
     saved = open_set(directory, cache(lambda: Base(backbone)))
-    require_known(names, saved.names)
+    require_known(names, saved.names, saved.folder)
     chosen = names or tuple(saved.attached)
     if not chosen:
         message, hint = "nothing was attached, so nothing would be merged", "name deltas to merge"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deltaspec.backbone.table import ModuleTable
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.documents.nearby import did_you_mean
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -52,6 +53,10 @@ class Folder:
             raise self.failure(f"names a file outside of the folder: {strange[0]!r}", INDEX)
         if missing := [file for file in named if not (self.path / file).exists()]:
             raise self.failure(f"is missing, and {INDEX} names it", missing[0])
+        if not self.path.is_dir():
+            message = "is a file, not a folder" if self.path.exists() else "there is no such folder"
+            hint = did_you_mean(self.path, "name a folder of safetensors, as save_pretrained writes it")
+            raise DeltaSpecError([Diagnostic("DS554", message, file=str(self.path), suggestion=hint)])
         if not named:
             raise self.failure(f"holds neither {SINGLE} nor {INDEX}", "")
         return named, data

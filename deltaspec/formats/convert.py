@@ -13,18 +13,17 @@ from torch import nn
 from deltaspec.backbone.loading import Wanted, model_from
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.documents.atomic import write_atomically
-from deltaspec.documents.occupied import refuse_occupied
+from deltaspec.documents.occupied import refuse_inside, refuse_occupied
 from deltaspec.formats.base import Base
-from deltaspec.formats.opening import base_reference, delta_name, format_of, located, refuse_no_adapter
-from deltaspec.formats.peft.adapter import CONFIG
+from deltaspec.formats.opening import base_reference, delta_name, format_of, located, no_adapter, refuse_no_adapter
 from deltaspec.formats.received import ReceivedSet
-from deltaspec.formats.unread import Unread
 from deltaspec.language.load import load
 from deltaspec.names.escaping import file_stem
 from deltaspec.planning.lock import lock_path, write_lock
 from deltaspec.planning.plan import Plan
 from deltaspec.planning.resolve import resolve
 from deltaspec.storage.card import write_card
+from deltaspec.storage.delta_set import MANIFEST
 from deltaspec.storage.save import write_received
 
 SPEC = ".deltaspec.yaml"
@@ -60,13 +59,14 @@ def convert(
     folder = located(source)
     known = format_of(folder)
     if known is None:
+        if (folder / MANIFEST).is_file():
+            hint = "restore, load and export take it as it is"
+            finding = Diagnostic("DS545", "holds saved deltas, which need no conversion", str(folder), suggestion=hint)
+            raise DeltaSpecError([finding])
         refuse_no_adapter(folder)
-        if (folder / CONFIG).is_file():
-            Unread(folder).json(CONFIG)  # which says where it is malformed
-        message = "holds no adapter of PEFT, AdapterHub or OpenDelta"
-        hint = "name the directory that has its adapter_config.json; saved deltas need no conversion"
-        raise DeltaSpecError([Diagnostic("DS545", message, str(folder), suggestion=hint)])
+        raise no_adapter(folder)
     refuse_occupied(Path(directory))
+    refuse_inside(Path(directory), folder, *filter(os.path.isdir, [model] if isinstance(model, str) else []))
     reference: str | nn.Module
     reference, wanted = (model, Wanted()) if isinstance(model, nn.Module) else base_reference(folder, model)
     called = name or delta_name(folder)

@@ -10,20 +10,26 @@ from functools import cache
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from typing import Protocol, cast
+from typing import NoReturn, Protocol, cast
 
+from deltaspec.backbone.hub import quietly, refusal
 from deltaspec.backbone.loading import Wanted
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import one_line
+from deltaspec.documents.nearby import did_you_mean
 from deltaspec.formats.alike import AlikeSet, recipe_of
 from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.received import ReceivedSet
+from deltaspec.formats.unread import Unread
 from deltaspec.names.packages import packages_in
 from deltaspec.storage.delta_set import MANIFEST, DeltaSet
 from deltaspec.storage.saved import SavedSet
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?P<folder>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+WAYS = "name the directory that c.save(dir) wrote, or the one with an adapter's adapter_config.json"
+CONFIG = "adapter_config.json"
+"""The configuration of an adapter of PEFT or AdapterHub."""
 _NAME = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
@@ -77,17 +83,30 @@ def base_reference(folder: Path, model: str | None) -> tuple[str, Wanted]:
 
 
 def refuse_no_adapter(folder: Path) -> None:
-    """Raise DeltaSpecError where a directory is none, or holds no adapter: with what is near (DS521, DS540)."""
-    if folder.is_file() and format_of(folder.parent) is not None:
-        finding = Diagnostic("DS521", "is a file of an adapter", str(folder), suggestion=f"name {folder.parent}")
-        raise DeltaSpecError([finding])
+    """Raise DeltaSpecError where a directory is none, or holds no adapter: with what is near (DS521, DS522, DS540)."""
+
+    def refuse(code: str, message: str, hint: str) -> NoReturn:
+        raise DeltaSpecError([Diagnostic(code, message, str(folder), suggestion=hint)])
+
+    if folder.is_file() and (format_of(folder.parent) is not None or (folder.parent / MANIFEST).is_file()):
+        refuse("DS521", "is a file of an adapter", f"name {folder.parent}")
+    if folder.exists() and not folder.is_dir():
+        refuse("DS521", "is a file, not a directory", WAYS)
     if not folder.is_dir():
-        hint = "check the path, or give a hub id (org/name)"
-        raise DeltaSpecError([Diagnostic("DS521", "there is no such directory", str(folder), suggestion=hint)])
-    if inside := adapters_in(folder):
+        hint = did_you_mean(folder, "check the path, or give a hub id (org/name)")
+        refuse("DS521", "there is no such directory", hint)
+    if (folder / CONFIG).is_file():
+        Unread(folder).json(CONFIG)  # which says where it is malformed
+    elif inside := adapters_in(folder):
         named = ", ".join(path.name for path in inside[:8]) + " …" * (len(inside) > 8)
         hint = f"name one of them, such as {folder / inside[0].name}; c.library(dir, by='folder') takes them all"
-        raise DeltaSpecError([Diagnostic("DS540", f"holds several adapters: {named}", str(folder), suggestion=hint)])
+        refuse("DS540", f"holds several adapters: {named}", hint)
+
+
+def no_adapter(folder: Path) -> DeltaSpecError:
+    """Return the error (DS521) about a directory in which there is nothing that can be read."""
+    message = "holds neither saved deltas nor an adapter of PEFT, AdapterHub or OpenDelta"
+    return DeltaSpecError([Diagnostic("DS521", message, str(folder), suggestion=WAYS)])
 
 
 def open_set(directory: str | PathLike[str], base: Callable[[], Base], name: str | None = None) -> DeltaSet:
@@ -100,6 +119,7 @@ def open_set(directory: str | PathLike[str], base: Callable[[], Base], name: str
         if (known := format_of(folder)) is not None:
             return _received(known, folder, base(), name or delta_name(folder))
         refuse_no_adapter(folder)
+        raise no_adapter(folder)
     return SavedSet(folder)
 
 
@@ -159,17 +179,26 @@ def _fetched(repo: str, folder: str, revision: str | None) -> Path:
         hint = "pip install 'deltaspec[transformers]', or name a directory"
         finding = Diagnostic("DS521", "there is no such directory here, and no client of a hub", repo, suggestion=hint)
         raise DeltaSpecError([finding]) from None
-    inside = f"{folder}/" if folder else ""
+    inside, place = f"{folder}/" if folder else "", f"{repo}/{folder}" if folder else repo
     wanted = [f"{inside}{pattern}" for pattern in _patterns()]
     try:
-        root = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        with quietly():
+            root = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except Exception as error:  # whatever the hub's client raises
-        message = (
-            f"there is no such directory here, and none on the hub: {one_line(f'{type(error).__name__}: {error}')}"
+        said, hint = refusal(error, repo, revision) or (
+            f"the hub's client failed: {one_line(f'{type(error).__name__}: {error}')}",
+            "check the id (org/name, org/name/folder, org/name@revision)",
         )
-        hint = "check the id (org/name, org/name/folder, org/name@revision), or name a directory"
-        raise DeltaSpecError([Diagnostic("DS521", message, repo, suggestion=hint)]) from error
-    return root / folder if folder else root
+        message = f"there is no such directory here, and {said}"
+        finding = Diagnostic("DS521", message, place, suggestion=did_you_mean(place, f"{hint}; or name a directory"))
+        raise DeltaSpecError([finding]) from error
+    found = root / folder if folder else root
+    if not found.is_dir() or not any(found.iterdir()):
+        what = f"the folder {folder!r} of this repository" if folder else "this repository"
+        hint = "look at its files on the hub: an adapter may lie in a folder (org/name/folder), or in another revision"
+        finding = Diagnostic("DS521", f"there is no adapter in {what} on the hub", place, suggestion=hint)
+        raise DeltaSpecError([finding])
+    return found
 
 
 def _patterns() -> Iterable[str]:

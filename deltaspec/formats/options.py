@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from deltaspec.diagnostics.wording import closest
 from deltaspec.formats.unread import Unread
 
 _MOST = (1 << 63) - 1
@@ -82,13 +83,18 @@ class Options:
         self.wrong(name, value, "a list of strings" if kind is str else "a list of whole numbers")
         return list(default)
 
-    def start(self, name: str, default: bool | str) -> bool | str:
-        """Return what the tensors started as, a truth value or a word; null counts as false."""
+    def word(self, name: str, default: str, known: Iterable[str]) -> str:
+        """Return one of the words that an option may be; null counts as the default."""
+        value = self.get(name)
+        return default if value is None else str(self._known(name, value, default, tuple(known)))
+
+    def start(self, name: str, default: bool | str, known: Iterable[str] = (), *, any_case: bool = False) -> bool | str:
+        """Return what the tensors started as, a truth value or one of these words; null counts as false."""
         value = self.get(name, default)
-        if value is None or isinstance(value, bool | str):
+        if value is None or isinstance(value, bool):
             return value or False
-        self.wrong(name, value, "true, false or a string")
-        return default
+        said = value.lower() if any_case and isinstance(value, str) else value
+        return self._known(name, said, default, tuple(known))
 
     def numbers(self, name: str, form: str = "{}") -> dict[str, float]:
         """Return a mapping from regular expressions, which stand in `form`, to numbers; null counts as an empty one."""
@@ -138,6 +144,15 @@ class Options:
                 message = f"{name}: {self.given[name]!r} is no option of {kind} that is known here"
                 self._unread.find("DS544", message, "if it does not matter, delete it; else report it", self._file)
 
+    def _known(self, name: str, value: Any, default: bool | str, known: tuple[str, ...]) -> bool | str:
+        if isinstance(value, str) and value in known:
+            return value
+        near = closest(value, known) if isinstance(value, str) else None
+        words = [*["true", "false"] * isinstance(default, bool), *map(repr, known)]
+        wanted = " or ".join((", ".join(words[:-1]), words[-1])) if len(words) > 1 else words[0]
+        self.wrong(name, self.given[name], wanted, f"did you mean {near!r}?" if near else None)
+        return default
+
     def _pattern(self, name: str, fits: Callable[[Any], bool], wanted: str, form: str) -> dict[str, Any]:
         value = self.get(name)
         if value is None:
@@ -156,9 +171,9 @@ class Options:
             return False
         return True
 
-    def wrong(self, name: str, value: Any, wanted: str) -> None:
+    def wrong(self, name: str, value: Any, wanted: str, hint: str | None = None) -> None:
         """Add the finding that an option is not what it may be."""
-        hint = "the configuration was changed by hand: save the adapter again"
+        hint = hint or "the configuration was changed by hand: save the adapter again"
         self._all_right = False
         said = repr(value)
         said = said if len(said) <= 80 else f"{said[:79]}…"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MOST_JSON = 16 << 20
+_DTYPES = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.int64": "I64", "torch.int32": "I32",
+    "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL",
+}  # fmt: skip
+"""What safetensors calls the dtypes of torch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of a tensor before its values."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors calls it: `F32`, `BF16`."""
 
 
 class Unread:
@@ -63,16 +80,31 @@ class Unread:
 
         Raises DeltaSpecError where it is neither.
         """
-        path = self.folder / file
+        with self._reading(file) as path:
+            return _safetensors(path) if path.suffix == ".safetensors" else _pickled(path, "cpu")
+
+    def headers(self, file: str) -> dict[str, Header]:
+        """Read what a file says of its tensors before their values. Raises DeltaSpecError as `tensors` does."""
+        with self._reading(file) as path:
+            if path.suffix == ".safetensors":
+                return _headers(path)
+            return {
+                name: Header(tuple(value.shape), _DTYPES.get(str(value.dtype), "?"))
+                for name, value in _pickled(path, "meta").items()
+            }
+
+    @contextmanager
+    def _reading(self, file: str) -> Iterator[Path]:
+        """Add a finding, and raise DeltaSpecError, where a file of tensors cannot be read."""
         try:
-            found = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+            yield self.folder / file
         except OSError as error:
             self.find("DS521", f"cannot be read: {error.strerror or error}", "restore the file", file)
         except (ValueError, RuntimeError) as error:
             hint = "restore the file, or save the adapter again"
             self.find("DS522", f"is no file of tensors: {one_line(str(error))}", hint, file)
         else:
-            return found
+            return
         raise DeltaSpecError(self.findings)
 
 
@@ -84,17 +116,33 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         found = load(content)  # in any order, another one each time
     except (SafetensorError, KeyError) as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_reason(error)) from error
     return {key: found[key] for key in sorted(found)}
 
 
-def _pickled(path: Path) -> dict[str, Tensor]:
+def _reason(error: Exception) -> str:
+    """Return what safetensors says, which begins in another way where it reads headers alone."""
+    return str(error).removeprefix("Error while deserializing").removeprefix(" header").removeprefix(": ")
+
+
+def _headers(path: Path) -> dict[str, Header]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  it is no mapping
+            return {name: Header(tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(_reason(error)) from error
+
+
+def _pickled(path: Path, device: str) -> dict[str, Tensor]:
     import pickle
 
     import torch
 
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, IndexError, TypeError) as error:
         raise ValueError(one_line(str(error))) from error
     if not isinstance(found, dict):

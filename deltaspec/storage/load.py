@@ -46,7 +46,7 @@ def load(
     """
 
     def read(saved: DeltaSet) -> Plan:
-        require_known(names, saved.names)
+        require_known(names, saved.names, saved.folder)
         chosen, findings = names or tuple(saved.names), list[Diagnostic]()
         outcomes = Matcher(present_of(active, plan), match).outcomes(saved, chosen, findings)
         for name in chosen:
@@ -102,10 +102,13 @@ def fill(
             hint = f"it has: {known}; compile its spec too"
             findings.append(saved.finding("DS524", f"the model has no delta {name!r}", hint))
             continue
+        if name not in outcomes:  # it has no place on this backbone, of which there is a finding
+            findings += saved.read(name, "file")[1]
+            continue
         tensors = dict(deltas[name].tensors())
         if any(value.is_meta for value in tensors.values()):
             findings.append(without_values(name, "loaded"))
-        staged += match(saved, name, tensors, findings, outcomes.get(name, Outcome()).prefix)
+        staged += match(saved, name, tensors, findings, outcomes[name].prefix)
     if findings:
         raise DeltaSpecError(dict.fromkeys(findings))
     with torch.no_grad():

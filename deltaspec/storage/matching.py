@@ -128,7 +128,7 @@ class Matcher:
 
     @staticmethod
     def _way_out(match: str) -> str:
-        return f'load the model that the deltas were trained on; match="{match}" takes them as it is'
+        return f"load the model that the deltas were trained on; {_taking(match)}"
 
     def _refusal(self, saved: DeltaSet, fit: Fit, names: list[str]) -> Diagnostic:
         who = "" if len(names) == len(saved.names) else f"{', '.join(names[:8])}{' …' * (len(names) > 8)}: "
@@ -140,13 +140,17 @@ class Matcher:
             return saved.finding("DS523", message, self._way_out("sites"))
         message = f"{who}was saved for a backbone of this structure with other weights: {_listed(fit)}"
         hint = "load the checkpoint that the deltas were trained on (a part that is drawn anew at each load, such as a "
-        hint += 'head, is to be saved with them: method full); match="structure" takes them as it is'
+        hint += "head, is to be saved with them: method full); " + _taking("structure")
         return saved.finding("DS523", message, hint)
 
     def _let_pass(self, fit: Fit) -> tuple[str, ...]:
         said = f'match="{self.match}" let pass'
         other = [f"{said} another structure: {text}" for text in fit.structure]
         return (*other, f"{said} other weights: {_listed(fit)}") if fit.weights else tuple(other)
+
+
+def _taking(match: str) -> str:
+    return f'match="{match}" (--match {match}) lets it pass'
 
 
 def _listed(fit: Fit) -> str:

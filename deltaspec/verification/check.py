@@ -8,12 +8,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from deltaspec.backbone.loading import Wanted, model_from
 from deltaspec.compiler.answers import Answers, compared, dtype_of, kept_in
 from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.compiler.restore import restore
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.formats.opening import located, no_adapter, refuse_no_adapter
 from deltaspec.formats.peft.reader import recognises
 from deltaspec.storage.agreement import TOLERANCES, Verification
+from deltaspec.storage.delta_set import MANIFEST
+from deltaspec.storage.matching import Match
 from deltaspec.storage.saved import SavedSet
 from deltaspec.verification.onnx import OnnxAnswers
 from deltaspec.verification.peft import PeftAnswers, verify_peft
@@ -25,12 +29,13 @@ OTHERS = ("peft", "onnx")
 
 def verify(
     directory: str | PathLike[str],
-    model: nn.Module | None,
+    model: nn.Module | str | None,
     *names: str,
     against: str | None = None,
     tolerance: float | None = None,
     dtype: str | None = None,
     key: str | None = None,
+    match: Match = "weights",
 ) -> Verification:
     """Compare the golden answers of saved deltas, by name or all, with what is computed for their inputs now.
 
@@ -38,6 +43,9 @@ def verify(
     writes for it; `onnx`, ONNX Runtime, of an export; or the URL of a server that speaks OpenAI's API, where each delta
     is a model of its name (`key` is sent as bearer token; no model is needed where the server tells ids of tokens).
     A directory of PEFT has no golden answers: there, PEFT's answers are what is expected of `restore`.
+
+    `directory` may be a hub id; `model` is the base, or what the command line calls it by, which is then loaded with
+    its weights, in `dtype`. `match` as for `restore`.
 
     `dtype` is the dtype that the other side computes in, if it is coarser; `tolerance` takes the place of what rounding
     leaves in it. Raises DeltaSpecError: no golden answers (DS551), another side that cannot be asked (DS553), and what
@@ -47,22 +55,39 @@ def verify(
         raise ValueError(f"dtype is one of {', '.join(TOLERANCES)}, not {dtype!r}")
     if against is not None and against not in OTHERS and "://" not in against:
         raise ValueError(f"against is {', '.join(OTHERS)} or a URL, not {against!r}")
-    if recognises(Path(directory)):
-        if model is None or against != "peft":
-            message = "a directory of PEFT has no golden answers"
-            hint = 'compare with PEFT itself: --against peft (in Python: against="peft")'
-            raise DeltaSpecError([Diagnostic("DS551", message, file=str(directory), suggestion=hint)])
-        return verify_peft(directory, model, tolerance, dtype)
+    folder = located(directory)
+    if not (folder / MANIFEST).exists():
+        _refuse_unanswered(folder, against, model)
+        base = _loaded(model, dtype)
+        assert base is not None
+        return verify_peft(folder, base, tolerance, dtype)
+    saved = SavedSet(folder)
+    kept = kept_in(saved, names)
     if against is not None and "://" in against:
-        return verify_server(kept_in(SavedSet(directory), names), against, model, tolerance, dtype, key)
-    if model is None:
+        return verify_server(kept, against, _loaded(model, None), tolerance, dtype, key)
+    base = _loaded(model, dtype)
+    if base is None:
         raise TypeError("a model is needed, with its weights")
-    kept = kept_in(SavedSet(directory), names)
-    compiled = restore(model, Path(directory), *names)
-    other = Answers(compiled.view()) if against is None else _other(against, compiled, model)
-    computed = dtype or dtype_of(model)
+    compiled = restore(base, folder, *names, match=match)
+    other = Answers(compiled.view()) if against is None else _other(against, compiled, base)
+    computed = dtype or dtype_of(base)
     with torch.no_grad():
         return Verification([compared(g, other.of(g.inputs, g.attached), computed, tolerance) for g in kept])
+
+
+def _refuse_unanswered(folder: Path, against: str | None, model: object) -> None:
+    """Raise DeltaSpecError for a directory without golden answers (DS551), unless PEFT can say what is expected."""
+    if not recognises(folder):
+        refuse_no_adapter(folder)
+        raise no_adapter(folder)
+    if model is None or against != "peft":
+        message = "a directory of PEFT has no golden answers"
+        hint = 'compare with PEFT itself: --against peft (in Python: against="peft")'
+        raise DeltaSpecError([Diagnostic("DS551", message, file=str(folder), suggestion=hint)])
+
+
+def _loaded(model: nn.Module | str | None, dtype: str | None) -> nn.Module | None:
+    return model_from(model, Wanted(weights=True, dtype=dtype)) if isinstance(model, str) else model
 
 
 def _other(against: str, compiled: CompiledModel, model: nn.Module) -> PeftAnswers | OnnxAnswers:

@@ -67,6 +67,10 @@ class Reference:
         """Return the PEFT directory of a delta."""
         return self.folder / "adapters" / delta
 
+    def saved(self, delta: str) -> Path:
+        """Return the directory in which deltaspec saved it."""
+        return self.folder / "saved" / delta
+
     def built(self, engine: str) -> Path:
         """Return the folder for what an engine builds of this model, and make it."""
         folder = self.folder / engine

@@ -1,7 +1,7 @@
 """What engines are compared with: three trained adapters on a tiny Llama and on SmolLM2, deltaspec's greedy tokens.
 
 Runs in deltaspec's own environment. Writes, under serving-output/MODEL: `model` (transformers' form), `adapters/NAME`
-(PEFT's form), `reference.json` (prompts and new tokens).
+(PEFT's form), `saved/NAME` (deltaspec's own), `reference.json` (prompts and new tokens).
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ def write(name: str) -> None:
             train(c, prompts, answers[served])
             tokens[served] = greedy(c.backbone, prompts)
             c.save_as("peft", folder / "adapters" / served)
+            c.save(folder / "saved" / served, *strengths)
     for place, prompt in enumerate(prompts):
         if len({tuple(new[place]) for new in tokens.values()}) < len(tokens):
             sys.exit(f"prompt {prompt}: two of {', '.join(tokens)} answer alike, so engines could not be compared")

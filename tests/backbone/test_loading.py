@@ -149,8 +149,8 @@ def test_an_unreachable_hub_is_said(here, monkeypatch):
     def fails(*_):
         raise socket.gaierror("no such name")
 
-    monkeypatch.setattr("deltaspec.backbone.loading.socket.getaddrinfo", fails)
-    monkeypatch.setattr("deltaspec.backbone.loading.getproxies", dict)
+    monkeypatch.setattr("deltaspec.backbone.hub.socket.getaddrinfo", fails)
+    monkeypatch.setattr("deltaspec.backbone.hub.getproxies", dict)
     found = finding("no-such-org-anywhere/no-such-model")
     assert found.code == "DS321" and "the hub cannot be reached" in found.message
 
@@ -166,7 +166,7 @@ def test_a_hub_id_uses_the_cache_and_the_same_code(here, monkeypatch):
         asked.append((source, options))
         return config
 
-    monkeypatch.setattr("deltaspec.backbone.loading._cached", lambda reference: True)
+    monkeypatch.setattr("deltaspec.backbone.loading.is_cached", lambda reference: True)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", gives)
     assert type(model_from("org/model")).__name__ == "LlamaForCausalLM"
     assert asked == [("org/model", {"trust_remote_code": False, "local_files_only": False})]
@@ -238,6 +238,6 @@ def test_loaded_models_have_their_weights(tmp_path, monkeypatch):
     config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     config.architectures = ["BertModel"]
     config.save_pretrained(tmp_path / "empty")
-    with pytest.raises(DeltaSpecError, match="BertModel cannot be built from this configuration: OSError") as raised:
+    with pytest.raises(DeltaSpecError, match="the weights of this BertModel cannot be loaded: OSError") as raised:
         model_from(str(tmp_path / "empty"), Wanted(weights=True))
     assert [finding.code for finding in raised.value.diagnostics] == ["DS322"]

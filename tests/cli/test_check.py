@@ -64,6 +64,7 @@ def test_usage(places):
         (("--model", places["base"]), "check needs --for"),
         (("--for", "vllm"), "check needs --model"),
         (("--model", places["base"], "--for", "vlm"), "'vlm' is not one of llama.cpp, lorax"),
+        (("--model", places["base"], "--for", "vlm"), "vllm, FILE.yaml: did you mean 'vllm'?"),
     ):
         result = check(places["plain"], *arguments)
         assert result.exit_code == 2 and words in result.stderr
@@ -71,7 +72,7 @@ def test_usage(places):
 
 def test_what_cannot_be_read_is_a_finding(places, tmp_path):
     result = check(str(tmp_path / "nothing"), "--model", places["base"], "--for", "vllm")
-    assert result.exit_code == 1 and "error[DS625] there is no such directory" in result.stdout
+    assert result.exit_code == 1 and "error[DS521] there is no such directory" in result.stdout
     result = check(places["plain"], "--model", str(tmp_path / "nothing"), "--for", "vllm")
     assert result.exit_code == 1 and "error[DS321]" in result.stdout
     rules = tmp_path / "own.yaml"

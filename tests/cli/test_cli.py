@@ -49,3 +49,25 @@ def test_names_of_modules_are_printed_clean(run, monkeypatch, line):
     assert "x1b[31m" in result.output
     if "json" in line:
         assert result.output.isascii() and json.loads(result.output)["sites"] == 1
+
+
+def test_ctrl_c_is_no_finding(run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "interrupted_factory", raising=False)
+    Path("interrupted_factory.py").write_text("def build():\n    raise KeyboardInterrupt\n")
+    result = run("tree", "interrupted_factory:build")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "deltaspec: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "convert '' -o out",
+        "convert french -o ''",
+        "export french -o out --delta ''",
+        "plan config.json ''",
+        "validate ''",
+    ],
+)
+def test_nothing_may_be_empty(run, line):
+    result = run(*(word.strip("'") for word in line.split()))
+    assert result.exit_code == 2 and "it is empty" in result.stderr

@@ -97,11 +97,19 @@ def test_approximations_say_their_errors(places: Any, tmp_path: Path) -> None:
     assert difference(model, tmp_path / "exact", folder / "saved", {"a": 0.5, "s": 1.0}) < 1e-5
 
 
+def test_a_misspelt_word_is_wrong_usage(places: Any, tmp_path: Path) -> None:
+    folder, _ = places
+    for option, value, meant in (("--to", "pft", "peft"), ("--for", "vlm", "vllm"), ("--match", "site", "sites")):
+        result = run("export", folder / "saved", "--model", folder / "base", option, value, "-o", tmp_path / "out")
+        assert result.exit_code == 2
+        assert f"'{value}' is not one of " in result.stderr and f"did you mean '{meant}'?" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
         (["saved"], "DS563"),
-        (["saved", "--model", "base", "--to", "pefd"], "DS561"),
         (["nothing", "--model", "base"], "DS521"),
         (["saved", "--model", "base", "--delta", "french"], "french"),
     ],

@@ -57,6 +57,7 @@ def test_a_server_needs_no_model(saved: Run, monkeypatch) -> None:
 
 def test_what_is_not_said_or_wrong_is_exit_code_2(saved: Run) -> None:
     assert saved("verify", "deltas").exit_code == 2
-    assert "peft, onnx or a URL" in saved("verify", "deltas", "--model", "base", "--against", "vllm").output
+    wrong = saved("verify", "deltas", "--model", "base", "--against", "pfet")
+    assert wrong.exit_code == 2 and "'pfet' is not one of peft, onnx, URL: did you mean 'peft'?" in wrong.stderr
     assert "no KEY" in saved("verify", "deltas", "--model", "base", "--key-from", "KEY").output
     assert "DS321" in saved("verify", "deltas", "--model", "nowhere/").output

@@ -151,6 +151,44 @@ def test_the_finding_is_the_option_alone(kind: str, name: str, value: Any, says:
     assert says in finding.message
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "hint"),
+    [
+        ("LORA", "init_lora_weights", "guassian", "gaussian"),
+        ("LORA", "init_lora_weights", "pissa_niter_x", "pissa_niter_16"),
+        ("ADALORA", "init_lora_weights", "orthogonl", "orthogonal"),
+        ("LORA", "bias", "lora_onyl", "lora_only"),
+        ("BOFT", "bias", "boft", "boft_only"),
+        ("LORA", "task_type", "CASUAL_LM", "CAUSAL_LM"),
+        ("LOKR", "init_weights", "lycors", "lycoris"),
+        ("HIRA", "init_weights", "gausian", "gaussian"),
+        ("C3A", "init_weights", "xavier", "xavier_uniform"),
+        ("MISS", "init_weights", "minni", "mini"),
+        ("ROAD", "variant", "road_3", "road_4"),
+        ("LOHA", "init_weights", "true", None),
+        ("OFT", "init_weights", "gaussian", None),
+        ("IA3", "init_ia3_weights", 1, None),
+    ],
+)
+def test_words_that_are_not_known(kind: str, name: str, value: Any, hint: str | None, tmp_path: Path) -> None:
+    save_file(tensors(kind), tmp_path / FILE)
+    write(tmp_path, kind, **{name: value})
+    with pytest.raises(deltaspec.DeltaSpecError) as caught:
+        deltaspec.restore(base(), tmp_path)
+    (finding,) = caught.value.diagnostics
+    assert finding.code == "DS544"
+    assert finding.message.startswith(f"{name}: {value!r} is not ")
+    usual = "the configuration was changed by hand: save the adapter again"
+    assert finding.suggestion == (usual if hint is None else f"did you mean {hint!r}?")
+
+
+def test_words_that_peft_reads_in_any_case(tmp_path: Path) -> None:
+    save_file(tensors("LORA"), tmp_path / FILE)
+    write(tmp_path, "LORA", init_lora_weights="OLoRA")
+    (delta,) = deltaspec.restore(base(), tmp_path).plan.deltas
+    assert delta.sites[0].params.init == "olora"
+
+
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_tensors_of_other_shapes_and_types(kind: str, tmp_path: Path) -> None:
     write(tmp_path, kind)
@@ -193,7 +231,7 @@ def test_float8_is_looked_at_for_what_is_not_finite() -> None:
             "base_model_class: 5",
         ),
         ({"auto_mapping": "x"}, None, "auto_mapping: 'x' is not a mapping"),
-        ({"task_type": 5}, None, "task_type: 5 is not a string"),
+        ({"task_type": 5}, None, "task_type: 5 is not 'CAUSAL_LM', "),
         ({"task_type": "SEQ_CLS"}, torch.ones(()), "its head has the shape []"),
     ],
 )

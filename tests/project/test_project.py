@@ -115,27 +115,45 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     exec(compile(many, "README.md", "exec"), made | {"batch": {"input_ids": ids}})
 
 
+SHOWING = ("README.md", "docs/formats.md", "docs/engines.md", "docs/command_line.md")
+"""Texts whose commands are run as printed."""
+
+
 def commands() -> list[tuple[str, str]]:
-    """Return the deltaspec commands of the README on specs of the repository, each with the output shown below it."""
+    """Return the deltaspec commands of the texts, each with the output shown below it."""
     found = []
-    for block in blocks(README, "console"):
-        for part in block.removeprefix("$ ").split("\n$ "):
-            command, _, shown = part.partition("\n")
-            specs = re.findall(r"specs/\S+", command)
-            if command.startswith("deltaspec") and specs and all((ROOT / spec).exists() for spec in specs):
-                found.append((command, shown))
+    for name in SHOWING:
+        for block in blocks((ROOT / name).read_text(encoding="utf-8"), "console"):
+            for part in block.removeprefix("$ ").split("\n$ "):
+                command, _, shown = part.partition("\n")
+                if command.startswith("deltaspec"):
+                    found.append((command, shown))
     return found
 
 
-@pytest.mark.parametrize(("command", "shown"), commands(), ids=[command.split()[1] for command, _ in commands()])
-def test_readme_shows_what_the_commands_print(command, shown, minilm_dir, monkeypatch):
-    monkeypatch.chdir(ROOT)
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A place like the repository's root, to write into."""
+    place = tmp_path_factory.mktemp("checkout")
+    for name in ("specs", "docs"):
+        (place / name).symlink_to(ROOT / name)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"), commands(), ids=[f"{n}-{c.split()[1]}" for n, (c, _) in enumerate(commands())]
+)
+def test_commands_print_what_is_shown(command, shown, minilm_dir, checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
     monkeypatch.setenv("COLUMNS", "110")
+    for before, _ in commands():  # what it reads, where another command writes that
+        if command.split()[2] == before.partition(" -o ")[2]:
+            assert CliRunner().invoke(main, before.split()[1:]).exit_code == 0
     result = CliRunner().invoke(main, command.split()[1:])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == (1 if "error[" in shown else 0), result.output
     printed = [line.rstrip() for line in result.stdout.splitlines()]
     expected = [line for line in shown.splitlines() if not line.startswith("Fingerprint: ")]
-    assert [line for line in expected if line not in printed] == []
+    assert expected and [line for line in expected if line not in printed] == []
 
 
 def test_ci_script_runs_the_required_checks():

@@ -2,9 +2,13 @@
 
 import importlib
 import json
+import shutil
 
+import golden_set
 import pytest
+import tiny_models
 import torch
+from beside_peft import reloaded
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from repository import ROOT
@@ -26,6 +30,11 @@ def common(monkeypatch):
 def shelf(monkeypatch):
     monkeypatch.syspath_prepend(SERVING / "vllm/deltaspec_vllm")
     return importlib.import_module("deltaspec_vllm.shelf")
+
+
+@pytest.fixture
+def identity_of(shelf):
+    return importlib.import_module("deltaspec_vllm.held").identity_of
 
 
 OPTIONS = {
@@ -80,10 +89,10 @@ def adapter(folder, config=None, weights=b"weights"):
     return folder
 
 
-def test_an_adapter_is_found_by_name_and_by_content_as_a_copy(shelf, tmp_path):
+def test_an_adapter_is_found_by_name_and_by_content_as_a_copy(shelf, identity_of, tmp_path):
     folder = adapter(tmp_path / "shelf/french")
     found = shelf.Shelf(tmp_path / "shelf", check=lambda *_: [])
-    copy, content = found.find("french", BASE), shelf.identity_of(folder)
+    copy, content = found.find("french", BASE), identity_of(folder)
     assert found.find(content, BASE) == copy != folder
     adapter(folder, weights=b"changed in place")
     assert (copy / "adapter_model.safetensors").read_bytes() == b"weights"
@@ -115,7 +124,7 @@ OUTSIDE = ["../out", "out", "..", ".", "", "a/b", ".hidden", "file", "files", "c
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_nothing_outside_the_folder_is_served(shelf, name, tmp_path):
+def test_nothing_outside_the_folder_is_served(shelf, identity_of, name, tmp_path):
     outside, root = adapter(tmp_path / "out"), tmp_path / "shelf"
     for place in ("a/b", ".hidden"):
         adapter(root / place)
@@ -126,9 +135,74 @@ def test_nothing_outside_the_folder_is_served(shelf, name, tmp_path):
         (root / "files" / file.name).symlink_to(file)
     found = shelf.Shelf(root, check=lambda *_: [])
     assert found.find(name, BASE) is None
-    assert found.find(shelf.identity_of(outside), BASE) is None
+    assert found.find(identity_of(outside), BASE) is None
 
 
 def test_a_folder_that_is_not_there_is_refused(shelf, tmp_path):
     with pytest.raises(ValueError, match=r"DELTASPEC_LIBRARY=.*nowhere: there is no such folder"):
         shelf.Shelf(tmp_path / "nowhere")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A base, and a shelf with saved deltas: a lora that was attached at strength 0.5, and a bitfit that was not."""
+    root = tmp_path_factory.mktemp("saved")
+    compiled = golden_set.build()
+    compiled.only({"low": 0.5})
+    compiled.save(root / "shelf/french")
+    tiny_models.base("llama").save_pretrained(root / "base")
+    return root, compiled
+
+
+def entries(folder):
+    return {entry["name"]: entry for entry in json.loads((folder / "manifest.json").read_text())["deltas"]}
+
+
+@torch.no_grad()
+def test_saved_deltas_are_exported_once_for_each_content(shelf, identity_of, saved):
+    root, compiled = saved
+    found, base = shelf.Shelf(root / "shelf"), str(root / "base")
+    adapter = found.find("french", base)
+    expected = compiled(**golden_set.INPUTS).logits
+    torch.testing.assert_close(reloaded(tiny_models.base("llama"), adapter)(**golden_set.INPUTS).logits, expected)
+    assert found.find(identity_of(root / "shelf/french"), base) == found.find("french", base) == adapter
+    alone = found.find(entries(root / "shelf/french")["low"]["identity"], base)
+    assert alone != adapter
+    torch.testing.assert_close(reloaded(tiny_models.base("llama"), alone)(**golden_set.INPUTS).logits, expected)
+    assert sorted(path.name for path in (root / "shelf").rglob("*") if "adapter" in path.name) == []
+
+
+def test_saved_deltas_that_vllm_would_not_serve_are_refused(shelf, saved, tmp_path):
+    root, _ = saved
+    base, found = str(root / "base"), shelf.Shelf(root / "shelf")
+    with pytest.raises(shelf.Refused, match=r"DS606.*lora_bias"):
+        found.find(entries(root / "shelf/french")["bias"]["identity"], base)
+    with pytest.raises(shelf.Refused, match=r"DS602.*rank 2"):
+        shelf.Shelf(root / "shelf", 1).find("french", base)
+    shutil.copytree(root / "shelf/french", tmp_path / "shelf/cut")
+    entry = entries(tmp_path / "shelf/cut")["low"]
+    file = tmp_path / "shelf/cut" / entry["file"]
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(shelf.Refused, match=r"DS522\].* is damaged"):
+        shelf.Shelf(tmp_path / "shelf").find("cut", base)
+    file.unlink()
+    file.symlink_to(root / "shelf/french" / entry["file"])
+    assert shelf.Shelf(tmp_path / "shelf").find("cut", base) is None
+
+
+@pytest.mark.parametrize("identity", [None, "sha256:" + "0" * 64], ids=["none", "another"])
+def test_a_manifest_that_claims_another_identity_is_not_believed(shelf, saved, identity, tmp_path):
+    root, _ = saved
+    shutil.copytree(root / "shelf/french", tmp_path / "shelf/liar")
+    file = tmp_path / "shelf/liar/manifest.json"
+    data = json.loads(file.read_text())
+    wanted = "sha256:" + "0" * 64
+    for entry in data["deltas"]:
+        entry["identity"] = identity
+    file.write_text(json.dumps(data))
+    found = shelf.Shelf(tmp_path / "shelf")
+    if identity is None:
+        assert found.find(wanted, str(root / "base")) is None
+    else:
+        with pytest.raises(shelf.Refused, match="DS522"):
+            found.find(wanted, str(root / "base"))

@@ -30,4 +30,7 @@ def test_sharded_deltas_are_saved_whole(tmp_path):
         assert found["sharded"] == {"DTensor"}
         assert all(torch.equal(found["a"][key], tensor) for key, tensor in alone.deltas["a"].tensors())
         assert "No space left" in found["failed"]
+        assert set(found["refused"]) == {"DS575"}
     assert os.listdir(tmp_path / "full") == []
+    assert not (tmp_path / "refused").exists()
+    back.save_as("peft", tmp_path / "peft", "a", "d")  # the way out: what was saved is written by one process alone

@@ -11,6 +11,18 @@ from ddp_worker import WORLD, build
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
+from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.diagnostics.findings import DeltaSpecError
+
+
+def refused(compiled: CompiledModel, folder: Path) -> list[str]:
+    """Return the codes of why no PEFT adapter is written from here."""
+    try:
+        compiled.save_as("peft", folder, "a", "d")
+    except DeltaSpecError as error:
+        return [finding.code for finding in error.diagnostics]
+    return []
+
 
 def work(rank: int, folder: str) -> None:
     """Be one of the processes."""
@@ -24,6 +36,7 @@ def work(rank: int, folder: str) -> None:
     found: dict[str, Any] = {"sharded": {type(p).__name__ for p in compiled.parameters()}}
     saved = Path(folder) / "saved"
     compiled.save(saved)
+    found["refused"] = refused(compiled, Path(folder) / "refused")
     with torch.no_grad():
         for parameter in compiled.deltas["a"].parameters():
             parameter.zero_()

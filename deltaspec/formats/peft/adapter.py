@@ -11,6 +11,7 @@ from deltaspec.formats.base import Base
 from deltaspec.formats.foreign import Foreign, without_wrappers
 from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.options import Options
+from deltaspec.formats.peft.words import TASKS
 from deltaspec.names.paths import below
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _COMMON = (
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
 )  # fmt: skip
 """Options of all types that say nothing of what the adapter computes."""
 
@@ -33,6 +34,8 @@ class Adapter(Foreign):
         self.options = Options(self, self.config, CONFIG)
         """The configuration: each option is asked for, with what it may be."""
         self.options.ignore(*_COMMON)
+        self.task = self.options.word("task_type", "", TASKS)
+        """Task that it was trained for; empty where the configuration names none."""
         self.incoming.base, self.incoming.revision = self._said("base_model_name_or_path"), self._said("revision")
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import Tensor
 
@@ -21,22 +21,31 @@ ASIDE = frozenset({*WHOLE, ROWS, SHIFTS})
 """Methods that go beside any type that PEFT has."""
 
 
-def write_aside(out: Outgoing, *, biases: bool) -> dict[str, Tensor]:
-    """Take the parts that PEFT keeps beside a type's tensors; `biases`: whether the type has an option for those.
+def write_aside(out: Outgoing, type_name: str, *, biases: bool, rows: bool = False) -> dict[str, Tensor]:
+    """Take the parts that PEFT keeps beside a type's tensors; `biases`, `rows`: whether it has options for those.
 
     Return the biases of modules that have none of their own, by FQN: the type may add them, or refuse them.
     """
     added = _shifts(out) if biases else {}
-    _whole(out)
-    _rows(out)
+    if not biases:
+        parts = [part for own in out.take(lambda part: part.method == SHIFTS).values() for part in own]
+        out.refuse(parts, f"PEFT's {type_name} has no option for biases")
+    write_whole(out)
+    if rows:
+        _rows(out)
+    else:
+        parts = [part for own in out.take(lambda part: part.method == ROWS).values() for part in own]
+        out.refuse(parts, f"PEFT's {type_name} has no trainable_token_indices")
     return added
 
 
-def _whole(out: Outgoing) -> None:
-    places = {part.fqn for part in out.parts if part.method in WHOLE}
+def write_whole(out: Outgoing, heads: Iterable[str] = ()) -> None:
+    """Take the parts in modules that PEFT saves whole; `heads` are those that it saves of this base in any case."""
+    _drop_unused(out)
+    places = {*(part.fqn for part in out.parts if part.method in WHOLE), *heads}
     tops = [fqn for fqn in places if not any(other != fqn and is_inside(fqn, other) for other in places)]
     found = out.take(lambda part: any(is_inside(part.fqn, top) for top in tops))
-    if not found:
+    if not tops:
         return
     parts = [part for own in found.values() for part in own]
     if other := [part for part in parts if methods()[part.method].promises.weight is None]:
@@ -52,11 +61,23 @@ def _whole(out: Outgoing) -> None:
     names = [name for name, _ in out.base.model.named_modules(remove_duplicate=False) if name]
     listed = saved_list(tops, names)
     if listed is None or not all(_is_pattern_of(name) for name in listed):
-        out.refuse(parts, "PEFT's modules_to_save cannot mean this module and no other")
+        out.refuse(parts or out.all_parts, "PEFT's modules_to_save cannot mean this module and no other")
         return
     out.config["modules_to_save"] = listed
     for top in tops:
         _copy(out, top, {fqn: own for fqn, own in found.items() if is_inside(fqn, top)})
+
+
+def _drop_unused(out: Outgoing) -> None:
+    """Take the parts that stand for tied places which nothing calls: those that run have the same tensors."""
+    running = {part.fqn for part in out.parts} - out.plan.unused
+
+    def is_idle(part: Part) -> bool:
+        tied = (twin.rpartition(".")[0] for p in part.at.site.row.parameters for twin in p.tied)
+        together = getattr(part.params, "tied", None) == "together"
+        return part.method in WHOLE and together and part.fqn not in running and not running.isdisjoint(tied)
+
+    out.take(is_idle)
 
 
 def _is_pattern_of(name: str) -> bool:
@@ -79,7 +100,7 @@ def _copy(out: Outgoing, top: str, found: dict[str, list[Part]]) -> None:
         key = below(top, name)
         if key not in changed and value.is_meta:
             own = [part for parts in found.values() for part in parts]
-            out.lacks_weights(own, f"{key} must be written too")
+            out.lacks_weights(own or out.all_parts, f"{key} must be written too")
             return
         out.tensors[PREFIX + key] = changed.pop(key)[0] if key in changed else value.detach()
     for key, (_, own) in changed.items():
@@ -90,12 +111,11 @@ def _rows(out: Outgoing) -> None:
     found = out.take(lambda part: part.method == ROWS)
     if not found:
         return
-    tied = {at.fqn for own in found.values() for part in own for at in part.at.site.row.parameters if at.tied}
-    places = [fqn for fqn, own in found.items() if not _is_head_of(own, tied)]
     names = [name for name, _ in out.base.model.named_modules(remove_duplicate=False) if name]
     given = {}
-    for fqn in places:
-        parts = found[fqn]
+    for fqn, parts in found.items():
+        if not _keeps_rows(out, fqn, found):
+            continue
         ids = list(dict.fromkeys(i for part in parts for i in part.params.token_ids))
         listed = saved_list([fqn], names)
         if listed is None or (out.config.get("modules_to_save") and fqn in _saved(out)):
@@ -106,33 +126,49 @@ def _rows(out: Outgoing) -> None:
         rows = parts[0].own.weight if plain else out.folded(fqn, parts)["weight"][ids]
         out.tensors[f"{PREFIX}{fqn}.token_adapter.trainable_tokens_delta"] = rows
     out.config["trainable_token_indices"] = given
-    _refuse_untied(out, found)
+    if _ties(out):
+        _refuse_untied(out, found)
+
+
+def _ties(out: Outgoing) -> bool:
+    """Return whether PEFT changes with the input embeddings' rows those of all that is tied to them."""
+    return bool(getattr(out.base.config, "tie_word_embeddings", False))
+
+
+def _keeps_rows(out: Outgoing, fqn: str, places: Collection[str]) -> bool:
+    """Return whether PEFT needs rows at a place: it ties others to the input embeddings, and some are never called."""
+    row = out.base.rows[fqn]
+    tied = {twin.rpartition(".")[0] for p in row.parameters for twin in p.tied}
+    if not _ties(out):
+        return tied.isdisjoint(places) or fqn not in out.plan.unused
+    ways = getattr(out.base.model, "get_input_embeddings", None)
+    table = ways() if callable(ways) else None
+    return out.base.model.get_submodule(fqn) is table or not any(
+        out.base.model.get_submodule(twin) is table for twin in tied if twin in places
+    )
 
 
 def _saved(out: Outgoing) -> set[str]:
     return {key.removeprefix(PREFIX).rpartition(".")[0] for key in out.tensors}
 
 
-def _is_head_of(parts: Iterable[Part], tied: set[str]) -> bool:
-    """Return whether a place is the head that is tied to a table: PEFT changes it with the table."""
-    return all(part.at.site.kind == "linear" and below(part.fqn, "weight") in tied for part in parts)
-
-
 def _refuse_untied(out: Outgoing, found: dict[str, list[Part]]) -> None:
     for own in found.values():
         for part in own:
             if part.params.tied == "alone" and any(p.tied for p in part.at.site.row.parameters):
-                out.refuse([part], "PEFT changes a tied head with the table, and this delta the table alone")
+                reason = "PEFT changes the rows of all that is tied, and this delta those of one place"
+                out.refuse([part], reason, f"c.merge({part.delta!r}), or train the rows with tied: together")
 
 
-def _is_bias(part: Part) -> bool:
+def is_bias(part: Part) -> bool:
+    """Return whether all that a part changes is a bias."""
     return part.method == SHIFTS or (part.method in WHOLE and {spec.name for spec in part.at.tensors} == {"bias"})
 
 
 def _shifts(out: Outgoing) -> dict[str, Tensor]:
     """Take the changes of biases; return those of modules without one."""
-    whole = {part.fqn for part in out.parts if part.method in WHOLE and not _is_bias(part)}
-    found = out.take(lambda part: _is_bias(part) and not any(is_inside(part.fqn, other) for other in whole))
+    whole = {part.fqn for part in out.parts if part.method in WHOLE and not is_bias(part)}
+    found = out.take(lambda part: is_bias(part) and not any(is_inside(part.fqn, other) for other in whole))
     added: dict[str, Tensor] = {}
     for fqn, parts in found.items():
         row = parts[0].at.site.row
@@ -145,7 +181,17 @@ def _shifts(out: Outgoing) -> dict[str, Tensor]:
                 added[fqn] = out.folded(fqn, parts)["bias"]
         elif out.base.is_meta:
             out.lacks_weights(parts, "PEFT keeps whole biases")
+        elif any(_is_shared(out, part) for part in parts):
+            out.refuse(parts, "PEFT changes a tied bias at all of its places")
         else:
             out.tensors[f"{PREFIX}{fqn}.bias"] = out.folded(fqn, parts)["bias"]
             out.config["bias"] = "all"
     return added
+
+
+def _is_shared(out: Outgoing, part: Part) -> bool:
+    """Return whether a bias is tied to that of another layer, and changed here alone."""
+    if getattr(part.params, "tied", None) == "together":
+        return False
+    twins = (twin for p in part.at.site.row.parameters if p.name == "bias" for twin in p.tied)
+    return any(out.base.rows[twin.rpartition(".")[0]].kind != "other" for twin in twins)

@@ -8,16 +8,9 @@ from typing import Any
 from deltaspec.backbone.loading import Wanted
 from deltaspec.formats.options import Options
 from deltaspec.formats.peft.adapter import CONFIG, WEIGHTS
+from deltaspec.formats.peft.words import TASKS
 from deltaspec.formats.unread import Unread
 
-_KINDS = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 _HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight")
 
 
@@ -28,13 +21,13 @@ def base_named_in(folder: Path) -> tuple[str | None, Wanted]:
     """
     unread = Unread(folder)
     options = Options(unread, _given(unread.json(CONFIG)), CONFIG)
-    kind = _KINDS.get(options.text("task_type", ""))
+    kind = TASKS.get(options.word("task_type", "", TASKS))
     mapped = Options(unread, _given(options.mapping("auto_mapping")), CONFIG)
     if kind is None and mapped.text("parent_library", "").startswith("transformers."):
         kind = mapped.text("base_model_class", "") or None
     named = options.text("base_model_name_or_path", "")
     settings = {}
-    if kind in (_KINDS["SEQ_CLS"], _KINDS["TOKEN_CLS"]):
+    if kind in (TASKS["SEQ_CLS"], TASKS["TOKEN_CLS"]):
         for file in (file for file in WEIGHTS if (folder / file).exists()):
             heads = [value for key, value in unread.tensors(file).items() if key.endswith(_HEADS)]
             if heads and heads[-1].dim() != 2:

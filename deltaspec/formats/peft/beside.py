@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from deltaspec.formats.incoming import IncomingDelta, IncomingSite
 from deltaspec.formats.peft.adapter import CONFIG, Adapter
-from deltaspec.formats.peft.saved_modules import check_saved, has_tied, rows_there, saved_names, whole_modules
+from deltaspec.formats.peft.saved_modules import (
+    check_saved,
+    has_tied,
+    rows_there,
+    running,
+    saved_names,
+    ties_embeddings,
+    whole_modules,
+)
 from deltaspec.names.folding import shown
 from deltaspec.names.paths import below
 
@@ -18,8 +26,6 @@ if TYPE_CHECKING:
 
 _TOKENS = "token_adapter.trainable_tokens_delta"
 _INDEX = "trainable_token_indices"
-OURS = "*.deltaspec.json"
-"""Specs that deltaspec writes beside an adapter, which then holds the biases alone that it changes."""
 
 
 def read_beside(adapter: Adapter) -> Callable[[], None]:
@@ -30,7 +36,7 @@ def read_beside(adapter: Adapter) -> Callable[[], None]:
     names = saved_names(adapter)
     saved = whole_modules(adapter, names)
     _tokens(adapter)
-    bias = adapter.option("bias", "none")
+    bias = _trained_biases(adapter)
     before = len(adapter.incoming.deltas)
 
     def rest() -> None:
@@ -39,6 +45,23 @@ def read_beside(adapter: Adapter) -> Callable[[], None]:
         _embeddings(adapter)
 
     return rest
+
+
+def _biased_heads(adapter: Adapter, fqn: str, together: bool) -> list[str]:
+    """Return the heads that rows are trained of, with a table or by themselves, and that have a bias."""
+    rows = adapter.base.rows
+    twins = [name.rpartition(".")[0] for p in rows[fqn].parameters for name in p.tied if p.name == "weight"]
+    return [
+        name for name in (fqn, *twins * together) if rows[name].kind == "linear" and rows[name].has_parameter("bias")
+    ]
+
+
+def _trained_biases(adapter: Adapter) -> str:
+    """Return which biases were trained. PEFT goes by the ending of `lora_only`, whatever type stands in front."""
+    given = adapter.option("bias", "none")
+    if isinstance(given, str) and given.endswith("_only"):
+        return given
+    return adapter.options.word("bias", "none", ("none", "all", f"{adapter.type.lower()}_only"))
 
 
 def _tokens(adapter: Adapter) -> None:
@@ -83,32 +106,33 @@ def _ties_tokens(adapter: Adapter, fqn: str, others: Iterable[str]) -> bool:
     """Return whether PEFT ties the head to these rows: to those of the input embeddings, if it has none of its own."""
     row = adapter.base.rows[fqn]
     tied = {name.rpartition(".")[0] for p in row.parameters for name in p.tied}
-    return row.vocabulary and tied.isdisjoint(others)
+    return row.vocabulary and tied.isdisjoint(others) and ties_embeddings(adapter, unsaid=False)
 
 
 def add_tokens(adapter: Adapter, fqn: str, ids: list[int], rows: Tensor, part: str, *, together: bool = True) -> None:
     """Add trained rows of one table; a head that is tied to it is changed with it, as in PEFT."""
-    site = IncomingSite(fqn, {"weight": rows})
-    is_tied = has_tied(adapter, [site])
+    is_tied = has_tied(adapter, [IncomingSite(fqn, {})])
+    site = IncomingSite(running(adapter, fqn) if together and is_tied else fqn, {"weight": rows})
     option = _INDEX if _INDEX in adapter.config else "token_indices"
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
         message = f"{option} has {', '.join(map(str, twice))} twice: which of its rows counts is undefined"
         adapter.find("DS544", message, "train it again with each token once", CONFIG)
-    elif adapter.base.rows[fqn].kind == "linear" and not is_tied:
-        message = f"{option} trains rows of {fqn}, a {adapter.base.rows[fqn].type} that is tied to no table"
-        hint = f"there is no method for it: train the head as a whole (modules_to_save: [{fqn.rpartition('.')[2]!r}])"
+    elif (row := adapter.base.rows[fqn]).kind == "linear" and not is_tied and "head" not in row.roles:
+        message = f"{option} trains rows of {fqn}, a {row.type} that is no head, and tied to no table"
+        hint = f"there is no method for it: train it as a whole (modules_to_save: [{fqn.rpartition('.')[2]!r}])"
         adapter.find("DS544", message, hint, CONFIG)
+    elif biased := _biased_heads(adapter, fqn, together):
+        message = f"{option} changes {shown(biased)}, too, and PEFT runs it without its bias then"
+        hint = "merging takes the bias along: train it again with a copy of the whole head (modules_to_save)"
+        adapter.find("DS548", message, hint, CONFIG)
     else:
         tied = {"tied": "together" if together else "alone"} if is_tied else {}
         adapter.add("trainable_tokens", {"token_ids": list(ids), **tied}, [site], part)
 
 
-def _biases(adapter: Adapter, bias: Any, saved: set[tuple[str, str]], own: list[IncomingDelta]) -> None:
+def _biases(adapter: Adapter, bias: str, saved: set[tuple[str, str]], own: list[IncomingDelta]) -> None:
     """Add the biases that were trained: all of the base (`all`), or those of the type's modules (`lora_only`)."""
     if bias == "none":
-        return
-    if bias != "all" and not str(bias).endswith("_only"):
-        adapter.find("DS544", f"bias: {bias!r} is not known here", "it is none, all or lora_only", CONFIG)
         return
     sites = _in_full(adapter, [key for key in adapter.weights if key.rpartition(".")[2] == "bias"])
     touched = {site.fqn for delta in own for site in delta.sites}
@@ -119,7 +143,7 @@ def _biases(adapter: Adapter, bias: Any, saved: set[tuple[str, str]], own: list[
         for row, _ in rows_there(adapter)
         if row.has_parameter("bias") and (row.fqn, "bias") not in held and (bias == "all" or row.fqn in touched)
     ]
-    if lacking and not (bias == "all" and any(adapter.folder.glob(OURS))):
+    if lacking:
         message = f"has no {shown(dict.fromkeys(lacking))}, which bias: {bias} trains"
         hint = 'save the adapter again; or with "bias": "none" the base\'s own stay, as in PEFT, where none is left'
         adapter.find("DS543", message, hint, adapter.file)

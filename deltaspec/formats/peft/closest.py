@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from deltaspec.formats.outgoing import Outgoing, Part
-from deltaspec.formats.peft.factors import Update
-from deltaspec.methods.shared.weights import canonical
+from deltaspec.formats.peft.factors import Update, stack
+from deltaspec.formats.peft.parameters_out import matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,29 +23,34 @@ class Close:
     """New bias of the module, where deltas change that, too."""
 
 
-def closest_update(out: Outgoing, fqn: str, parts: list[Part], rank: int) -> Close | None:
-    """Return the best update of a rank (Eckart-Young); None, with a finding, where it cannot be computed."""
-    row = parts[0].at.site.row
+def closest_update(out: Outgoing, parts: list[Part], rank: int) -> Close | None:
+    """Return the best update of a rank (Eckart-Young) at one place; None, with a finding, where there is none."""
+    place = parts[0]
+    row = place.at.site.row
+    name = place.parameter or "weight"
     if out.base.is_meta:
         out.lacks_weights(parts, "the change of a weight follows from the weight")
         return None
     if row.conv_groups > 1:
         out.refuse(parts, "a grouped convolution has no single update that could be decomposed")
         return None
-    values = out.folded(fqn, parts)
-    if other := sorted(values.keys() - {"weight", "bias"}):
+    values = out.folded(place.fqn, parts)
+    if other := sorted(values.keys() - {name, *({"bias"} if place.parameter is None else ())}):
         out.refuse(parts, f"it changes {', '.join(other)}, which no LoRA does")
         return None
-    bias = values.get("bias")
-    own = out.base_values(fqn)["weight"].double()
-    change = (
-        canonical(row.kind, values["weight"].double() - own) if "weight" in values else canonical(row.kind, own * 0)
-    )
+    own = out.base_values(place.fqn)[name].double()
+    change = values[name].double() - own if name in values else own * 0
+    each = [_closest(matrix, rank) for matrix in matrices(place, change)]
+    update = stack(at for at, _ in each) if place.at.site.stack else each[0][0]
+    whole, lost = float(change.norm()), sum(square for _, square in each) ** 0.5
+    return Close(update, lost / whole if whole else 0.0, values.get("bias"))
+
+
+def _closest(change: Tensor, rank: int) -> tuple[Update, float]:
+    """Return the best update of a rank of one matrix, `[out, in, *kernel]`, and the square of what it lacks."""
     left, sizes, right = torch.linalg.svd(change.flatten(1), full_matrices=False)
     most = min(rank, sizes.shape[0])
     up, down = left[:, :most] * sizes[:most], right[:most]
-    whole = float(sizes.norm())
-    error = float(sizes[most:].norm()) / whole if whole else 0.0
     kernel = change.shape[2:]
     down, up = down.reshape(most, *change.shape[1:]), up.reshape(*up.shape, *(1 for _ in kernel))
-    return Close(Update(down.float(), up.float(), 1.0), error, bias)
+    return Update(down.float(), up.float(), 1.0), float(sizes[most:].square().sum())

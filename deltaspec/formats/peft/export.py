@@ -13,7 +13,7 @@ import torch
 from deltaspec.backbone.origin import origin
 from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.adapter import CONFIG, WEIGHTS
-from deltaspec.formats.peft.aside import ASIDE
+from deltaspec.formats.peft.aside import ASIDE, ROWS
 from deltaspec.formats.peft.card import card
 from deltaspec.formats.peft.low_rank import write_updates
 from deltaspec.formats.peft.reader import known_types, type_module
@@ -105,7 +105,9 @@ def _fits(out: Outgoing, module: ModuleType) -> bool:
         return not hasattr(module, "fits_together") or bool(module.fits_together(parts))
     if _USUAL in module.METHODS or not (hasattr(module, "updates") or out.wishes.approximate):
         return True  # what does not fit is refused by name when it is written
-    alone = all(part.strength == 1 for part in parts) and len({part.fqn for part in parts}) == len(parts)
+    alone = all(part.strength == 1 and part.parameter is None for part in parts)
+    alone = alone and (getattr(module, "KEEPS_ROWS", False) or all(part.method != ROWS for part in out.parts))
+    alone = alone and len({part.fqn for part in parts}) == len(parts)
     fits = all(module.fits(part) for part in parts) if hasattr(module, "fits") else True
     return alone and fits and (not hasattr(module, "fits_together") or bool(module.fits_together(parts)))
 

@@ -11,8 +11,15 @@ from torch import Tensor
 from deltaspec.backbone.table import Row
 from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.aside import PREFIX
-from deltaspec.formats.peft.factors import Update, padded, ungrouped
+from deltaspec.formats.peft.factors import Update, padded
 from deltaspec.formats.peft.naming import by_name
+from deltaspec.formats.peft.parameters_out import (
+    ONE_BY_ONE,
+    older_names,
+    refuse_beside,
+    wrappers,
+    write_parameters,
+)
 from deltaspec.formats.peft.single import most, name_modules
 from deltaspec.methods.shared.dora import squared_norms
 from deltaspec.methods.shared.weights import canonical
@@ -25,7 +32,7 @@ def with_bias(update: Update | None, bias: Tensor, row: Row) -> Update:
         if row.kind == "conv":
             out_channels, in_per_group, *kernel = row.shape_of("weight")
             groups, ones = row.conv_groups, (1,) * len(kernel)
-            down, up = bias.new_zeros(groups, in_per_group, *kernel), bias.new_zeros(out_channels, 1, *ones)
+            down, up = bias.new_zeros(groups, groups * in_per_group, *kernel), bias.new_zeros(out_channels, 1, *ones)
         else:
             down, up = bias.new_zeros(1, row.in_features), bias.new_zeros(row.out_features, 1)
         return Update(down, up, 1.0 / down.shape[0], bias=bias * down.shape[0], alpha=1.0)
@@ -33,15 +40,22 @@ def with_bias(update: Update | None, bias: Tensor, row: Row) -> Update:
     return replace(update, bias=shift if update.bias is None else update.bias + shift)
 
 
-def write_lora(out: Outgoing, updates: Mapping[str, Update], dropout: float = 0.0) -> None:
-    """Add the configuration and the tensors of a LoRA to what goes out."""
+def write_lora(
+    out: Outgoing, updates: Mapping[str, Update], parameters: Mapping[str, Update], dropout: float = 0.0
+) -> None:
+    """Add the configuration and the tensors of a LoRA to what goes out: of modules, and of parameters, by FQN."""
     if any(update.magnitude is not None for update in updates.values()):
         updates = _decomposed(out, updates)
-    if out.wishes.uniform and updates:
-        updates = _uniform(out, updates)
-    rooted = out.wishes.rslora and bool(updates) and all(u.rooted and u.alpha is not None for u in updates.values())
-    ranks = {fqn: update.rank for fqn, update in updates.items()}
-    alphas = {fqn: _plain(update.alpha_as(rooted)) for fqn, update in updates.items()}
+    if parameters:
+        refuse_beside(out, updates, parameters)
+    if out.wishes.uniform and (updates or parameters):
+        every = _uniform(out, {**updates, **parameters})
+        updates = {fqn: every[fqn] for fqn in updates if fqn in every}
+        parameters = {name: every[name] for name in parameters}
+    every = {**updates, **parameters}
+    rooted = out.wishes.rslora and bool(every) and all(u.rooted and u.alpha is not None for u in every.values())
+    ranks = {name: update.rank for name, update in every.items()}
+    alphas = {name: _plain(update.alpha_as(rooted)) for name, update in every.items()}
     rank, alpha = most(ranks, 8), most(alphas, 8)
     biased = any(update.bias is not None for update in updates.values())
     rows = out.base.rows
@@ -59,9 +73,17 @@ def write_lora(out: Outgoing, updates: Mapping[str, Update], dropout: float = 0.
         **({"lora_bias": True} if biased else {}),
     }
     out.config.setdefault("bias", "none")
-    name_modules(out, list(updates))
+    if tables := [fqn for fqn in updates if biased and rows[fqn].kind == "embedding"]:
+        parts = [part for fqn in tables for part in out.at(fqn)]
+        out.refuse(parts, "PEFT's lora_bias is for all modules of an adapter, and takes no embeddings", ONE_BY_ONE)
+    name_modules(out, list(updates), wrappers(parameters))
     for fqn, update in updates.items():
         _put(out, fqn, update, rows[fqn], biased)
+    if isinstance(out.config["target_modules"], str) and updates and older_names(out):
+        parts = [part for fqn in updates for part in out.at(fqn)]
+        out.refuse(parts, "PEFT takes an expression for all modules of the same last names in a mixture of this type")
+    if parameters:
+        write_parameters(out, parameters)
 
 
 def _put(out: Outgoing, fqn: str, update: Update, row: Row, biased: bool) -> None:
@@ -69,8 +91,7 @@ def _put(out: Outgoing, fqn: str, update: Update, row: Row, biased: bool) -> Non
     if row.kind == "embedding":
         out.tensors |= {f"{at}lora_embedding_A": update.down, f"{at}lora_embedding_B": update.up}
     else:
-        down = ungrouped(update.down, row.conv_groups)
-        out.tensors |= {f"{at}lora_A.weight": down, f"{at}lora_B.weight": update.up}
+        out.tensors |= {f"{at}lora_A.weight": update.down, f"{at}lora_B.weight": update.up}
         if biased:
             bias = update.up.new_zeros(update.up.shape[0]) if update.bias is None else update.bias
             out.tensors[f"{at}lora_B.bias"] = bias
@@ -90,7 +111,7 @@ def _uniform(out: Outgoing, updates: Mapping[str, Update]) -> dict[str, Update]:
     scale = most({fqn: update.scale for fqn, update in updates.items()}, 1.0)
     found = {}
     for fqn, update in updates.items():
-        groups = out.base.rows[fqn].conv_groups
+        groups = 1 if fqn not in out.base.rows else out.base.rows[fqn].conv_groups
         if update.rank == rank and update.scale == scale and not update.rooted:
             found[fqn] = update
         elif rank % groups:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -10,9 +10,11 @@ from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.aside import PREFIX, write_aside
 from deltaspec.formats.peft.closest import closest_update
 from deltaspec.formats.peft.convolutions import ignored_dilation
-from deltaspec.formats.peft.factors import Update, joined
+from deltaspec.formats.peft.factors import Update, joined, ungrouped
 from deltaspec.formats.peft.lora_form import with_bias, write_lora
+from deltaspec.formats.peft.parameters_out import older_names, untargetable, updates_at
 from deltaspec.formats.peft.single import LAYERS, left_out, unknown_layer, unplaced
+from deltaspec.names.paths import below
 
 Updates = Callable[[Part], Iterable[Update]]
 """What a delta of a method adds at one place."""
@@ -20,39 +22,70 @@ Updates = Callable[[Part], Iterable[Update]]
 
 def write_updates(out: Outgoing, known: Mapping[str, Updates]) -> None:
     """Write one LoRA; `known` are the methods that are low-rank themselves."""
-    added = write_aside(out, biases=True)
+    added = write_aside(out, "LORA", biases=True, rows=True)
     rank = out.wishes.approximate
-    found = out.take(lambda part: part.method in known or (rank is not None and part.is_weight))
-    updates: dict[str, Update] = {}
-    dropouts = {0.0}
-    for fqn, parts in found.items():
+    taken = out.take(lambda part: part.method in known or (rank is not None and part.is_weight))
+    found: dict[str, list[Part]] = {}
+    for part in (part for own in taken.values() for part in own):
+        found.setdefault(part.at.fqn, []).append(part)
+    modules: dict[str, Update] = {}
+    parameters: dict[str, Update] = {}
+    for name, parts in found.items():
         if reason := _unplaced(out, parts):
             out.refuse(parts, reason)
             continue
-        dropouts |= {float(getattr(part.params, "dropout", 0.0)) for part in parts}
+        updates = modules if parts[0].parameter is None else parameters
         reason = _inexact(parts, known, dora=out.wishes.dora)
         if reason is None:
-            made = [update for part in parts for update in known[part.method](part)]
-            updates[fqn] = joined(made, parts[0].at.site.row.conv_groups)
+            row = parts[0].at.site.row
+            made = [ungrouped(update, row) for part in parts for update in updates_at(part, known[part.method])]
+            updates[name] = joined(made, row.conv_groups)
         elif rank is None:
             out.refuse(parts, reason)
-        elif (close := closest_update(out, fqn, parts, rank)) is not None:
-            updates[fqn] = close.update
-            out.errors[fqn] = close.error
-            _shift(out, fqn, close.bias, added)
+        elif (close := closest_update(out, parts, rank)) is not None:
+            updates[name] = close.update
+            out.errors[name] = close.error
+            _shift(out, name, close.bias, added)
     for fqn, bias in added.items():
         if fqn not in found and (reason := _unplaced(out, out.at(fqn))):
             out.refuse(out.at(fqn), reason)
             continue
-        updates[fqn] = with_bias(updates.get(fqn), bias, out.base.rows[fqn])
+        modules[fqn] = with_bias(modules.get(fqn), bias, out.base.rows[fqn])
+    _as_parameters(out, modules, parameters)
     out.settle()
-    if len(dropouts - {0.0}) > 1:
-        out.remarks.append(f"dropouts differ between modules (up to {max(dropouts):g}): PEFT has one")
-    write_lora(out, updates, dropout=max(dropouts))
+    write_lora(out, modules, parameters, dropout=_dropout(out, found, alone=not parameters))
 
 
-def _unplaced(out: Outgoing, parts: Iterable[Part]) -> str | None:
+def _as_parameters(out: Outgoing, modules: dict[str, Update], parameters: dict[str, Update]) -> None:
+    """Write layers that PEFT would take for others by their names as the parameters that they have."""
+    older = older_names(out)
+    for fqn in [fqn for fqn in modules if fqn.rpartition(".")[2] in older]:
+        update = modules[fqn]
+        if update.magnitude is not None or update.bias is not None:
+            what = "DoRA" if update.magnitude is not None else "learned bias"
+            out.refuse(out.at(fqn), f"PEFT takes this name for that of experts, and has no {what} for a parameter")
+        elif out.wishes.listed:
+            out.refuse(out.at(fqn), "PEFT takes this name for that of experts, and engines take no target_parameters")
+        else:
+            parameters[below(fqn, "weight")] = modules.pop(fqn)
+
+
+def _dropout(out: Outgoing, found: Mapping[str, list[Part]], *, alone: bool) -> float:
+    """Return the one dropout that PEFT has for all modules, the largest; `alone`: no parameter is changed besides."""
+    there = {float(getattr(part.params, "dropout", 0.0)) for parts in found.values() for part in parts}
+    if not alone:
+        if there - {0.0}:
+            out.remarks.append(f"dropout (up to {max(there):g}) is left out: PEFT has none beside target_parameters")
+        return 0.0
+    if len(there - {0.0}) > 1:
+        out.remarks.append(f"dropouts differ between modules (up to {max(there):g}): PEFT has one")
+    return max(there, default=0.0)
+
+
+def _unplaced(out: Outgoing, parts: Sequence[Part]) -> str | None:
     """Return why PEFT's LoRA does not act at a place; None where it does."""
+    if parts[0].parameter is not None:
+        return untargetable(out, parts[0])
     for part in parts:
         if reason := unplaced(out, part) or unknown_layer(out, part, (*LAYERS, "Conv1D"), "LoRA"):
             return reason
@@ -66,6 +99,8 @@ def _inexact(parts: list[Part], known: Mapping[str, Updates], *, dora: bool) -> 
     if other := [part.method for part in parts if part.method not in known]:
         return f"{other[0]} is no low-rank update"
     decomposed = [part for part in parts if getattr(part.params, "use_dora", False)]
+    if parts[0].parameter is not None and (decomposed or any(getattr(part.params, "bias", False) for part in parts)):
+        return f"PEFT's target_parameters have no {'DoRA' if decomposed else 'learned bias'}"
     if not decomposed:
         return None
     if not dora:

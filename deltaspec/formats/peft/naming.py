@@ -25,6 +25,19 @@ def target_list(wanted: Collection[str], others: Collection[str]) -> list[str] |
     return "(?:" + "|".join(re.escape(name) for name in sorted(wanted)) + ")"
 
 
+def parameter_list(wanted: Collection[str], others: Collection[str]) -> list[str] | None:
+    """Return `target_parameters` for these, each with its module at least; None where no list means them alone."""
+    found: dict[str, None] = {}
+    for name in wanted:
+        endings = [ending for ending in _all_endings(name) if "." in ending]
+        fits = (e for e in endings if all(n in wanted for n in others if n == e or n.endswith(f".{e}")))
+        ending = next(fits, None)
+        if ending is None:
+            return None
+        found[ending] = None
+    return sorted(found)
+
+
 def _endings(wanted: Collection[str], others: Collection[str]) -> list[str] | None:
     """Return endings that all these names have, and none of the others; None where there are none."""
     taken = {ending for name in set(others) - set(wanted) for ending in _all_endings(name)}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from deltaspec.backbone.table import Row
 from deltaspec.diagnostics.wording import counted
+from deltaspec.formats.peft.saved_modules import rows_there
 from deltaspec.names.folding import shown
 from deltaspec.names.paths import below
 
@@ -65,11 +66,9 @@ def _by_parameter(adapter: Adapter, places: Mapping[str, str], targets: Iterable
             plain = plain.removesuffix(_WRAPPED)
         wrappers.setdefault(plain, []).append(module)
     found = {}
-    met: set[str] = set()
     for plain, modules in wrappers.items():
         row = adapter.base.rows[places[modules[0]]]
         meant = [p for p in row.parameters if _is_meant(below(plain, p.name), targets)]
-        met.update(target for target in targets for p in meant if _is_meant(below(plain, p.name), [target]))
         if meant and len(meant) != len(modules):
             message = f"has {counted(len(modules), 'pair')} of factors for {plain}, and target_parameters means "
             message += counted(len(meant), "parameter") + f" of it: {', '.join(p.name for p in meant)}"
@@ -79,8 +78,11 @@ def _by_parameter(adapter: Adapter, places: Mapping[str, str], targets: Iterable
             layer = row.kind in ("linear", "conv1d", "embedding") and parameter.name == "weight"
             name = below(plain, parameter.name)
             found[module] = Place(row.fqn, name, None if layer else parameter.name, bypassed=True)
-    if lost := [target for target in targets if target not in met]:
-        message = f"has no factors for {shown(lost)}, which target_parameters names"
+    held = {place.name for place in found.values()}
+    named = (below(name, p.name) for row, name in rows_there(adapter) if name for p in row.parameters)
+    lost = [name for name in named if _is_meant(name, targets) and name not in held]
+    if lost and not adapter.findings:
+        message = f"has no factors for {shown(lost)}, which target_parameters means"
         adapter.find("DS543", message, "the file was cut: save the adapter again", adapter.file)
     return found
 

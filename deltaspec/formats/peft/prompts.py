@@ -4,31 +4,34 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from deltaspec.diagnostics.wording import counted
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.peft.adapter import CONFIG, Adapter
+from deltaspec.formats.peft.words import TASKS
 from deltaspec.names.paths import is_inside
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from deltaspec.backbone.table import Row
+    from deltaspec.formats.base import Base
 
 KEY = "prompt_embeddings"
-_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _OUT = "merging is not possible with a prompt: train it anew with deltaspec, or go on with PEFT"
 
 
 def check_task(adapter: Adapter) -> None:
     """Refuse an adapter of a task for which PEFT runs the model without its prompt, in silence."""
-    if (task := adapter.config.get("task_type")) not in _TASKS:
-        message = f"task_type: {task!r}: without one of its tasks PEFT runs the model without the prompt"
-        adapter.find("DS548", message, f"write the task that it was trained for: {', '.join(_TASKS)}", CONFIG)
+    if not adapter.config.get("task_type"):
+        message = "has no task_type: without one of its tasks PEFT runs the model without the prompt"
+        adapter.find("DS548", message, f"write the task that it was trained for: {', '.join(TASKS)}", CONFIG)
 
 
 def submodules(adapter: Adapter) -> int:
     """Return for how many stacks PEFT has made tokens; it takes both of an encoder and a decoder where none is said."""
-    usual = 2 if adapter.config.get("task_type") == "SEQ_2_SEQ_LM" else 1
+    usual = 2 if adapter.task == "SEQ_2_SEQ_LM" else 1
     if adapter.options.get("num_transformer_submodules") is None:
         return usual
     given = adapter.options.whole("num_transformer_submodules", usual)
@@ -77,27 +80,52 @@ def add_soft_prompt(adapter: Adapter) -> None:
     if _reads_first(adapter, row):
         params["output"] = "all"
         adapter.incoming.remarks[-1] = "its classifier reads the prompt's first position, as PEFT has it"
+    if _counts_by_ids(adapter, row):
+        adapter.remark("it numbers tokens by their ids, and leaves padding out; given PEFT's embeddings, it numbers "
+                       "padding, too: rows with padding on the left differ from PEFT's")  # fmt: skip
     default = [r for r in adapter.base.table.rows if r.entrance is not None and r.entrance.problem is None]
     site = IncomingSite(row.fqn, {"prompt": rows})
     adapter.add("soft_prompt", params, [site], default_target=default == [row])
 
 
+def _counts_by_ids(adapter: Adapter, row: Row) -> bool:
+    """Return whether a model numbers positions by the ids of tokens, as RoBERTa does: its table of them has padding."""
+    owner = adapter.base.model.get_submodule(row.fqn.rpartition(".")[0])
+    others = (module for name, module in owner.named_children() if name != row.fqn.rpartition(".")[2])
+    return any(isinstance(module, nn.Embedding) and module.padding_idx is not None for module in others)
+
+
 def _reads_first(adapter: Adapter, row: Row) -> bool:
     """Return whether a head behind the model that is given the prompt reads its first position, as encoders' do."""
-    base, entrance = adapter.base, row.entrance
-    assert entrance is not None
-    if adapter.config.get("task_type") != "SEQ_CLS" or not entrance.fqn:
+    if adapter.task != "SEQ_CLS":
         return False
-    inside = [r for r in base.table.rows if r.attends and is_inside(r.fqn, entrance.fqn)]
-    if any(getattr(base.model.get_submodule(r.fqn), "is_causal", False) for r in inside):
+    reads = classifier_reads(adapter.base, row)
+    if reads == "last":
         adapter.remark("PEFT's classifier reads the last column of each row; here it reads the last token, so that "
                        "rows with padding on the right differ from PEFT's")  # fmt: skip
-        return False
-    if getattr(base.config, "classifier_pooling", "cls") == "mean":
-        message = f"the head of {base.table.model_class} averages over positions, in PEFT over the prompt's, too"
+    elif reads == "mean":
+        message = (
+            f"the head of {adapter.base.table.model_class} averages over positions, in PEFT over the prompt's, too"
+        )
         adapter.find("DS548", message, _OUT, CONFIG)
+    return reads in ("first", "mean")
+
+
+def classifier_reads(base: Base, row: Row) -> str | None:
+    """Return what a classifier reads of the model that is given the prompt: its `first` position, its `last` one, the
+    `mean` of all; None where it reads what that model itself made of them, or nothing that is known.
+    """
+    entrance = row.entrance
+    assert entrance is not None
+    if not entrance.fqn:
+        return None
+    inside = [r for r in base.table.rows if r.attends and is_inside(r.fqn, entrance.fqn)]
+    if any(getattr(base.model.get_submodule(r.fqn), "is_causal", False) for r in inside):
+        return "last"
+    if getattr(base.config, "classifier_pooling", "cls") == "mean":
+        return "mean"
     model: Any = base.model.get_submodule(entrance.fqn)
-    return getattr(model, "pooler", None) is None
+    return "first" if getattr(model, "pooler", None) is None else None
 
 
 def _entrance(adapter: Adapter) -> Row | None:

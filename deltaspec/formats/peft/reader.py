@@ -13,7 +13,7 @@ from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.peft import types
 from deltaspec.formats.peft.adapter import CONFIG, WEIGHTS, Adapter
 from deltaspec.formats.peft.base_model import base_named_in
-from deltaspec.formats.peft.beside import OURS, read_beside
+from deltaspec.formats.peft.beside import read_beside
 from deltaspec.names.packages import modules_in
 from deltaspec.names.patterns import PatternError
 
@@ -50,8 +50,7 @@ def signature(folder: Path) -> bytes | None:
         with (folder / WEIGHTS[0]).open("rb") as file:
             length = file.read(8)
             header = file.read(min(int.from_bytes(length, "little"), _MOST_HEADER))
-        ours = any(folder.glob(OURS))  # which says that biases were left out because they are the base's
-        return (folder / CONFIG).read_bytes() + bytes([0, ours]) + length + header
+        return (folder / CONFIG).read_bytes() + b"\0" + length + header
     except OSError:  # which reading it says better
         return None
 

@@ -58,11 +58,27 @@ def whole_modules(adapter: Adapter, names: tuple[str, ...]) -> set[tuple[str, st
                 tensors[name] = value
         sites.append(IncomingSite(fqn, tensors))
     held = {(site.fqn, name) for site in sites for name in site.tensors}
+    sites = _called(adapter, sites)
     together = bool(adapter.option("ensure_weight_tying")) and _drop_twins(adapter, names, sites)
     adapter.add(
         "full", {"tied": "together" if together else "alone"} if has_tied(adapter, sites) else {}, sites, "saved"
     )
     return held
+
+
+def _called(adapter: Adapter, sites: list[IncomingSite]) -> list[IncomingSite]:
+    """Return the places without those that only lend their weight to others, whose copies PEFT never calls either."""
+    idle = [site.fqn for site in sites if running(adapter, site.fqn) != site.fqn]
+    if idle:
+        adapter.remark(f"the copies of {shown(idle)} are left out: no forward calls these, and PEFT unties what does")
+    return [site for site in sites if site.fqn not in idle]
+
+
+def running(adapter: Adapter, fqn: str) -> str:
+    """Return the module itself, or, where no forward calls it, one that is tied to it and runs."""
+    tied = [name.rpartition(".")[0] for p in adapter.base.rows[fqn].parameters for name in p.tied]
+    unused = adapter.base.observations.unused() if tied else frozenset[str]()
+    return next((name for name in tied if name not in unused), fqn) if fqn in unused else fqn
 
 
 def _drop_wrapped(adapter: Adapter, keys: Iterable[str]) -> None:
@@ -101,11 +117,20 @@ def _drop_twins(adapter: Adapter, names: tuple[str, ...], sites: list[IncomingSi
             found = True
     if not {below(site.fqn, name) for site in sites for name in site.tensors}.isdisjoint(twins):
         return False  # each has a copy of its own
-    ties = adapter.type == "LORA" and any(name.rpartition(".")[2] in _TIED_NAMES for name in names)
+    named = any(name.rpartition(".")[2] in _TIED_NAMES for name in names)
+    ties = adapter.type == "LORA" and named and ties_embeddings(adapter, unsaid=True)
     if twins and ties and not found:
         message = f"has no {shown(twins)}, which ensure_weight_tying ties to a saved module"
         adapter.find("DS543", message, "the file was cut: save the adapter again", adapter.file)
     return found
+
+
+def ties_embeddings(adapter: Adapter, unsaid: bool) -> bool:
+    """Return whether PEFT takes the base's embeddings for tied: its configuration says so, or `unsaid`."""
+    config = adapter.base.config
+    if isinstance(config, dict):
+        return bool(config.get("tie_word_embeddings", unsaid))
+    return bool(getattr(config, "tie_word_embeddings", unsaid))
 
 
 def check_saved(adapter: Adapter, names: tuple[str, ...], held: set[tuple[str, str]]) -> None:

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from deltaspec.formats.outgoing import Outgoing, Part
-from deltaspec.formats.peft.aside import PREFIX, write_aside
+from deltaspec.formats.peft.aside import PREFIX, is_bias, write_aside
+from deltaspec.formats.peft.biases_out import write_all_biases
 from deltaspec.formats.peft.naming import by_name, by_name_below, hidden_by, target_list
 
 LAYERS = {
@@ -25,12 +26,19 @@ class Single:
     """The parts of one method on their way into a type; what PEFT has no form for is refused."""
 
     def __init__(
-        self, out: Outgoing, type_name: str, method: str, layers: Collection[str], biases: bool = True
+        self,
+        out: Outgoing,
+        type_name: str,
+        method: str,
+        layers: Collection[str],
+        biases: bool = True,
+        rows: bool = False,
     ) -> None:
         self.out, self.type = out, type_name
-        added = write_aside(out, biases=biases)
+        added = write_aside(out, type_name, biases=biases, rows=rows)
         for fqn in added:
-            out.refuse(out.at(fqn), f"this module has no bias, and PEFT's {type_name} adds none")
+            shifts = [part for part in out.at(fqn) if is_bias(part)]
+            out.refuse(shifts, f"this module has no bias, and PEFT's {type_name} adds none")
         self.parts: dict[str, Part] = {}
         for fqn, parts in out.take(lambda part: part.method == method).items():
             if reason := self._refusal(parts, layers):
@@ -105,7 +113,7 @@ def unplaced(out: Outgoing, part: Part) -> str | None:
     """Return why no layer of PEFT acts at a place; None where one does."""
     site = part.at.site
     if site.parameter is not None:
-        return "target_parameters are not written yet, and PEFT's other layers take modules"
+        return "PEFT's target_parameters are of LoRA alone, and its other layers take modules"
     if site.host is not None:
         return "PEFT acts where a module is called, and this one's weight is read without a call"
     if site.row.aliases:
@@ -124,21 +132,19 @@ def unknown_layer(out: Outgoing, part: Part, layers: Iterable[str], type_name: s
     return f"PEFT's {type_name} has no layer for {row.type}"
 
 
-def name_modules(out: Outgoing, places: Collection[str]) -> None:
-    """Write which modules an adapter is on: exactly these."""
+def name_modules(out: Outgoing, places: Collection[str], wrapped: Mapping[str, int] | None = None) -> None:
+    """Write which modules an adapter is on: exactly these; `wrapped` are those whose own parameters it changes."""
     names = [name for name, _ in out.base.model.named_modules() if name]
-    found = target_list(list(places), names) if places else NO_MODULES
+    found = target_list(list(places), names) if places else [] if wrapped else NO_MODULES
     if isinstance(found, str) and places and out.wishes.listed:
         parts = [part for fqn in places for part in out.at(fqn)]
         out.refuse(
             parts, "no list of names tells these modules from others, and the engine takes no regular expression"
         )
     out.config["target_modules"] = found
-    for fqn in hidden_by(out.config.get("modules_to_save") or (), places):
+    for fqn in hidden_by(out.config.get("modules_to_save") or (), (*places, *(wrapped or ()))):
         out.refuse(out.at(fqn), "PEFT gives no adapter to a module that modules_to_save seems to mean")
-    for fqn in places:
-        if (own := out.tensors.pop(f"{PREFIX}{fqn}.bias", None)) is not None:
-            out.tensors[f"{PREFIX}{fqn}.base_layer.bias"] = own
+    write_all_biases(out, places)
 
 
 def most(values: Mapping[str, Value], default: Value) -> Value:

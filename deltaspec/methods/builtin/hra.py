@@ -47,10 +47,15 @@ class Hra(Method):
         if refusal := refuse_weight(site, "hra", ("linear", "conv1d", "conv")):
             return refusal
         width = filter_width(site)
-        if params.rank > width:
-            reason = f"{params.rank} directions are more than the width {width}, of which {width} turn it every way"
+        if params.orthogonal and params.rank > width:
+            reason = f"no {params.rank} directions of width {width} are orthogonal to each other"
             return Refusal(reason, f"use rank: {width} or less")
         return None
+
+    def remark(self, site: Site, params: HraParams) -> str | None:
+        """Tell of more directions than turn a weight every way."""
+        width = filter_width(site)
+        return f"{width} directions turn a weight of width {width} every way" if params.rank > width else None
 
     def tensors(self, site: Site, params: HraParams) -> tuple[TensorSpec, ...]:
         """Declare the directions, `[in, rank]`."""

@@ -43,6 +43,9 @@ class LoraParams(MethodParams):
     """Learn a magnitude per output besides the direction (DoRA, arXiv:2402.09353)."""
     bias: bool = False
     """Also learn a bias, added to the output times the scale."""
+    channels: Literal["group", "all"] = "group"
+    """On a grouped convolution, the input channels that A sees. `group`: its own group's, so that the update is one of
+    the weight. `all`: those of all groups, as PEFT's does; no weight of the convolution computes that."""
     parts: PartNames | None = None
     """On a fused projection (role attn.qkv, mlp.gate_up): change these parts of it, such as [q, v], each by an update
     of its own. Left out, one update changes the whole."""
@@ -107,6 +110,10 @@ class Lora(Method):
                 f"rank {rank} is not a multiple of the {row.conv.groups} groups of this {row.type}",
                 f"use a rank that is a multiple of {row.conv.groups}, or leave grouped convolutions out",
             )
+        if self._crosses(site, params) and (params.use_dora or site.host is not None):
+            what = "use_dora divides by the norm of a weight" if params.use_dora else f"{reader(site)} reads a weight"
+            reason = f"{what}, and with channels: all the update is no change of the grouped weight of this {row.type}"
+            return Refusal(reason, "set channels: group")
         if site.host is not None and params.bias and not (row.has_parameter("bias") and site.is_read("bias")):
             return Refusal(f"{reader(site)} reads no bias here", "set bias: false for this site in overrides")
         if params.bias and site.kind == "embedding":
@@ -130,7 +137,20 @@ class Lora(Method):
 
     def remark(self, site: Site, params: LoraParams) -> str | None:
         """Tell of ranks that no update of this weight can have."""
-        return wasted_rank(site, params.rank, site.row.conv_groups) if params.parts is None else None
+        if params.parts is not None or self._crosses(site, params):
+            return None
+        return wasted_rank(site, params.rank, site.row.conv_groups)
+
+    @staticmethod
+    def _crosses(site: Site, params: LoraParams) -> bool:
+        """Return whether A sees channels of other groups than its own."""
+        return params.channels == "all" and site.row.conv_groups > 1
+
+    def unmergeable(self, site: Site, params: LoraParams) -> str | None:
+        """Refuse what sees channels that the weight's own groups do not."""
+        if not self._crosses(site, params):
+            return None
+        return "A sees the channels of all groups (channels: all), and a grouped convolution only those of each"
 
     def tensors(self, site: Site, params: LoraParams) -> tuple[TensorSpec, ...]:
         """Declare A `[rank, in]` as `down`, B `[out, rank]` as `up`; see `apply` for convolutions and embeddings.
@@ -140,7 +160,8 @@ class Lora(Method):
         row, rank = site.row, params.rank
         if site.kind == "conv":
             out_channels, in_per_group, *kernel = row.shape_of("weight")
-            down, up = (rank, in_per_group, *kernel), (out_channels, rank // row.conv_groups, *(1 for _ in kernel))
+            seen = in_per_group * (site.row.conv_groups if params.channels == "all" else 1)
+            down, up = (rank, seen, *kernel), (out_channels, rank // row.conv_groups, *(1 for _ in kernel))
         else:
             out_width, in_width = weight_shape(site)
             down, up = (rank, in_width), (out_width, rank)
@@ -214,7 +235,13 @@ class Lora(Method):
             update = F.linear(base(x, weight=t.down.t()), t.up)
         elif form.kind == "conv":
             convolve = (F.conv1d, F.conv2d, F.conv3d)[form.weight_dims - 3]
-            update = convolve(base(dropped, weight=t.down, bias=None), t.up, groups=form.groups)
+            if params.channels == "all" and form.groups > 1:
+                # Each group of the host's own convolution is given A's part for its channels.
+                given = base(dropped, weight=t.call(_by_group, t.down, form.groups), bias=None)
+                inner = t.call(_added, given, form.groups, form.weight_dims - 2)
+            else:
+                inner = base(dropped, weight=t.down, bias=None)
+            update = convolve(inner, t.up, groups=form.groups)
         elif params.keeps_start:
             # torch multiplies a strided hidden state in another order, by whether the matrix is trained.
             given = dropped.contiguous()
@@ -255,3 +282,17 @@ class Lora(Method):
             bias = params.scale * t.bias
             folded["bias"] = weights["bias"] + bias if "bias" in weights else bias
         return folded
+
+
+def _by_group(down: Tensor, groups: int) -> Tensor:
+    """Return A over all channels as the weight of a grouped convolution: its part for each group's channels."""
+    rank, _, *kernel = down.shape
+    parts = down.reshape(rank, groups, -1, *kernel).transpose(0, 1)
+    return parts.reshape(groups * rank, -1, *kernel)
+
+
+def _added(given: Tensor, groups: int, dims: int) -> Tensor:
+    """Add up what the groups of a convolution over so many dimensions gave."""
+    channels = given.dim() - dims - 1
+    shape = given.shape
+    return given.reshape(*shape[:channels], groups, -1, *shape[channels + 1 :]).sum(channels)

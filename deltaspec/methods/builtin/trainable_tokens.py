@@ -1,4 +1,4 @@
-"""Trained embeddings of some tokens: rows of the embedding table, and of a head that is tied to it."""
+"""Trained embeddings of some tokens: rows of the embedding table, or of a head, tied to it or not."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class TrainableTokens(Method):
         return row.vocabulary
 
     def refuse(self, site: Site, params: TrainableTokensParams) -> Refusal | None:
-        """Take embedding tables, and linear layers that share their weight with one."""
+        """Take embedding tables, heads, and linear layers that share their weight with a table."""
         if site.parameter not in (None, "weight"):
             return Refusal(f"trainable_tokens trains an embedding table, not {site.parameter!r}", "select the module")
         if site.kind in ("linear", "embedding") and not site.row.has_parameter("weight"):
             return Refusal(f"this {site.row.type} has no weight", "select the embedding table")
-        if site.kind == "linear" and not self._weight(site).tied:
+        if site.kind == "linear" and not self._weight(site).tied and "head" not in site.row.roles:
             return Refusal(
-                f"the rows of this {site.row.type} are no embeddings: its weight is tied to no table",
+                f"the rows of this {site.row.type} are no embeddings: it is no head, and tied to no table",
                 "select the embedding, or use method full",
             )
         if site.kind not in ("embedding", "linear"):

@@ -23,7 +23,7 @@ def ids_of(text: str, tokenizer: str) -> list[int]:
     except ModuleNotFoundError:
         reason = "transformers, which reads tokenizers, is not installed"
         raise TextError(reason, "pip install 'deltaspec[transformers]'") from None
-    from deltaspec.backbone.loading import reachable
+    from deltaspec.backbone.hub import reachable
     from deltaspec.backbone.untrusted import no_code
 
     path = os.path.expanduser(tokenizer)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from _common import BASE, Reference, Report, references
-from deltaspec_vllm.shelf import identity_of
+from deltaspec_vllm.held import identity_of
 from safetensors.numpy import load_file, save_file
 from server import Server, serving
 
@@ -50,6 +50,7 @@ def library_of(reference: Reference) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     for delta in reference.deltas:
         shutil.copytree(reference.adapter(delta), folder / delta)
+        shutil.copytree(reference.saved(delta), folder / f"saved-{delta}")
     good = reference.adapter(reference.deltas[0])
     for name, (changed, change) in SPOILT.items():
         shutil.copytree(good, folder / name)
@@ -78,15 +79,16 @@ def at_once(server: Server, reference: Reference, names: Mapping[str, str]) -> d
 def check(reference: Reference, report: Report) -> None:
     """Run all deltas of one model on one server."""
     library = library_of(reference)
-    # All deltas are loaded three times, under names of three kinds. On CPUs, rows without an adapter get what is in the
+    # All deltas are loaded four times, under names of four kinds. On CPUs, rows without an adapter get what is in the
     # last slot, so one slot more than there are adapters stays empty.
-    slots = 3 * len(reference.deltas) + 1
+    slots = 4 * len(reference.deltas) + 1
     with serving(reference.model, slots, library, reference.built("vllm") / "server.log") as server:
         report.compare(reference, "no adapter", BASE, at_once(server, reference, {BASE: server.model})[BASE])
         ways = {
             "loaded at run time": {delta: f"loaded-{delta}" for delta in reference.deltas},
             "resolved by name": {delta: delta for delta in reference.deltas},
             "resolved by content": {delta: identity_of(library / delta) for delta in reference.deltas},
+            "exported at the first request": {delta: f"saved-{delta}" for delta in reference.deltas},
         }
         for delta, name in ways["loaded at run time"].items():
             wanted = {"lora_name": name, "lora_path": str(reference.adapter(delta))}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -76,6 +77,9 @@ def bert_lora(**options: Any) -> Any:
     return lora(**{"target_modules": ["query"], "task_type": "SEQ_CLS"} | options)
 
 
+TIED_TARGETS = lora(target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+
+
 def refusal(model: Any, folder: Path) -> str:
     with pytest.raises(deltaspec.DeltaSpecError) as error:
         deltaspec.restore(model, folder)
@@ -120,6 +124,8 @@ def without(*parts: str) -> Callable[[dict[str, Tensor]], Any]:
         ("tied", lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
         ("tied", lora(modules_to_save=["lm_head"], ensure_weight_tying=True)),
         ("tied", lora(modules_to_save=["lm_head", "embed_tokens"])),
+        ("llama", lora(trainable_token_indices={"lm_head": [2, 5], "embed_tokens": [1]})),
+        ("tied", TIED_TARGETS),
         ("tied", lora(trainable_token_indices=[1, 4, 9])),
         ("tied", lora(trainable_token_indices={"embed_tokens": [1, 4], "lm_head": [2, 5, 6]})),
         ("tied", lora(trainable_token_indices={"lm_head": [2, 5, 6]})),
@@ -144,6 +150,7 @@ def test_peft_computes_the_same(models: dict[str, Any], model: str, config: Any,
         ("llama", lora(bias="lora_only"), "1.self_attn.q_proj.base_layer.bias", "DS543.*q_proj.bias, which bias: lora"),
         ("tied", lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True), "lm_head", "DS543.*lm_head.weight"),
         ("llama", lora(trainable_token_indices={"tokens": [1], "lm_head": [2]}), "lm_head", "DS543.*rows.*lm_head"),
+        ("tied", TIED_TARGETS, "lm_head", "DS543.*has no factors for lm_head, which ensure_weight_tying ties"),
     ],
     ids=short,
 )
@@ -161,7 +168,7 @@ def test_a_file_that_was_cut(
     [
         ({"modules_to_save": "lm_head"}, "modules_to_save: 'lm_head' is no list of names"),
         ({"modules_to_save": ["lm_head", ""]}, "is no list of names"),
-        ({"trainable_token_indices": {"lm_head": [1, 2]}}, "a Linear that is tied to no table"),
+        ({"trainable_token_indices": {"0.mlp.up_proj": [1, 2]}}, "a Linear that is no head, and tied to no table"),
         ({"trainable_token_indices": [1, 2, 1]}, "has 1 twice"),
         ({"trainable_token_indices": 5}, "says no tokens"),
     ],
@@ -200,8 +207,9 @@ def test_a_copy_of_an_embedding_that_is_none(models: dict[str, Any], value: Tens
     [
         ("tied", lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True), "base_model.model.lm_head.weight"),
         ("bert", bert_lora(bias="all"), "base_model.model.classifier.modules_to_save.bias"),
+        ("tied", TIED_TARGETS, "base_model.model.lm_head.lora_A.weight"),
     ],
-    ids=["tied", "wrapped"],
+    ids=["tied", "wrapped", "factors"],
 )
 def test_one_parameter_with_two_values(
     models: dict[str, Any], model: str, config: Any, key: str, tmp_path: Path
@@ -209,6 +217,21 @@ def test_one_parameter_with_two_values(
     folder = saved(moved(models[model], config), tmp_path / "a")
     change(folder, lambda t: t.update({key: t[key] + 1}))
     assert "DS539" in refusal(models[model], folder)
+
+
+def test_peft_ties_by_the_configuration(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
+    model.config.tie_word_embeddings = False
+    compiled = as_theirs(model, moved(model, lora(trainable_token_indices=[1, 4, 9])), tmp_path / "french", logits)
+    assert compiled.plan["french-tokens"].params.tied == "alone"
+
+
+def test_a_tied_head_whose_bias_peft_leaves_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(**SIZES, max_position_embeddings=16)).eval()
+    folder = saved(moved(model, lora(target_modules=["query"], trainable_token_indices=[1, 4])), tmp_path / "a")
+    assert "DS548" in (found := refusal(model, folder)) and "runs it without its bias" in found
 
 
 def test_under_another_prefix(models: dict[str, Any], tmp_path: Path) -> None:

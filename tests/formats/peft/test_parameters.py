@@ -7,8 +7,11 @@ from typing import Any
 
 import peft
 import pytest
+import torch
+from as_peft import same_in_peft, stirred
 from beside_peft import as_theirs, moved, saved
 from peft_bases import base, run
+from safetensors.torch import load_file, save_file
 
 import deltaspec
 
@@ -39,6 +42,16 @@ def test_options(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     as_theirs(base(name), moved(base(name), config), tmp_path / "french", run(name))
 
 
+def test_parameters_that_are_cut_and_those_that_no_model_has(tmp_path: Path) -> None:
+    targets = ["experts.gate_up_proj", "experts.nowhere"]
+    made = moved(base("mixtral"), peft.LoraConfig(target_modules=["q_proj"], target_parameters=targets, r=2))
+    as_theirs(base("mixtral"), made, tmp_path / "french", run("mixtral"))
+    file = tmp_path / "french" / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "layers.1.mlp" not in key}, file)
+    with pytest.raises(deltaspec.DeltaSpecError, match=r"has no factors for model.layers.1.mlp.experts.gate_up_proj"):
+        deltaspec.restore(base("mixtral"), tmp_path / "french")
+
+
 def test_packed_attention_whose_output_is_changed_twice(tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["mha", "fc"], r=2, lora_alpha=3, lora_dropout=0.1)
     made = moved(base("attention"), config)
@@ -47,10 +60,26 @@ def test_packed_attention_whose_output_is_changed_twice(tmp_path: Path) -> None:
     assert found == {"mha.in_proj_weight": (3, 0), "mha.out_proj": (6, 0), "fc": (3, 0.1)}
 
 
+@pytest.mark.parametrize("more", [{}, {"lora_bias": True, "use_rslora": True}], ids=str)
+def test_grouped_convolutions_whose_a_sees_all_channels(more: dict[str, Any], tmp_path: Path) -> None:
+    made = moved(base("convolutions"), peft.LoraConfig(target_modules=["grouped", "conv1"], r=4, **more))
+    compiled = as_theirs(base("convolutions"), made, tmp_path / "french", run("convolutions"))
+    assert {s.fqn: s.params.channels for s in compiled.plan["french"].sites} == {"grouped": "all", "conv1": "group"}
+    same_in_peft(compiled, base("convolutions"), tmp_path / "again", run("convolutions"))
+
+
+def test_what_sees_its_own_groups_comes_back_so(tmp_path: Path) -> None:
+    made = {"name": "d", "method": "lora", "params": {"rank": 4}, "target": {"path": "grouped"}}
+    same_in_peft(stirred(base("convolutions"), made), base("convolutions"), tmp_path, run("convolutions"))
+    back = deltaspec.restore(base("convolutions"), tmp_path)
+    assert back.plan.deltas[0].sites[0].params.channels == "group"
+    torch.testing.assert_close(run("convolutions")(back.merge()), run("convolutions")(back))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("convolutions", {"target_modules": ["grouped"], "r": 2}, "lora_A sees all of its channels"),
+        ("convolutions", {"target_modules": ["grouped"], "r": 2, "use_dora": True}, "use_dora on grouped"),
         ("attention", {"target_modules": ["mha"], "lora_bias": True}, "lora_bias on mha"),
     ],
 )

@@ -190,6 +190,23 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_positions_by_ids_leave_padding_out_and_peft_s_do_not(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    notes = {}
+    for name in ("bert", "roberta"):
+        model = AutoModel.from_config(CONFIGS[name]()).eval()
+        prompt = peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3)
+        made = moved(model, prompt)
+        c = deltaspec.restore(model, saved(made, tmp_path / name))
+        given = inputs(None, "left")
+        given["input_ids"] = given["input_ids"].masked_fill(given["attention_mask"] == 0, model.config.pad_token_id)
+        ours, theirs = c(**given)[0], made(**given)[0][:, 3:]
+        torch.testing.assert_close(ours[1], theirs[1], atol=1e-5, rtol=1e-5)
+        differs = not torch.allclose(ours[0, 3:], theirs[0, 3:], atol=1e-3)
+        notes[name] = differs, any("numbers tokens by their ids" in note for note in c.plan.deltas[0].notes)
+    assert notes == {"bert": (False, False), "roberta": (True, True)}
+
+
 def test_heads_that_read_other_positions(tmp_path: Path) -> None:
     sizes = {"global_attn_every_n_layers": 2, "local_attention": 6, "num_labels": 2}
     for pooling in ("cls", "mean"):

@@ -122,10 +122,10 @@ def test_the_head_that_peft_trains_in_full_is_planned(model, more, tmp_path):
 def test_prompts_are_where_convert_puts_them(kind, tmp_path):
     with warnings.catch_warnings(action="ignore"):
         config = PEFT_TYPE_TO_CONFIG_MAPPING[kind](num_virtual_tokens=3, task_type="CAUSAL_LM")
-        get_peft_model(llama(), config).save_pretrained(tmp_path)
-    found = translated(json.loads((tmp_path / "adapter_config.json").read_text()))
+        get_peft_model(llama(), config).save_pretrained(tmp_path / "adapter")
+    found = translated(json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()))
     assert found is not None
-    spec = yaml.safe_load(convert(tmp_path, tmp_path / "out", llama()).spec.read_text())
+    spec = yaml.safe_load(convert(tmp_path / "adapter", tmp_path / "out", llama()).spec.read_text())
     params, theirs = (made["deltas"][0]["params"] for made in (found[0], spec))
     assert {**params, **theirs} == params and {"place", "output", "positions"} & params.keys() <= theirs.keys()
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import peft
@@ -54,7 +55,18 @@ def test_bypassed_and_training() -> None:
     check_training("hra", {"rank": 4}, QV)
 
 
+def test_more_directions_than_the_width_are_noted() -> None:
+    model, x = torch.nn.Sequential(torch.nn.Linear(2, 3)).eval(), torch.randn(4, 2)
+    config = peft.HRAConfig(r=6, target_modules=["0"], init_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    c = compiled(model, x, "hra", {"rank": 6}, "0")
+    with torch.no_grad():
+        c.deltas["d"].tensor("0.directions").copy_(theirs.base_model.model[0].hra_u["default"])
+    torch.testing.assert_close(c(x), theirs(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(c.merge("d")(x), theirs(x), atol=1e-5, rtol=1e-5)
+    assert "2 directions turn a weight of width 2 every way" in str(c.plan)
+
+
 def test_refusals() -> None:
-    for orthogonal in (True, False):
-        assert "use rank: 16 or less" in refusal(*net(), "hra", {"rank": 17, "orthogonal": orthogonal}, "fc")
+    assert "use rank: 16 or less" in refusal(*net(), "hra", {"rank": 17, "orthogonal": True}, "fc")
     assert "Embedding" in refusal(*net(), "hra", {}, "emb")

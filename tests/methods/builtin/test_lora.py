@@ -22,6 +22,7 @@ from weight_methods import (
     stir,
 )
 
+import deltaspec
 from deltaspec.testing import check_method
 
 QV = ["**.query", "**.value"]
@@ -192,8 +193,47 @@ def test_dora_norm_follows_the_direction() -> None:
     torch.testing.assert_close(norms, c.deltas["d"].tensor("fc.magnitude").detach().abs(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv1d(8, 12, 3, groups=4, padding=1),
+        nn.Conv2d(8, 12, (3, 2), groups=2, stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+        nn.Conv2d(8, 8, 3, groups=8, padding="same", padding_mode="reflect", bias=False),
+        nn.Conv3d(8, 4, 2, groups=4),
+    ],
+    ids=str,
+)
+def test_a_over_the_channels_of_all_groups(convolution: Any) -> None:
+    groups, dims = convolution.groups, convolution.weight.dim() - 2
+    params = {"rank": 8, "alpha": 4.0, "channels": "all", "bias": True}
+    model, x = nn.Sequential(convolution).eval(), torch.randn(3, 8, *(6,) * dims)
+    c = compiled(model, x, "lora", params, "0")
+    stir(c)
+    down, up, bias = (c.deltas["d"].tensor(f"0.{name}").detach() for name in ("down", "up", "bias"))
+    assert down.shape == (8, 8, *convolution.kernel_size)
+    assert up.shape[:2] == (convolution.out_channels, 8 // groups)
+    whole = copy.deepcopy(convolution)
+    whole.weight, whole.bias, whole.groups = nn.Parameter(down), None, 1
+    pointwise = getattr(torch.nn.functional, f"conv{dims}d")(whole(x), up, groups=groups)
+    expected = convolution(x) + 0.5 * (pointwise + bias.reshape(-1, *(1,) * dims))
+    torch.testing.assert_close(c(x), expected, atol=1e-5, rtol=1e-5)
+    rows = c(x, deltas=["d", None, "d"])
+    torch.testing.assert_close(rows[[0, 2]], expected[[0, 2]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rows[1], convolution(x)[1])
+    with pytest.raises(deltaspec.DeltaSpecError, match="channels of all groups"):
+        c.merge("d")
+
+
+def test_channels_matter_in_grouped_convolutions_alone() -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 1)), torch.randn(1, 4, 3, 3)
+    c = compiled(model, x, "lora", {"rank": 2, "channels": "all"}, "0")
+    stir(c)
+    torch.testing.assert_close(c.merge("d")(x), c(x))
+
+
 def test_refusals() -> None:
     made = net()
+    assert "set channels: group" in refusal(*made, "lora", {"rank": 2, "use_dora": True, "channels": "all"}, "grouped")
     assert "even rank, not 3" in refusal(*made, "lora", {"rank": 3, "init": "orthogonal"}, "fc")
     assert "use rank: 8" in refusal(*made, "lora", {"rank": 9, "init": "pissa"}, "out")
     assert "linear layers, not Conv2d" in refusal(*made, "lora", {"rank": 2, "init": "pissa"}, "conv")

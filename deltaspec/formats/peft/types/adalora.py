@@ -12,6 +12,7 @@ from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.factors import Update
 from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import Found, differs, found_modules, lacks, misfits
+from deltaspec.formats.peft.words import STARTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 
 METHODS = frozenset({"adalora"})
 """Methods that are written so."""
+KEEPS_ROWS = True
+"""Whether PEFT keeps rows of single tokens beside it."""
 _NAMES = {"lora_A": "down", "lora_E": "singular", "lora_B": "up"}
 _TRAINING = (
-    "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "init_lora_weights",
+    "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
     "fan_in_fan_out", "r", "use_rslora", "use_dora", "alpha_pattern", "lora_bias", "megatron_config", "megatron_core",
     "loftq_config", "eva_config", "corda_config", "runtime_config", "qalora_group_size", "lora_ga_config",
     "use_qalora",
@@ -33,6 +36,7 @@ _TRAINING = (
 def read(adapter: Adapter) -> None:
     """Add the delta of an AdaLoRA adapter. Ranks that were dropped are zeros, as RankAllocator leaves them here."""
     adapter.ignore(*_TRAINING)
+    adapter.options.start("init_lora_weights", True, STARTS, any_case=True)
     initial, target = adapter.options.whole("init_r", 12, 1), adapter.options.whole("target_r", 8, 1)
     alpha = adapter.options.number("lora_alpha", 8)
     params: dict[str, Any] = {"rank": min(target, initial), "initial_rank": initial}
@@ -85,7 +89,7 @@ def _spread(found: Found, mask: list[bool]) -> dict[str, Tensor]:
 
 def write(out: Outgoing) -> None:
     """Write an AdaLoRA adapter. Ranks that were dropped stay in their places, as zeros."""
-    single = Single(out, "ADALORA", "adalora", ("Linear", "Conv1D", "Conv2d"))
+    single = Single(out, "ADALORA", "adalora", ("Linear", "Conv1D", "Conv2d"), rows=KEEPS_ROWS)
     initial = single.agreed("init_r", lambda part: part.params.initial_rank, 12)
     alpha = single.agreed("lora_alpha", lambda part: part.params.alpha, 8)
     target = single.agreed("target_r", lambda part: part.params.rank, 8)

@@ -23,7 +23,8 @@ def read(adapter: Adapter) -> None:
 
     PEFT takes one factor where it finds no CUDA, whatever its configuration says, and saves what it took.
     """
-    adapter.ignore("init_weights", "fan_in_fan_out", "boft_block_num")
+    adapter.ignore("fan_in_fan_out", "boft_block_num")
+    adapter.options.start("init_weights", True)
     size, factors = adapter.options.whole("boft_block_size", 4), adapter.options.whole("boft_n_butterfly_factor", 1)
     dropout = adapter.options.number("boft_dropout", 0.0)
     modules = [

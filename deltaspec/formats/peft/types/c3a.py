@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 METHODS = frozenset({"c3a"})
 """Methods that are written so."""
 _STARTS = {True: "zeros", "gaussian": "normal", "kaiming_uniform": "kaiming_uniform"}
+_WORDS = ("gaussian", "kaiming_uniform", "xavier_uniform")
 
 
 def read(adapter: Adapter) -> None:
@@ -25,7 +26,7 @@ def read(adapter: Adapter) -> None:
         adapter.options.wholes("block_size_pattern", BELOW_ANY, 1),
     )
     params: dict[str, Any] = {"block_size": size}
-    if (start := adapter.options.start("init_weights", False)) in _STARTS:
+    if (start := adapter.options.start("init_weights", False, _WORDS)) in _STARTS:
         params["init"] = _STARTS[start]
     sites = []
     for found in found_modules(adapter, {"c3a_kernel": "kernels"}, {"kernels": 3}):

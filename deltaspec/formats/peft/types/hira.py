@@ -28,7 +28,7 @@ def read(adapter: Adapter) -> None:
     adapter.ignore("fan_in_fan_out")
     rank, ranks = adapter.options.whole("r", 32, 1), ranks_of(adapter)
     params: dict[str, Any] = {"rank": rank}
-    if adapter.options.start("init_weights", True) == "gaussian":
+    if adapter.options.start("init_weights", True, ("gaussian",), any_case=True) == "gaussian":
         params["init"] = "normal"
     if dropout := adapter.options.number("hira_dropout", 0.0):
         params["dropout"] = dropout

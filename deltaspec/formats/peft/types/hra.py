@@ -19,7 +19,7 @@ METHODS = frozenset({"hra"})
 
 def read(adapter: Adapter) -> None:
     """Add the delta of an HRA adapter."""
-    adapter.ignore("init_weights")
+    adapter.options.start("init_weights", True)
     params: dict[str, Any] = {"rank": adapter.options.whole("r", 8, 1)}
     if adapter.options.flag("apply_GS", False):
         params["orthogonal"] = True

@@ -23,7 +23,8 @@ METHODS = frozenset({"ia3"})
 
 def read(adapter: Adapter) -> None:
     """Add the delta of an (IA)³ adapter."""
-    adapter.ignore("init_ia3_weights", "fan_in_fan_out")
+    adapter.ignore("fan_in_fan_out")
+    adapter.options.start("init_ia3_weights", True)
     modules = adapter.options.names("feedforward_modules")
     placed = []
     for found in found_modules(adapter, {"ia3_l": "scale"}, {"scale": None}):

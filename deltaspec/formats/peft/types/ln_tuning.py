@@ -61,7 +61,7 @@ def _split(key: str) -> tuple[str, str, str]:
 def write(out: Outgoing) -> None:
     """Write copies of norms."""
     found = out.take(lambda part: part.method in METHODS)
-    write_aside(out, biases=False)
+    write_aside(out, "LN_TUNING", biases=False)
     for fqn, parts in found.items():
         if reason := unplaced(out, parts[0]):
             out.refuse(parts, reason)

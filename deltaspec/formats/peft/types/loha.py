@@ -25,7 +25,7 @@ _NAMES = {"hada_w1_a": "up_1", "hada_w1_b": "down_1", "hada_w2_a": "up_2", "hada
 
 def read(adapter: Adapter) -> None:
     """Add the delta of a LoHa adapter."""
-    adapter.ignore("init_weights")
+    adapter.options.start("init_weights", True)
     rank, alpha = adapter.options.whole("r", 8, 1), adapter.options.number("alpha", 8)
     ranks, alphas = ranks_of(adapter), alphas_of(adapter)
     params: dict[str, Any] = {"rank": rank, "alpha": alpha}
@@ -99,5 +99,7 @@ def _tensor(part: Part, name: str) -> Tensor | None:
         return None
     value: Tensor = getattr(part.own, name)
     if "core_1" in names:
+        if name.startswith("core"):  # PEFT has one of two dimensions of the kernel, also for Conv1d
+            return value.reshape(*value.shape, *(1,) * (4 - value.dim()))
         return value.t() if name.startswith("up") else value
     return value.flatten(1)

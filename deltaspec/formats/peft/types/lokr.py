@@ -61,7 +61,7 @@ def _params(adapter: Adapter) -> dict[str, Any]:
         params["tucker"] = True
     if (factor := adapter.options.whole("decompose_factor", -1, -1)) != -1:
         params["factor"] = factor
-    if adapter.options.start("init_weights", True) == "lycoris":
+    if adapter.options.start("init_weights", True, ("lycoris",)) == "lycoris":
         params["init"] = "zero_large"
     return params
 
@@ -119,4 +119,6 @@ def _tensor(part: Part, name: str) -> Tensor | None:
     value: Tensor = getattr(part.own, name)
     if "large_core" in names and name == "large_up":
         return value.t()
+    if name == "large_core":  # PEFT has one of two dimensions of the kernel, also for Conv1d
+        return value.reshape(*value.shape, *(1,) * (4 - value.dim()))
     return value.flatten(1) if name == "large_down" else value

@@ -12,10 +12,13 @@ from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.adapter import CONFIG
 from deltaspec.formats.peft.convolutions import refuse_ignored_dilation
-from deltaspec.formats.peft.factors import Update
+from deltaspec.formats.peft.factors import Update, of_groups
 from deltaspec.formats.peft.low_rank import write_updates
 from deltaspec.formats.peft.parameters import factors, matrices_of, places_of
 from deltaspec.formats.peft.targets import alphas_of, by_pattern, check_targets, ranks_of
+from deltaspec.formats.peft.tying import check_tied, tied_targets
+from deltaspec.formats.peft.variants import BlockDiagonal, trained_otherwise
+from deltaspec.formats.peft.words import STARTS
 from deltaspec.methods.shared.parts import spread
 from deltaspec.names.folding import shown
 
@@ -41,15 +44,18 @@ _OURS = {"lora_A.weight": "down", "lora_B.weight": "up", "lora_B.bias": "bias", 
 def read(adapter: Adapter) -> None:
     """Add the delta of a LoRA adapter."""
     adapter.ignore(*_TRAINING)
-    for name in ("use_qalora", "velora_config", "alora_invocation_tokens", "monteclora_config", "layer_replication",
-                 "use_bdlora", "arrow_config", "kasa_config"):  # fmt: skip
+    for name in ("use_qalora", "alora_invocation_tokens", "layer_replication", "arrow_config", "kasa_config"):
         adapter.refuse(name, "there is no method for this variant", "merge it with PEFT: model.merge_and_unload()")
+    trained_otherwise(adapter)
+    blocks = BlockDiagonal(adapter)
     params = _params(adapter)
     rank, alpha, ranks, alphas = params["rank"], params["alpha"], ranks_of(adapter), alphas_of(adapter)
     modules = adapter.modules(*KEYS)
     places = adapter.places(modules)
     stand_for = places_of(adapter, places)
-    check_targets(adapter, {name: fqn for name, fqn in places.items() if stand_for[name].name == name})
+    tied = tied_targets(adapter, places)
+    meant = {name: fqn for name, fqn in places.items() if stand_for[name].name == name and fqn not in tied}
+    check_targets(adapter, meant)
     sites = []
     for module, fqn in places.items():
         place = stand_for[module]
@@ -60,6 +66,7 @@ def read(adapter: Adapter) -> None:
             for suffix in KEYS
             if (value := adapter.tensor_of(module, suffix, f"{_OURS[suffix]} of {fqn}")) is not None
         }
+        tensors = blocks.whole(module, tensors)
         row = adapter.base.rows[fqn]
         if not _fits(adapter, module, row, tensors):
             continue
@@ -76,8 +83,8 @@ def read(adapter: Adapter) -> None:
             tensors = factors(adapter, place, tensors)
         if "magnitude" in tensors:
             tensors["magnitude"] = tensors["magnitude"].flatten()
-        if row.conv_groups > 1:
-            _refuse_groups(adapter, fqn)
+        if row.conv_groups > 1 and not _of_groups(adapter, row, tensors, own):
+            continue
         refuse_ignored_dilation(adapter, fqn)
         differs = {key: value for key, value in own.items() if key not in params or value != params[key]}
         sites.append(IncomingSite(fqn, tensors, differs, place.parameter))
@@ -86,14 +93,25 @@ def read(adapter: Adapter) -> None:
             f"PEFT adds the update of {shown(doubled)} twice, and computes the gradient of one: here it acts twice "
             "(alpha is doubled), and learns by the gradient of both"
         )
+    check_tied(adapter, sites, tied)
     adapter.add("lora", params, sites)
 
 
-def _refuse_groups(adapter: Adapter, fqn: str) -> None:
-    message = f"LoRA on {fqn}, a grouped convolution: PEFT's lora_A sees all of its channels, so the update is no "
-    message += "change of its weight"
-    hint = "train it again without grouped convolutions (exclude_modules), or with LoHa or LoKr there"
-    adapter.find("DS544", message, hint, CONFIG)
+def _of_groups(adapter: Adapter, row: Row, tensors: dict[str, Tensor], own: dict[str, Any]) -> bool:
+    """Read factors of a grouped convolution: PEFT's A sees the channels of all groups, which a weight may not say.
+
+    Return False, with a finding, where nothing here computes the same.
+    """
+    if (grouped := of_groups(tensors["down"], row.conv_groups)) is not None:
+        tensors["down"] = grouped
+        return True
+    if "magnitude" in tensors:
+        message = f"use_dora on {row.fqn}, a grouped convolution: PEFT divides by the norm of a weight that its "
+        message += "factors do not make there"
+        adapter.find("DS544", message, "train it again without use_dora, or without this module", CONFIG)
+        return False
+    own["channels"] = "all"
+    return True
 
 
 def _params(adapter: Adapter) -> dict[str, Any]:
@@ -114,7 +132,14 @@ def _params(adapter: Adapter) -> dict[str, Any]:
 
 def _start(adapter: Adapter) -> dict[str, Any]:
     """Return what the start means for the outputs: PEFT takes some of them out of the base's weights when it loads."""
-    start = adapter.options.start("init_lora_weights", True)
+    given = adapter.option("init_lora_weights", True)
+    if isinstance(given, str) and (found := re.fullmatch(r"pissa_niter_(\d{1,9})", given)):
+        adapter.remark(
+            f"init_lora_weights {given}: PEFT takes a random decomposition out of the base's weights, another one at "
+            "each load; here it is drawn by the spec's seed, and outputs are about as near as those of two loads"
+        )
+        return {"init": "pissa", "svd_iterations": int(found[1])}
+    start = adapter.options.start("init_lora_weights", True, STARTS, any_case=True)
     if start in ("corda", "loftq"):
         reason = {"corda": "it was taken out of the base's weights by data that the adapter does not hold",
                   "loftq": "PEFT quantises the base's weights when it loads the adapter"}[start]  # fmt: skip
@@ -122,12 +147,6 @@ def _start(adapter: Adapter) -> dict[str, Any]:
         adapter.find("DS544", f"init_lora_weights: {start!r}: {reason}", hint, CONFIG)
     if start in ("pissa", "olora"):
         return {"init": start}
-    if isinstance(start, str) and (found := re.fullmatch(r"pissa_niter_(\d{1,9})", start)):
-        adapter.remark(
-            f"init_lora_weights {start}: PEFT takes a random decomposition out of the base's weights, another one at "
-            "each load; here it is drawn by the spec's seed, and outputs are about as near as those of two loads"
-        )
-        return {"init": "pissa", "svd_iterations": int(found[1])}
     if start == "mica":
         adapter.remark("init_lora_weights mica: PEFT trains lora_A alone; further training here moves both factors")
     return {"init": "normal"} if start == "gaussian" else {}

@@ -18,7 +18,8 @@ METHODS = frozenset({"miss"})
 
 def read(adapter: Adapter) -> None:
     """Add the delta of a MiSS adapter; what it computes is what its start was called."""
-    start, dropout = adapter.options.start("init_weights", True), adapter.options.number("miss_dropout", 0.0)
+    start = adapter.options.start("init_weights", True, ("bat", "mini"))
+    dropout = adapter.options.number("miss_dropout", 0.0)
     params: dict[str, Any] = {"rank": adapter.options.whole("r", 64, 1)}
     width = adapter.options.whole("mini_r", 1)
     if start in ("bat", "mini"):

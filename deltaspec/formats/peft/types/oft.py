@@ -22,7 +22,8 @@ _NAMES = {"oft_R.weight": "rotation", "oft_embedding_R.weight": "rotation"}
 
 def read(adapter: Adapter) -> None:
     """Add the delta of an OFT adapter. The width of the blocks is that of the file: PEFT moves it to what divides."""
-    adapter.ignore("init_weights", "fan_in_fan_out", "r")
+    adapter.ignore("fan_in_fan_out", "r")
+    adapter.options.start("init_weights", True)
     adapter.options.whole("oft_block_size", 32)
     params = _params(adapter)
     modules = found_modules(adapter, _NAMES)
@@ -68,6 +69,7 @@ def write(out: Outgoing) -> None:
     """Write an OFT adapter."""
     single = Single(out, "OFT", "oft", ("Linear", "Conv2d", "Embedding"))
     single.keep(lambda part: "PEFT's series of three terms has four" if _terms(part) == 3 else None)
+    single.keep(_whole_kernel)
     size = single.agreed("oft_block_size", lambda part: part.params.block_size, 32)
     shared = single.agreed("block_share", lambda part: part.params.shared_blocks, False)
     series = single.agreed("use_cayley_neumann", lambda part: part.params.transform == "cayley_neumann", True)
@@ -81,6 +83,17 @@ def write(out: Outgoing) -> None:
         r=0, oft_block_size=size, block_share=shared, use_cayley_neumann=series, num_cayley_neumann_terms=terms,
         coft=bound is not None, **({} if bound is None else {"eps": bound}),
     )  # fmt: skip
+
+
+def _whole_kernel(part: Part) -> str | None:
+    """Return why PEFT's layer around a convolution computes something else: it turns patches of what enters."""
+    row = part.at.site.row
+    if row.kind != "conv" or tuple(part.params.patches or ()) == row.shape_of("weight")[2:]:
+        return None
+    kernel = "x".join(map(str, row.shape_of("weight")[2:]))
+    return (
+        f"PEFT's OFT turns {kernel} patches of what enters, in an order of its own (patches), and this one the weight"
+    )
 
 
 def _terms(part: Part) -> int:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 METHODS = frozenset({"prefix"})
 """Methods that are written so."""
-_TRAINING = ("encoder_hidden_size", "prefix_projection", "init_weights")
+_TRAINING = ("encoder_hidden_size", "prefix_projection")
 """Options of what computed the keys and values; the file has what it gave."""
 _OUT = "go on with PEFT for this model, or train a prefix with deltaspec"
 
@@ -32,6 +32,7 @@ _OUT = "go on with PEFT for this model, or train a prefix with deltaspec"
 def read(adapter: Adapter) -> None:
     """Add the delta of a prefix tuning adapter."""
     adapter.ignore(*_TRAINING)
+    adapter.options.word("init_weights", "", ("zero",))
     names = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
     tokens, width, layers, _ = (adapter.options.whole(name, 0, 1) for name in names)
     check_task(adapter)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.outgoing import Outgoing
-from deltaspec.formats.peft.adapter import CONFIG
 from deltaspec.formats.peft.single import Single
 from deltaspec.formats.peft.sites import found_modules, lacks
 
@@ -20,11 +19,8 @@ _VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}
 
 def read(adapter: Adapter) -> None:
     """Add the delta of a RoAd adapter."""
-    adapter.ignore("init_weights")
-    variant = adapter.options.text("variant", "road_1")
-    if variant not in _VARIANTS:
-        adapter.find("DS544", f"variant: {variant!r} is not known here", f"it is one of {', '.join(_VARIANTS)}", CONFIG)
-        return
+    adapter.options.start("init_weights", True)
+    variant = adapter.options.word("variant", "road_1", _VARIANTS)
     params: dict[str, Any] = {"variant": _VARIANTS[variant], "group_size": adapter.options.whole("group_size", 64, 1)}
     modules = found_modules(adapter, {"road_theta": "angle", "road_alpha": "scale"}, {"angle": 1, "scale": 1})
     adapter.add(

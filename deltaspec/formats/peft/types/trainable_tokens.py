@@ -22,7 +22,7 @@ def read(adapter: Adapter) -> None:
 
     Tables that share a weight come once: PEFT saves the same rows at each of them.
     """
-    adapter.ignore("init_weights")
+    adapter.options.start("init_weights", True)
     ids = [] if adapter.options.get("token_indices") is None else adapter.options.items("token_indices", (), int)
     tables = adapter.base.rows
 

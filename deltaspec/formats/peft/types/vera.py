@@ -28,7 +28,8 @@ _NAMES = {"vera_lambda_d": "inner_scale", "vera_lambda_b": "outer_scale"}
 
 def read(adapter: Adapter) -> None:
     """Add the delta of a VeRA adapter."""
-    adapter.ignore("init_weights", "fan_in_fan_out")
+    adapter.ignore("fan_in_fan_out")
+    adapter.options.start("init_weights", True)
     rank = adapter.options.whole("r", 256, 1)
     params: dict[str, Any] = {"rank": rank}
     if dropout := adapter.options.number("vera_dropout", 0.0):
