@@ -29,8 +29,8 @@ _WHY = {
 }
 """What compositions compute that no deltas here come to."""
 _WAYS = {
-    "Average": "read the folders by themselves, and attach them at strengths: c.attach({name: 0.5, …}); or save the mean "
-    "of their weights, with adapters: model.average_adapter(…)",
+    "Average": "read the folders by themselves, and attach them at strengths: c.attach({name: 0.5, …}); or save the "
+    "mean of their weights, with adapters: model.average_adapter(…)",
     "BatchSplit": "give each row its own delta: read the folders by themselves, and pass deltas=[…] to the forward",
     "Parallel": "read the folders by themselves, and run the model once for each",
 }

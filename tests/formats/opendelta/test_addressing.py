@@ -43,6 +43,7 @@ def test_second_name_of_a_place_that_a_model_lacks() -> None:
         "model.decoder@.block@.3.ff@.w1@", "model.decoder@.block@.3.ff@",
     ]  # fmt: skip
     assert addressed(["model.decoder.layers.3.fc2"], ["ff@"], [], opt) == ["model.decoder.layers.3.fc2"]
+    assert in_common("model.decoder.embed_tokens", opt) == ["model.decoder@.embed_tokens"]  # its decoder is met first
 
 
 def test_no_regular_expression() -> None:

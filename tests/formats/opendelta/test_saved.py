@@ -81,16 +81,20 @@ def test_factors_that_do_not_fit_one_another(tmp_path: Path) -> None:
         deltaspec.restore(base_of("opendelta", "compacter_gpt2_n2"), folder)
 
 
+def last_hidden(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=torch.arange(3, 12)[None], output_hidden_states=True).hidden_states[-1]
+    return found
+
+
 def test_what_was_trained_beside_it_is_found_under_another_prefix(tmp_path: Path) -> None:
     folder, head = copied("opendelta", "lora_bert_head", tmp_path), base_of("opendelta", "lora_bert_head")
     held = torch.load(folder / "pytorch_model.bin")
     norms = {name: value + 0.5 for name, value in head.state_dict().items() if "LayerNorm" in name}
     with_head = {**{key: value for key, value in held.items() if "classifier" not in key}, **norms}
-    ids, found = torch.arange(3, 12)[None], []
+    found = []
     for saved in (with_head, {key.removeprefix("bert."): value for key, value in with_head.items()}):
         torch.save(saved, folder / "pytorch_model.bin")
-        for model in (head, head.bert):
-            found.append(deltaspec.restore(model, folder)(input_ids=ids, output_hidden_states=True).hidden_states[-1])
+        found += [last_hidden(deltaspec.restore(model, folder)) for model in (head, head.bert)]
     assert all(torch.equal(found[0], other) for other in found[1:])
     torch.save(held | norms, folder / "pytorch_model.bin")
     with pytest.raises(deltaspec.DeltaSpecError) as caught:
