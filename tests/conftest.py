@@ -9,12 +9,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import HealthCheck, settings
 from plugin_method import Plugin
 
 from deltaspec.methods.registry import GROUP, methods
 
 # Before torch is imported: on models this small, a second thread only waits for the first.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No limit of time: it would fail tests on a machine that does other work, too.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 NUMBER = pytest.StashKey[int]()
 """Which of its test's cases an item is."""

@@ -11,7 +11,7 @@ from deltaspec.documents.document import from_data, from_text
 
 
 @given(documents)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_data_given_in_python_is_copied(data):
     document = from_data(data)
     assert document.data == data

@@ -86,7 +86,7 @@ def test_ten_megabytes_are_not_even_parsed(tmp_path):
 
 
 @given(st.text(max_size=60), st.sampled_from(["t.yaml", "t.json"]))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_any_text_gives_data_or_findings(text, name):
     try:
         assert isinstance(from_text(text, name).data, dict)

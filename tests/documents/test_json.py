@@ -12,7 +12,7 @@ from deltaspec.documents.document import from_text
 
 
 @given(documents, st.sampled_from([None, 1, "\t"]), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_json_gives_what_json_dumps_wrote(data, indent, ascii_only):
     assert from_text(json.dumps(data, indent=indent, ensure_ascii=ascii_only), "t.json").data == data
 

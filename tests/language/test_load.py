@@ -47,7 +47,7 @@ specs = st.fixed_dictionaries(
 
 
 @given(specs)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_whatever_the_checks_let_through_parses_and_reads_back(data):
     try:
         spec = load(data)

@@ -41,7 +41,7 @@ pieces = st.sampled_from(["**", "*", "a", "b", "ab", "a*", "*a", "*a*b", "a*b*a"
     st.lists(pieces, min_size=1, max_size=6).map(tuple),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=6).map(tuple),
 )
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 def test_globs_match_by_their_definition(glob, name):
     assert fullmatch(compile_glob(".".join(glob)), ".".join(name)) == plainly(glob, name)
 
@@ -125,7 +125,7 @@ def test_matching_stops_in_time():
 
 
 @given(st.text("ab.()[]{}*+?|^$\\d\\w1,<>!=:", max_size=30))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_text_is_a_pattern_or_a_pattern_error(text):
     for compiler in (compile_glob, compile_regex):
         try:

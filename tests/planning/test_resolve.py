@@ -45,7 +45,7 @@ def test_counts_equal_what_is_built() -> None:
     assert planned.trainable == sum(delta.trainable for delta in planned.deltas)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_any_choice_of_linears_has_the_count_of_the_formula(data: st.DataObject) -> None:
     model = Net(width=data.draw(st.sampled_from([4, 6, 8])), layers=data.draw(st.integers(1, 5)))

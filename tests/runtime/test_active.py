@@ -107,7 +107,7 @@ def train(compiled: CompiledModel, inputs: Any) -> None:
 
 
 @pytest.mark.parametrize("architecture", TARGETS)
-@settings(max_examples=12, deadline=None, database=None, phases=[Phase.generate], derandomize=True)
+@settings(max_examples=12, database=None, phases=[Phase.generate], derandomize=True)
 @given(walk=st.lists(steps, min_size=2, max_size=6))
 def test_bits_depend_on_the_active_set_and_the_tensors_alone(architecture, walk):
     model, inputs, _ = planned(architecture)

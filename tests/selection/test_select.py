@@ -163,7 +163,7 @@ def composed(children):
     return unions | meets | minus | both
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.recursive(st.lists(KEYS, min_size=1, max_size=3).map(conjunction), composed, max_leaves=8))
 def test_any_all_and_not_are_set_operations(case):
     document, expected = case

@@ -88,7 +88,7 @@ def everything(data):
     return [*refused, *check(document, builtin_methods(), refused, lambda _: True)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(documents())
 def test_what_is_accepted_has_no_finding_that_jsonschema_or_pydantic_would_make(data):
     known = builtin_methods()
