@@ -14,6 +14,7 @@ from written_elsewhere import base_of, copied, difference, inputs
 
 import deltaspec
 from deltaspec.diagnostics.findings import DeltaSpecError
+from deltaspec.formats.convert import convert
 
 CASE = "average_lora_bert"
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
@@ -41,6 +42,19 @@ def test_strengths(tmp_path: Path) -> None:
     folder = changed(lambda s: s["kwargs"].update(weights=[0.25, 0.75]), copied("adapterhub", CASE, tmp_path))
     compiled = deltaspec.restore(base_of("adapterhub", CASE), folder)
     assert dict(compiled.strengths) == {"adapter-a": 0.125, "adapter-b": 0.375}
+
+
+def test_converted(tmp_path: Path) -> None:
+    """Deltas of one selector are written out each, and come back at their strengths."""
+    model, (given, _) = base_of("adapterhub", CASE), inputs("adapterhub", CASE)
+    folder = changed(lambda s: s["kwargs"].update(weights=[0.25, 0.75]), copied("adapterhub", CASE, tmp_path))
+    shutil.rmtree(folder / "b")
+    shutil.copytree(folder / "a", folder / "b")  # on the same places
+    spec = convert(folder, tmp_path / "out", model).spec
+    assert [delta.name for delta in deltaspec.load(spec).deltas] == ["adapter-a", "adapter-b"]
+    restored = deltaspec.restore(model, tmp_path / "out")
+    assert dict(restored.strengths) == {"adapter-a": 0.125, "adapter-b": 0.375}
+    assert torch.equal(restored(**given).logits, deltaspec.restore(model, folder)(**given).logits)
 
 
 def test_weight_of_zero(tmp_path: Path) -> None:
