@@ -173,6 +173,7 @@ CODES: dict[str, str] = {
     "DS575": "adapter of a model in shards",
     "DS585": "input of another module that a delta cannot read",
     "DS586": "forward without the module whose input a delta reads",
+    "DS587": "foreign head whose labels are not those of the base model",
     "DS590": "output that would lie in what is read",
     "DS591": "model whose files lack weights",
     # DS6: engine

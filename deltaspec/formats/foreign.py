@@ -149,10 +149,13 @@ class Foreign(Unread):
                 found[key] = (row.fqn, own)
         return found
 
-    def in_full(self, part: str, keys: Iterable[str]) -> None:
-        """Add a delta that puts these tensors in place of the base's own, but for those that are the base's own."""
+    def in_full(self, part: str, places: Mapping[str, tuple[str, str]]) -> None:
+        """Add a delta that puts tensors in place of the base's own, but for those that are the base's own.
+
+        `places` has each one's module and own name there, as `owned` gives them.
+        """
         sites = []
-        for key, (fqn, own) in self.owned(keys).items():
+        for key, (fqn, own) in places.items():
             row = self.base.rows[fqn]
             value = self.take(key, f"{below(fqn, own)}, in full", row.shape_of(own))
             if value is None:

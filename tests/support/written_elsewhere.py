@@ -19,10 +19,10 @@ FIXTURES = Path(__file__).parent.parent / "formats" / "fixtures"
 
 
 @cache
-def base(library: str, name: str, kind: str) -> Any:
+def base(library: str, name: str, kind: str, **settings: Any) -> Any:
     """Return a base model, under the attention that the libraries ran with. Nobody changes it."""
     model = getattr(transformers, kind).from_pretrained(
-        FIXTURES / library / "bases" / name, attn_implementation="eager"
+        FIXTURES / library / "bases" / name, attn_implementation="eager", **settings
     )
     return model.eval()
 
@@ -30,7 +30,7 @@ def base(library: str, name: str, kind: str) -> Any:
 def base_of(library: str, case: str) -> Any:
     """Return the base model of a case."""
     about = json.loads((FIXTURES / library / "cases.json").read_text())[case]
-    return base(library, about["base"], about["class"])
+    return base(library, about["base"], about["class"], **about.get("settings", {}))
 
 
 def copied(library: str, case: str, folder: Path) -> Path:

@@ -52,6 +52,20 @@ def read_invertible(adapter: Adapter, options: Options, activation: str, part: s
     )
 
 
+def read_inverse(adapter: Adapter, site: str | None, kind: str) -> None:
+    """Add its inverse, which flexible heads of language models run on what enters their last layer."""
+    if site is None:
+        why = f"in AdapterHub its inverse runs before the last layer of the head, which {kind} has no place for"
+        adapter.unsupported("invertible adapter", why, "merge it, or train it anew without inv_adapter")
+        return
+    forward = [d for d in adapter.incoming.deltas if adapter.domains.get(d.name) == EMBEDDINGS]
+    for delta in reversed(forward):
+        tensors = {own: -value if own.startswith("up") else value for own, value in delta.sites[0].tensors.items()}
+        part = delta.name.removeprefix(f"{adapter.name}-").replace("invertible", "inverse")
+        adapter.add("adapter", delta.params, [IncomingSite(site, tensors)], part)
+        adapter.domains[adapter.incoming.deltas[-1].name] = EMBEDDINGS
+
+
 def _half(adapter: Adapter, keys: dict[str, str], name: str, site: str) -> dict[str, Tensor] | None:
     """Take one of the two networks, as an adapter of both halves."""
     taken: list[Tensor] = []

@@ -24,8 +24,8 @@ _HERE = (CONFIG, *WEIGHTS, heads.CONFIG, *heads.WEIGHTS)
 FILES = (*_HERE, SETUP, *(f"*/{file}" for file in _HERE), "*/adapter_fusion_config.json",
          "*/pytorch_model_adapter_fusion.bin")  # fmt: skip
 
-_FLEXIBLE = "AdapterModel"
-"""End of the names of AdapterHub's own classes, whose heads no class of transformers has."""
+_FLEXIBLE = ("AdapterModel", "ModelWithHeads")
+"""Ends of the names of AdapterHub's own classes, with flexible heads."""
 
 
 def recognises(folder: Path) -> bool:
@@ -45,9 +45,10 @@ def base_of(folder: Path) -> tuple[str | None, Wanted]:
     config = unread.json(CONFIG)
     head = unread.json(heads.CONFIG) if (folder / heads.CONFIG).is_file() else {}
     name, kind, labels = config.get("model_name"), config.get("model_class"), head.get("num_labels")
-    own = isinstance(kind, str) and not kind.endswith(_FLEXIBLE)
-    settings = {"num_labels": labels} if isinstance(labels, int) and own else {}
-    return name if isinstance(name, str) and name else None, Wanted(kind if own else None, settings)
+    if not isinstance(kind, str) or kind.endswith(_FLEXIBLE):
+        kind, labels = heads.class_of(unread, head)
+    settings = {"num_labels": labels} if isinstance(labels, int) and kind is not None else {}
+    return name if isinstance(name, str) and name else None, Wanted(kind, settings)
 
 
 def signature(folder: Path) -> bytes | None:

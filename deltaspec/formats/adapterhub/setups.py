@@ -1,4 +1,4 @@
-"""Setups of several AdapterHub adapters: a Stack comes in where each of its members can be a delta of its own.
+"""Setups of several AdapterHub adapters: those come in whose members can be deltas of their own.
 
 Read in `adapter_layer_base.py` and `bottleneck.py` of adapters 1.3: in a Stack, each bottleneck's h is what the one
 before made of it, the residual stream is added for each anew, and what is behind the last one is as that one says.
@@ -13,6 +13,7 @@ from typing import Any
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.formats.adapterhub.adapter import Adapter
+from deltaspec.formats.adapterhub.averages import averaged, weights_of
 from deltaspec.formats.adapterhub.chains import chained, chains
 from deltaspec.formats.adapterhub.invertible import EMBEDDINGS
 from deltaspec.formats.base import Base
@@ -21,6 +22,8 @@ from deltaspec.formats.unread import Unread
 from deltaspec.names.folding import shown
 
 SETUP = "adapter_setup.json"
+_SETUPS = ("Stack", "Average")
+"""Types that are read."""
 _ORDER = "hsy"
 """Domains of bottlenecks (see `forms.py`): each leaves those before it to come."""
 _WHY = {
@@ -39,7 +42,12 @@ _WAYS = {
 def read_setup(folder: Path, base: Base, name: str, read: Callable[[Path, Base, str], Adapter]) -> Incoming:
     """Read the adapters of a setup, in order of application. Raises DeltaSpecError with all findings."""
     unread = Unread(folder)
-    members = _members(unread, unread.json(SETUP))
+    data = unread.json(SETUP)
+    members = _members(unread, data)
+    setup = data.get("adapter_setup")
+    setup = setup if isinstance(setup, dict) and setup.get("type") in _SETUPS else {"type": "Stack"}
+    kind = str(setup["type"])
+    weights = weights_of(unread, setup, len(members), SETUP) if kind == "Average" and not unread.findings else []
     unread.settle()
     adapters, findings = list[Adapter](), list[Diagnostic]()
     for member in members:
@@ -49,9 +57,13 @@ def read_setup(folder: Path, base: Base, name: str, read: Callable[[Path, Base, 
             findings += error.diagnostics
     if findings:
         raise DeltaSpecError(findings)
-    incoming = Incoming(folder, f"AdapterHub Stack of {', '.join(members)}")
+    incoming = Incoming(folder, f"AdapterHub {kind} of {', '.join(members)}")
     incoming.base = adapters[0].incoming.base
-    incoming.deltas = _stacked(unread, name, adapters)
+    if weights:
+        heads = _heads(unread, name, adapters)
+        incoming.deltas = [*heads, *averaged(unread, adapters, weights, _WAYS[kind], SETUP)]
+    else:
+        incoming.deltas = _stacked(unread, name, adapters)
     for member, adapter in zip(members, adapters, strict=True):
         incoming.account |= {f"{member}: {key}": became for key, became in adapter.incoming.account.items()}
         incoming.remarks += [remark for remark in adapter.incoming.remarks if remark not in incoming.remarks]
@@ -60,12 +72,12 @@ def read_setup(folder: Path, base: Base, name: str, read: Callable[[Path, Base, 
 
 
 def _members(unread: Unread, data: dict[str, Any]) -> list[str]:
-    """Return the names of the adapters of a Stack of single ones; anything else is a finding."""
+    """Return the names of the adapters of a setup of single ones; anything else is a finding."""
     if data.get("head_setup") is not None:
         message = "has a setup of flexible heads, which models here have no place for"
         unread.find("DS549", message, "read the adapters by themselves, by the names of their folders", SETUP)
     setup = data.get("adapter_setup")
-    nodes = [setup] if not isinstance(setup, dict) or setup.get("type") != "Stack" else setup.get("children")
+    nodes = [setup] if not isinstance(setup, dict) or setup.get("type") not in _SETUPS else setup.get("children")
     found: list[str] = []
     for node in nodes if isinstance(nodes, list) else []:
         kind = node.get("type") if isinstance(node, dict) else None
@@ -78,6 +90,9 @@ def _members(unread: Unread, data: dict[str, Any]) -> list[str]:
             hint = _WAYS.get(str(kind), "read the adapters by themselves, by the names of their folders")
             why = _WHY.get(str(kind), "which no deltas here come to")
             unread.find("DS549", f"its setup has a {kind}, {why}", hint, SETUP)
+    for twice in sorted({member for member in found if found.count(member) > 1}):
+        message = f"its setup has {twice} twice, and two deltas of one name cannot be had"
+        unread.find("DS549", message, "give the second one another folder", SETUP)
     if not found and not unread.findings:
         unread.find("DS544", "adapter_setup names no adapters", "save the setup again", SETUP)
     return found
@@ -97,14 +112,11 @@ def _stacked(unread: Unread, name: str, adapters: list[Adapter]) -> list[Incomin
     """Return the deltas of a Stack's members in the order in which they come to the same."""
     first, before = list[IncomingDelta](), list[IncomingDelta]()
     seen: dict[str, tuple[str, str]] = {}
-    heads: list[IncomingDelta] = []
+    heads = _heads(unread, name, adapters)
     for adapter in adapters:
         own: dict[str, str] = {}
         for delta in adapter.incoming.deltas:
             domain = adapter.domains.get(delta.name)
-            if delta.method == "full":
-                _same_head(unread, heads, delta, name)
-                continue
             if delta.method == "lora" and chains(first, delta):
                 delta = chained(first, delta)
                 adapter.remark("LoRAs in a Stack, of which the second sees what the first adds, are multiplied to one")
@@ -144,6 +156,17 @@ def _may_follow(last: str, domain: str) -> bool:
 def _shared(deltas: list[IncomingDelta], delta: IncomingDelta) -> list[str]:
     places = {site.fqn for other in deltas if other.method in ("lora", "ia3") for site in other.sites}
     return [site.fqn for site in delta.sites if site.fqn in places]
+
+
+def _heads(unread: Unread, name: str, adapters: list[Adapter]) -> list[IncomingDelta]:
+    """Take the head of all members, which is one, out of each."""
+    heads: list[IncomingDelta] = []
+    for adapter in adapters:
+        for delta in adapter.incoming.deltas:
+            if delta.method == "full":
+                _same_head(unread, heads, delta, name)
+        adapter.incoming.deltas = [delta for delta in adapter.incoming.deltas if delta.method != "full"]
+    return heads
 
 
 def _same_head(unread: Unread, heads: list[IncomingDelta], delta: IncomingDelta, name: str) -> None:

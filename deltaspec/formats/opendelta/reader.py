@@ -71,7 +71,7 @@ def read(folder: Path, base: Base, name: str) -> Incoming:
     changed = [m for kind in kinds for infix in known_types()[kind].INFIXES for m in saved.modules(infix) if m]
     saved.places(changed)  # says what the model that it was trained in is here
     beside = [key for key in saved.weights if kinds != ["bitfit"] or not key.endswith("bias")]
-    saved.in_full("trained", beside)
+    saved.in_full("trained", saved.owned(beside))
     trained_in = base_of(folder)[1].kind
     lost = [key for key in beside if key in saved.weights and not _of_a_delta(key, kinds)]
     if lost and trained_in not in (None, base.table.model_class):

@@ -13,7 +13,7 @@ NEEDS = "nothing"
 def read(saved: Saved, options: Options, part: str) -> None:
     """Add the deltas: trained biases in place of the base's, and those that are new."""
     saved.meant(options)
-    saved.in_full(part, [key for key in saved.weights if key.endswith("bias")])
+    saved.in_full(part, saved.owned(key for key in saved.weights if key.endswith("bias")))
     added = {key: key.rpartition(".")[0] for key in saved.weights if key.rpartition(".")[2] == "bias"}
     owners = {key: module.removesuffix(".bitfit") for key, module in added.items()}
     places = saved.places(dict.fromkeys(owners.values()))
