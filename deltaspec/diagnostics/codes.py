@@ -147,7 +147,7 @@ CODES: dict[str, str] = {
     "DS537": "saved delta that fits in several places",
     "DS538": "foreign adapter whose files lack part of it",
     "DS539": "foreign adapter whose files can be read in two ways",
-    "DS540": "directory that holds several adapters",
+    "DS540": "directory that holds adapters in folders of their own",
     "DS541": "foreign adapter that fits no delta here",
     "DS542": "foreign adapter that needs the base model's weights",
     "DS543": "foreign adapter whose files do not fit each other",

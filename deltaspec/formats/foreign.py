@@ -177,6 +177,11 @@ class Foreign(Unread):
         own = next(p for p in self.base.rows[site.fqn].parameters if p.name == site.parameter)
         return min((own.fqn, *own.tied))
 
+    def leave_own(self, key: str, fqn: str) -> None:
+        """Take a key that holds what the base has there anyway, as a model's whole state does."""
+        if self._same(fqn, self.weights[key]):
+            self.take(key, "the base's own values: not needed")
+
     def _same(self, fqn: str, value: Tensor) -> bool:
         import torch
 

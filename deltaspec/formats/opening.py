@@ -100,13 +100,18 @@ def refuse_no_adapter(folder: Path) -> None:
     elif inside := adapters_in(folder):
         named = ", ".join(path.name for path in inside[:8]) + " …" * (len(inside) > 8)
         hint = f"name one of them, such as {folder / inside[0].name}; c.library(dir, by='folder') takes them all"
+        if len(inside) == 1:
+            refuse("DS540", f"holds no adapter itself, but one in {named}", f"name {folder / named}")
         refuse("DS540", f"holds several adapters: {named}", hint)
 
 
 def no_adapter(folder: Path) -> DeltaSpecError:
     """Return the error (DS521) about a directory in which there is nothing that can be read."""
-    message = "holds neither saved deltas nor an adapter of PEFT, AdapterHub or OpenDelta"
-    return DeltaSpecError([Diagnostic("DS521", message, str(folder), suggestion=WAYS)])
+    message, hint = "holds neither saved deltas nor an adapter of PEFT, AdapterHub or OpenDelta", WAYS
+    if (folder / CONFIG).is_file():
+        message += f": its {CONFIG} names no type"
+        hint = 'write the type into it, as PEFT does ("peft_type": "LORA"), or save the adapter again'
+    return DeltaSpecError([Diagnostic("DS521", message, str(folder), suggestion=hint)])
 
 
 def open_set(directory: str | PathLike[str], base: Callable[[], Base], name: str | None = None) -> DeltaSet:

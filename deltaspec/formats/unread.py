@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EINVAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MOST_JSON = 16 << 20
+_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What a file begins with that Git LFS did not fetch."""
+_CODE = re.compile(r"\bGLOBAL ([\w.]+)")
+"""How torch names what a pickle would have called."""
 _DTYPES = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
     "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.int64": "I64", "torch.int32": "I32",
@@ -60,6 +66,8 @@ class Unread:
     def json(self, file: str) -> dict[str, Any]:
         """Read a JSON object. Raises DeltaSpecError where there is none."""
         try:
+            if is_pipe(self.folder / file):
+                raise OSError(EINVAL, "it is a pipe or a device, which has no end")
             with (self.folder / file).open("rb") as stream:
                 content = stream.read(_MOST_JSON + 1)
             if len(content) > _MOST_JSON:
@@ -96,8 +104,15 @@ class Unread:
     @contextmanager
     def _reading(self, file: str) -> Iterator[Path]:
         """Add a finding, and raise DeltaSpecError, where a file of tensors cannot be read."""
+        path = self.folder / file
         try:
-            yield self.folder / file
+            if is_pipe(path):
+                raise OSError(EINVAL, "it is a pipe or a device, which has no end")
+            if _begins(path, _POINTER):
+                raise _PointerError
+            yield path
+        except _PointerError:
+            self.find("DS522", "is a pointer of Git LFS, not the file itself", "fetch it: git lfs pull", file)
         except OSError as error:
             self.find("DS521", f"cannot be read: {error.strerror or error}", "restore the file", file)
         except (ValueError, RuntimeError) as error:
@@ -106,6 +121,20 @@ class Unread:
         else:
             return
         raise DeltaSpecError(self.findings)
+
+
+class _PointerError(Exception):
+    """A file of Git LFS that was not fetched."""
+
+
+def is_pipe(path: Path) -> bool:
+    """Return whether something is there that is neither a file nor a directory: reading it may never end."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _begins(path: Path, start: bytes) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(start)) == start
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -143,14 +172,30 @@ def _pickled(path: Path, device: str) -> dict[str, Tensor]:
 
     try:
         found = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, IndexError, TypeError) as error:
+    except pickle.UnpicklingError as error:  # torch's own text goes on to tell how to run it
+        code = _CODE.search(str(error))
+        held = f"it holds code, {code[1]}, of which nothing was run" if code else "it is no pickle of tensors alone"
+        raise ValueError(held) from error
+    except EOFError as error:
+        raise ValueError("it ends too early") from error
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise ValueError(one_line(str(error))) from error
     if not isinstance(found, dict):
         raise ValueError(f"it holds a {type(found).__name__}, not a dict of tensors")
     wrong = [key for key, value in found.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))]
     if wrong:
         raise ValueError(f"it holds more than tensors, such as {str(wrong[0])[:80]!r}")
+    odd = [key for key, value in found.items() if not _has_values(value, device)]
+    if odd:
+        raise ValueError(f"{odd[0][:80]!r} is sparse, quantised or without values: no plain tensor")
     return found
+
+
+def _has_values(value: Tensor, device: str) -> bool:
+    """Return whether a tensor is a plain one, with values where they were asked for."""
+    import torch
+
+    return value.layout is torch.strided and not value.is_quantized and value.device.type == device
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -228,6 +228,8 @@ def test_bad_input(llama: Any, base: Path, tmp_path: Path, damage: Any, code: st
 def test_a_folder_of_adapters_is_not_one(llama: Any, tmp_path: Path) -> None:
     adapter(llama, tmp_path / "all" / "de")
     assert codes(deltaspec.restore, llama, tmp_path / "all") == {"DS540"}
+    with pytest.raises(deltaspec.DeltaSpecError, match=r"holds no adapter itself, but one in de\n.*name .*all.de"):
+        deltaspec.restore(llama, tmp_path / "all")
     assert codes(deltaspec.restore, llama, tmp_path) == {"DS521"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from deltaspec.formats.foreign import Foreign, without_wrappers
 from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.options import Options
 from deltaspec.formats.peft.words import TASKS
+from deltaspec.names.folding import shown
 from deltaspec.names.paths import below
 
 if TYPE_CHECKING:
@@ -19,10 +21,25 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_FAST = "TransformerEncoderLayer"
+"""torch's layer that has a fast path."""
+DEFAULT = "default"
+"""What PEFT calls an adapter that nobody named."""
 _COMMON = (
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
 )  # fmt: skip
 """Options of all types that say nothing of what the adapter computes."""
+
+
+_LAYER_KEY = re.compile(r"(lora|hada|lokr|ia3|oft|boft|vera|hra|hira|road|miss|c3a|delora|fourierft|trainable)_\w+")
+"""What PEFT's layers call the collections that hold a tensor for each adapter."""
+
+_COPIES = ("modules_to_save", "ln_tuning_layers")
+"""What its wrappers call the copies of a module that they hold."""
+_AROUND = ("base_layer", "token_adapter")
+"""What PEFT's layers and wrappers call what they are around, and are called beside it."""
+_NORM = "lora_magnitude_vector"
+"""A module in PEFT, and a tensor in what it saves."""
 
 
 class Adapter(Foreign):
@@ -46,9 +63,9 @@ class Adapter(Foreign):
 
     def plain(self, key: str) -> str:
         """Return a key without the wrappers of PEFT and torch."""
-        segments = without_wrappers(key).split(".")
+        segments = without_adapter_name(without_wrappers(key).split("."))
         if segments[:1] != ["base_model"]:
-            return super().plain(key)
+            return super().plain(".".join(segments))
         # `base_model` is all that types without layers of their own put in front
         return super().plain(".".join(segments[2:] if segments[1:2] == ["model"] else segments[1:]))
 
@@ -56,7 +73,7 @@ class Adapter(Foreign):
         """Return what the base model calls a module that PEFT's layers are around; its own may be called as those."""
         if module in self.base.rows:
             return module
-        return super().called(".".join(segment for segment in module.split(".") if segment != "base_layer"))
+        return super().called(".".join(segment for segment in module.split(".") if segment not in _AROUND))
 
     def _said(self, name: str) -> str | None:
         return None if self.config.get(name) is None else self.options.text(name, "") or None
@@ -95,7 +112,31 @@ class Adapter(Foreign):
 
     # Result.
 
+    def _remark_fast_path(self) -> None:
+        """Say where PEFT in evaluation mode leaves out what it computes in training."""
+        changed = {site.fqn for delta in self.incoming.deltas if delta.method != "full" for site in delta.sites}
+        layers = [row.fqn for row in self.base.table.rows if _FAST in row.bases]
+        if passed := [fqn for fqn in layers if any(at.startswith(f"{fqn}.") for at in changed)]:
+            self.remark(
+                f"in evaluation mode torch's fast path reads the weights in {shown(passed)} by itself, so PEFT "
+                "computes there without the adapter, unlike in training: here it acts in both"
+            )
+
     def finish(self) -> Incoming:
         """Return what was read. Raises DeltaSpecError where an option or a key was not taken, or nothing was found."""
         self.options.finish(self.type)
+        for key, (fqn, own) in self.owned(self.weights).items() if not self.findings else ():
+            self.leave_own(key, below(fqn, own))
+        self._remark_fast_path()
         return super().finish()
+
+
+def without_adapter_name(segments: list[str]) -> list[str]:
+    """Return a key's segments without the name of the adapter: a model's own `state_dict` has it, what is saved not."""
+    for at, segment in enumerate(segments[:-1]):
+        if segment in _COPIES:
+            return segments[:at] + segments[at + 1 + (segments[at + 1] == DEFAULT) :]
+        if _LAYER_KEY.fullmatch(segment):
+            rest = segments[at + 1 + (segments[at + 1] == DEFAULT) :]
+            return segments[: at + 1] + (rest if segment != _NORM else [])
+    return segments

@@ -155,7 +155,7 @@ def _decomposes(adapter: Adapter, own: list[IncomingDelta], fqn: str) -> bool:
     """Return whether the type's own delta scales what a module puts out, and takes the backbone's bias out for that."""
     there = (delta for delta in own if any(site.fqn == fqn for site in delta.sites))
     dora = any(delta.params.get("use_dora") for delta in there)
-    return dora and adapter.base.rows[fqn].kind in ("linear", "conv1d")
+    return dora and adapter.base.rows[fqn].kind in ("linear", "conv1d", "conv")
 
 
 def _shifts(adapter: Adapter, sites: list[IncomingSite]) -> None:
@@ -167,6 +167,10 @@ def _shifts(adapter: Adapter, sites: list[IncomingSite]) -> None:
     changes = []
     for site in sites:
         value, own = site.tensors["bias"], adapter.base.tensor(below(site.fqn, "bias"))
+        if value.shape != own.shape:
+            message = f"bias of {site.fqn} is {list(value.shape)}, and must be {list(own.shape)} here"
+            adapter.find("DS526", message, "the adapter is for a model of other widths", adapter.file)
+            continue
         changes.append(IncomingSite(site.fqn, {"bias": value - own.to("cpu", value.dtype)}))
     adapter.add("bitfit", {}, changes, "shift")
 

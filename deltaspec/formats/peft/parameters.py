@@ -39,6 +39,8 @@ class Place:
     """PEFT adds the update twice."""
     bypassed: bool = False
     """PEFT changes the weight, and drops nothing."""
+    idle: bool = False
+    """PEFT's layer is there, and is never called."""
 
 
 def places_of(adapter: Adapter, places: Mapping[str, str]) -> dict[str, Place]:
@@ -53,6 +55,8 @@ def places_of(adapter: Adapter, places: Mapping[str, str]) -> dict[str, Place]:
         elif module.endswith(f"{_WRAPPED}.out_proj") and _PACKED in rows[fqn.rpartition(".")[0]].bases:
             owner = module.removesuffix(f"{_WRAPPED}.out_proj")
             found[module] = Place(fqn, owner, doubled=True, bypassed=True)
+        elif not targets and fqn.rpartition(".")[2] == "out_proj" and _PACKED in rows[fqn.rpartition(".")[0]].bases:
+            found[module] = Place(fqn, module, idle=True)
     if targets:
         found |= _by_parameter(adapter, places, targets)
     return found

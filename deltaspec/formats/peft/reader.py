@@ -14,6 +14,7 @@ from deltaspec.formats.peft import types
 from deltaspec.formats.peft.adapter import CONFIG, WEIGHTS, Adapter
 from deltaspec.formats.peft.base_model import base_named_in
 from deltaspec.formats.peft.beside import read_beside
+from deltaspec.formats.unread import is_pipe
 from deltaspec.names.packages import modules_in
 from deltaspec.names.patterns import PatternError
 
@@ -46,6 +47,8 @@ def base_of(folder: Path) -> tuple[str | None, Wanted]:
 
 def signature(folder: Path) -> bytes | None:
     """Return an adapter's configuration and the list of its tensors, as they lie on disk."""
+    if is_pipe(folder / WEIGHTS[0]):
+        return None
     try:
         with (folder / WEIGHTS[0]).open("rb") as file:
             length = file.read(8)

@@ -7,6 +7,7 @@ What a training tool says of LoRA is brought into PEFT's words, and those into o
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from deltaspec.diagnostics.findings import Diagnostic
+from deltaspec.diagnostics.wording import show_value
 from deltaspec.documents.document import MAX_BYTES, Document
 
 _OURS = ("deltaspec", "deltas", "selectors", "expect")
@@ -51,7 +53,12 @@ def other_tool(document: Document) -> Diagnostic | None:
     for name, article, is_its, in_peft in _TOOLS:
         if is_its(data):
             reads = f": deltaspec convert {_folder(document.name, 'DIRECTORY')} -o OUT reads it"
-            message = f"this is {article} {name} configuration{reads if name in _CONVERTED else ', not a spec'}"
+            reads = reads if name in _CONVERTED else ", not a spec"
+            if name == "PEFT" and (unread := _unread_type(data)) is not None:
+                hint = "there is no method for it: merge it into its base with PEFT (model.merge_and_unload())"
+                message = f"this is a PEFT configuration of type {show_value(unread)}, which deltaspec cannot read"
+                return document.diagnostic("DS226", message, ("peft_type",), hint)
+            message = f"this is {article} {name} configuration{reads}"
             return document.diagnostic("DS226", message, (), _as_spec(in_peft(data)))
     if _is_model(data):
         hint = f"a spec says which deltas change which of its modules: deltaspec tree {_folder(document.name, 'MODEL')}"
@@ -77,9 +84,19 @@ def _as_spec(config: dict[str, Any] | str) -> str:
     if found is None:
         return "what spec it becomes depends on its model, and on the weights that lie beside it"
     spec, left_out = found
-    text = yaml.safe_dump(spec, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True)
+    plain = json.loads(json.dumps(spec))  # what is meant twice is written twice, not as an anchor
+    text = yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True)
     beside = f" (without {', '.join(left_out)}, which it has no word for)" if left_out else ""
     return f"as a spec it would be{beside}: {text.strip()}"
+
+
+def _unread_type(config: Mapping[str, Any]) -> object | None:
+    """Return the type that a PEFT configuration names, where no method is for it."""
+    from deltaspec.language.checks.translation import our_name
+    from deltaspec.methods.registry import builtin_methods
+
+    kind = config.get("peft_type", "LORA")
+    return None if isinstance(kind, str) and our_name(kind.upper()) in builtin_methods() else kind
 
 
 def _is_peft(data: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import peft
 import pytest
 import torch
 from beside_peft import moved, saved
-from peft_bases import base
+from peft_bases import IDS, base
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,3 +79,60 @@ def test_a_configuration_of_another_adapter(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 2}))
     with pytest.raises(deltaspec.DeltaSpecError, match="lokr has none with these parameters"):
         deltaspec.restore(base("llama"), folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("llama", peft.LoraConfig(**QV, use_dora=True, r=2)),
+        ("llama", peft.LoraConfig(**QV, r=2, trainable_token_indices=[1, 2], modules_to_save=["lm_head"])),
+        ("llama", peft.LoraConfig(target_modules=["embed_tokens"], r=2)),
+        ("llama", peft.FourierFTConfig(**QV, n_frequency=9)),
+        ("bert", peft.IA3Config(target_modules=["query"], feedforward_modules=[], task_type="SEQ_CLS")),
+    ],
+    ids=["dora", "rows", "embedding", "fourierft", "ia3"],
+)
+@pytest.mark.parametrize("whole", [False, True], ids=["adapter", "whole"])
+def test_a_state_as_the_model_has_it(name: str, config: Any, whole: bool, tmp_path: Path) -> None:
+    # As DeepSpeed and FSDP gather it: with the adapter's name in each key, and all of the base beside it.
+    made = moved(base(name), config)
+    folder = saved(made, tmp_path / "french")
+    state = {key: value.detach().clone() for key, value in made.state_dict().items()}
+    trained = {key for key, parameter in made.named_parameters() if parameter.requires_grad}
+    save_file({key: value for key, value in state.items() if whole or key in trained}, folder / FILE)
+    assert (made(IDS).logits - deltaspec.restore(base(name), folder)(IDS).logits).abs().max() < 1e-5
+
+
+def test_ranks_that_two_patterns_say_and_saving_sorted(tmp_path: Path) -> None:
+    # PEFT goes by the first key in training, sorts keys when it saves, and cannot read its own file then.
+    ranks = {"q_proj": 3, r".*\.1\..*": 5}
+    folder = saved(moved(base("llama"), peft.LoraConfig(**QV, r=2, rank_pattern=ranks)), tmp_path / "french")
+    with pytest.raises(deltaspec.DeltaSpecError) as error:
+        deltaspec.restore(base("llama"), folder)
+    (finding,) = error.value.diagnostics
+    assert "model.layers.1.self_attn.q_proj: its rank is 5, and lora_A is [3, 16], where 5 rows are due" in str(finding)
+    assert "and 'q_proj' of rank_pattern mean it, and PEFT sorts them" in str(finding)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": ranks}))
+    assert deltaspec.restore(base("llama"), folder).attached == ("french",)
+
+
+def test_biases_of_modules_that_have_none_here_or_others(tmp_path: Path) -> None:
+    options = {"boft_block_size": 4, "bias": "boft_only"}
+    made = moved(base("bert"), peft.BOFTConfig(target_modules=["query"], **options))
+    folder = saved(made, tmp_path / "french")
+    bare = copy.deepcopy(base("bert"))
+    for layer in bare.bert.encoder.layer:
+        layer.attention.self.query.bias = None
+    with pytest.raises(deltaspec.DeltaSpecError, match=r"DS543. holds .*query.*bias, which fit nowhere"):
+        deltaspec.restore(bare, folder)
+    tensors = load_file(folder / FILE)
+    save_file({k: v[:3].clone() if k.endswith("bias") else v for k, v in tensors.items()}, folder / FILE)
+    with pytest.raises(deltaspec.DeltaSpecError, match=r"DS526. .*bias has the shape \[3\], where 16 is due"):
+        deltaspec.restore(base("bert"), folder)
+    dora = peft.LoraConfig(target_modules=["query"], use_dora=True, r=2, bias="lora_only")
+    folder = saved(moved(base("bert"), dora), tmp_path / "german")
+    tensors = load_file(folder / FILE)
+    save_file({k: v[:3].clone() if k.endswith("bias") else v for k, v in tensors.items()}, folder / FILE)
+    with pytest.raises(deltaspec.DeltaSpecError, match=r"DS526. bias of .*query is \[3\], and must be \[16\]"):
+        deltaspec.restore(base("bert"), folder)

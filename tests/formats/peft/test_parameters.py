@@ -34,6 +34,9 @@ QKV = {"target_modules": ["q_proj"], "r": 3}
         ("llama", {**QKV, "init_lora_weights": "pissa", "use_dora": True}),
         ("convolutions", {"target_modules": ["conv", "conv1", "conv3", "fc"], "r": 2, "use_dora": True}),
         ("convolutions", {"target_modules": ["conv", "conv3"], "r": 2, "lora_bias": True}),
+        ("convolutions", {"target_modules": ["conv", "conv1"], "r": 2, "use_dora": True, "bias": "lora_only"}),
+        ("convolutions", {"target_modules": ["conv3", "fc"], "r": 2, "use_dora": True, "bias": "all"}),
+        ("attention", {"target_modules": ["out_proj", "fc"], "r": 2}),
     ],
     ids=str,
 )
@@ -87,3 +90,16 @@ def test_what_has_no_form_is_refused(name: str, options: dict[str, Any], message
     folder = saved(moved(base(name), peft.LoraConfig(**options)), tmp_path)
     with pytest.raises(deltaspec.DeltaSpecError, match=message):
         deltaspec.restore(base(name), folder)
+
+
+def test_where_torchs_fast_path_passes_peft_by(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)).eval()
+    x = torch.randn(2, 3, 8)
+    made = moved(net, peft.LoraConfig(target_modules=["linear1", "linear2"], r=2))
+    compiled = deltaspec.restore(net, saved(made, tmp_path / "french"))
+    assert "torch's fast path reads the weights in 0 by itself" in " ".join(str(compiled.plan).split())
+    assert (made(x) - net(x)).abs().max() < 1e-5  # PEFT in evaluation
+    assert (made.train()(x) - net(x)).abs().max() > 1e-3
+    assert (made(x) - compiled.train()(x)).abs().max() < 1e-5
+    assert (made(x) - compiled.eval()(x)).abs().max() < 1e-5

@@ -159,3 +159,15 @@ def test_the_spec_of_a_lora_has_the_places_and_ranks_of_peft(name, tmp_path: Pat
         layers = get_peft_model(llama(), options).base_model.model.named_modules()
     theirs = {key: (m.r["default"], m.scaling["default"]) for key, m in layers if getattr(m, "r", {})}
     assert ours == theirs
+
+
+def test_a_type_of_peft_that_has_no_method_here_is_said_to_have_none():
+    found = finding(json.dumps({"peft_type": "SHIRA", "r": 4, "target_modules": ["q_proj"]}), "adapter_config.json")
+    assert found.message == 'this is a PEFT configuration of type "SHIRA", which deltaspec cannot read'
+    assert "merge_and_unload" in (found.suggestion or "")
+
+
+def test_a_target_of_two_deltas_is_written_twice():
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["query"], "bias": "lora_only"}
+    suggestion = finding(json.dumps(config), "adapter_config.json").suggestion or ""
+    assert suggestion.count("target: {path: ['**.query']}") == 2 and "&" not in suggestion

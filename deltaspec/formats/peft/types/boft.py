@@ -63,16 +63,16 @@ def _biases(adapter: Adapter, modules: list[Found]) -> None:
     for found in modules:
         keys = (below(found.module, name) for name in ("base_layer.bias", "bias"))
         key = next((key for key in keys if key in adapter.weights), None)
-        if key is None:
+        if key is None or not found.row.has_parameter("bias"):
             continue
         if adapter.base.is_meta:
             message = f"bias of {found.fqn} is read as a change of the base model's, and there are no weights"
             adapter.find("DS542", message, "name the folder of the base model with its weights", adapter.file)
             return
-        value = adapter.take(key, f"bias of {found.fqn}, less the base's own")
-        assert value is not None
-        own = adapter.base.tensor(below(found.fqn, "bias")).to("cpu", value.dtype)
-        sites.append(IncomingSite(found.fqn, {"bias": value - own}))
+        own = adapter.base.tensor(below(found.fqn, "bias"))
+        value = adapter.take(key, f"bias of {found.fqn}, less the base's own", tuple(own.shape))
+        if value is not None:
+            sites.append(IncomingSite(found.fqn, {"bias": value - own.to("cpu", value.dtype)}))
     adapter.add("bitfit", {}, sites, "shift")
 
 

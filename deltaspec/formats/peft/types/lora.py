@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.backbone.table import Row
@@ -37,6 +37,7 @@ _TRAINING = (
     "megatron_config", "megatron_core", "loftq_config", "eva_config", "runtime_config", "qalora_group_size",
     "fan_in_fan_out", "lora_ga_config",
 )  # fmt: skip
+_FACTORS = {"down": "lora_A", "up": "lora_B"}
 _OURS = {"lora_A.weight": "down", "lora_B.weight": "up", "lora_B.bias": "bias", "lora_embedding_A": "down",
          "lora_embedding_B": "up", "lora_magnitude_vector": "magnitude"}  # fmt: skip
 
@@ -66,13 +67,16 @@ def read(adapter: Adapter) -> None:
             for suffix in KEYS
             if (value := adapter.tensor_of(module, suffix, f"{_OURS[suffix]} of {fqn}")) is not None
         }
+        if place.idle:
+            continue
         tensors = blocks.whole(module, tensors)
         row = adapter.base.rows[fqn]
         if not _fits(adapter, module, row, tensors):
             continue
-        if surplus := own["rank"] * matrices_of(row, place) - tensors["down"].shape[0]:
-            message = f"{module}: its rank is {own['rank']}, and lora_A has {surplus} rows fewer"
-            adapter.find("DS543", message, "the configuration and the file are of two adapters", adapter.file)
+        if (rows := own["rank"] * matrices_of(row, place)) != tensors["down"].shape[0]:
+            shape = list(tensors["down"].shape)
+            message = f"{module}: its rank is {own['rank']}, and lora_A is {shape}, where {rows} rows are due"
+            adapter.find("DS543", message, _other_rank(place.name, ranks), adapter.file)
             continue
         if place.bypassed:
             own |= {"dropout": 0.0} if "dropout" in params else {}
@@ -93,8 +97,23 @@ def read(adapter: Adapter) -> None:
             f"PEFT adds the update of {shown(doubled)} twice, and computes the gradient of one: here it acts twice "
             "(alpha is doubled), and learns by the gradient of both"
         )
+    if idle := [place.fqn for place in stand_for.values() if place.idle]:
+        message = f"{shown(idle)} {'was' if len(idle) == 1 else 'were'} left out: torch's attention reads "
+        adapter.remark(f"{message}the weight there and calls no module, so PEFT's factors change nothing")
     check_tied(adapter, sites, tied)
     adapter.add("lora", params, sites)
+
+
+def _other_rank(name: str, ranks: Mapping[str, int]) -> str:
+    """Say what may have gone wrong with the rank of a module: its file has another one.
+
+    Of the keys that mean a module PEFT takes the first, and it sorts them when it saves.
+    """
+    both = [key for key in ranks if by_pattern(name, {key: True}, False)]
+    if len(both) < 2:
+        return "the configuration and the file are of two adapters"
+    keys = " and ".join(map(repr, both))
+    return f"{keys} of rank_pattern mean it, and PEFT sorts them when it saves: write first what was first in training"
 
 
 def _of_groups(adapter: Adapter, row: Row, tensors: dict[str, Tensor], own: dict[str, Any]) -> bool:
@@ -155,7 +174,7 @@ def _start(adapter: Adapter) -> dict[str, Any]:
 def _fits(adapter: Adapter, module: str, row: Row, tensors: dict[str, Any]) -> bool:
     lacking = [name for name in ("down", "up") if name not in tensors]
     if lacking:
-        message = f"{module}: {counted(len(lacking), 'factor')} of the pair is missing"
+        message = f"{module}: {' and '.join(_FACTORS[name] for name in lacking)} is missing"
         adapter.find("DS543", message, "the file was cut: save the adapter again", adapter.file)
     dims = len(row.shape_of("weight")) if row.kind == "conv" else 2
     wrong = [name for name in ("down", "up") if name in tensors and tensors[name].dim() != dims]
