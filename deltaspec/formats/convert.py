@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,13 +104,6 @@ def _text(document: dict[str, Any], received: ReceivedSet) -> str:
     incoming = received.incoming
     lines = [f"# From {incoming.kind}" + (f", trained on {incoming.base}" if incoming.base else "")]
     lines += [f"# {remark}" for remark in incoming.remarks]
-    text = yaml.dump(document, Dumper=_Plain, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+    document = json.loads(json.dumps(document))  # what two deltas share is written out at both: specs have no anchors
+    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
     return "\n".join((*(" ".join(line.split()) for line in lines), text))
-
-
-class _Plain(yaml.SafeDumper):
-    """Writes what two deltas share at both, as specs have no anchors."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """Return True."""
-        return True
