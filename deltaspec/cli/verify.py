@@ -10,6 +10,7 @@ import click
 
 from deltaspec.cli._params import MATCH, OneOf, Verb, output_format
 from deltaspec.cli._shared import apart, report, say, tell
+from deltaspec.names.urls import is_url
 
 if TYPE_CHECKING:
     from deltaspec.storage.agreement import Agreement
@@ -21,7 +22,7 @@ _DTYPES = ("float64", "float32", "float16", "bfloat16")
 @click.argument("directory")
 @click.argument("names", nargs=-1, metavar="[DELTA]...")
 @click.option("--model", help="The base model, with weights: a directory, a hub id, or package.module:factory.")
-@click.option("--against", type=OneOf(lambda: ("peft", "onnx"), "URL", lambda value: "://" in value),
+@click.option("--against", type=OneOf(lambda: ("peft", "onnx"), "URL", is_url),
               help="Who computes: the real PEFT, ONNX Runtime, or a server.")  # fmt: skip
 @click.option("--dtype", type=OneOf(lambda: _DTYPES),
               help="dtype in which MODEL is loaded, or in which the server computes.")  # fmt: skip
@@ -46,7 +47,7 @@ def command(
     Without --against, deltaspec computes it on MODEL. A server is asked by OpenAI's completions API, each delta as the
     model of its name. Exit codes: 0 the same numbers, 1 others, or findings, 2 usage.
     """
-    if model is None and (against is None or "://" not in against):
+    if model is None and (against is None or not is_url(against)):
         raise click.UsageError("--model is needed: the base model, with its weights")
     if key_from is not None and key_from not in os.environ:
         raise click.UsageError(f"there is no {key_from} in the environment")

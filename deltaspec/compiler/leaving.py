@@ -41,4 +41,6 @@ def leaving(active: Active, shared: Shared, host: Host, names: Collection[str], 
     active.derived.refresh(name for name in chosen if name not in active.active)
     base = Base(without_deltas(host))
     planned = [shared.planned[name] for name in chosen]
-    return outgoing(base, shared.plan, planned, lambda name, key: host.deltas[name].tensor(key), strengths, wishes)
+    return outgoing(
+        base, shared.plan_with(chosen), planned, lambda name, key: host.deltas[name].tensor(key), strengths, wishes
+    )

@@ -33,11 +33,14 @@ class Folding:
         """Results by module that are not all written yet."""
         self._places: dict[str, list[tuple[str, str]]] = {}
         """Modules that change, and names of their tensors, by key."""
-        self._left = {fqn: len(self._own(fqn)) for fqn in changes}
+        self._left: dict[str, int] = {}
+        """How many tensors of each module are not written yet."""
         for fqn in changes:
             for name in self._own(fqn):
-                if (key := names.key(below(fqn, name))) is not None:
-                    self._places.setdefault(key, []).append((fqn, name))
+                key = names.key(below(fqn, name))
+                for each in names.pieces(below(fqn, name)) if key is None else (key,):
+                    self._places.setdefault(each, []).append((fqn, name))
+                    self._left[fqn] = self._left.get(fqn, 0) + 1
         self._apart: dict[str, Tensor] = {}
         self.beside: dict[str, str] = {}
         """For tensors that are added, the key of the one that they were tied to."""
@@ -87,8 +90,13 @@ class Folding:
         """Return what a tensor becomes; None where nothing changes it."""
         found = None
         for fqn, name in self._places.get(key, ()):
-            made = self._results(fqn)
-            found = made.get(name, found)
+            made = self._results(fqn).get(name)
+            if made is not None:
+                found = (
+                    self._names.piece(below(fqn, name), key, made)
+                    if self._names.key(below(fqn, name)) is None
+                    else made
+                )
             self._left[fqn] -= 1
             if not self._left[fqn]:
                 self._made.pop(fqn, None)

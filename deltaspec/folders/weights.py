@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deltaspec.backbone.table import ModuleTable
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.documents.nearby import did_you_mean
+from deltaspec.folders.pieces import joined, pieces
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -103,6 +104,8 @@ class Named:
         """The other places of each parameter."""
         self._known = {p.fqn for row in table.rows for p in (*row.parameters, *row.buffers)}
         self._headed = any(name.startswith(self._prefix) for name in self.ties)
+        self._model, self._shapes = model, {p.fqn: p.shape for row in table.rows for p in row.parameters}
+        self._pieces = self._in_pieces()
 
     def own_key(self, name: str) -> str | None:
         """Return the key of a tensor under its own name; None where the folder has none."""
@@ -113,9 +116,28 @@ class Named:
         places = (name, *self.ties.get(name, ()))
         return next((key for place in places if (key := self.own_key(place)) is not None), None)
 
+    def pieces(self, name: str) -> tuple[str, ...]:
+        """Return the keys of the pieces of a tensor that the folder keeps in no other way."""
+        return self._pieces.get(name, ())
+
+    def piece(self, name: str, key: str, value: Tensor) -> Tensor:
+        """Return the part of a tensor's value that is kept under one of those keys."""
+        return pieces(self._model, name, value)[key]
+
+    def _in_pieces(self) -> dict[str, tuple[str, ...]]:
+        """Return the keys of all tensors that are here under names of transformers' own, or in pieces."""
+        found = {}
+        for name, shape in self._shapes.items():
+            if self.key(name) is None:
+                keys = tuple(pieces(self._model, name, torch.empty(shape, device="meta")))
+                if all(key in self.folder.shard for key in keys):
+                    found[name] = keys
+        return found
+
     def unnamed(self) -> set[str]:
         """Return the keys of tensors that the model does not have."""
         known = {form for name in self._known for form in self._forms(name)}
+        known |= {key for keys in self._pieces.values() for key in keys}
         return self.folder.shard.keys() - known
 
     def new_key(self, name: str) -> str:
@@ -128,6 +150,8 @@ class Named:
     def find(self, name: str) -> Tensor | None:
         """Return a tensor of the model; None where the folder has none."""
         key = self.key(name)
+        if key is None and name in self._pieces:
+            return joined(self._model, name, self._shapes[name], self.folder.tensor)
         return None if key is None else self.folder.tensor(key)
 
     def _forms(self, name: str) -> list[str]:

@@ -19,6 +19,7 @@ from deltaspec.deltas.initial import build_delta
 from deltaspec.deltas.stack import Layout
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.language.load import load
+from deltaspec.language.model import DeltaSpec
 from deltaspec.library.catalogue import SavedDelta
 from deltaspec.names.prefixes import Prefix
 from deltaspec.planning.planned import PlannedDelta
@@ -44,6 +45,12 @@ class Template:
     """Bytes of its tensors."""
     prefix: Prefix
     """What the saved names read here."""
+    spec: DeltaSpec
+    """The spec with this delta alone."""
+
+    def document(self, name: str) -> DeltaSpec:
+        """Return the spec of such a delta of this name."""
+        return self.spec.model_copy(update={"deltas": (self.spec.deltas[0].model_copy(update={"name": name}),)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +186,7 @@ class Reader:
         buffers = frozenset(key for key, tensor in tensors.items() if not isinstance(tensor, nn.Parameter))
         empty = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
         size = sum(tensor.nbytes for tensor in tensors.values())
-        return Template(planned, empty, Layout.of(tensors), buffers, size, prefix)
+        return Template(planned, empty, Layout.of(tensors), buffers, size, prefix, plan.alone(name, {name}).specs[0])
 
     def read(self, entry: SavedDelta, template: Template, findings: list[Diagnostic]) -> tuple[mmap, Contents] | None:
         """Map an entry's tensors, all checked: (file, where each lies in it); None, with findings, where that fails."""

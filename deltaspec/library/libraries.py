@@ -229,7 +229,7 @@ class Libraries:
             outcome = opened.entries[staged.name].outcome
             notes = (*template.planned.notes, *outcome.notes)
             planned = replace(template.planned, name=staged.name, notes=notes, let_pass=outcome.let_pass)
-            shared.add(planned, proven=opened.reader.proven)
+            shared.add(planned, template.document(staged.name), proven=opened.reader.proven)
             stack, row = shared.stacks.hold(staged.name, template.layout, left[template], opened.count)
             left[template] -= 1
             for piece, group, offset in staged.contents.moves(template.layout):

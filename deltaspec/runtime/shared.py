@@ -7,6 +7,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -15,6 +16,7 @@ from deltaspec.backbone.recorder import Observation
 from deltaspec.deltas.modules import Deltas
 from deltaspec.deltas.stacks import Stacks
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.language.model import DeltaSpec
 from deltaspec.methods.registry import methods
 from deltaspec.planning.conflicts import Rivals
 from deltaspec.planning.plan import Plan
@@ -39,6 +41,8 @@ class Shared:
         self.plan = plan
         self.planned = {planned.name: planned for planned in plan.deltas}
         """Deltas in memory: the plan's, and what was loaded from libraries."""
+        self._documents: dict[str, DeltaSpec] = {}
+        """Specs of the deltas that were loaded from libraries, one each."""
         self.order = {name: index for index, name in enumerate(self.planned)}
         """Order of application of every known delta, in memory or not."""
         self.placements = Placements(self.planned)
@@ -60,6 +64,7 @@ class Shared:
         twin.lock, twin.plan, twin.unproven = threading.RLock(), self.plan, set(self.unproven)
         guard(twin, 2)
         twin.planned, twin.order, twin.captured = dict(self.planned), dict(self.order), self.captured
+        twin._documents = dict(self._documents)  # noqa: SLF001
         memo[id(self.planned)] = twin.planned
         twin.placements = Placements(twin.planned)
         twin.stacks = copy.deepcopy(self.stacks, memo)
@@ -82,12 +87,23 @@ class Shared:
         refuse_bypassed(self.placements, seen, names)
         self.unproven.difference_update(names)
 
-    def add(self, planned: PlannedDelta, *, proven: bool) -> None:
-        """Take in a delta that is no module of the backbone."""
+    def add(self, planned: PlannedDelta, spec: DeltaSpec | None = None, *, proven: bool) -> None:
+        """Take in a delta, with the spec that has it alone where the plan has none of it."""
         self.planned[planned.name] = planned
+        if spec is not None:
+            self._documents[planned.name] = spec
         self.rivals.add(planned)
         if not proven:
             self.unproven.add(planned.name)
+
+    def plan_with(self, names: Iterable[str]) -> Plan:
+        """Return the plan, with those of these deltas that were loaded from libraries."""
+        loaded = [name for name in names if name in self._documents]
+        if not loaded:
+            return self.plan
+        deltas = (*self.plan.deltas, *(self.planned[name] for name in loaded))
+        specs = (*self.plan.specs, *(self._documents[name] for name in loaded))
+        return replace(self.plan, deltas=deltas, specs=specs)
 
     def discard(self, name: str) -> bool:
         """Forget such a delta, whose name stays known; return False where a view is just being switched to it."""
@@ -100,6 +116,7 @@ class Shared:
             view.forget(name)
         self.placements.pop(name, None)
         del self.planned[name]
+        self._documents.pop(name, None)
         self.rivals.discard(name)
         self.unproven.discard(name)
         return True

@@ -15,6 +15,7 @@ from deltaspec.compiler.restore import restore
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.formats.opening import located, no_adapter, refuse_no_adapter
 from deltaspec.formats.peft.reader import recognises
+from deltaspec.names.urls import is_url
 from deltaspec.storage.agreement import TOLERANCES, Verification
 from deltaspec.storage.delta_set import MANIFEST
 from deltaspec.storage.matching import Match
@@ -53,8 +54,8 @@ def verify(
     """
     if dtype is not None and dtype not in TOLERANCES:
         raise ValueError(f"dtype is one of {', '.join(TOLERANCES)}, not {dtype!r}")
-    if against is not None and against not in OTHERS and "://" not in against:
-        raise ValueError(f"against is {', '.join(OTHERS)} or a URL, not {against!r}")
+    if against is not None and against not in OTHERS and not is_url(against):
+        raise ValueError(f"against is {', '.join(OTHERS)} or a URL (http://…, https://…), not {against!r}")
     folder = located(directory)
     if not (folder / MANIFEST).exists():
         _refuse_unanswered(folder, against, model)
@@ -63,7 +64,7 @@ def verify(
         return verify_peft(folder, base, tolerance, dtype)
     saved = SavedSet(folder)
     kept = kept_in(saved, names)
-    if against is not None and "://" in against:
+    if against is not None and is_url(against):
         return verify_server(kept, against, _loaded(model, None), tolerance, dtype, key)
     base = _loaded(model, dtype)
     if base is None:

@@ -92,3 +92,9 @@ def test_answers_that_are_no_logits_at_each_position_are_refused(tmp_path, monke
     deltaspec.compile(model, spec).save(tmp_path, golden=torch.ones(2, 4))
     with pytest.raises(DeltaSpecError, match="logits at each position of input_ids"):
         verify(tmp_path, None, against="http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("place", ["file:///etc/hosts", "ftp://127.0.0.1/x", "pefd"])
+def test_what_is_no_url_of_a_server_is_not_opened(tmp_path, compiled, place):
+    with pytest.raises(ValueError, match="against is peft, onnx or a URL"):
+        verify(tmp_path, None, against=place)
