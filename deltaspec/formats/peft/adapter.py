@@ -34,7 +34,7 @@ _COMMON = (
 _LAYER_KEY = re.compile(r"(lora|hada|lokr|ia3|oft|boft|vera|hra|hira|road|miss|c3a|delora|fourierft|trainable)_\w+")
 """What PEFT's layers call the collections that hold a tensor for each adapter."""
 
-_COPIES = ("modules_to_save", "ln_tuning_layers")
+_COPIES = "modules_to_save"
 """What its wrappers call the copies of a module that they hold."""
 _AROUND = ("base_layer", "token_adapter")
 """What PEFT's layers and wrappers call what they are around, and are called beside it."""
@@ -134,8 +134,8 @@ class Adapter(Foreign):
 def without_adapter_name(segments: list[str]) -> list[str]:
     """Return a key's segments without the name of the adapter: a model's own `state_dict` has it, what is saved not."""
     for at, segment in enumerate(segments[:-1]):
-        if segment in _COPIES:
-            return segments[:at] + segments[at + 1 + (segments[at + 1] == DEFAULT) :]
+        if segment == _COPIES and segments[at + 1] == DEFAULT:
+            return segments[:at] + segments[at + 2 :]
         if _LAYER_KEY.fullmatch(segment):
             rest = segments[at + 1 + (segments[at + 1] == DEFAULT) :]
             return segments[: at + 1] + (rest if segment != _NORM else [])
