@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,8 @@ _COMMON = (
 _LAYER_KEY = re.compile(r"(lora|hada|lokr|ia3|oft|boft|vera|hra|hira|road|miss|c3a|delora|fourierft|trainable)_\w+")
 """What PEFT's layers call the collections that hold a tensor for each adapter."""
 
-_COPIES = ("modules_to_save", "ln_tuning_layers")
-"""What its wrappers call the copies of a module that they hold."""
+_COPIES = f".modules_to_save.{DEFAULT}."
+"""Where its wrappers hold the copy of a module."""
 _AROUND = ("base_layer", "token_adapter")
 """What PEFT's layers and wrappers call what they are around, and are called beside it."""
 _NORM = "lora_magnitude_vector"
@@ -68,6 +68,15 @@ class Adapter(Foreign):
             return super().plain(".".join(segments))
         # `base_model` is all that types without layers of their own put in front
         return super().plain(".".join(segments[2:] if segments[1:2] == ["model"] else segments[1:]))
+
+    def load(self, files: Sequence[str]) -> None:
+        """Read the first of these files that there is; biases that were saved twice keep both of their names."""
+        super().load(files)
+        for key in [key for key in self.weights if _COPIES in key]:
+            short = key.replace(_COPIES, ".")
+            if short not in self.weights:
+                self.weights[short] = self.weights.pop(key)
+                self.incoming.account[short] = self.incoming.account.pop(key)
 
     def called(self, module: str) -> str:
         """Return what the base model calls a module that PEFT's layers are around; its own may be called as those."""
@@ -134,8 +143,6 @@ class Adapter(Foreign):
 def without_adapter_name(segments: list[str]) -> list[str]:
     """Return a key's segments without the name of the adapter: a model's own `state_dict` has it, what is saved not."""
     for at, segment in enumerate(segments[:-1]):
-        if segment in _COPIES:
-            return segments[:at] + segments[at + 1 + (segments[at + 1] == DEFAULT) :]
         if _LAYER_KEY.fullmatch(segment):
             rest = segments[at + 1 + (segments[at + 1] == DEFAULT) :]
             return segments[: at + 1] + (rest if segment != _NORM else [])
