@@ -88,28 +88,6 @@ def test_the_spec_is_as_a_person_writes_it_and_its_lock_holds(llama: Any, base: 
     assert torch.equal(logits(deltaspec.compile(llama, spec).load(tmp_path / "french")), wanted)
 
 
-def test_what_is_there_is_not_replaced(llama: Any, tmp_path: Path) -> None:
-    for name in ("french", "german"):
-        adapter(llama, tmp_path / name, len(name))
-    assert converted(tmp_path / "french", "-o", tmp_path / "out")[0] == 0
-    (tmp_path / "specs").mkdir()
-    (tmp_path / "specs" / "german.deltaspec.yaml").write_text("deltaspec: 1")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for source, out in (("german", "out"), ("french", "out"), ("german", "specs")):
-        status, said = converted(tmp_path / source, "-o", tmp_path / out)
-        assert (status, said.count("DS562")) == (1, 1)
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert converted(tmp_path / "french", "-o", tmp_path / "specs")[0] == 0
-
-
-def test_an_adapter_that_the_model_lacks_is_told_its_way_in(llama: Any, tmp_path: Path) -> None:
-    adapter(llama, tmp_path / "german")
-    two = [{"name": name, "method": "bitfit", "target": {"role": "attn.q"}} for name in ("a", "b")]
-    with pytest.raises(DeltaSpecError, match="DS524") as caught:
-        deltaspec.compile(llama, {"deltaspec": 1, "deltas": two}).load(tmp_path / "german")
-    assert f"deltaspec convert {tmp_path / 'german'} -o OUT" in str(caught.value)
-
-
 def test_weights_are_read_where_a_delta_keeps_something_of_them(llama: Any, tmp_path: Path) -> None:
     wanted = adapter(llama, tmp_path / "dora", use_dora=True)
     status, said = converted(tmp_path / "dora", "-o", tmp_path / "out")
