@@ -37,18 +37,25 @@ def greatest_rank(config: Mapping[str, Any]) -> int | None:
     return max((config.get("r") or 0, *(config.get("rank_pattern") or {}).values())) or None
 
 
-def require_served(files: dict[str, bytes], config: str, directory: Path, base: nn.Module, engine: str) -> None:
+def require_served(files: dict[str, bytes], config: str, base: nn.Module, engine: str, source: str | None) -> None:
     """Raise DeltaSpecError with all that an engine would reject, ignore or get wrong of these files.
 
-    Of ranks, the greatest that some start of it takes counts, not what it takes by itself.
+    Of ranks, the greatest that some start of it takes counts, not what it takes by itself. Findings name `source`, the
+    directory that they were made of, or the model at hand: the files themselves are never written.
     """
     data = json.loads(files[config])
     with tempfile.TemporaryDirectory() as temporary:
         for name, content in files.items():
             (Path(temporary) / name).write_bytes(content)
         found = check(temporary, base, engine, max_rank=greatest_rank(data))
-        places = [(finding.file or "").replace(temporary, str(directory)) for finding in found]
-        ways = [(finding.suggestion or "").replace(temporary, str(directory)) or None for finding in found]
     if found:
-        named = zip(found, places, ways, strict=True)
-        raise DeltaSpecError([replace(f, file=file, suggestion=way) for f, file, way in named])
+        ways = [_way(finding.suggestion or "", temporary, source) or None for finding in found]
+        named = [replace(f, file=source or "<model>", line=0, column=0) for f in found]
+        raise DeltaSpecError([replace(f, suggestion=way) for f, way in zip(named, ways, strict=True)])
+
+
+def _way(suggestion: str, temporary: str, source: str | None) -> str:
+    """Return a way out in terms of what is there: the directory `source`, or the compiled model."""
+    if source is not None:
+        return suggestion.replace(temporary, source)
+    return suggestion.replace(f'deltaspec.restore(model, "{temporary}").merge()', "c.merge()").replace(temporary, "DIR")

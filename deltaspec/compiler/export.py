@@ -69,7 +69,7 @@ def export(
             raise DeltaSpecError([*error.diagnostics, *none.diagnostics]) from none
         out, files = _written(folder, base, called, chosen, target)
     if engine is not None:
-        require_served(files, target.MAIN, Path(directory), out.base.model, engine)
+        require_served(files, target.MAIN, out.base.model, engine, str(source))
     write_files(Path(directory), files, target.MAIN)
     return out
 

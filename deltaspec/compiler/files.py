@@ -107,7 +107,7 @@ class Files(nn.Module):
         out = leaving(self._active, self._shared, self._host, chosen, wishes)
         files = target.write(out)
         if engine is not None:
-            require_served(files, target.MAIN, Path(directory), out.base.model, engine)
+            require_served(files, target.MAIN, out.base.model, engine, None)
         write_files(Path(directory), files, target.MAIN)
         return out.errors
 

@@ -10,7 +10,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, Path
@@ -57,7 +57,8 @@ def read(path: str | os.PathLike[str]) -> Document:
     try:
         if not stat.S_ISREG(os.stat(name).st_mode):
             kind = "a directory" if os.path.isdir(name) else "not a regular file"
-            raise DeltaSpecError([Diagnostic("DS101", f"cannot read a spec here: this is {kind}", _called(name))])
+            finding = Diagnostic("DS101", f"cannot read a spec here: this is {kind}", _called(name))
+            raise DeltaSpecError([replace(finding, suggestion=_in_place_of(name))])
         with open(name, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except DeltaSpecError:
@@ -157,6 +158,24 @@ _DEEP = f"nested more than {MAX_DEPTH} levels deep"
 def _called(name: str) -> str:
     """Return what a file is called in findings; a text that was taken for a name is cut."""
     return name[:300] if "\n" in name or len(name) > 4096 else name
+
+
+def _in_place_of(folder: str) -> str | None:
+    """Return what may have been meant by a directory that stands where a spec is asked for."""
+    try:
+        held = sorted(os.listdir(folder))
+    except OSError:  # no directory, or an unreadable one
+        return None
+    specs = [name for name in held if name.endswith((".deltaspec.yaml", ".deltaspec.yml", ".deltaspec.json"))]
+    if "manifest.json" in held:
+        own = [name for name in specs if not name.endswith(".json")]
+        spec = f"name its spec, {os.path.join(folder, own[0])}; " if own else ""
+        return f'{spec}deltaspec.restore(model, "{folder}") takes deltas that were saved'
+    if "adapter_config.json" in held:
+        return f"this is an adapter: deltaspec convert {folder} -o OUT makes a spec of it; restore takes it as it is"
+    if "config.json" in held:
+        return "this is a model's folder: the model comes first, then specs"
+    return "name a file" + (f" in it, such as {os.path.join(folder, specs[0])}" if specs else ": task.deltaspec.yaml")
 
 
 def _too_large(name: str) -> Diagnostic:

@@ -27,7 +27,7 @@ class Fact:
     way_out: str
 
 
-_MERGE = "merge it into a plain model: deltaspec.restore(model, ADAPTER).merge()"
+_MERGE = 'merge it into a plain model: deltaspec.restore(model, "ADAPTER").merge()'
 _APPROXIMATE = f"{_MERGE}; or approximate it by a LoRA: deltaspec export ADAPTER --to peft -o OUT --approximate RANK"
 _AGAIN = "save the adapter again from the model that it was trained in"
 _WITHOUT = f"train without it, or {_MERGE}"

@@ -28,6 +28,7 @@ from deltaspec.planning.plan import Plan
 from deltaspec.planning.resolve import plan
 from deltaspec.selection.generalise import selector_of
 from deltaspec.storage.card import write_card
+from deltaspec.storage.delta_set import refuse_saved
 from deltaspec.storage.save import write_set
 
 ERROR = 0.01
@@ -73,6 +74,7 @@ def extract(
     if not 0 <= error < 1:
         raise ValueError(f"error is a share, from 0 to 1, not {error}")
     refuse_occupied(Path(out))
+    refuse_saved(Path(out))
     refuse_inside(Path(out), *(each for each in (full, base) if not isinstance(each, nn.Module)))
     model = base if isinstance(base, nn.Module) else model_from(str(base))
     table = tabulate(model)

@@ -24,7 +24,7 @@ from deltaspec.planning.lock import lock_path, write_lock
 from deltaspec.planning.plan import Plan
 from deltaspec.planning.resolve import resolve
 from deltaspec.storage.card import write_card
-from deltaspec.storage.delta_set import MANIFEST
+from deltaspec.storage.delta_set import MANIFEST, refuse_saved
 from deltaspec.storage.save import write_received
 
 SPEC = ".deltaspec.yaml"
@@ -67,10 +67,15 @@ def convert(
         refuse_no_adapter(folder)
         raise no_adapter(folder)
     refuse_occupied(Path(directory))
+    refuse_saved(Path(directory))
     refuse_inside(Path(directory), folder, *filter(os.path.isdir, [model] if isinstance(model, str) else []))
     reference: str | nn.Module
     reference, wanted = (model, Wanted()) if isinstance(model, nn.Module) else base_reference(folder, model)
     called = name or delta_name(folder)
+    spec = Path(directory) / f"{file_stem(called)}{SPEC}"
+    if spec.exists():
+        hint = "give another directory or name, or delete it first"
+        raise DeltaSpecError([Diagnostic("DS562", "is there already", str(spec), suggestion=hint)])
     base = _base(reference, wanted)
     try:
         received = ReceivedSet(known.read(folder, base, called), base)
@@ -79,21 +84,21 @@ def convert(
             raise
         base = _base(reference, replace(wanted, weights=True))
         received = ReceivedSet(known.read(folder, base, called), base)
-    return _written(received, Path(directory), called)
+    return _written(received, spec)
 
 
 def _base(reference: str | nn.Module, wanted: Wanted) -> Base:
     return Base(reference if isinstance(reference, nn.Module) else model_from(reference, wanted))
 
 
-def _written(received: ReceivedSet, directory: Path, called: str) -> Conversion:
+def _written(received: ReceivedSet, spec: Path) -> Conversion:
+    directory = spec.parent
     plan = received.plan().with_remarks(dict.fromkeys(received.names, received.notes), {})
     model = received.base.model
     write_received(directory, plan, model, received)
     document = received.document()
     for delta in document["deltas"]:
         delta["expect"] = {"sites": len(plan[delta["name"]].sites)}
-    spec = directory / f"{file_stem(called)}{SPEC}"
     write_atomically(spec, _text(document, received).encode())
     write_lock(resolve((load(spec),), received.base.table, received.base.observations), lock_path(spec))
     write_card(directory, plan, type(model), received.incoming.base)

@@ -73,6 +73,11 @@ class ReceivedSet(ForeignSet):
         self._renamed: dict[str, dict[str, str]] = {}
         self._find_unchanged()
 
+    def way_in(self, name: str) -> str:
+        """Return how a delta gets into a model that was compiled without it: there is no spec of it yet."""
+        spec = f"deltaspec convert {self.folder} -o OUT makes a spec: c.add it, then load OUT"
+        return f'{spec}; or c.library("{self.folder}"), to use it and not train it'
+
     def _find_unchanged(self) -> None:
         """Find the deltas whose tensors are all in one file as they are, and what they are called there."""
         for name, values in self._values.items():

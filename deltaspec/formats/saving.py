@@ -14,7 +14,7 @@ from deltaspec.documents.atomic import Together, alone_in
 from deltaspec.documents.occupied import refuse_occupied
 from deltaspec.formats.outgoing import Outgoing
 from deltaspec.names.packages import packages_in
-from deltaspec.storage.delta_set import MANIFEST
+from deltaspec.storage.delta_set import refuse_saved
 
 
 class Writer(Protocol):
@@ -46,9 +46,7 @@ def writer(form: str) -> Writer:
 
 def write_files(folder: Path, files: dict[str, bytes], main: str) -> None:
     """Write files to a directory, made if need be; `main` appears last. Raises DeltaSpecError, OSError."""
-    if (folder / MANIFEST).exists():
-        hint = "give another directory"
-        raise DeltaSpecError([Diagnostic("DS562", "holds saved deltas", file=str(folder), suggestion=hint)])
+    refuse_saved(folder)
     refuse_occupied(folder, adapters=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)

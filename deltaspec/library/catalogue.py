@@ -103,12 +103,14 @@ class Source:
 def refuse_taken(entries: Mapping[str, SavedDelta], taken: Mapping[str, str | None]) -> None:
     """Raise DeltaSpecError (DS530) for names that a library has, by its directory, or a compiled delta (None)."""
     findings = []
-    for name in entries.keys() & taken.keys():
+    for name in (name for name in entries if name in taken):
         other = taken[name]
         where = "was compiled into this model" if other is None else f"is in the library {other}"
         message = f"the delta {name!r} of {entries[name].saved.folder} has the name of one that {where}"
         hint = 'name them by their directories: c.library(dir, by="folder")'
-        if other is not None:
+        if other is not None and entries[name].saved.folder.resolve().is_relative_to(Path(other).resolve()):
+            hint = "the library is open: keep what c.library returned, and call its refresh(), or close() it first"
+        elif other is not None:
             hint += "; or close the other library first"
         findings.append(entries[name].saved.finding("DS530", message, hint))
     if findings:

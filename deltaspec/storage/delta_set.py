@@ -21,6 +21,13 @@ from deltaspec.planning.planned import PlannedDelta
 MANIFEST = "manifest.json"
 
 
+def refuse_saved(folder: Path) -> None:
+    """Raise DeltaSpecError (DS562) where a directory holds saved deltas, which what is written there would replace."""
+    if (folder / MANIFEST).exists():
+        hint = "give another directory, one for each adapter, or delete what is there first"
+        raise DeltaSpecError([Diagnostic("DS562", "holds saved deltas", file=str(folder), suggestion=hint)])
+
+
 class DeltaSet(ABC):
     """Deltas with all that restoring them takes: a manifest, and three contents of each."""
 
@@ -52,6 +59,11 @@ class DeltaSet(ABC):
     def planned(self, name: str) -> PlannedDelta | None:
         """Return what a delta is on the backbone at hand, where that is known already."""
         return None
+
+    def way_in(self, name: str) -> str:
+        """Return how a delta gets into a model that was compiled without it."""
+        spec = self.folder / self.entry[name]["spec"]
+        return f'c.add("{spec}"), then load; or c.library("{self.folder}"), to use it and not train it'
 
     @abstractmethod
     def keys(self, name: str) -> set[str] | None:

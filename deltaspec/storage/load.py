@@ -98,8 +98,7 @@ def fill(
     for name in tracked(names, "reading deltas", len(names)):
         findings += saved.read(name, "lock")[1]
         if name not in own:
-            known = ", ".join(own)
-            hint = f"it has: {known}; compile its spec too"
+            hint = f"it has: {', '.join(own)}; {saved.way_in(name)}"
             findings.append(saved.finding("DS524", f"the model has no delta {name!r}", hint))
             continue
         if name not in outcomes:  # it has no place on this backbone, of which there is a finding

@@ -106,6 +106,16 @@ def test_a_misspelt_word_is_wrong_usage(places: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_what_an_engine_refuses_is_told_of_what_is_there(places: Any, tmp_path: Path) -> None:
+    folder, model = places
+    head = {"name": "h", "method": "full", "target": {"role": "head"}}
+    stirred(model, DELTAS[0], head).save(tmp_path / "saved")
+    result = run("export", tmp_path / "saved", "--model", folder / "base", "--for", "sglang", "-o", tmp_path / "out")
+    assert result.exit_code == 1 and "ignored by SGLang" in result.stdout
+    assert f'deltaspec.restore(model, "{tmp_path / "saved"}").merge()' in result.stdout
+    assert str(tmp_path / "out") not in result.stdout and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [

@@ -55,8 +55,9 @@ def test_what_an_engine_cannot_serve_is_refused(llama: Any, tmp_path: Path) -> N
     head = {"name": "h", "method": "full", "target": {"role": "head"}}
     with pytest.raises(deltaspec.DeltaSpecError, match="DoRA is not what the engine computes"):
         stirred(llama, dora).save_as("peft", tmp_path / "out", engine="vllm")
-    with pytest.raises(deltaspec.DeltaSpecError, match="rejected by vLLM"):
+    with pytest.raises(deltaspec.DeltaSpecError, match="<model>:modules_to_save: .* rejected by vLLM") as caught:
         stirred(llama, UNEVEN, head).save_as("peft", tmp_path / "out", engine="vllm")
+    assert caught.value.diagnostics[0].suggestion == "merge it into a plain model: c.merge()"
     with pytest.raises(deltaspec.DeltaSpecError, match="DS627"):
         stirred(llama, UNEVEN).save_as("peft", tmp_path / "out", engine="vlm")
     assert not (tmp_path / "out").exists()

@@ -70,6 +70,25 @@ def test_files_that_cannot_be_read(tmp_path):
         assert "\n" not in finding.file
 
 
+@pytest.mark.parametrize(
+    ("files", "hint"),
+    [
+        (["manifest.json", "a.deltaspec.yaml"], "name its spec, {0}/a.deltaspec.yaml; deltaspec.restore"),
+        (["manifest.json", "a.1f.deltaspec.json"], 'deltaspec.restore(model, "{0}")'),
+        (["adapter_config.json"], "this is an adapter: deltaspec convert {0} -o OUT"),
+        (["config.json", "model.safetensors"], "this is a model's folder: the model comes first, then specs"),
+        (["b.deltaspec.yaml"], "name a file in it, such as {0}/b.deltaspec.yaml"),
+        ([], "name a file: task.deltaspec.yaml"),
+    ],
+)
+def test_a_directory_in_place_of_a_spec_is_told_by_what_it_holds(tmp_path, files, hint):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(DeltaSpecError, match="this is a directory") as caught:
+        read(tmp_path)
+    assert caught.value.diagnostics[0].suggestion.startswith(hint.format(tmp_path))
+
+
 def test_devices_and_pipes_are_not_waited_for():
     with pytest.raises(DeltaSpecError, match="not a regular file"):
         read("/dev/zero")

@@ -75,7 +75,7 @@ def test_the_way_out_is_one_that_the_method_has(tmp_path):
     assert low_rank.suggestion == f"deltaspec export {tmp_path} --for vllm -o OUT writes it as a LoRA, exactly"
     assert "at model.layers.{0..1}.self_attn.o_proj, model.layers.{0..1}.mlp.down_proj:" in bottleneck.message
     assert "merge" not in bottleneck.suggestion
-    assert f"deltaspec.restore(model, {tmp_path}).merge()" in scales.suggestion
+    assert f'deltaspec.restore(model, "{tmp_path}").merge()' in scales.suggestion
 
 
 def test_biases_and_whole_modules_are_judged_as_peft_keeps_them(tmp_path):

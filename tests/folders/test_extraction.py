@@ -89,6 +89,13 @@ def test_what_is_said_wholly_is_exact(tmp_path):
     assert all(torch.equal(merged[key], value) for key, value in full.state_dict().items())
 
 
+def test_saved_deltas_are_not_replaced(tmp_path):
+    full = tuned("gpt2", lambda name, shape, generator: noise(*shape, generator=generator))
+    extract(full, base("gpt2"), tmp_path)
+    with pytest.raises(DeltaSpecError, match="DS562.* holds saved deltas"):
+        extract(full, base("gpt2"), tmp_path)
+
+
 def test_half_precision_comes_out_in_its_own_bits(tmp_path):
     full = tuned("llama", of_rank(1), torch.bfloat16)
     extract(full, base("llama", torch.bfloat16), tmp_path, rank=4)

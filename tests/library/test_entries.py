@@ -54,6 +54,8 @@ def test_names_that_are_taken(saved, tmp_path):
     with pytest.raises(DeltaSpecError, match="is in the library") as error:
         compiled.library(directory)
     assert codes(error) == ["DS530"] * 4
+    assert [finding.message.split("'")[1] for finding in error.value.diagnostics] == list(NAMES)
+    assert str(error.value).count("keep what c.library returned, and call its refresh()") == 4
     for folder in ("a", "b"):
         build(lora("task")).save(tmp_path / "many" / folder)
     shutil.copytree(directory, tmp_path / "many" / "c")

@@ -68,6 +68,8 @@ def test_a_delta_that_the_model_lacks(saved):
     with pytest.raises(DeltaSpecError) as caught:
         compiled.load(saved)
     assert [d.code for d in caught.value.diagnostics] == ["DS524", "DS524"]
+    spec = next(e["spec"] for e in manifest(saved)["deltas"] if e["name"] != "norms")
+    assert f'c.add("{saved / spec}"), then load' in str(caught.value)
     assert all(torch.equal(kept[key], value) for key, value in state(compiled).items())
 
 
