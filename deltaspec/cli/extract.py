@@ -41,7 +41,8 @@ def command(
     worst = max(change.error for change in found.changes)
     if output_format == "json":
         changes = [*map(_data, found.changes)]
-        tell({"output": output, "deltas": counts(found.plan), "changes": changes, "largest_error": worst})
+        more = {"changes": changes, "largest_error": worst, "rounded": list(found.rounded)}
+        tell({"output": output, "deltas": counts(found.plan), **more})
         return
     say(str(found))
     deltas, changes_of = counted(len(found.plan.deltas), "delta"), counted(len(found.changes), "change")

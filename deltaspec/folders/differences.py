@@ -67,6 +67,8 @@ class Comparer:
         self.findings: list[Diagnostic] = []
         self._others: dict[str, list[str]] = {}
         """Names of what is no pair of tensors, by what is said of them: models of two kinds differ in hundreds."""
+        self.rounded: list[str] = []
+        """Names of the tensors of the fine-tune that are the base's own, rounded to a coarser dtype."""
 
     def changes(self) -> Iterator[Change]:
         """Yield all changes, module by module, and collect what cannot be said (DS520, DS556, DS557)."""
@@ -101,7 +103,9 @@ class Comparer:
         """Return whether the statistics of a norm differ, which only a trained copy of the whole norm has."""
         names = [buffer.fqn for buffer in row.buffers]
         pairs = [(name, self._base.find(name), self._full.find(name)) for name in names]
-        differ = [n for n, one, other in pairs if one is not None and other is not None and not _equal(one, other)]
+        both = [(n, one, other) for n, one, other in pairs if one is not None and other is not None]
+        self.rounded += [n for n, one, other in both if _is_rounded(one, other)]
+        differ = [n for n, one, other in both if not _equal(one, other) and not _is_rounded(one, other)]
         if differ and set(row.bases).isdisjoint(STATISTICS):
             self._find("DS557", f"{differ[0]} differs, a buffer that no delta changes", "copy it by hand")
             return False
@@ -120,6 +124,8 @@ class Comparer:
                 self._find("DS557", f"{parameter.fqn} is kept as codes, which no delta changes", "use plain weights")
         elif not is_finite(full):
             self._find("DS520", f"{parameter.fqn} of the fine-tune has NaN or infinite values", "train it again")
+        elif _is_rounded(base, full):
+            self.rounded.append(parameter.fqn)
         elif not _equal(base, full):
             return self._change(row, parameter, tied, full.to(_wide(full, base)) - base.to(_wide(full, base)))
         return None
@@ -148,6 +154,12 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     if one.is_floating_point() and other.is_floating_point():
         one, other = one.to(_wide(one, other)), other.to(_wide(one, other))
     return torch.equal(one, other)
+
+
+def _is_rounded(base: Tensor, full: Tensor) -> bool:
+    """Return whether a tensor of the fine-tune differs from the base's by what its own dtype cannot hold alone."""
+    floats = base.is_floating_point() and full.is_floating_point()
+    return floats and not _equal(base, full) and torch.equal(base.to(full.dtype), full)
 
 
 def _wide(one: Tensor, other: Tensor) -> torch.dtype:

@@ -19,6 +19,7 @@ from deltaspec.backbone.table import ModuleTable
 from deltaspec.backbone.tabulate import tabulate
 from deltaspec.deltas.modules import storage_key
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.diagnostics.wording import counted
 from deltaspec.documents.occupied import refuse_inside, refuse_occupied
 from deltaspec.folders.differences import Change, Comparer
 from deltaspec.folders.present import PresentFolder
@@ -44,9 +45,19 @@ class Extraction:
     """The deltas."""
     changes: tuple[Change, ...]
     """What changed, and how exactly it is said: `.fqn`, `.method`, `.error`."""
+    rounded: tuple[str, ...] = ()
+    """Tensors that differ by rounding to the fine-tune's coarser dtype alone: they stay as the base has them."""
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.changes))
+        return "\n".join([*map(str, self.changes), *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """What one must know besides."""
+        if not self.rounded:
+            return []
+        count = counted(len(self.rounded), "tensor")
+        return [f"{count} of the fine-tune: the base's own, rounded to a coarser dtype; left as the base has them"]
 
 
 @torch.no_grad()
@@ -64,7 +75,7 @@ def extract(
     Both are models, or folders of safetensors, which are read tensor by tensor. A matrix becomes a lora of the least
     rank whose relative error is at most `error`, or of rank `rank`; few rows of an embedding become trainable_tokens;
     all else, and what would cost more as factors, becomes `full`, exactly. The error of each site is measured, and
-    written into the card.
+    written into the card. What a fine-tune in a coarser dtype merely rounds stays as the base has it, and is counted.
 
     Raises DeltaSpecError with all findings, nothing written: folders that cannot be read (DS554), models of different
     structure (DS556), changes that no delta can say (DS557) or values that are not finite (DS520).
@@ -83,7 +94,8 @@ def extract(
     changes = tuple(comparer.changes())
     findings = [*comparer.findings, *_surplus(ours, theirs)]
     if not changes and not findings:
-        message, hint = "the two models are equal, so there is nothing to extract", "name the fine-tune first"
+        but = " but for rounding" if comparer.rounded else ""
+        message, hint = f"the two models are equal{but}, so there is nothing to extract", "name the fine-tune first"
         findings = [Diagnostic("DS557", message, file=str(out), suggestion=hint)]
     if findings:
         raise DeltaSpecError(findings)
@@ -93,9 +105,10 @@ def extract(
     present = Present(model) if isinstance(base, nn.Module) else PresentFolder(model, ours)
     write_set(out, planned, present, dict.fromkeys(groups, 1.0), values.__getitem__)
     where = origin(model).get("id") if isinstance(base, nn.Module) else str(base)
+    found = Extraction(planned, changes, tuple(comparer.rounded))
     notes = ["Extracted from a full fine-tune; relative error of each change:", "", *(f"- `{c}`" for c in changes)]
-    write_card(Path(out), planned, type(model), where, notes)
-    return Extraction(planned, changes)
+    write_card(Path(out), planned, type(model), where, [*notes, *(line for n in found.notes for line in ("", n))])
+    return found
 
 
 def _tensors(each: Model, model: nn.Module, table: ModuleTable) -> Tensors:

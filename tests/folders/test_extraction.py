@@ -104,6 +104,18 @@ def test_half_precision_comes_out_in_its_own_bits(tmp_path):
         assert torch.allclose(merged[key].float(), value.float(), atol=0.02), key
 
 
+def test_what_a_coarser_fine_tune_rounds_alone_is_no_change(tmp_path):
+    full = copy.deepcopy(base("llama")).to(torch.bfloat16)
+    with pytest.raises(DeltaSpecError, match=r"DS557.*equal but for rounding"):
+        extract(full, base("llama"), tmp_path / "none")
+    with torch.no_grad():
+        full.model.layers[1].mlp.up_proj.weight += 1
+    found = extract(full, base("llama"), tmp_path / "one")
+    assert [change.fqn for change in found.changes] == ["model.layers.1.mlp.up_proj"]
+    assert "model.norm.weight" not in found.rounded  # ones are ones in any dtype
+    assert "model.layers.0.mlp.up_proj.weight" in found.rounded and "rounded to a coarser dtype" in str(found)
+
+
 @pytest.mark.parametrize("error", [0.5, 0.1, 0.02])
 def test_the_rank_is_the_least_with_the_error(error, tmp_path):
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from saved_library import LLAMA, NAMES, OWN, _with, build, codes, file_of, lora, run, sign
 from torch import Tensor
 
+import deltaspec
 from deltaspec.diagnostics.findings import DeltaSpecError, UnknownDeltaError
 
 
@@ -186,3 +187,21 @@ def test_another_backbone(saved, tmp_path):
         build(OWN).library(saved[0])
     with pytest.raises(DeltaSpecError, match="no such directory"):
         build(OWN).library(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("by", ["delta", "identity"])
+def test_deltas_of_a_library_are_written_out_beside_compiled_ones(saved: Any, tmp_path: Path, by: str) -> None:
+    directory, _ = saved
+    model = build(lora("own"))
+    name = model.library(directory, by=by).names[0]
+    model.only({"own": 1, name: 0.5})
+    model.save_as("peft", tmp_path / "out")
+    with torch.no_grad():
+        expected = model(**LLAMA.inputs()).logits
+    written = [json.loads(file.read_bytes()) for file in sorted((tmp_path / "out").glob("*.deltaspec.json"))]
+    assert sorted(delta["name"] for spec in written for delta in spec["deltas"]) == sorted(["own", name])
+    assert all(len(spec["deltas"]) == 1 for spec in written)
+    assert f"- `{name}`: lora at strength 0.5" in (tmp_path / "out" / "README.md").read_text()
+    with torch.no_grad():
+        again = deltaspec.restore(LLAMA.model(), tmp_path / "out")(**LLAMA.inputs()).logits
+    assert torch.allclose(again, expected, atol=1e-6)

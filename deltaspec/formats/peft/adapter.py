@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +29,6 @@ _COMMON = (
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
 )  # fmt: skip
 """Options of all types that say nothing of what the adapter computes."""
-
-
-_LAYER_KEY = re.compile(r"(lora|hada|lokr|ia3|oft|boft|vera|hra|hira|road|miss|c3a|delora|fourierft|trainable)_\w+")
-"""What PEFT's layers call the collections that hold a tensor for each adapter."""
-
 _COPIES = f".modules_to_save.{DEFAULT}."
 """Where its wrappers hold the copy of a module."""
 _AROUND = ("base_layer", "token_adapter")
@@ -63,7 +58,7 @@ class Adapter(Foreign):
 
     def plain(self, key: str) -> str:
         """Return a key without the wrappers of PEFT and torch."""
-        segments = without_adapter_name(without_wrappers(key).split("."))
+        segments = self._without_name(without_wrappers(key).split("."))
         if segments[:1] != ["base_model"]:
             return super().plain(".".join(segments))
         # `base_model` is all that types without layers of their own put in front
@@ -77,6 +72,23 @@ class Adapter(Foreign):
             if short not in self.weights:
                 self.weights[short] = self.weights.pop(key)
                 self.incoming.account[short] = self.incoming.account.pop(key)
+
+    def _without_name(self, segments: list[str]) -> list[str]:
+        """Return a key's segments without the adapter's name, which a model's own `state_dict` has."""
+        for at, (segment, after) in enumerate(pairwise(segments)):
+            if segment == _NORM:
+                return segments[: at + 1]
+            if (
+                after == DEFAULT
+                and "_" in segment
+                and segment != "modules_to_save"
+                and not self._has(f"{segment}.{after}")
+            ):
+                return segments[: at + 1] + segments[at + 2 :]
+        return segments
+
+    def _has(self, ending: str) -> bool:
+        return any(f".{fqn}".endswith(f".{ending}") for fqn in self.base.rows)
 
     def called(self, module: str) -> str:
         """Return what the base model calls a module that PEFT's layers are around; its own may be called as those."""
@@ -138,12 +150,3 @@ class Adapter(Foreign):
             self.leave_own(key, below(fqn, own))
         self._remark_fast_path()
         return super().finish()
-
-
-def without_adapter_name(segments: list[str]) -> list[str]:
-    """Return a key's segments without the name of the adapter: a model's own `state_dict` has it, what is saved not."""
-    for at, segment in enumerate(segments[:-1]):
-        if _LAYER_KEY.fullmatch(segment):
-            rest = segments[at + 1 + (segments[at + 1] == DEFAULT) :]
-            return segments[: at + 1] + (rest if segment != _NORM else [])
-    return segments
