@@ -49,6 +49,8 @@ class Wanted:
     """Whether the reference may be a factory, whose code runs. One that a file names may not: nobody here wrote it."""
     dtype: str | None = None
     """dtype in which they are loaded; their own, where it is left out."""
+    likely: str | None = None
+    """Class that deltas were saved for: it is in place of the one that the configuration names, where it is for it."""
 
 
 _AS_NAMED = Wanted()
@@ -122,7 +124,7 @@ def _build(reference: str, source: str, wanted: Wanted, local: bool) -> nn.Modul
             message = f"transformers cannot use this configuration: {_brief(error)}"
             _fail("DS322", _OWN_CODE if _remedy(error) else message, reference, _remedy(error) or _WAYS)
         _refuse_kernels(reference, config)
-        named = wanted.kind or getattr(config, "architectures", None) or ["AutoModel"]
+        named = wanted.kind or _fitting(wanted.likely, config) or getattr(config, "architectures", None) or "AutoModel"
         named = [named] if isinstance(named, str) else named
         maker = _model_class(reference, str(named[0]), config)
         try:
@@ -157,6 +159,15 @@ def _model_class(reference: str, name: str, config: Any) -> Callable[[Any], Any]
     near = closest(name, (known for known in dir(transformers) if known.startswith(siblings)))
     message = f"transformers {transformers.__version__} has no model class {name}, which `architectures` names"
     _fail("DS322", message, reference, f"did you mean {near}?" if near else "write a factory, package.module:factory")
+
+
+def _fitting(name: str | None, config: Any) -> str | None:
+    """Return the name of a class where transformers has it, and for this configuration."""
+    import transformers
+
+    found: Any = None if name is None else getattr(transformers, name, None)
+    fits = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return name if fits and found.config_class is type(config) else None
 
 
 def _remedy(error: Exception) -> str | None:

@@ -17,7 +17,7 @@ from deltaspec.engines.own import read_saved
 from deltaspec.engines.rules import Rule, Rules, rules_of
 from deltaspec.engines.vocabulary import EXPORT, FACTS, OUTCOMES, REWRITES
 from deltaspec.engines.ways_out import way_out
-from deltaspec.formats.opening import located
+from deltaspec.formats.opening import base_reference, located
 from deltaspec.names.folding import shown
 from deltaspec.names.patterns import PatternError
 from deltaspec.storage.delta_set import MANIFEST
@@ -37,7 +37,7 @@ def check(
     folder = located(adapter)
     ours = (folder / MANIFEST).is_file()
     read = None if ours else read_peft(folder)
-    held = Base(tabulate(model_from(base) if isinstance(base, str) else base))
+    held = Base(tabulate(model_from(*base_reference(folder, base)) if isinstance(base, str) else base))
     adapters = read_saved(folder, held) if read is None else [read]
     return in_order(finding for each in adapters for finding in judge(each, held, rules, max_rank))
 

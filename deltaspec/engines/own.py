@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,17 +42,12 @@ def read_saved(folder: Path, base: Base) -> list[Adapter]:
     found: list[Adapter] = []
     findings: list[Diagnostic] = []
     for name in saved.names:
-        lock, problems = saved.read(name, "lock")
-        findings += problems
-        if lock is None:
-            continue
         try:
-            content = json.loads(lock)["deltas"][name]
-            found.append(_adapter(saved, name, content, base))
+            found.append(_adapter(saved, name, saved.locked(name)["deltas"][name], base))
         except DeltaSpecError as error:
             findings += error.diagnostics
         except _UNREADABLE as error:
-            findings.append(saved.finding("DS522", f"is no lock: {error}", "save again", saved.entry[name]["lock"]))
+            findings.append(saved.no_lock(name, error))
     if findings:
         raise DeltaSpecError(findings)
     return found

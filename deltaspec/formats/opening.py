@@ -21,6 +21,7 @@ from deltaspec.formats.alike import AlikeSet, recipe_of
 from deltaspec.formats.base import Base
 from deltaspec.formats.incoming import Incoming
 from deltaspec.formats.received import ReceivedSet
+from deltaspec.formats.saved_base import base_saved_with
 from deltaspec.formats.unread import Unread
 from deltaspec.names.packages import packages_in
 from deltaspec.storage.delta_set import MANIFEST, DeltaSet
@@ -74,6 +75,8 @@ def base_reference(folder: Path, model: str | None) -> tuple[str, Wanted]:
     """
     known = format_of(folder) if folder.is_dir() else None
     named, wanted = (None, Wanted()) if known is None else known.base_of(folder)
+    if known is None and (folder / MANIFEST).is_file():
+        named, wanted = base_saved_with(folder)
     if model is not None:
         return model, wanted
     if named is None:

@@ -114,15 +114,27 @@ class DeltaSet(ABC):
 
         Raises DeltaSpecError where its lock, which says so, is damaged.
         """
+        try:
+            groups = self.locked(name)["deltas"][name]["groups"]
+            return [(unfold(group["at"]), dict(group["params"])) for group in groups]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DeltaSpecError([self.no_lock(name, error)]) from error
+
+    def locked(self, name: str) -> dict[str, Any]:
+        """Read the lock of a delta. Raises DeltaSpecError where it is damaged."""
         content, problems = self.read(name, "lock")
         if content is None:
             raise DeltaSpecError(problems)
         try:
-            groups = json.loads(content)["deltas"][name]["groups"]
-            return [(unfold(group["at"]), dict(group["params"])) for group in groups]
+            data = dict(json.loads(content))
+            dict(data["deltas"][name])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            problem = self.finding("DS522", f"is no lock: {error}", "save again", self.entry[name]["lock"])
-            raise DeltaSpecError([problem]) from error
+            raise DeltaSpecError([self.no_lock(name, error)]) from error
+        return data
+
+    def no_lock(self, name: str, error: Exception) -> Diagnostic:
+        """Return the finding about a damaged lock."""
+        return self.finding("DS522", f"is no lock: {error}", "save again", self.entry[name]["lock"])
 
     def sites(self, name: str) -> tuple[list[str], list[Diagnostic]]:
         """Return the FQNs of a delta's sites in the model that it was saved from: (names, findings)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,14 +56,7 @@ def identity_of(saved: DeltaSet, name: str) -> str:
     if not saved.compares:
         message, hint = f"{name} has no identity: it was not saved by deltaspec", "deltaspec convert gives it one"
         raise DeltaSpecError([saved.finding("DS559", message, hint)])
-    content, problems = saved.read(name, "lock")
-    if content is None:
-        raise DeltaSpecError(problems)
-    entry = saved.entry[name]
-    try:
-        locked = dict(json.loads(content)["deltas"][name])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DeltaSpecError([saved.finding("DS522", f"is no lock: {error}", "save again", entry["lock"])]) from error
+    entry, locked = saved.entry[name], saved.locked(name)["deltas"][name]
     try:
         base = base_identity(saved.manifest["backbone"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from deltaspec.backbone.loading import Wanted, model_from
+from deltaspec.backbone.loading import model_from
 from deltaspec.compiler.answers import Answers, compared, dtype_of, kept_in
 from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.compiler.restore import restore
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.formats.opening import located, no_adapter, refuse_no_adapter
+from deltaspec.formats.opening import base_reference, located, no_adapter, refuse_no_adapter
 from deltaspec.formats.peft.reader import recognises
 from deltaspec.names.urls import is_url
 from deltaspec.storage.agreement import TOLERANCES, Verification
@@ -59,14 +60,14 @@ def verify(
     folder = located(directory)
     if not (folder / MANIFEST).exists():
         _refuse_unanswered(folder, against, model)
-        base = _loaded(model, dtype)
+        base = _loaded(folder, model, dtype)
         assert base is not None
         return verify_peft(folder, base, tolerance, dtype)
     saved = SavedSet(folder)
     kept = kept_in(saved, names)
     if against is not None and is_url(against):
-        return verify_server(kept, against, _loaded(model, None), tolerance, dtype, key)
-    base = _loaded(model, dtype)
+        return verify_server(kept, against, _loaded(folder, model, None), tolerance, dtype, key)
+    base = _loaded(folder, model, dtype)
     if base is None:
         raise TypeError("a model is needed, with its weights")
     compiled = restore(base, folder, *names, match=match)
@@ -87,8 +88,11 @@ def _refuse_unanswered(folder: Path, against: str | None, model: object) -> None
         raise DeltaSpecError([Diagnostic("DS551", message, file=str(folder), suggestion=hint)])
 
 
-def _loaded(model: nn.Module | str | None, dtype: str | None) -> nn.Module | None:
-    return model_from(model, Wanted(weights=True, dtype=dtype)) if isinstance(model, str) else model
+def _loaded(folder: Path, model: nn.Module | str | None, dtype: str | None) -> nn.Module | None:
+    if not isinstance(model, str):
+        return model
+    reference, wanted = base_reference(folder, model)
+    return model_from(reference, replace(wanted, weights=True, dtype=dtype))
 
 
 def _other(against: str, compiled: CompiledModel, model: nn.Module) -> PeftAnswers | OnnxAnswers:

@@ -9,9 +9,8 @@ from deltaspec.backbone.loading import Wanted
 from deltaspec.formats.options import Options
 from deltaspec.formats.peft.adapter import CONFIG, WEIGHTS
 from deltaspec.formats.peft.words import TASKS
+from deltaspec.formats.saved_base import HEADS
 from deltaspec.formats.unread import Unread
-
-_HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight")
 
 
 def base_named_in(folder: Path) -> tuple[str | None, Wanted]:
@@ -29,7 +28,7 @@ def base_named_in(folder: Path) -> tuple[str | None, Wanted]:
     settings = {}
     if kind in (TASKS["SEQ_CLS"], TASKS["TOKEN_CLS"]):
         for file in (file for file in WEIGHTS if (folder / file).exists()):
-            heads = [value for key, value in unread.tensors(file).items() if key.endswith(_HEADS)]
+            heads = [value for key, value in unread.tensors(file).items() if key.endswith(HEADS)]
             if heads and heads[-1].dim() != 2:
                 message = f"its head has the shape {list(heads[-1].shape)}, where ?×? is due"
                 unread.find("DS526", message, "the file was changed: save the adapter again", file)
