@@ -168,6 +168,8 @@ def _told_apart(given: Arguments) -> Arguments:
             x = torch.where(x.isfinite(), x, torch.zeros_like(x))
         if not _distinct(x):
             x = torch.stack([row.flatten().roll(number).view_as(row) for number, row in enumerate(x)])
+            if x.is_floating_point():  # in other sums, too, by which a model may sort
+                x = x * torch.linspace(1, 0.5, rows, device="cpu").to(x).view(-1, *[1] * (x.dim() - 1))
         if x.is_floating_point() and not _distinct(x):
             x = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
         differs.append(_distinct(x))

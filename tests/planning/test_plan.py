@@ -12,7 +12,7 @@ from deltaspec.planning.plan import Plan
 from deltaspec.planning.resolve import plan
 
 STRUCTURE = "sha256:3fefde8dfdc34e6f95021301046235ce8e97031571190d3d49ca1a73bbdd01cc"
-FINGERPRINT = "sha256:11cf1f88f37bc581c1f4bab3a286272e09884bec048fc1c0ccb7c281ed529702"
+FINGERPRINT = "sha256:78d1e3acdab264cb1ff3268034a2bf776cf816a336be6f39b217c4b41c98d005"
 
 
 def test_meta_and_real_weights_of_any_dtype_give_the_same_plan() -> None:

@@ -97,6 +97,5 @@ def refused(folder: Path, model: nn.Module | None = None) -> list[str]:
     assert {d.code for d in restoring.value.diagnostics} <= {d.code for d in loading.value.diagnostics}
     for finding in loading.value.diagnostics:
         assert finding.suggestion, finding
-        place = Path(finding.file)
-        assert (place.parent if folder.is_dir() else place) == folder
+        assert folder in (Path(finding.file), Path(finding.file).parent)
     return sorted(d.code for d in loading.value.diagnostics)
