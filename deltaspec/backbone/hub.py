@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from deltaspec.diagnostics.wording import one_line
+from deltaspec.diagnostics.wording import brief, one_line
 
 _LOG_IN = "log in: hf auth login, or set HF_TOKEN"
 
@@ -85,12 +85,12 @@ def refusal(error: BaseException, repo: str, revision: str | None = None) -> tup
         return "it is not in the hub's cache, and HF_HUB_OFFLINE is set", f"unset HF_HUB_OFFLINE, or {fetch}"
     if is_from(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError, socket.gaierror):
         why = next((cause for cause in reversed(causes) if not isinstance(cause, errors.EntryNotFoundError)), error)
-        message = f"it is not in the hub's cache, and the hub ({constants.ENDPOINT}) cannot be reached: {_brief(why)}"
+        message = f"it is not in the hub's cache, and the hub ({constants.ENDPOINT}) cannot be reached: {brief(why)}"
         return message, f"check the network, HTTPS_PROXY and HF_ENDPOINT; or {fetch}"
     if is_from(errors.EntryNotFoundError):
         return "the hub's repository has no such file", "look into the repository, and name a folder that has it"
     if is_from(errors.HfHubHTTPError):
-        return f"the hub refuses it: {_brief(error)}", f"try again; if it is private, {_LOG_IN}"
+        return f"the hub refuses it: {brief(error)}", f"try again; if it is private, {_LOG_IN}"
     return None
 
 
@@ -100,7 +100,3 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while found is not None:
         yield found
         found = found.__cause__ or found.__context__
-
-
-def _brief(error: BaseException) -> str:
-    return one_line(f"{type(error).__name__}: {error}" if str(error).strip() else type(error).__name__)

@@ -25,7 +25,7 @@ from deltaspec.backbone.hub import is_cached, reachable, refusal
 from deltaspec.backbone.load_report import quiet, refuse_lacking
 from deltaspec.backbone.untrusted import kernel_in, no_code, no_questions
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.diagnostics.wording import closest, one_line
+from deltaspec.diagnostics.wording import brief, closest
 from deltaspec.documents.nearby import did_you_mean
 from deltaspec.names.paths import is_inside
 
@@ -90,7 +90,7 @@ def _from_config_file(reference: str, file: str, wanted: Wanted) -> nn.Module:
         with open(file, encoding="utf-8") as stream:
             data = json.load(stream)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        _fail("DS322", f"{os.path.basename(file)} cannot be read: {_brief(error)}", reference, _WAYS)
+        _fail("DS322", f"{os.path.basename(file)} cannot be read: {brief(error)}", reference, _WAYS)
     if not isinstance(data, dict) or "model_type" not in data:
         message = f"{os.path.basename(file)} names no model_type, so it is no configuration of a transformers model"
         _fail("DS322", message, reference, _WAYS)
@@ -121,7 +121,7 @@ def _build(reference: str, source: str, wanted: Wanted, local: bool) -> nn.Modul
             if not local and (said := refusal(error, reference)) is not None:
                 hint = did_you_mean(reference, f"{said[1]}, or {_WAYS}")
                 _fail("DS321", f"no such file or directory here, and {said[0]}", reference, hint)
-            message = f"transformers cannot use this configuration: {_brief(error)}"
+            message = f"transformers cannot use this configuration: {brief(error)}"
             _fail("DS322", _OWN_CODE if _remedy(error) else message, reference, _remedy(error) or _WAYS)
         _refuse_kernels(reference, config)
         named = wanted.kind or _fitting(wanted.likely, config) or getattr(config, "architectures", None) or "AutoModel"
@@ -131,7 +131,7 @@ def _build(reference: str, source: str, wanted: Wanted, local: bool) -> nn.Modul
             with torch.device("meta"):
                 model = maker(config)
         except Exception as error:  # a configuration can fail in any line of any model's constructor
-            message = f"{named[0]} cannot be built from this configuration: {_brief(error)}"
+            message = f"{named[0]} cannot be built from this configuration: {brief(error)}"
             hint = _ANOTHER if wanted.kind else _VALUES
             _fail("DS322", _OWN_CODE if _remedy(error) else message, reference, _remedy(error) or hint)
         if wanted.weights:
@@ -187,7 +187,7 @@ def _weighted(reference: str, source: str, name: str, config: Any, local: bool, 
         made, report = getattr(transformers, name).from_pretrained(place, **options)
     except Exception as error:  # whatever a file of weights, the hub's client or a model's class raises
         said = None if local else refusal(error, reference)
-        message, hint = said or (_brief(error), "name a directory with weights, as save_pretrained writes it")
+        message, hint = said or (brief(error), "name a directory with weights, as save_pretrained writes it")
         _fail("DS322", f"the weights of this {name} cannot be loaded: {message}", reference, hint)
     assert isinstance(made, nn.Module)
     refuse_lacking(reference, made, report["missing_keys"])
@@ -217,7 +217,7 @@ def _from_factory(reference: str, module_name: str, attribute: str, *, weights: 
                 with quiet(progress=True):
                     model = made()
             except (Exception, SystemExit) as error:  # the caller's own code
-                message = f"{attribute}() failed: {_brief(error)}{_where(error)}"
+                message = f"{attribute}() failed: {brief(error)}{_where(error)}"
                 _fail("DS324", message, reference, "a factory is called without arguments and gives a torch.nn.Module")
     if not isinstance(model, nn.Module):
         kind = f"an object of class {type(model).__name__}"
@@ -232,7 +232,7 @@ def _imported(reference: str, name: str) -> Any:
         if isinstance(error, ModuleNotFoundError) and error.name is not None and is_inside(name, error.name):
             hint = "it is looked for in the current directory and in the environment that deltaspec runs in"
             _fail("DS323", f"there is no module {error.name}", reference, hint)
-        _fail("DS323", f"importing {name} failed: {_brief(error)}{_where(error)}", reference)
+        _fail("DS323", f"importing {name} failed: {brief(error)}{_where(error)}", reference)
 
 
 @contextmanager
@@ -250,10 +250,6 @@ def _where(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     own = [frame for frame in frames if "importlib" not in frame.filename]
     return f" ({os.path.relpath(own[-1].filename)}:{own[-1].lineno})" if own else ""
-
-
-def _brief(error: BaseException) -> str:
-    return one_line(f"{type(error).__name__}: {error}" if str(error).strip() else type(error).__name__)
 
 
 def _fail(code: str, message: str, reference: str, suggestion: str | None = None) -> NoReturn:

@@ -32,6 +32,11 @@ def one_line(text: str, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def brief(error: BaseException) -> str:
+    """Write an exception of somebody else's code on one line: its kind, and what it says, if anything."""
+    return one_line(f"{type(error).__name__}: {error}" if str(error).strip() else type(error).__name__)
+
+
 def show_path(path: Sequence[str | int]) -> str:
     """Write a document path as `deltas[0].target.path`."""
     text = ""

@@ -15,7 +15,7 @@ from typing import NoReturn, Protocol, cast
 from deltaspec.backbone.hub import quietly, refusal
 from deltaspec.backbone.loading import Wanted
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.diagnostics.wording import one_line
+from deltaspec.diagnostics.wording import brief
 from deltaspec.documents.nearby import did_you_mean
 from deltaspec.formats.alike import AlikeSet, recipe_of
 from deltaspec.formats.base import Base
@@ -194,7 +194,7 @@ def _fetched(repo: str, folder: str, revision: str | None) -> Path:
             root = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except Exception as error:  # whatever the hub's client raises
         said, hint = refusal(error, repo, revision) or (
-            f"the hub's client failed: {one_line(f'{type(error).__name__}: {error}')}",
+            f"the hub's client failed: {brief(error)}",
             "check the id (org/name, org/name/folder, org/name@revision)",
         )
         message = f"there is no such directory here, and {said}"

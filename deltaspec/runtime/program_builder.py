@@ -36,7 +36,7 @@ from deltaspec.runtime.placements import Placement, Placements
 from deltaspec.runtime.program import Program
 from deltaspec.runtime.prompts import Following, Front, Prompted
 from deltaspec.runtime.sockets import Forward
-from deltaspec.runtime.streams import Reading, Streams, Tapped
+from deltaspec.runtime.streams import Reading, Streams, tap
 
 _LONGEST = 64
 """Links of one region at most: emitting a chain takes some frames a link. More are regions around regions."""
@@ -99,11 +99,11 @@ class ProgramBuilder:
         if not names:
             return program
         refuse_misfits(self.host, (self.placements.planned[name] for name in names))
-        hosts = dict.fromkeys(host for name in names for host in self.placements[name])
+        every = dict.fromkeys(host for name in names for host in self.placements[name])
+        hosts = {host: self._at(host, names) for host in every}
         inline: dict[str, list[Placement]] = {}
-        tapped = self.streams.at({host: self._at(host, names) for host in hosts})
-        for host in hosts:
-            placements = self._at(host, names)
+        tapped = self.streams.at(hosts)
+        for host, placements in hosts.items():
             alone = len(placements) > _LONGEST or any(_needs_own_region(v) or v.delta in scaled for v in placements)
             # Hooks go around the deltas, which a trace puts around them; what is read is what enters.
             alone = alone or _has_hooks(self.modules[host]) or host in tapped
@@ -118,8 +118,8 @@ class ProgramBuilder:
         for fqn in self.statistics:
             if fqn not in hosts or fqn in inline:
                 self._write(program, fqn, self.host.frozen_statistics(fqn))
-        for fqn, streams in tapped.items():
-            self._write(program, fqn, Tapped(self.modules[fqn], self._so_far(program, fqn), streams))
+        for fqn, forward in tap(tapped, self.modules, lambda fqn: self._so_far(program, fqn)).items():
+            self._write(program, fqn, forward)
         self._count_positions(program, names)
         self._put_prompts_in_front(program, names)
         if wrap_root is not None:

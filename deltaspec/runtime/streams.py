@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ from deltaspec.runtime.sockets import Forward
 class Tapped:
     """The forward of a module whose input others read: it is kept for them on the way."""
 
-    def __init__(self, module: nn.Module, forward: Forward, streams: Sequence[Stream]) -> None:
+    def __init__(self, module: nn.Module, forward: Forward, streams: Iterable[Stream]) -> None:
         self.forward, self.streams = forward, tuple(streams)
         self.name = first_argument(type(module))
 
@@ -30,9 +31,14 @@ class Tapped:
 
 
 class Reading:
-    """The forward of a module whose deltas read streams: once it ends, they are empty."""
+    """The forward of a module in which streams are read: once it ends, they are empty.
 
-    def __init__(self, forward: Forward, streams: Sequence[Stream]) -> None:
+    That is the module whose deltas read them; and the whole model, of which a forward may fail before it gets there.
+    """
+
+    __signature__ = property(lambda self: inspect.signature(self.forward))  # generate passes arguments by their names
+
+    def __init__(self, forward: Forward, streams: Iterable[Stream]) -> None:
         self.forward, self.streams = forward, tuple(streams)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,3 +69,13 @@ class Streams:
                 if (stream := self.of(placement, host)) is not None:
                     found.setdefault(stream.read, {})[host] = stream
         return {read: list(streams.values()) for read, streams in found.items()}
+
+
+def tap(
+    tapped: Mapping[str, Iterable[Stream]], modules: Mapping[str, nn.Module], so_far: Callable[[str], Forward]
+) -> dict[str, Forward]:
+    """Build the forwards that fill streams, and that of the whole model, which empties them, around those so far."""
+    found: dict[str, Forward] = {fqn: Tapped(modules[fqn], so_far(fqn), streams) for fqn, streams in tapped.items()}
+    if tapped:
+        found[""] = Reading(so_far(""), (stream for streams in tapped.values() for stream in streams))
+    return found

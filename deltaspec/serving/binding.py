@@ -21,7 +21,7 @@ from deltaspec.runtime.lowering import Attend, Lowered
 from deltaspec.runtime.placements import Placement
 from deltaspec.runtime.program_builder import ProgramBuilder
 from deltaspec.runtime.sockets import Forward
-from deltaspec.runtime.streams import Tapped
+from deltaspec.runtime.streams import tap
 from deltaspec.serving.numbering import numbering_of
 from deltaspec.serving.prompts import EmbeddedRows, FollowingRows, PromptedRows, RowFront
 from deltaspec.serving.slots import Slot, Source, Table
@@ -100,15 +100,12 @@ def put_prompts_in_front(
     return found
 
 
-def tap(
+def put_streams_around(
     builder: ProgramBuilder, hosts: Mapping[str, Sequence[tuple[Slot, str]]], made: Mapping[str, Forward]
 ) -> dict[str, Forward]:
     """Build the forwards that keep what enters them for deltas elsewhere, around those that are `made` already."""
     placed = {host: [p for _, name in given for p in builder.placements[name][host]] for host, given in hosts.items()}
-    return {
-        fqn: Tapped(builder.modules[fqn], made.get(fqn) or builder.own_forward(fqn), streams)
-        for fqn, streams in builder.streams.at(placed).items()
-    }
+    return tap(builder.streams.at(placed), builder.modules, lambda fqn: made.get(fqn) or builder.own_forward(fqn))
 
 
 def touched(builder: ProgramBuilder, names: Iterable[str]) -> set[str]:
@@ -119,7 +116,8 @@ def touched(builder: ProgramBuilder, names: Iterable[str]) -> set[str]:
             found.add(host)
             entering = [v.planned.site.row.entrance for v in placements if v.virtual_tokens]
             found.update(fqn for e in entering if e is not None for fqn in (e.fqn, e.follower) if fqn is not None)
-            found.update(v.planned.site.stream for v in placements if v.planned.site.stream is not None)
+            read = (v.planned.site.stream for v in placements)
+            found.update(fqn for stream in read if stream is not None for fqn in (stream, ""))
             told = [v.planned.site.row.positions for v in placements if v.counted_tokens]
             found.update(fqn for t in told if t is not None for fqn in t.takers)
     return found

@@ -22,7 +22,7 @@ from deltaspec.runtime.interrupts import surely
 from deltaspec.runtime.shared import Shared
 from deltaspec.runtime.sockets import Forward, Socket
 from deltaspec.serving.assignment import Rows, chain, key_of, parse_rows, places, to_tensors
-from deltaspec.serving.binding import put_prompts_in_front, tap, touched
+from deltaspec.serving.binding import put_prompts_in_front, put_streams_around, touched
 from deltaspec.serving.dispatch import Dispatch, Entering, Kinds
 from deltaspec.serving.hosts import bind_rows, refusals
 from deltaspec.serving.running import Running
@@ -123,7 +123,7 @@ class Mixer(Running):
                 for host in builder.placements[name]:
                     hosts.setdefault(host, []).append((slot, name))
             made = {host: bind_rows(self._builder, self._stacks, host, given) for host, given in hosts.items()}
-            made |= tap(builder, hosts, made)
+            made |= put_streams_around(builder, hosts, made)
             made |= put_prompts_in_front(self._builder, self._stacks, hosts, made)
             for fqn in self._host.statistics:
                 made.setdefault(fqn, builder.host.frozen_statistics(fqn))

@@ -121,6 +121,31 @@ def test_a_site_that_runs_alone_says_so() -> None:
         c.backbone.transformer.h[0].mlp(torch.zeros(1, 2, 32))
 
 
+@pytest.mark.parametrize("rows", [{}, {"deltas": ["parallel", None]}])
+def test_a_forward_that_fails_leaves_nothing_to_read(rows: dict[str, Any]) -> None:
+    _, inputs, c = compiled(PARALLEL)
+    feed_forward = c.backbone.transformer.h[0].mlp
+
+    def fail(*_: Any) -> None:
+        raise ArithmeticError
+
+    hook = feed_forward.act.register_forward_hook(fail)
+    with pytest.raises(ArithmeticError):
+        c(**inputs, **rows)
+    hook.remove()
+    with pytest.raises(DeltaSpecError, match=r"h\.0\.mlp\.c_proj runs without transformer\.h\.0\.ln_2"):
+        feed_forward(torch.zeros(*inputs["input_ids"].shape, 32))
+
+
+def test_generate_passes_what_the_model_takes() -> None:
+    _, inputs, c = compiled()
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    found = c.backbone.generate(**inputs, **options)
+    with torch.no_grad():
+        again = c.backbone.generate(**inputs, **options, use_cache=False)
+    assert torch.equal(found, again)
+
+
 class Block(nn.Module):
     """A block that torch.fx can trace."""
 
