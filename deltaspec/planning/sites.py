@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from deltaspec.backbone.observations import Observations
 from deltaspec.backbone.table import ModuleTable, Row
@@ -43,6 +43,11 @@ class Placer:
     observations: Observations
     findings: list[Diagnostic]
     notes: list[str]
+    rows: dict[str, Row] = field(init=False)
+    """The table's modules by FQN."""
+
+    def __post_init__(self) -> None:
+        self.rows = {row.fqn: row for row in self.table.rows}
 
     @property
     def entry(self) -> DeltaEntry:
@@ -169,13 +174,10 @@ class Placer:
     ) -> Candidate:
         override = overrides.get((place[0].fqn, place[1]))
         params = self.entry.params if override is None else variants[override]
-        site, stream = self.site(*place), self.method.stream(params)
-        if stream is not None:
-            site = with_stream(site, stream, self.table, self.observations)
-        return site, params, override
+        return self.site(*place, params), params, override
 
-    def site(self, row: Row, parameter: str | None) -> Site:
-        """Describe a place, with what the forward pass showed of it."""
+    def site(self, row: Row, parameter: str | None, params: MethodParams) -> Site:
+        """Describe a place, with what the forward pass showed of it, and what a formula of these params reads there."""
         seen = self.observations.of(row)
         in_width, width = static_widths(row)
         if seen is None:
@@ -188,6 +190,8 @@ class Placer:
             site = Site(row, parameter, in_width, width, host, seen.reads, seen.attention, seen.dims, moves=seen.moves)
         if not row.faithful and site.host is None and parameter is None and self.method.promises.weight is not None:
             site = replace(site, host=row.fqn)  # only its weight can be changed, not what its kind makes of it
+        if (stream := self.method.stream(params)) is not None:
+            site = with_stream(site, stream, self.rows, self.observations)
         return as_matrices(site) if parameter is not None and self.method.matrices else site
 
     def _tied_places(self, sites: list[Candidate]) -> list[Candidate]:
@@ -204,7 +208,7 @@ class Placer:
             for row, parameter in (owners[fqn] for fqn in partners):
                 if taken.isdisjoint({(row.fqn, None), (row.fqn, parameter)}):
                     taken.add((row.fqn, parameter))
-                    added.append((self.site(row, parameter), params, override))
+                    added.append((self.site(row, parameter, params), params, override))
                     new.append(name(row, parameter))
             if new:
                 self.notes.append(f"{site.fqn} is tied to {', '.join(new)}: one tensor, trained for all of them")
@@ -230,7 +234,7 @@ class Placer:
         if why := refuse_computed(self.method, site, params):
             return why
         stream = self.method.stream(params)
-        if stream is not None and (why := refuse_stream(site, stream, self.table, self.observations)):
+        if stream is not None and (why := refuse_stream(site, stream, self.rows, self.observations)):
             return why
         if refusal := self.method.refuse(site, params):
             # A method that asks for example_inputs lacks what a forward would have shown.

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from itertools import chain
 
 from deltaspec.backbone.observations import Observations
-from deltaspec.backbone.recorder import Observation, Passage
-from deltaspec.backbone.table import ModuleTable
+from deltaspec.backbone.recorder import Observation
+from deltaspec.backbone.table import Row
 from deltaspec.diagnostics.wording import closest
 from deltaspec.methods.declarations import Site
 from deltaspec.methods.shared.shapes import static_widths
 from deltaspec.names.paths import below
 
 
-def with_stream(site: Site, path: str, table: ModuleTable, observations: Observations) -> Site:
+def with_stream(site: Site, path: str, rows: Mapping[str, Row], observations: Observations) -> Site:
     """Return the site with the module that a path means there, if there is one, and the width of what enters that."""
-    rows = {row.fqn: row for row in table.rows}
     read = meant(site.row.fqn, path, rows)
     if read is None:
         return site
@@ -27,17 +26,17 @@ def with_stream(site: Site, path: str, table: ModuleTable, observations: Observa
     return replace(site, stream=row.fqn, stream_width=width)
 
 
-def refuse_stream(site: Site, path: str, table: ModuleTable, observations: Observations) -> tuple[str, str, str] | None:
+def refuse_stream(
+    site: Site, path: str, rows: Mapping[str, Row], observations: Observations
+) -> tuple[str, str, str] | None:
     """Return code, reason and way out where a site cannot read what enters the module that a path means."""
     if site.parameter is not None or site.host is not None:
         reason = f"what enters {path} is read where {site.fqn} is called, and this works on a weight there"
         return "DS585", reason, "select a module that is called"
-    rows = {row.fqn: row for row in table.rows}
     if site.stream is None:
         reason = f"nothing beside or around this {site.row.type} is called {path}"
         return "DS585", reason, _near(site.row.fqn, path, list(rows))
-    at, seen = rows[site.row.fqn], observations.seen(rows[site.stream])
-    here = observations.seen(at)
+    seen, here = observations.seen(rows[site.stream]), observations.seen(site.row)
     if seen is None or here is None:  # no forward could be run: the first one will tell
         return None
     way_out = f"name a module whose input is [..., width], as often as {site.row.type} runs and before it ends"
@@ -45,7 +44,8 @@ def refuse_stream(site: Site, path: str, table: ModuleTable, observations: Obser
         return "DS585", f"{path} is not called by the model, so nothing enters it", way_out
     if not _in_turn(seen, here):
         return "DS585", f"{path} does not run once before each end of this {site.row.type}", way_out
-    if any(one.entering is None or one.entering != other.leaving for one, other in _pairs(seen, here)):
+    pairs = zip(seen.calls, here.calls, strict=True)
+    if any(one.entering is None or one.entering != other.leaving for one, other in pairs):
         return "DS585", f"what enters {path} has other positions than what leaves this {site.row.type}", way_out
     return None
 
@@ -74,10 +74,6 @@ def _in_turn(read: Observation, site: Observation) -> bool:
     ends = [0, *(call.left for call in site.calls)]
     turns = zip(read.calls, ends, ends[1:], strict=False)
     return len(read.calls) == len(site.calls) and all(before < call.entered < end for call, before, end in turns)
-
-
-def _pairs(read: Observation, site: Observation) -> list[tuple[Passage, Passage]]:
-    return list(zip(read.calls, site.calls, strict=True))
 
 
 def _near(fqn: str, path: str, names: list[str]) -> str:

@@ -78,7 +78,7 @@ def _verdict(placer: Placer, row: Row) -> Verdict:
         outcome = "; ".join(_words(site) for site in planned)
     elif selected:
         params = placer.entry.params
-        refusals = [placer.why_not(placer.site(*place), params) for place in selected]
+        refusals = [placer.why_not(placer.site(*place, params), params) for place in selected]
         code, reason, hint = next((r for r in refusals if r[0]), ("", "refused with the params of an override", ""))
         outcome = f"selected, but {reason}" + (f" [{code}]; {hint}" if code else "")
     else:
