@@ -63,7 +63,7 @@ class RowEmitter:
         for node in self.formula.result.graph.nodes:
             if node in self.formula.own or node in self.env:
                 continue
-            if node is self.formula.stream:
+            if self.formula.stream is not None and node is self.formula.stream:
                 assert self.inputs.stream is not None
                 entered = self.inputs.stream()
                 entered = entered if self.compute is None else self._call(_cast, entered, self.compute)

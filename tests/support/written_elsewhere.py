@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
 import deltaspec
+from deltaspec.formats.base import Base
+from deltaspec.formats.opening import open_set
 
 FIXTURES = Path(__file__).parent.parent / "formats" / "fixtures"
+WRONG: tuple[Any, ...] = ("x", [[]], {"a": {"b": [1]}}, -1e300, 10**400, float("nan"))
+"""Values that hardly an option takes."""
 
 
 @cache
@@ -57,3 +63,24 @@ def difference(library: str, case: str, folder: Path | None = None) -> float:
     if "position_ids" in given:  # padded on the left: padding's own rows say nothing
         apart = apart[given["attention_mask"].bool()]
     return float(apart.max())
+
+
+def refuse(library: str, case: str, folder: Path, code: str, said: str) -> None:
+    """Check that a changed adapter of a case is refused with this code alone, in such words."""
+    with pytest.raises(deltaspec.DeltaSpecError, match=said) as caught:
+        deltaspec.restore(base_of(library, case), folder)
+    assert {finding.code for finding in caught.value.diagnostics} == {code}
+
+
+def try_wrong_values(library: str, case: str, folder: Path, names: Iterable[str], write: Callable[..., Any]) -> None:
+    """Check that options of any value are read, or are findings; `write(name=value)` changes one of them."""
+    plain = Base(base_of(library, case))
+    for name in names:
+        for value in WRONG:
+            write(**{name: value})
+            try:
+                open_set(folder, lambda: plain)
+            except deltaspec.DeltaSpecError as error:
+                assert all(finding.suggestion for finding in error.diagnostics)
+            except Exception as error:
+                pytest.fail(f"{name}: {value!r}: {error!r}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from written_elsewhere import base_of, copied
+from written_elsewhere import base_of, copied, try_wrong_values
 
 import deltaspec
 from deltaspec.diagnostics.findings import DeltaSpecError
@@ -107,7 +108,6 @@ def test_what_was_trained_beside_it_is_found_under_another_prefix(tmp_path: Path
     assert finding.suggestion == "load BertForSequenceClassification"
 
 
-WRONG: tuple[Any, ...] = ("x", [[]], {"a": {"b": [1]}}, -1e300, 10**400, float("nan"))
 READ = {
     "lora_bert_head": ("lora_r", "lora_alpha", "lora_dropout", "modified_modules", "exclude_modules", "delta_type"),
     "parallel_bert": ("bottleneck_dim", "non_linearity", "modified_modules", "scaled", "common_structure"),
@@ -118,19 +118,15 @@ READ = {
 """Options that a reader asks for, by case."""
 
 
+def rewritten(folder: Path, whole: dict[str, Any], **config: Any) -> None:
+    (folder / CONFIG).write_text(json.dumps({**whole, **config}))
+
+
 @pytest.mark.parametrize("case", READ)
 def test_any_value_is_read_or_is_a_finding(case: str, tmp_path: Path) -> None:
-    folder, plain = copied("opendelta", case, tmp_path), Base(base_of("opendelta", case))
+    folder = copied("opendelta", case, tmp_path)
     whole = json.loads((folder / CONFIG).read_text())
-    for name in READ[case]:
-        for value in WRONG:
-            (folder / CONFIG).write_text(json.dumps({**whole, name: value}))
-            try:
-                open_set(folder, lambda: plain)
-            except deltaspec.DeltaSpecError as error:
-                assert all(finding.suggestion for finding in error.diagnostics)
-            except Exception as error:
-                pytest.fail(f"{name}: {value!r}: {error!r}")
+    try_wrong_values("opendelta", case, folder, READ[case], partial(rewritten, folder, whole))
 
 
 @pytest.mark.parametrize(
@@ -145,8 +141,7 @@ def test_any_value_is_read_or_is_a_finding(case: str, tmp_path: Path) -> None:
 )
 def test_the_finding_is_about_the_configuration(case: str, options: Any, said: str, tmp_path: Path) -> None:
     folder = copied("opendelta", case, tmp_path)
-    whole = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**whole, **options}))
+    rewritten(folder, json.loads((folder / CONFIG).read_text()), **options)
     with pytest.raises(deltaspec.DeltaSpecError) as caught:
         open_set(folder, lambda: Base(base_of("opendelta", case)))
     assert all(finding.suggestion for finding in caught.value.diagnostics)
