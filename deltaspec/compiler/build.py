@@ -80,8 +80,9 @@ def build(
             capture, reason = ("modules" if graph is None else "symbolic"), why
         elif fixed := fixed_in(graph):
             reason = f"asked for; the trace fixes {', '.join(fixed)}"
-        if graph is not None and not reads_around_calls(graph, backbone, places(plan)[0]):
-            plan = replace(plan, proven=True)  # the trace calls every site
+        reads = any(site.site.stream is not None for delta in plan.deltas for site in delta.sites)
+        if graph is not None and not reads and not reads_around_calls(graph, backbone, places(plan)[0]):
+            plan = replace(plan, proven=True)  # the trace calls every site; in which order and on what, a forward shows
     deltas = Deltas()
     for planned in plan.deltas:
         deltas.add(build_delta(planned, planned.seed, backbone, drawn=drawn))

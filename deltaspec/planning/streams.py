@@ -39,15 +39,25 @@ def refuse_stream(
     seen, here = observations.seen(rows[site.stream]), observations.seen(site.row)
     if seen is None or here is None:  # no forward could be run: the first one will tell
         return None
-    way_out = f"name a module whose input is [..., width], as often as {site.row.type} runs and before it ends"
-    if not seen.called:
-        return "DS585", f"{path} is not called by the model, so nothing enters it", way_out
-    if not _in_turn(seen, here):
-        return "DS585", f"{path} does not run once before each end of this {site.row.type}", way_out
-    pairs = zip(seen.calls, here.calls, strict=True)
+    why = out_of_turn(site, path, seen, here)
+    return None if why is None else ("DS585", why, way_out(site))
+
+
+def out_of_turn(site: Site, path: str, read: Observation, here: Observation) -> str | None:
+    """Return why a site cannot read what enters another module, by what a forward showed of both; None: it can."""
+    if not read.called:
+        return f"{path} is not called by the model, so nothing enters it"
+    if not _in_turn(read, here):
+        return f"{path} does not run once before each end of this {site.row.type}"
+    pairs = zip(read.calls, here.calls, strict=True)
     if any(one.entering is None or one.entering != other.leaving for one, other in pairs):
-        return "DS585", f"what enters {path} has other positions than what leaves this {site.row.type}", way_out
+        return f"what enters {path} has other positions than what leaves this {site.row.type}"
     return None
+
+
+def way_out(site: Site) -> str:
+    """Return what to do where a site cannot read what it names."""
+    return f"name a module whose input is [..., width], as often as {site.row.type} runs and before it ends"
 
 
 def meant(fqn: str, path: str, names: Container[str]) -> str | None:

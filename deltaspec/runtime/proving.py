@@ -11,6 +11,7 @@ from torch import nn
 from deltaspec.backbone.recorder import Observation, Recorder
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.methods.registry import methods
+from deltaspec.planning.streams import out_of_turn, way_out
 from deltaspec.runtime.forks import ForkLock
 from deltaspec.runtime.placements import Placements
 from deltaspec.runtime.sockets import Forward
@@ -64,5 +65,22 @@ def refuse_bypassed(placements: Placements, seen: dict[str, Observation], names:
                 message = f"delta {name!r} is bypassed: {found.host or 'the model'} reads the weights of {fqn} {how}"
                 hint = "pass example_inputs to compile, so that the plan puts the delta on the weight or refuses it"
                 findings.append(Diagnostic("DS437", message, suggestion=hint))
+    if findings:
+        raise DeltaSpecError(findings)
+
+
+def refuse_unread(placements: Placements, seen: dict[str, Observation], names: Iterable[str]) -> None:
+    """Raise DeltaSpecError (DS585) for deltas that read what enters other modules, where a forward gave them another
+    tensor than they should have.
+    """
+    findings = []
+    for name in names:
+        for placement in placements.of(name):
+            site = placement.planned.site
+            if site.stream is None or not seen[site.row.fqn].called:
+                continue
+            if (reason := out_of_turn(site, site.stream, seen[site.stream], seen[site.row.fqn])) is not None:
+                message = f"delta {name!r} cannot work at {site.fqn}: {reason}"
+                findings.append(Diagnostic("DS585", message, suggestion=way_out(site)))
     if findings:
         raise DeltaSpecError(findings)

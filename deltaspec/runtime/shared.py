@@ -25,7 +25,7 @@ from deltaspec.runtime.forks import guard
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.placements import Placements
 from deltaspec.runtime.ports import View
-from deltaspec.runtime.proving import refuse_bypassed
+from deltaspec.runtime.proving import refuse_bypassed, refuse_unread
 
 
 class Shared:
@@ -82,9 +82,12 @@ class Shared:
             raise DeltaSpecError(findings)
 
     def prove_reached(self, seen: dict[str, Observation], names: Iterable[str]) -> None:
-        """Refuse, after their first forward, deltas whose modules' weights are read around them (DS437)."""
+        """Refuse, after their first forward, deltas whose modules' weights are read around them (DS437), and those that
+        read another tensor than they should have (DS585).
+        """
         names = tuple(names)
         refuse_bypassed(self.placements, seen, names)
+        refuse_unread(self.placements, seen, names)
         self.unproven.difference_update(names)
 
     def add(self, planned: PlannedDelta, spec: DeltaSpec | None = None, *, proven: bool) -> None:

@@ -158,6 +158,37 @@ class Block(nn.Module):
         return out
 
 
+class Part(nn.Module):
+    """Gives its norm some positions, before the layer that reads what enters that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.down = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.norm(x[:, :1])
+        out: Tensor = self.down(x) + first
+        return out
+
+
+class Twice(Part):
+    """Runs its norm twice before that layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.norm(self.norm(x)))
+        return out
+
+
+@pytest.mark.parametrize("capture", ["symbolic", "modules"])
+@pytest.mark.parametrize(("kind", "said"), [(Part, "has other positions"), (Twice, "does not run once before")])
+def test_where_no_forward_could_be_observed_the_first_one_tells(kind: type[Part], said: str, capture: Any) -> None:
+    delta = {**PARALLEL, "params": {"width": 4, "input_of": "norm"}, "target": {"path": "down"}}
+    c = deltaspec.compile(kind(), spec(delta), capture=capture)
+    with pytest.raises(DeltaSpecError, match=said) as caught:
+        c(torch.randn(2, 3, 8))
+    assert {finding.code for finding in caught.value.diagnostics} == {"DS585"}
+
+
 def test_both_captures_where_the_module_read_has_deltas_of_its_own() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(Block(), Block()).eval(), torch.randn(2, 3, 8)
