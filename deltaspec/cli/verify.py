@@ -64,7 +64,8 @@ def command(
         tell(result, found.findings)
         click.get_current_context().exit(0 if found else 1)
     say(str(found))
-    report(found.findings) if found.findings else None
+    if found.findings:
+        report(found.findings)
 
 
 def _data(each: Agreement) -> dict[str, object]:
