@@ -89,8 +89,9 @@ def _replace(adapter: Adapter, head: Head, form: Form, name: str) -> None:
         for own in (parameter.name for parameter in row.parameters):
             key = f"{layer}.{own}"
             places[key] = row.fqn, own
-            if own == "bias" and not head.bias and layer == head.keys(name)[-1]:
-                adapter.weights[key] = torch.zeros(row.shape_of(own), dtype=adapter.weights[f"{layer}.weight"].dtype)
+            weight = adapter.weights.get(f"{layer}.weight")
+            if own == "bias" and not head.bias and layer == head.keys(name)[-1] and weight is not None:
+                adapter.weights[key] = torch.zeros(row.shape_of(own), dtype=weight.dtype)
             elif key not in adapter.weights:
                 adapter.find("DS543", f"has no {key}", "the file was cut: save the adapter again", adapter.file)
     if head.labels is not None and (row := adapter.base.rows[form.places[-1]]).shape_of("weight")[0] != head.labels:

@@ -31,6 +31,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], object]
 CHANGES: dict[str, tuple[Change, str, str]] = {
     "other labels": (lambda c, w: c.update(num_labels=4), "DS526", "4 labels, and this .* has 3"),
     "a bias is cut": (lambda c, w: w.pop("heads.task.4.bias"), "DS543", "has no heads.task.4.bias"),
+    "no last layer": (lambda c, w: c.update(bias=w.pop("heads.task.4.weight") is None), "DS543", "heads.task.4.weight"),
     "a layer more": (lambda c, w: w.update({"heads.task.7.bias": torch.ones(3)}), "DS549", "heads.task.7.bias"),
     "another activation": (lambda c, w: c.update(activation_function="relu"), "DS549", "2 layers with relu"),
     "another type": (lambda c, w: c.update(head_type="dependency_parsing"), "DS549", "dependency_parsing"),
