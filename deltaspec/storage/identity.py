@@ -19,7 +19,8 @@ _MEANING = ("method", "derived", "params", "groups")
 
 def identity(tensors: str, locked: Mapping[str, Any], base: str) -> str:
     """Return `sha256:…` of a delta: of the digest of its tensors' file, what its lock says of it, and its base."""
-    return digest([tensors, [_but_passing(locked).get(key) for key in _MEANING], base])
+    meant = _but_passing(locked)
+    return digest([tensors, [meant.get(key) for key in _MEANING], base])
 
 
 def _but_passing(locked: Mapping[str, Any]) -> Mapping[str, Any]:
