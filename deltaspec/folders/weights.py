@@ -117,7 +117,7 @@ class Named:
         return next((key for place in places if (key := self.own_key(place)) is not None), None)
 
     def kept(self, name: str) -> tuple[str, ...]:
-        """Return the keys under which the folder keeps a tensor: one, or those of its pieces; none where it has none."""
+        """Return the keys under which the folder keeps a tensor: its own, or those of its pieces, or none."""
         key = self.key(name)
         return self._pieces.get(name, ()) if key is None else (key,)
 

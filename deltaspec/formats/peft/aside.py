@@ -7,8 +7,10 @@ from collections.abc import Collection, Iterable
 
 from torch import Tensor
 
+from deltaspec.backbone.entrances import part_of
 from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.naming import saved_list
+from deltaspec.formats.peft.tying import ties_embeddings
 from deltaspec.methods.registry import methods
 from deltaspec.names.paths import below, is_inside
 
@@ -126,23 +128,17 @@ def _rows(out: Outgoing) -> None:
         rows = parts[0].own.weight if plain else out.folded(fqn, parts)["weight"][ids]
         out.tensors[f"{PREFIX}{fqn}.token_adapter.trainable_tokens_delta"] = rows
     out.config["trainable_token_indices"] = given
-    if _ties(out):
+    if ties_embeddings(out.base, unsaid=False):
         _refuse_untied(out, found)
-
-
-def _ties(out: Outgoing) -> bool:
-    """Return whether PEFT changes with the input embeddings' rows those of all that is tied to them."""
-    return bool(getattr(out.base.config, "tie_word_embeddings", False))
 
 
 def _keeps_rows(out: Outgoing, fqn: str, places: Collection[str]) -> bool:
     """Return whether PEFT needs rows at a place: it ties others to the input embeddings, and some are never called."""
     row = out.base.rows[fqn]
     tied = {twin.rpartition(".")[0] for p in row.parameters for twin in p.tied}
-    if not _ties(out):
+    if not ties_embeddings(out.base, unsaid=False):
         return tied.isdisjoint(places) or fqn not in out.plan.unused
-    ways = getattr(out.base.model, "get_input_embeddings", None)
-    table = ways() if callable(ways) else None
+    table = part_of(out.base.model, "get_input_embeddings")
     return out.base.model.get_submodule(fqn) is table or not any(
         out.base.model.get_submodule(twin) is table for twin in tied if twin in places
     )
