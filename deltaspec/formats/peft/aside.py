@@ -29,16 +29,19 @@ def write_aside(out: Outgoing, type_name: str, *, biases: bool, rows: bool = Fal
     Return the biases of modules that have none of their own, by FQN: the type may add them, or refuse them.
     """
     added = _shifts(out) if biases else {}
+    write_whole(out)  # with the biases and rows of these modules, for which no option is needed
     if not biases:
-        parts = [part for own in out.take(lambda part: part.method == SHIFTS).values() for part in own]
-        out.refuse(parts, f"PEFT's {type_name} has no option for biases")
-    write_whole(out)
-    if rows:
-        _rows(out)
-    else:
-        parts = [part for own in out.take(lambda part: part.method == ROWS).values() for part in own]
-        out.refuse(parts, f"PEFT's {type_name} has no trainable_token_indices")
+        _refuse_all(out, SHIFTS, f"PEFT's {type_name} has no option for biases")
+    if not rows:
+        _refuse_all(out, ROWS, f"PEFT's {type_name} has no trainable_token_indices")
+    _rows(out)
     return added
+
+
+def _refuse_all(out: Outgoing, method: str, reason: str) -> None:
+    """Take and refuse all parts of a method that a type has no place for."""
+    for parts in out.take(lambda part: part.method == method).values():
+        out.refuse(parts, reason)
 
 
 def write_whole(out: Outgoing, heads: Iterable[str] = ()) -> None:
