@@ -49,9 +49,11 @@ def require_served(files: dict[str, bytes], config: str, base: nn.Module, engine
             (Path(temporary) / name).write_bytes(content)
         found = check(temporary, base, engine, max_rank=greatest_rank(data))
     if found:
-        ways = [_way(finding.suggestion or "", temporary, source) or None for finding in found]
-        named = [replace(f, file=source or "<model>", line=0, column=0) for f in found]
-        raise DeltaSpecError([replace(f, suggestion=way) for f, way in zip(named, ways, strict=True)])
+        ways = [_way(f.suggestion or "", temporary, source) or None for f in found]
+        place = source or "<model>"
+        raise DeltaSpecError(
+            [replace(f, file=place, line=0, column=0, suggestion=w) for f, w in zip(found, ways, strict=True)]
+        )
 
 
 def _way(suggestion: str, temporary: str, source: str | None) -> str:

@@ -104,8 +104,9 @@ class Comparer:
         names = [buffer.fqn for buffer in row.buffers]
         pairs = [(name, self._base.find(name), self._full.find(name)) for name in names]
         both = [(n, one, other) for n, one, other in pairs if one is not None and other is not None]
-        self.rounded += [n for n, one, other in both if _is_rounded(one, other)]
-        differ = [n for n, one, other in both if not _equal(one, other) and not _is_rounded(one, other)]
+        unlike = {n: _is_rounded(one, other) for n, one, other in both if not _equal(one, other)}
+        self.rounded += [name for name, rounded in unlike.items() if rounded]
+        differ = [name for name, rounded in unlike.items() if not rounded]
         if differ and set(row.bases).isdisjoint(STATISTICS):
             self._find("DS557", f"{differ[0]} differs, a buffer that no delta changes", "copy it by hand")
             return False
@@ -124,10 +125,10 @@ class Comparer:
                 self._find("DS557", f"{parameter.fqn} is kept as codes, which no delta changes", "use plain weights")
         elif not is_finite(full):
             self._find("DS520", f"{parameter.fqn} of the fine-tune has NaN or infinite values", "train it again")
-        elif _is_rounded(base, full):
-            self.rounded.append(parameter.fqn)
         elif not _equal(base, full):
-            return self._change(row, parameter, tied, full.to(_wide(full, base)) - base.to(_wide(full, base)))
+            if not _is_rounded(base, full):
+                return self._change(row, parameter, tied, full.to(_wide(full, base)) - base.to(_wide(full, base)))
+            self.rounded.append(parameter.fqn)
         return None
 
     def _change(self, row: Row, parameter: ParameterInfo, tied: str | None, difference: Tensor) -> Change:
@@ -157,9 +158,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _is_rounded(base: Tensor, full: Tensor) -> bool:
-    """Return whether a tensor of the fine-tune differs from the base's by what its own dtype cannot hold alone."""
-    floats = base.is_floating_point() and full.is_floating_point()
-    return floats and not _equal(base, full) and torch.equal(base.to(full.dtype), full)
+    """Return whether a tensor of the fine-tune that differs from the base's is that one in its own, coarser dtype."""
+    return base.is_floating_point() and full.is_floating_point() and torch.equal(base.to(full.dtype), full)
 
 
 def _wide(one: Tensor, other: Tensor) -> torch.dtype:

@@ -31,15 +31,16 @@ class Folding:
         self._tensors, self._strengths = tensors, strengths
         self._made: dict[str, dict[str, Tensor]] = {}
         """Results by module that are not all written yet."""
+        self._as_kept: dict[str, dict[str, Mapping[str, Tensor]]] = {}
+        """Those by the keys of the folder, by module and name: of many pieces, all are made at once."""
         self._places: dict[str, list[tuple[str, str]]] = {}
         """Modules that change, and names of their tensors, by key."""
         self._left: dict[str, int] = {}
         """How many tensors of each module are not written yet."""
         for fqn in changes:
             for name in self._own(fqn):
-                key = names.key(below(fqn, name))
-                for each in names.pieces(below(fqn, name)) if key is None else (key,):
-                    self._places.setdefault(each, []).append((fqn, name))
+                for key in names.kept(below(fqn, name)):
+                    self._places.setdefault(key, []).append((fqn, name))
                     self._left[fqn] = self._left.get(fqn, 0) + 1
         self._apart: dict[str, Tensor] = {}
         self.beside: dict[str, str] = {}
@@ -92,14 +93,14 @@ class Folding:
         for fqn, name in self._places.get(key, ()):
             made = self._results(fqn).get(name)
             if made is not None:
-                found = (
-                    self._names.piece(below(fqn, name), key, made)
-                    if self._names.key(below(fqn, name)) is None
-                    else made
-                )
+                kept = self._as_kept.setdefault(fqn, {})
+                if name not in kept:
+                    kept[name] = self._names.as_kept(below(fqn, name), made)
+                found = kept[name][key]
             self._left[fqn] -= 1
             if not self._left[fqn]:
                 self._made.pop(fqn, None)
+                self._as_kept.pop(fqn, None)
         return self._apart.pop(key, found)
 
     def _groups(self) -> list[tuple[str, ...]]:

@@ -116,22 +116,27 @@ class Named:
         places = (name, *self.ties.get(name, ()))
         return next((key for place in places if (key := self.own_key(place)) is not None), None)
 
-    def pieces(self, name: str) -> tuple[str, ...]:
-        """Return the keys of the pieces of a tensor that the folder keeps in no other way."""
-        return self._pieces.get(name, ())
+    def kept(self, name: str) -> tuple[str, ...]:
+        """Return the keys under which the folder keeps a tensor: its own, or those of its pieces, or none."""
+        key = self.key(name)
+        return self._pieces.get(name, ()) if key is None else (key,)
 
-    def piece(self, name: str, key: str, value: Tensor) -> Tensor:
-        """Return the part of a tensor's value that is kept under one of those keys."""
-        return pieces(self._model, name, value)[key]
+    def as_kept(self, name: str, value: Tensor) -> Mapping[str, Tensor]:
+        """Return a tensor's value by the keys under which the folder keeps it."""
+        key = self.key(name)
+        return pieces(self._model, name, value) if key is None else {key: value}
 
     def _in_pieces(self) -> dict[str, tuple[str, ...]]:
-        """Return the keys of all tensors that are here under names of transformers' own, or in pieces."""
+        """Return the keys of all tensors that are here under names of transformers' own, or in pieces.
+
+        Pieces of other shapes are none of the tensor's: filled in by number, they would be scrambled.
+        """
         found = {}
         for name, shape in self._shapes.items():
             if self.key(name) is None:
-                keys = tuple(pieces(self._model, name, torch.empty(shape, device="meta")))
-                if all(key in self.folder.shard for key in keys):
-                    found[name] = keys
+                due = pieces(self._model, name, torch.empty(shape, device="meta"))
+                if all(k in self.folder.shard and self.folder.tensor(k).shape == v.shape for k, v in due.items()):
+                    found[name] = tuple(due)
         return found
 
     def unnamed(self) -> set[str]:
@@ -165,12 +170,13 @@ class Named:
         """Raise DeltaSpecError (DS555) for tensors that the folder lacks, or keeps as codes."""
         findings = []
         for name in names:
-            found = self.find(name)
-            if found is None:
+            held = [self.folder.tensor(key).dtype for key in self.kept(name)]
+            codes = [dtype for dtype in held if dtype.is_floating_point and dtype not in _FLOATS]
+            if not held:
                 message = f"there is no tensor {name} here, under any name"
                 hint = "name a folder that the model's own class writes (save_pretrained), or merge in memory"
-            elif found.is_floating_point() and found.dtype not in _FLOATS:
-                message = f"{name} is kept as {str(found.dtype).removeprefix('torch.')}, which is not merged into"
+            elif codes:
+                message = f"{name} is kept as {str(codes[0]).removeprefix('torch.')}, which is not merged into"
                 hint = "name a folder of plain weights, without quantisation"
             else:
                 continue

@@ -9,7 +9,9 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-ACTIVATIONS = {
+    from deltaspec.methods.shared.activations import Activation
+
+ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu", "tanh": "tanh", "sigmoid": "sigmoid", "swish": "silu", "silu": "silu",
     "gelu": "gelu", "gelu_orig": "gelu", "gelu_python": "gelu",
     "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",

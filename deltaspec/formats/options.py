@@ -88,7 +88,7 @@ class Options:
         value = self.get(name)
         return default if value is None else str(self._known(name, value, default, tuple(known)))
 
-    def start(self, name: str, default: bool | str, known: Iterable[str] = (), *, any_case: bool = False) -> bool | str:
+    def start(self, name: str, default: bool, known: Iterable[str] = (), *, any_case: bool = False) -> bool | str:
         """Return what the tensors started as, a truth value or one of these words; null counts as false."""
         value = self.get(name, default)
         if value is None or isinstance(value, bool):

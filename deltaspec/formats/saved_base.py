@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deltaspec.backbone.loading import Wanted
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.formats.unread import Unread
 from deltaspec.storage.saved import SavedSet
 
 HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight")
@@ -13,16 +14,19 @@ HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "cla
 
 
 def base_saved_with(folder: Path) -> tuple[str | None, Wanted]:
-    """Return the reference of the base model, None where none or several are named; and its class, with as many labels
-    as a saved head has.
+    """Return the reference of the base model, and its class, with as many labels as a saved head has.
 
-    Raises DeltaSpecError where a file is damaged.
+    The reference is None where no base or several are named. Of tensors, headers are read, and no values: whoever reads
+    those checks their digests. Raises DeltaSpecError where a lock or a header is damaged.
     """
     saved, findings = SavedSet(folder), list[Diagnostic]()
     named, labels = set[str](), set[int]()
     for name in saved.names:
         try:
             base = dict(saved.locked(name).get("lineage", {}).get("base", {}))
+            if any(key.endswith(HEADS) for key in saved.keys(name) or ()):
+                held = Unread(folder).headers(saved.entry[name]["file"])
+                labels |= {h.shape[0] for key, h in held.items() if key.endswith(HEADS) and len(h.shape) == 2}
         except DeltaSpecError as error:
             findings += error.diagnostics
             continue
@@ -31,9 +35,6 @@ def base_saved_with(folder: Path) -> tuple[str | None, Wanted]:
             continue
         if isinstance(base.get("id"), str):
             named.add(base["id"])
-        if any(key.endswith(HEADS) for key in saved.keys(name) or ()):
-            held = saved.tensors(name, findings) or {}
-            labels |= {len(value) for key, value in held.items() if key.endswith(HEADS) and value.dim() == 2}
     if findings:
         raise DeltaSpecError(findings)
     settings = {"num_labels": labels.pop()} if len(labels) == 1 else {}

@@ -19,7 +19,8 @@ _MEANING = ("method", "derived", "params", "groups")
 
 def identity(tensors: str, locked: Mapping[str, Any], base: str) -> str:
     """Return `sha256:…` of a delta: of the digest of its tensors' file, what its lock says of it, and its base."""
-    return digest([tensors, [_but_passing(locked).get(key) for key in _MEANING], base])
+    meant = _but_passing(locked)
+    return digest([tensors, [meant.get(key) for key in _MEANING], base])
 
 
 def _but_passing(locked: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -61,7 +62,10 @@ def identity_of(saved: DeltaSet, name: str) -> str:
         base = base_identity(saved.manifest["backbone"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeltaSpecError([saved.finding("DS522", f"has no record: {error}", "save again")]) from error
-    found = identity(entry["file_sha256"], locked, base)
+    try:
+        found = identity(entry["file_sha256"], locked, base)
+    except (KeyError, TypeError, AttributeError) as error:  # of groups and parameters, `locked` has read none
+        raise DeltaSpecError([saved.no_lock(name, error)]) from error
     if entry.get("identity", found) != found:
         message = f"says that {name} is {entry['identity'][:19]}…, and its files make it {found[:19]}…"
         raise DeltaSpecError([saved.finding("DS522", message, "save the deltas again")])

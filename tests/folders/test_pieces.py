@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from moved import moved
+from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import deltaspec
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.folders import extract, merge_folder
+from deltaspec.folders.pieces import pieces
 
 EXPERTS = "model.layers.*.mlp.experts."
 DELTAS = [
@@ -57,14 +59,30 @@ def test_experts_are_merged_as_in_memory_and_taken_out_again(base: Any, tmp_path
     assert all(torch.equal(again[key], value) for key, value in merged.items() if ".experts." in key)
 
 
-def test_a_folder_that_lacks_an_expert_is_refused(base: Any, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+def test_pieces_are_made_once(base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved(deltaspec.compile(base, {"deltaspec": 1, "deltas": DELTAS[1:2]}), 1).save(tmp_path / "deltas")
+    made: list[str] = []
 
+    def counting(model: Any, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        made.extend([name] * (value.device.type != "meta"))
+        return pieces(model, name, value)
+
+    monkeypatch.setattr("deltaspec.folders.weights.pieces", counting)
+    merge_folder(tmp_path / "deltas", tmp_path / "base", tmp_path / "merged")
+    assert sorted(made) == [f"model.layers.{layer}.mlp.experts.down_proj" for layer in (0, 1)]
+
+
+@pytest.mark.parametrize("damage", [None, lambda value: value.t().contiguous(), lambda value: value[:1].clone()])
+def test_a_folder_that_lacks_an_expert_or_has_one_of_another_shape_is_refused(
+    base: Any, damage: Any, tmp_path: Path
+) -> None:
     moved(deltaspec.compile(base, {"deltaspec": 1, "deltas": DELTAS}), 1).save(tmp_path / "deltas")
     base.save_pretrained(tmp_path / "cut")
     file = tmp_path / "cut" / "model.safetensors"
     tensors = load_file(file)
-    del tensors["model.layers.0.block_sparse_moe.experts.1.w2.weight"]
+    expert = tensors.pop("model.layers.0.block_sparse_moe.experts.1.w2.weight")
+    if damage is not None:
+        tensors["model.layers.0.block_sparse_moe.experts.1.w2.weight"] = damage(expert)
     save_file(tensors, file)
     with pytest.raises(DeltaSpecError, match=r"no tensor model.layers.0.mlp.experts.down_proj here"):
         merge_folder(tmp_path / "deltas", tmp_path / "cut", tmp_path / "out")

@@ -20,6 +20,7 @@ from deltaspec.storage.delta_set import DeltaSet
 
 FILE = "adapter_model.safetensors"
 
+USUAL = "the configuration was changed by hand: save the adapter again"
 WRONG: tuple[Any, ...] = (5, "x", [], [5], {"a": 1}, None, -1, 1.5, True, "(", 10**400)
 COMMON = {
     "base_model_name_or_path": "base", "revision": None, "task_type": None, "auto_mapping": None,
@@ -99,6 +100,17 @@ def received(folder: Path, plain: Base) -> DeltaSet:
     return open_set(folder, lambda: plain)
 
 
+def refused(folder: Path, kind: str, name: str, value: Any) -> tuple[str, str | None]:
+    """Return the message and the way out of the one finding about an option."""
+    save_file(tensors(kind), folder / FILE)
+    write(folder, kind, **{name: value})
+    with pytest.raises(deltaspec.DeltaSpecError) as caught:
+        deltaspec.restore(base(), folder)
+    (finding,) = caught.value.diagnostics
+    assert finding.code == "DS544"
+    return finding.message, finding.suggestion
+
+
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_any_value_is_read_or_is_a_finding(kind: str, tmp_path: Path) -> None:
     plain = Base(base())
@@ -139,16 +151,9 @@ def test_any_value_is_read_or_is_a_finding(kind: str, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_the_finding_is_the_option_alone(kind: str, name: str, value: Any, says: str, tmp_path: Path) -> None:
-    save_file(tensors(kind), tmp_path / FILE)
-    write(tmp_path, kind, **{name: value})
-    with pytest.raises(deltaspec.DeltaSpecError) as caught:
-        deltaspec.restore(base(), tmp_path)
-    (finding,) = caught.value.diagnostics
-    assert (finding.code, finding.suggestion) == (
-        "DS544",
-        "the configuration was changed by hand: save the adapter again",
-    )
-    assert says in finding.message
+    message, hint = refused(tmp_path, kind, name, value)
+    assert says in message
+    assert hint == USUAL
 
 
 @pytest.mark.parametrize(
@@ -171,15 +176,9 @@ def test_the_finding_is_the_option_alone(kind: str, name: str, value: Any, says:
     ],
 )
 def test_words_that_are_not_known(kind: str, name: str, value: Any, hint: str | None, tmp_path: Path) -> None:
-    save_file(tensors(kind), tmp_path / FILE)
-    write(tmp_path, kind, **{name: value})
-    with pytest.raises(deltaspec.DeltaSpecError) as caught:
-        deltaspec.restore(base(), tmp_path)
-    (finding,) = caught.value.diagnostics
-    assert finding.code == "DS544"
-    assert finding.message.startswith(f"{name}: {value!r} is not ")
-    usual = "the configuration was changed by hand: save the adapter again"
-    assert finding.suggestion == (usual if hint is None else f"did you mean {hint!r}?")
+    message, found = refused(tmp_path, kind, name, value)
+    assert message.startswith(f"{name}: {value!r} is not ")
+    assert found == (USUAL if hint is None else f"did you mean {hint!r}?")
 
 
 def test_words_that_peft_reads_in_any_case(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from deltaspec.compiler.export import export
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.engines import check
 from deltaspec.formats.opening import base_reference
+from deltaspec.storage.saved import SavedSet
 from deltaspec.verification import verify
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
@@ -52,6 +53,13 @@ def test_the_base_and_its_class_are_those_that_deltas_were_saved_for(trained, tm
     assert check(saved, str(base), "vllm") == check(tmp_path / "out", str(base), "peft") == []
     alone, head, both = verify(saved, str(base), match="structure")
     assert (alone.verdict, head.verdict, both.verdict) == ("differs", "same", "same")  # without `h`, any head is drawn
+
+
+def test_values_are_left_alone(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, saved = trained
+    monkeypatch.setattr(SavedSet, "tensors", lambda *_: pytest.fail("read"))
+    assert base_reference(saved, None)[1].settings == {"num_labels": 3}
+    assert check(saved, str(base), "vllm") == []
 
 
 def test_a_base_of_another_architecture_is_built_as_it_names_itself(trained, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import golden_set
@@ -91,6 +92,28 @@ def test_earlier_sets_have_one_too_and_a_wrong_one_is_refused(tmp_path):
     with pytest.raises(DeltaSpecError, match=r"says that low is sha256:000000000000…, and its files make it") as raised:
         golden_set.build().library(tmp_path, by="identity")
     assert [finding.code for finding in raised.value.diagnostics] == ["DS522"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda delta: delta.pop("groups"),
+        lambda delta: delta.update(groups=5),
+        lambda delta: delta.update(groups=[5]),
+        lambda delta: delta.update(params=None),
+        lambda delta: delta.update(method=[]),
+    ],
+)
+def test_a_lock_that_was_changed_with_its_digest_is_a_finding(damage, tmp_path):
+    golden_set.save(tmp_path)
+    file = tmp_path / SavedSet(tmp_path).entry["low"]["lock"]
+    data = json.loads(file.read_bytes())
+    damage(data["deltas"]["low"])
+    file.write_text(json.dumps(data))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    rewrite(tmp_path, lambda found: [e.update(lock_sha256=digest) for e in found["deltas"] if e["name"] == "low"])
+    with pytest.raises(DeltaSpecError, match=r"DS522. is no lock"):
+        identity_of(SavedSet(tmp_path), "low")
 
 
 def test_a_library_knows_deltas_by_their_content(tmp_path):

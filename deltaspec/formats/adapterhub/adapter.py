@@ -15,6 +15,7 @@ from deltaspec.formats.base import Base
 from deltaspec.formats.foreign import Foreign
 from deltaspec.formats.formulas import ACTIVATIONS
 from deltaspec.formats.options import Options
+from deltaspec.methods.shared.activations import Activation
 from deltaspec.names.folding import shown
 
 CONFIG = "adapter_config.json"
@@ -123,7 +124,7 @@ class Adapter(Foreign):
         """Return the numbers of the layers that are left out."""
         return frozenset(options.items("leave_out", [], int))
 
-    def activation(self, options: Options, default: str) -> str:
+    def activation(self, options: Options, default: str) -> Activation:
         """Return our name of the activation."""
         named = options.text("non_linearity", default)
         found = ACTIVATIONS.get(named.lower())

@@ -13,6 +13,7 @@ from deltaspec.formats.foreign import Foreign
 from deltaspec.formats.formulas import ACTIVATIONS
 from deltaspec.formats.opendelta.addressing import addressed, structures
 from deltaspec.formats.options import Options
+from deltaspec.methods.shared.activations import Activation
 from deltaspec.names.folding import shown
 from deltaspec.names.patterns import PatternError
 
@@ -93,7 +94,7 @@ class Saved(Foreign):
             self.find("DS544", message, "save the delta again", CONFIG)
             return None
 
-    def activation(self, options: Options, default: str = "gelu_new") -> str:
+    def activation(self, options: Options, default: str = "gelu_new") -> Activation:
         """Return our name of the activation."""
         named = options.text("non_linearity", default)
         found = ACTIVATIONS.get(named.lower())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,13 +83,15 @@ class Adapter(Foreign):
                 after == DEFAULT
                 and "_" in segment
                 and segment != "modules_to_save"
-                and not self._has(f"{segment}.{after}")
+                and f"{segment}.{after}" not in self._endings
             ):
                 return segments[: at + 1] + segments[at + 2 :]
         return segments
 
-    def _has(self, ending: str) -> bool:
-        return any(f".{fqn}".endswith(f".{ending}") for fqn in self.base.rows)
+    @cached_property
+    def _endings(self) -> frozenset[str]:
+        """The last two segments of all modules' names."""
+        return frozenset(".".join(fqn.split(".")[-2:]) for fqn in self.base.rows)
 
     def called(self, module: str) -> str:
         """Return what the base model calls a module that PEFT's layers are around; its own may be called as those."""

@@ -7,8 +7,10 @@ from collections.abc import Collection, Iterable
 
 from torch import Tensor
 
+from deltaspec.backbone.entrances import part_of
 from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.naming import saved_list
+from deltaspec.formats.peft.tying import ties_embeddings
 from deltaspec.methods.registry import methods
 from deltaspec.names.paths import below, is_inside
 
@@ -27,16 +29,19 @@ def write_aside(out: Outgoing, type_name: str, *, biases: bool, rows: bool = Fal
     Return the biases of modules that have none of their own, by FQN: the type may add them, or refuse them.
     """
     added = _shifts(out) if biases else {}
+    write_whole(out)  # with the biases and rows of these modules, for which no option is needed
     if not biases:
-        parts = [part for own in out.take(lambda part: part.method == SHIFTS).values() for part in own]
-        out.refuse(parts, f"PEFT's {type_name} has no option for biases")
-    write_whole(out)
-    if rows:
-        _rows(out)
-    else:
-        parts = [part for own in out.take(lambda part: part.method == ROWS).values() for part in own]
-        out.refuse(parts, f"PEFT's {type_name} has no trainable_token_indices")
+        _refuse_all(out, SHIFTS, f"PEFT's {type_name} has no option for biases")
+    if not rows:
+        _refuse_all(out, ROWS, f"PEFT's {type_name} has no trainable_token_indices")
+    _rows(out)
     return added
+
+
+def _refuse_all(out: Outgoing, method: str, reason: str) -> None:
+    """Take and refuse all parts of a method that a type has no place for."""
+    for parts in out.take(lambda part: part.method == method).values():
+        out.refuse(parts, reason)
 
 
 def write_whole(out: Outgoing, heads: Iterable[str] = ()) -> None:
@@ -126,23 +131,17 @@ def _rows(out: Outgoing) -> None:
         rows = parts[0].own.weight if plain else out.folded(fqn, parts)["weight"][ids]
         out.tensors[f"{PREFIX}{fqn}.token_adapter.trainable_tokens_delta"] = rows
     out.config["trainable_token_indices"] = given
-    if _ties(out):
+    if ties_embeddings(out.base, unsaid=False):
         _refuse_untied(out, found)
-
-
-def _ties(out: Outgoing) -> bool:
-    """Return whether PEFT changes with the input embeddings' rows those of all that is tied to them."""
-    return bool(getattr(out.base.config, "tie_word_embeddings", False))
 
 
 def _keeps_rows(out: Outgoing, fqn: str, places: Collection[str]) -> bool:
     """Return whether PEFT needs rows at a place: it ties others to the input embeddings, and some are never called."""
     row = out.base.rows[fqn]
     tied = {twin.rpartition(".")[0] for p in row.parameters for twin in p.tied}
-    if not _ties(out):
+    if not ties_embeddings(out.base, unsaid=False):
         return tied.isdisjoint(places) or fqn not in out.plan.unused
-    ways = getattr(out.base.model, "get_input_embeddings", None)
-    table = ways() if callable(ways) else None
+    table = part_of(out.base.model, "get_input_embeddings")
     return out.base.model.get_submodule(fqn) is table or not any(
         out.base.model.get_submodule(twin) is table for twin in tied if twin in places
     )

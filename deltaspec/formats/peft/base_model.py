@@ -28,12 +28,12 @@ def base_named_in(folder: Path) -> tuple[str | None, Wanted]:
     settings = {}
     if kind in (TASKS["SEQ_CLS"], TASKS["TOKEN_CLS"]):
         for file in (file for file in WEIGHTS if (folder / file).exists()):
-            heads = [value for key, value in unread.tensors(file).items() if key.endswith(HEADS)]
-            if heads and heads[-1].dim() != 2:
-                message = f"its head has the shape {list(heads[-1].shape)}, where ?×? is due"
+            heads = [header.shape for key, header in unread.headers(file).items() if key.endswith(HEADS)]
+            if heads and len(heads[-1]) != 2:
+                message = f"its head has the shape {list(heads[-1])}, where ?×? is due"
                 unread.find("DS526", message, "the file was changed: save the adapter again", file)
             elif heads:
-                settings = {"num_labels": heads[-1].shape[0]}
+                settings = {"num_labels": heads[-1][0]}
             break
     unread.settle()
     return named or None, Wanted(kind, settings)

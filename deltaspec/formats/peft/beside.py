@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deltaspec.backbone.entrances import part_of
 from deltaspec.formats.incoming import IncomingDelta, IncomingSite
 from deltaspec.formats.peft.adapter import CONFIG, Adapter
 from deltaspec.formats.peft.saved_modules import (
@@ -15,9 +16,9 @@ from deltaspec.formats.peft.saved_modules import (
     rows_there,
     running,
     saved_names,
-    ties_embeddings,
     whole_modules,
 )
+from deltaspec.formats.peft.tying import ties_embeddings
 from deltaspec.names.folding import shown
 from deltaspec.names.paths import below
 
@@ -106,7 +107,7 @@ def _ties_tokens(adapter: Adapter, fqn: str, others: Iterable[str]) -> bool:
     """Return whether PEFT ties the head to these rows: to those of the input embeddings, if it has none of its own."""
     row = adapter.base.rows[fqn]
     tied = {name.rpartition(".")[0] for p in row.parameters for name in p.tied}
-    return row.vocabulary and tied.isdisjoint(others) and ties_embeddings(adapter, unsaid=False)
+    return row.vocabulary and tied.isdisjoint(others) and ties_embeddings(adapter.base, unsaid=False)
 
 
 def add_tokens(adapter: Adapter, fqn: str, ids: list[int], rows: Tensor, part: str, *, together: bool = True) -> None:
@@ -177,7 +178,9 @@ def _shifts(adapter: Adapter, sites: list[IncomingSite]) -> None:
 
 def _embeddings(adapter: Adapter) -> None:
     """Add the base's embeddings where the file has a copy of them that differs: PEFT puts it in their place."""
-    keys = [key for key in adapter.weights if key.rpartition(".")[2] == "weight" and _is_table(adapter, key)]
+    weights = [key for key in adapter.weights if key.rpartition(".")[2] == "weight"]
+    tables = _tables(adapter) if weights else []
+    keys = [key for key in weights if _is_of(key, tables)]
     sites = {}
     for key, site in _in_full(adapter, keys).items():
         if _is_base(adapter, below(site.fqn, "weight"), site.tensors["weight"]):
@@ -219,17 +222,17 @@ def _put_first(adapter: Adapter, sites: dict[str, IncomingSite], part: str) -> N
         adapter.incoming.deltas.insert(0, adapter.incoming.deltas.pop())
 
 
-def _is_table(adapter: Adapter, key: str) -> bool:
-    """Return whether a key names the weight of the model's own input or output embeddings."""
+def _tables(adapter: Adapter) -> list[str]:
+    """Return the FQNs of the model's own input and output embeddings."""
     model = adapter.base.model
-    ways = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    try:
-        tables = [way() for way in ways if callable(way)]
-    except NotImplementedError:  # transformers: a model without embeddings says so thus
-        return False
+    tables = [part_of(model, name) for name in ("get_input_embeddings", "get_output_embeddings")]
+    return [name for name, module in model.named_modules() if any(module is table for table in tables)]
+
+
+def _is_of(key: str, tables: Iterable[str]) -> bool:
+    """Return whether a key names the weight of one of these modules, under whatever prefix."""
     owner = ".".join(s for s in key.rpartition(".")[0].split(".") if s != "base_layer")
-    found = (name for name, module in model.named_modules() if any(module is table for table in tables))
-    return any(name == owner or owner.endswith("." + name) or name.endswith("." + owner) for name in found)
+    return any(name == owner or owner.endswith("." + name) or name.endswith("." + owner) for name in tables)
 
 
 def _is_base(adapter: Adapter, fqn: str, value: Tensor) -> bool:

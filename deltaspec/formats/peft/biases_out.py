@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 
 from deltaspec.formats.outgoing import Outgoing
 from deltaspec.formats.peft.aside import PREFIX
+from deltaspec.formats.peft.naming import saved_by
 from deltaspec.names.paths import below, is_inside
 
 _OWN = "bias"
@@ -50,7 +51,5 @@ def _twins(out: Outgoing, name: str) -> Iterator[str]:
 
 def _saved(out: Outgoing) -> list[str]:
     """Return the FQNs of the modules that `modules_to_save` means."""
-    listed = tuple(out.config.get("modules_to_save") or ())
-    return [
-        name for name, _ in out.base.model.named_modules(remove_duplicate=False) if listed and name.endswith(listed)
-    ]
+    names = (name for name, _ in out.base.model.named_modules(remove_duplicate=False))
+    return saved_by(out.config.get("modules_to_save") or (), names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import reduce
 from math import sqrt
 
 import torch
@@ -59,7 +60,8 @@ def joined(updates: Iterable[Update], groups: int = 1) -> Update:
     biases = [_times(update.bias, update.scale / scale) for update in all_of_them if update.bias is not None]
     shape = all_of_them[0].down.shape[1:]
     down = torch.cat(_alike(downs), 1).reshape(-1, *shape)
-    return Update(down, torch.cat(_alike(ups), 1), scale, bias=sum(_alike(biases)) if biases else None)  # type: ignore[arg-type]
+    bias = reduce(torch.add, _alike(biases)) if biases else None
+    return Update(down, torch.cat(_alike(ups), 1), scale, bias=bias)
 
 
 def padded(update: Update, rank: int, scale: float, groups: int = 1) -> Update:

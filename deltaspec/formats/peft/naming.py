@@ -22,7 +22,12 @@ def target_list(wanted: Collection[str], others: Collection[str]) -> list[str] |
     found = _endings(wanted, others)
     if found is not None:
         return found
-    return "(?:" + "|".join(re.escape(name) for name in sorted(wanted)) + ")"
+    return _any_of(wanted)
+
+
+def _any_of(names: Iterable[str]) -> str:
+    """Return the regular expression that means these names alone."""
+    return "(?:" + "|".join(map(re.escape, sorted(names))) + ")"
 
 
 def parameter_list(wanted: Collection[str], others: Collection[str]) -> list[str] | None:
@@ -106,6 +111,12 @@ def saved_list(wanted: Collection[str], names: Collection[str]) -> list[str] | N
     return sorted(found)
 
 
+def saved_by(listed: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return the modules among these names that PEFT saves for `modules_to_save`: `saved_list` the other way round."""
+    endings = tuple(listed)
+    return [name for name in names if name.endswith(endings)]
+
+
 def hidden_by(saved: Iterable[str], targets: Iterable[str]) -> list[str]:
     """Return the modules that PEFT gives no adapter, since `modules_to_save` stands for them. Raises re.error."""
     patterns = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in saved]
@@ -122,4 +133,4 @@ def forward_lists(
     first, second = _endings(own, others) if own else [], _endings(before, others) if before else []
     if first is not None and second is not None and not any(name.endswith(end) for name in own for end in second):
         return sorted({*first, *second}), second
-    return tuple("(?:" + "|".join(map(re.escape, sorted(names))) + ")" for names in (wanted, before))  # type: ignore[return-value]
+    return _any_of(wanted), _any_of(before)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deltaspec.formats.outgoing import Outgoing, Part
 from deltaspec.formats.peft.aside import PREFIX, WHOLE, write_whole
+from deltaspec.formats.peft.naming import saved_by
 from deltaspec.formats.peft.prompts import KEY
 from deltaspec.formats.peft.task import prompt_task
 from deltaspec.methods.registry import methods
@@ -34,8 +35,7 @@ def lone(out: Outgoing, parts: list[Part]) -> str | None:
 
 def _heads(out: Outgoing, of: str) -> list[str]:
     """Return the modules that PEFT saves for a task, whatever was trained."""
-    names = _HEADS.get(of, ())
-    return [name for name, _ in out.base.model.named_modules(remove_duplicate=False) if names and name.endswith(names)]
+    return saved_by(_HEADS.get(of, ()), (name for name, _ in out.base.model.named_modules(remove_duplicate=False)))
 
 
 def simplified(part: Part) -> Mapping[str, Tensor]:

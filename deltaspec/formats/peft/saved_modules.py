@@ -10,6 +10,7 @@ import torch
 from deltaspec.backbone.table import Row
 from deltaspec.formats.incoming import IncomingSite
 from deltaspec.formats.peft.adapter import CONFIG, Adapter
+from deltaspec.formats.peft.tying import ties_embeddings
 from deltaspec.names.folding import shown
 from deltaspec.names.paths import below
 
@@ -118,19 +119,11 @@ def _drop_twins(adapter: Adapter, names: tuple[str, ...], sites: list[IncomingSi
     if not {below(site.fqn, name) for site in sites for name in site.tensors}.isdisjoint(twins):
         return False  # each has a copy of its own
     named = any(name.rpartition(".")[2] in _TIED_NAMES for name in names)
-    ties = adapter.type == "LORA" and named and ties_embeddings(adapter, unsaid=True)
+    ties = adapter.type == "LORA" and named and ties_embeddings(adapter.base, unsaid=True)
     if twins and ties and not found:
         message = f"has no {shown(twins)}, which ensure_weight_tying ties to a saved module"
         adapter.find("DS543", message, "the file was cut: save the adapter again", adapter.file)
     return found
-
-
-def ties_embeddings(adapter: Adapter, unsaid: bool) -> bool:
-    """Return whether PEFT takes the base's embeddings for tied: its configuration says so, or `unsaid`."""
-    config = adapter.base.config
-    if isinstance(config, dict):
-        return bool(config.get("tie_word_embeddings", unsaid))
-    return bool(getattr(config, "tie_word_embeddings", unsaid))
 
 
 def check_saved(adapter: Adapter, names: tuple[str, ...], held: set[tuple[str, str]]) -> None:

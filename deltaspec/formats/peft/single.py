@@ -132,7 +132,7 @@ def unknown_layer(out: Outgoing, part: Part, layers: Iterable[str], type_name: s
     return f"PEFT's {type_name} has no layer for {row.type}"
 
 
-def name_modules(out: Outgoing, places: Collection[str], wrapped: Mapping[str, int] | None = None) -> None:
+def name_modules(out: Outgoing, places: Collection[str], wrapped: Collection[str] = ()) -> None:
     """Write which modules an adapter is on: exactly these; `wrapped` are those whose own parameters it changes."""
     names = [name for name, _ in out.base.model.named_modules() if name]
     found = target_list(list(places), names) if places else [] if wrapped else NO_MODULES
@@ -142,7 +142,7 @@ def name_modules(out: Outgoing, places: Collection[str], wrapped: Mapping[str, i
             parts, "no list of names tells these modules from others, and the engine takes no regular expression"
         )
     out.config["target_modules"] = found
-    for fqn in hidden_by(out.config.get("modules_to_save") or (), (*places, *(wrapped or ()))):
+    for fqn in hidden_by(out.config.get("modules_to_save") or (), (*places, *wrapped)):
         out.refuse(out.at(fqn), "PEFT gives no adapter to a module that modules_to_save seems to mean")
     write_all_biases(out, places)
 

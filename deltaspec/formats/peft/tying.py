@@ -8,12 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from deltaspec.formats.peft.saved_modules import ties_embeddings
 from deltaspec.names.folding import shown
 
 if TYPE_CHECKING:
+    from deltaspec.formats.base import Base
     from deltaspec.formats.incoming import IncomingSite
     from deltaspec.formats.peft.adapter import Adapter
+
+
+def ties_embeddings(base: Base, *, unsaid: bool) -> bool:
+    """Return whether PEFT takes the base's embeddings for tied: its configuration says so, or `unsaid`."""
+    if isinstance(base.config, dict):
+        return bool(base.config.get("tie_word_embeddings", unsaid))
+    return bool(getattr(base.config, "tie_word_embeddings", unsaid))
 
 
 def tied_targets(adapter: Adapter, places: Mapping[str, str]) -> dict[str, str]:
@@ -22,7 +29,7 @@ def tied_targets(adapter: Adapter, places: Mapping[str, str]) -> dict[str, str]:
     With `ensure_weight_tying` PEFT takes them out of `target_modules`, and saves the factors of each. That some have
     none is a finding.
     """
-    if not adapter.option("ensure_weight_tying") or not ties_embeddings(adapter, unsaid=True):
+    if not adapter.option("ensure_weight_tying") or not ties_embeddings(adapter.base, unsaid=True):
         return {}
     rows, own = adapter.base.rows, set(places.values())
     found: dict[str, str] = {}

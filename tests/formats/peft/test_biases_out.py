@@ -42,6 +42,13 @@ def test_keys_are_peft_s(config: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(after[key], value, atol=1e-6, rtol=1e-6)
 
 
+def test_a_bias_in_a_module_that_is_saved_whole_needs_no_option(tmp_path: Path) -> None:
+    scales = {"name": "i", "method": "ia3", "target": {"role": "attn.q"}, "params": {}}
+    shift = {"name": "b", "method": "bitfit", "target": "classifier"}
+    same_in_peft(stirred(base("bert"), scales, HEAD, shift), base("bert"), tmp_path, run("bert"))
+    assert not [key for key in written(tmp_path) if key.endswith("query.bias")]
+
+
 @pytest.mark.parametrize("beside", [[], [HEAD], [{"name": "l", "method": "lora", "target": {"role": "attn.v"}}]])
 def test_those_that_no_delta_changes_are_the_base_s(beside: list[Any], tmp_path: Path) -> None:
     model = base("bert")

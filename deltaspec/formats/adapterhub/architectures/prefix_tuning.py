@@ -80,7 +80,7 @@ def _once(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _rows(
-    adapter: Adapter, name: str, tensors: dict[str, Tensor], tokens: int, count: int, activation: str
+    adapter: Adapter, name: str, tensors: dict[str, Tensor], tokens: int, count: int, activation: Activation
 ) -> Tensor | None:
     """Return keys and values by turns, `[tokens, 2 · layers, heads · width]`; None where the tensors give none."""
     if tensors.keys() == {"control_trans"}:  # which `flat` need not say: ejected ones are so as well
@@ -95,7 +95,7 @@ def _rows(
             adapter.find("DS526", message, "the file and the configuration are of two adapters", adapter.file)
             return None
         hidden = F.linear(wte, inner, biases[0])
-        numbers = F.linear(_activated(activation, hidden), outer, biases[1]).reshape(-1)
+        numbers = F.linear(activate(activation, hidden), outer, biases[1]).reshape(-1)
         adapter.remark("its network is multiplied out: what is trained further are the keys and values themselves")
     else:
         message = (
@@ -108,9 +108,3 @@ def _rows(
         adapter.find("DS526", message, "it is for a model with another number of layers", adapter.file)
         return None
     return numbers.reshape(tokens, 2 * count, -1)
-
-
-def _activated(activation: str, hidden: Tensor) -> Tensor:
-    known: Activation = activation  # type: ignore[assignment]
-    found: Tensor = activate(known, hidden)
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.formats.incoming import IncomingSite
@@ -56,7 +57,7 @@ def write(out: Outgoing) -> None:
         ("delora_lambda", "boundary"),
         ("delora_w_norm", "norm"),
     ):
-        single.put(name, lambda part, ours=ours: getattr(part.own, ours))  # type: ignore[misc]
+        single.put(name, attrgetter(f"own.{ours}"))
     single.patterned("r", "rank_pattern", lambda part: part.params.rank, 8)
     bound = most({fqn: part.params.boundary for fqn, part in single.parts.items()}, 15.0)
     single.finish(delora_lambda=bound, module_dropout=single.largest(lambda part: part.params.dropout))

@@ -61,7 +61,7 @@ def write(out: Outgoing) -> None:
     for theirs, ours in _NAMES.items():
         embedding = "embedding" in theirs
         single.put(
-            f"{theirs}",
+            theirs,
             lambda part, ours=ours, embedding=embedding: (  # type: ignore[misc]
                 _tensor(part, ours, rank) if (part.at.site.kind == "embedding") == embedding else None
             ),

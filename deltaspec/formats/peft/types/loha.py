@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ def write(out: Outgoing) -> None:
     single.keep(lambda part: left_out(ignored_padding(out.base.model.get_submodule(part.fqn))))
     core = single.agreed("use_effective_conv2d", lambda part: part.params.tucker, False)
     for theirs, ours in _NAMES.items():
-        single.put(theirs, lambda part, ours=ours: _tensor(part, ours))  # type: ignore[misc]
+        single.put(theirs, partial(_tensor, name=ours))
     single.patterned("r", "rank_pattern", lambda part: part.params.rank, 8)
     single.patterned("alpha", "alpha_pattern", lambda part: part.params.alpha, 8.0)
     single.finish(

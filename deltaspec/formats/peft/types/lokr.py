@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ def write(out: Outgoing) -> None:
     both = single.agreed("decompose_both", lambda part: part.params.decompose_both, False)
     factor = single.agreed("decompose_factor", lambda part: part.params.factor or -1, -1)
     for theirs, ours in _NAMES.items():
-        single.put(theirs, lambda part, ours=ours: _tensor(part, ours))  # type: ignore[misc]
+        single.put(theirs, partial(_tensor, name=ours))
     single.patterned("r", "rank_pattern", lambda part: part.params.rank, 8)
     single.patterned("alpha", "alpha_pattern", lambda part: part.params.alpha, 8.0)
     single.finish(
