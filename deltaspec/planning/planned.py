@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from deltaspec.backbone.fingerprint import digest, structure_fingerprint
 from deltaspec.backbone.table import ModuleTable
+from deltaspec.graphs.passes.names import ALL
 
 if TYPE_CHECKING:
     from deltaspec.language.derivation import Derivation
@@ -57,6 +58,8 @@ class PlannedDelta:
     """Derivation of a delta that is built from others, and so not trained."""
     let_pass: tuple[str, ...] = ()
     """Differences between the backbone and the one that it was saved for, which `match` let pass when it was read."""
+    passes: frozenset[str] = ALL
+    """Names of the passes over training steps that its spec lets change how it runs."""
 
     @property
     def trainable(self) -> int:
@@ -83,6 +86,8 @@ class PlannedDeltas:
     """Whether a forward was run and reached every site; else the compiled model's first forward is watched."""
     unused: frozenset[str] = frozenset()
     """FQNs of modules that take no part in what the model gives, so far as the forward showed it."""
+    passes: frozenset[str] = ALL
+    """Names of the passes over training steps that are wanted in the model, whatever a spec allows."""
 
     @property
     def model_class(self) -> str:

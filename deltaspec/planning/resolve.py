@@ -115,7 +115,7 @@ def _resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Obser
     unused = before.unused | observations.unused(run=False)
     return Plan(
         (*before.deltas, *deltas), (*before.specs, *resolved), table, (*before.checks, *checks), notes,
-        before.proven and failed is None, unused,
+        before.proven and failed is None, unused, before.passes,
     )  # fmt: skip
 
 
