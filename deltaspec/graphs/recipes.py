@@ -121,7 +121,7 @@ def _saved(node: Any, name: str) -> Tensor | None:
         hooked = raw.unpack_hook is not None
     except RuntimeError:
         return None
-    if hooked and type(raw.data) is not Tensor:
+    if hooked and not isinstance(raw.data, Tensor):
         return None
     found: Tensor | None = getattr(node, f"_saved_{name}")
     return found
@@ -152,6 +152,22 @@ def _silu(reader: _Reader, node: Any, depth: int) -> Steps | None:
 
 def _gelu(reader: _Reader, node: Any, depth: int) -> Steps | None:
     return reader.step(_run_gelu, (reader.keep(_saved(node, "self")),), _fact(node, "approximate"))
+
+
+def _recomputed(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    raws = getattr(node, "_raw_saved_tensors")  # noqa: B009
+    if any(raw.unpack_hook is not None and not isinstance(raw.data, Tensor) for raw in raws):
+        return None
+    function = _run_gated if len(raws) > 1 else _run_alone
+    return reader.step(function, tuple(reader.keep(tensor) for tensor in node.saved_tensors), node.run)
+
+
+def _run_alone(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    return run(x)
+
+
+def _run_gated(g: Tensor, u: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    return run(g) * u
 
 
 def _run_gelu(x: Tensor, approximate: str) -> Tensor:
@@ -220,9 +236,10 @@ def _copied(reader: _Reader, node: Any, depth: int) -> Steps | None:
 
 
 _Rule = Callable[[_Reader, Any, int], Steps | None]
-_ACTIVATIONS: dict[str, _Rule] = {"SiluBackward0": _silu, "GeluBackward0": _gelu}
+_ACTIVATIONS: dict[str, _Rule] = {"SiluBackward0": _silu, "GeluBackward0": _gelu, "RecomputedBackward": _recomputed}
 _RULES: dict[str, _Rule] = {
     **_ACTIVATIONS,
+    "GatedProductBackward": _recomputed,
     "MulBackward0": _product,
     **dict.fromkeys(("ReluBackward0", "TanhBackward0", "SigmoidBackward0"), _result),
     "NativeDropoutBackward0": _dropped,
