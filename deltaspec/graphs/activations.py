@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from deltaspec.graphs.elementwise import Kind, kind_of
 
-_FEW = 1 << 15
+FEW = 1 << 15
 """Values below which autograd's own steps are faster than one in Python (measured)."""
 _is_transformed = torch._C._are_functorch_transforms_active
 _Run = Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ def activate(run: _Run, module: nn.Module, known: Activation, x: Tensor) -> Tens
         or torch.compiler.is_compiling()
         or type(x) is not Tensor
         or not x.requires_grad
-        or x.numel() < _FEW
+        or x.numel() < FEW
         or module._forward_hooks
         or module._backward_hooks
         or _is_transformed()
@@ -117,6 +117,12 @@ class Gate(Tensor):
         """The tensor itself."""
         return self.given[0]
 
+    def alone(self) -> Tensor:
+        """Return the tensor, which is not multiplied."""
+        known = self.given[3]
+        known.gates = bool(known.gates)
+        return self.plain
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Multiply in one step, or do anything else with the plain tensor."""
@@ -129,8 +135,7 @@ class Gate(Tensor):
                     return GatedProduct.apply(run, x, other, y.detach())  # type: ignore[no-untyped-call]
         if getattr(func, "__name__", "") not in _FORM:
             for gate in (value for value in args if isinstance(value, Gate)):
-                known = gate.given[3]
-                known.gates = bool(known.gates)
+                gate.alone()
         args, kwargs = tree_map_only(Gate, lambda gate: gate.plain, (args, kwargs or {}))
         return func(*args, **kwargs)
 

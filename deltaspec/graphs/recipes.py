@@ -116,15 +116,19 @@ def _saved(node: Any, name: str) -> Tensor | None:
 
     Checkpointing makes it again when it is unpacked, offloading moves it: neither is to happen before the backward.
     """
-    raw = getattr(node, f"_raw_saved_{name}")
     try:
-        hooked = raw.unpack_hook is not None
+        is_here = _is_here(getattr(node, f"_raw_saved_{name}"))
     except RuntimeError:
         return None
-    if hooked and not isinstance(raw.data, Tensor):
-        return None
-    found: Tensor | None = getattr(node, f"_saved_{name}")
-    return found
+    return getattr(node, f"_saved_{name}") if is_here else None
+
+
+def _is_here(raw: Any) -> bool:
+    """Return whether what a node keeps is a tensor that it has at hand. Raise RuntimeError where it keeps none."""
+    unpack = raw.unpack_hook
+    if unpack is None:
+        return True
+    return isinstance(raw.data, Tensor) and getattr(unpack, "__module__", None) != "torch.utils.checkpoint"
 
 
 def _fact(node: Any, name: str) -> Any:
@@ -156,7 +160,7 @@ def _gelu(reader: _Reader, node: Any, depth: int) -> Steps | None:
 
 def _recomputed(reader: _Reader, node: Any, depth: int) -> Steps | None:
     raws = getattr(node, "_raw_saved_tensors")  # noqa: B009
-    if any(raw.unpack_hook is not None and not isinstance(raw.data, Tensor) for raw in raws):
+    if not all(map(_is_here, raws)):
         return None
     function = _run_gated if len(raws) > 1 else _run_alone
     return reader.step(function, tuple(reader.keep(tensor) for tensor in node.saved_tensors), node.run)

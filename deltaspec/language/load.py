@@ -43,6 +43,8 @@ def _fields(data: Mapping[str, Any], known: Mapping[str, Method]) -> dict[str, A
     )
     if "expect" in data:
         fields["expect"] = _expect_fields(data["expect"])
+    if isinstance(data.get("passes"), list):
+        fields["passes"] = tuple(data["passes"])
     return fields
 
 

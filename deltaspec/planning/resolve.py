@@ -98,6 +98,7 @@ def _resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Obser
             if not found:  # counts of a delta that is wrong anyway would only be noise
                 met, found = delta_checks(spec, index, delta)
                 delta = replace(delta, checks=met)
+            delta = replace(delta, passes=spec.allowed_passes)
             placed[delta.name] = delta
             own_findings += found
         own = [placed[entry.name] for entry in spec.deltas]

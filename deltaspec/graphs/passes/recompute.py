@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deltaspec.graphs.activations import Gate
 from deltaspec.graphs.low_rank import LowRankStep, Step
 from deltaspec.graphs.passes.fuse_addition import add_low_rank_
 from deltaspec.graphs.passes.scope import Scope, result_is_new
 from deltaspec.graphs.recipes import recipe_of
 from deltaspec.graphs.remade import remade
 
-_FEW = 1 << 16
+FEW = 1 << 16
 """Values that enter and leave below which autograd's own steps are faster than one in Python (measured)."""
 
 _is_transformed = torch._C._are_functorch_transforms_active
@@ -48,6 +49,8 @@ def low_rank_site(
     how: How,
 ) -> Tensor:
     """Return base(x) + scale · (drop(x) downᵀ) upᵀ, where `base` is the own forward of a linear `host`."""
+    if type(x) is Gate:
+        x = x.alone()
     if torch.is_grad_enabled() and (step := _step(base, host, x, down, up, scale, dropout, how)) is not None:
         recipe = recipe_of(x, how.absorb) if how.remake else None
         if recipe is None:
@@ -70,7 +73,7 @@ def _step(
     wide = down.size(-1)
     if (
         x.dim() < 2
-        or x.numel() // wide * (wide + up.size(0)) < _FEW
+        or x.numel() // wide * (wide + up.size(0)) < FEW
         or type(x) not in _PLAIN
         or torch.compiler.is_compiling()
         or _is_transformed()
