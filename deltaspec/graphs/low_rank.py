@@ -57,10 +57,11 @@ class LowRankStep(torch.autograd.Function):
         if merged:
             y = F.linear(x, _merged(step.weight, first, second, step.scale), step.bias)
         else:
-            y, rows = step.base(x), x.to(step.dtype).reshape(-1, x.size(-1))
+            y, entering = step.base(x), x.to(step.dtype)
             if step.dropout:
-                rows, mask = torch.native_dropout(rows, step.dropout, True)
-                bits = packed(mask)
+                entering, mask = torch.native_dropout(entering, step.dropout, True)
+                bits = packed(mask.reshape(-1, x.size(-1)).contiguous())
+            rows = entering.reshape(-1, x.size(-1))
             narrow = first.mm(rows.t()) if rows.size(0) >= _MANY else rows.mm(first.t()).t()
             y.view(-1, y.size(-1)).addmm_(narrow.t(), second.t(), alpha=step.scale)
         ctx.merged, ctx.shape, ctx.dtype = merged, x.shape, x.dtype
