@@ -2,3 +2,7 @@
 
 Uses compiled models as a user would.
 """
+
+from deltaspec.training.schedules import scheduler as scheduler
+
+__all__ = ["scheduler"]
