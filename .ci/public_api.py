@@ -29,6 +29,7 @@ FACES = {
     "deltaspec.engines": ("check", "known", "needs", "notes"),
     "deltaspec.testing": ("check_method",),
     "deltaspec.allocation": ("RankAllocator",),
+    "deltaspec.training": ("DeltaTrainerMixin",),
     "deltaspec.verification": ("verify",),
     "deltaspec.folders": ("extract", "merge_folder"),
     "deltaspec.demo.model": ("build",),

@@ -15,6 +15,7 @@ from deltaspec.backbone.copying import copy_held, deep_copy
 from deltaspec.compiler.build import Built, build, with_rows
 from deltaspec.compiler.face import Face, attribute, take_backbone_names
 from deltaspec.compiler.files import Files
+from deltaspec.compiler.found import leave_word
 from deltaspec.compiler.handles import DeltasView, Restore, known_names, trainable
 from deltaspec.compiler.membership import add, remove
 from deltaspec.compiler.pickling import rebuild, reduced
@@ -65,6 +66,7 @@ class CompiledModel(Face, Files, torch.fx.GraphModule):
         self._shared.captured = capture, capture_reason
         self.register_load_state_dict_pre_hook(take_backbone_names)  # type: ignore[no-untyped-call]
         install(built)
+        leave_word(built, self, _again)
 
     # What there is
 
@@ -287,3 +289,8 @@ class CompiledModel(Face, Files, torch.fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         # fx makes a class for each GraphModule, so the class is named here.
         return rebuild, (CompiledModel, *reduced(self._built), self.capture, self.capture_reason, self.training)
+
+
+def _again(built: Built) -> CompiledModel:
+    """Return a compiled model of the same parts, where the first one is gone and only its backbone was kept."""
+    return CompiledModel(built, *built.shared.captured)
