@@ -175,6 +175,8 @@ CODES: dict[str, str] = {
     "DS562": "directory that holds something else",
     "DS563": "saved deltas without a known base model",
     "DS564": "delta whose form in another library follows from weights",
+    "DS565": "trainer whose model holds no deltas",
+    "DS566": "checkpoint of another model around the deltas",
     "DS575": "adapter of a model in shards",
     "DS585": "input of another module that a delta cannot read",
     "DS586": "forward without the module whose input a delta reads",
