@@ -20,7 +20,7 @@ GOLDEN = ROOT / "tests/project/api/deltaspec.json"
 FACES = {
     "deltaspec": (
         "CompiledModel", "DeltaSpec", "DeltaSpecError", "Diagnostic", "Plan",
-        "compile", "load", "plan", "restore", "validate",
+        "compile", "estimate", "load", "plan", "restore", "validate",
     ),
     "deltaspec.methods": (
         "Form", "Init", "Method", "MethodParams", "Promises", "Rank", "Refusal", "Site", "TensorSpec",
@@ -39,7 +39,7 @@ GIVEN = (
     "UnknownDeltaError", "ContractError",
     "PlannedDelta", "PlannedSite", "Site", "TensorSpec", "Init", "MethodParams", "ModuleTable", "Row", "ParameterInfo",
     "DeltaEntry", "Override", "Expect", "DeltaExpect", "ModelContract", "Count", "Trainable", "Selector", "Layers",
-    "Shape",
+    "Shape", "Memory", "Conditions", "MemoryUse", "Estimate", "Costs", "KeptAt",
 )  # fmt: skip
 """Classes that users get from those, catch or read, wherever they are defined."""
 MADE_BY_USERS = ("DeltaSpecError", "Diagnostic", "RankAllocator", "Site", "TensorSpec", "Init", "Refusal", "Promises")
