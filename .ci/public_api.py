@@ -20,7 +20,7 @@ GOLDEN = ROOT / "tests/project/api/deltaspec.json"
 FACES = {
     "deltaspec": (
         "CompiledModel", "DeltaSpec", "DeltaSpecError", "Diagnostic", "Plan",
-        "compile", "load", "plan", "restore", "validate",
+        "compile", "estimate", "load", "plan", "restore", "validate",
     ),
     "deltaspec.methods": (
         "Form", "Init", "Method", "MethodParams", "Promises", "Rank", "Refusal", "Site", "TensorSpec",
@@ -40,7 +40,7 @@ GIVEN = (
     "UnknownDeltaError", "ContractError",
     "PlannedDelta", "PlannedSite", "Site", "TensorSpec", "Init", "MethodParams", "ModuleTable", "Row", "ParameterInfo",
     "OptimizerReport", "Held", "DeltaEntry", "Train", "Override", "Expect", "DeltaExpect", "ModelContract", "Count",
-    "Trainable", "Selector", "Layers", "Shape",
+    "Trainable", "Selector", "Layers", "Shape", "Memory", "Conditions", "MemoryUse", "Estimate", "Costs", "KeptAt",
 )  # fmt: skip
 """Classes that users get from those, catch or read, wherever they are defined."""
 MADE_BY_USERS = ("DeltaSpecError", "Diagnostic", "RankAllocator", "Site", "TensorSpec", "Init", "Refusal", "Promises")
