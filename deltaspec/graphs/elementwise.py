@@ -89,7 +89,7 @@ def _is_known(node: fx.Node) -> bool:
         return False
     if node.op == "call_method":
         return node.target in _FUNCTIONS
-    if node.op != "call_function" or getattr(node.target, "__name__", "") not in _FUNCTIONS:
+    name = getattr(node.target, "__name__", "")
+    if node.op != "call_function" or name not in _FUNCTIONS:
         return False
-    name = node.target.__name__
     return any(getattr(place, name, None) is node.target for place in (torch, F, operator, _NATIVE))

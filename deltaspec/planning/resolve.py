@@ -98,8 +98,9 @@ def _resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Obser
             if not found:  # counts of a delta that is wrong anyway would only be noise
                 met, found = delta_checks(spec, index, delta)
                 delta = replace(delta, checks=met)
-            delta = replace(delta, passes=spec.allowed_passes)
-            placed[delta.name] = delta
+            entry = spec.deltas[index]
+            passes = spec.allowed_passes
+            placed[delta.name] = replace(delta, matrix=entry.matrix, train=entry.train, passes=passes)
             own_findings += found
         own = [placed[entry.name] for entry in spec.deltas]
         met, unmet = spec_checks(spec, own, table, bool(own_findings))

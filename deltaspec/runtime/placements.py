@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deltaspec.graphs.passes.names import ALL
+from deltaspec.language.passes import ALL
 from deltaspec.methods.declarations import Site
 from deltaspec.methods.registry import methods
 from deltaspec.planning.planned import PlannedDelta, PlannedSite

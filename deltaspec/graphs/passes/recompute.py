@@ -81,9 +81,11 @@ def _step(
         return None
     own = host._parameters
     weight, bias = own.get("weight"), own.get("bias")
+    if weight is None:
+        return None
     tensors = (weight, down, up) if bias is None else (weight, down, up, bias)
     dtype, device = x.dtype, x.device
-    if weight is None or any(type(t) not in _PLAIN or t.dtype is not dtype or t.device != device for t in tensors):
+    if any(type(t) not in _PLAIN or t.dtype is not dtype or t.device != device for t in tensors):
         return None
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
