@@ -16,14 +16,14 @@ from deltaspec.runtime.sockets import Forward
 
 
 def trained_by(placements: Sequence[Placement], links: Sequence[Link], own: bool) -> How | None:
-    """Return in which way a host trains in one step of autograd; None where it does not.
+    """Return in which way a host trains, where passes change that. All its deltas must let a pass work on it.
 
-    `own`: its forward is that of a class which gives a new tensor. All its deltas must let a pass work on it.
+    `own`: its forward is that of a class which gives a new tensor.
     """
     passes = frozenset.intersection(*(placement.passes for placement in placements))
-    if not own or not links or "recompute" not in passes:
+    if not links or "recompute" not in passes:
         return None
-    return How(links[0].form.kind == "conv1d", "rematerialise" in passes, "feed_forward" in passes)
+    return How(own, links[0].form.kind == "conv1d", "rematerialise" in passes, "feed_forward" in passes)
 
 
 def activations(hosts: Mapping[str, Sequence[Placement]], host: Host) -> Iterator[tuple[str, Forward]]:
