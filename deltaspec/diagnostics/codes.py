@@ -67,6 +67,10 @@ CODES: dict[str, str] = {
     # DS38: training
     "DS380": "optimizer that does not hold what is to be trained",
     "DS381": "delta with nothing to train",
+    "DS382": "jobs that cannot be trained together",
+    "DS383": "batches that cannot be put together",
+    "DS384": "job without a loss",
+    "DS385": "checkpoint of other jobs",
     # DS4: method and model
     "DS401": "another model than the spec is for",
     "DS402": "method cannot take a site",

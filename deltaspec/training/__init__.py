@@ -3,6 +3,8 @@
 Uses compiled models as a user would.
 """
 
+from deltaspec.training.job import Job as Job
+from deltaspec.training.run import Training as Training
 from deltaspec.training.schedules import scheduler as scheduler
 
-__all__ = ["scheduler"]
+__all__ = ["Job", "Training", "scheduler"]
