@@ -29,7 +29,7 @@ FACES = {
     "deltaspec.engines": ("check", "known", "needs", "notes"),
     "deltaspec.testing": ("check_method",),
     "deltaspec.allocation": ("RankAllocator",),
-    "deltaspec.training": ("DeltaTrainerMixin",),
+    "deltaspec.training": ("DeltaTrainerMixin", "scheduler"),
     "deltaspec.verification": ("verify",),
     "deltaspec.folders": ("extract", "merge_folder"),
     "deltaspec.demo.model": ("build",),
@@ -39,8 +39,8 @@ GIVEN = (
     "Rows", "Restore", "LibraryView", "Verification", "Agreement", "Extraction", "Change", "Delta", "Region",
     "UnknownDeltaError", "ContractError",
     "PlannedDelta", "PlannedSite", "Site", "TensorSpec", "Init", "MethodParams", "ModuleTable", "Row", "ParameterInfo",
-    "DeltaEntry", "Override", "Expect", "DeltaExpect", "ModelContract", "Count", "Trainable", "Selector", "Layers",
-    "Shape",
+    "OptimizerReport", "Held", "DeltaEntry", "Train", "Override", "Expect", "DeltaExpect", "ModelContract", "Count",
+    "Trainable", "Selector", "Layers", "Shape",
 )  # fmt: skip
 """Classes that users get from those, catch or read, wherever they are defined."""
 MADE_BY_USERS = ("DeltaSpecError", "Diagnostic", "RankAllocator", "Site", "TensorSpec", "Init", "Refusal", "Promises")

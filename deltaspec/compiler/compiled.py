@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from types import MappingProxyType
 from typing import Any, Self
 
 import torch
-from torch import nn
 
 from deltaspec.backbone.copying import copy_held, deep_copy
 from deltaspec.compiler.build import Built, build, with_rows
 from deltaspec.compiler.face import Face, attribute, take_backbone_names
 from deltaspec.compiler.files import Files
 from deltaspec.compiler.found import leave_word
-from deltaspec.compiler.handles import DeltasView, Restore, known_names, trainable
+from deltaspec.compiler.handles import Restore, known_names
 from deltaspec.compiler.membership import add, remove
+from deltaspec.compiler.optimizing import Optimizing
 from deltaspec.compiler.pickling import rebuild, reduced
 from deltaspec.compiler.standard_verbs import install
-from deltaspec.deltas.modules import Delta
 from deltaspec.diagnostics.findings import require_known
 from deltaspec.graphs.regions import Region
 from deltaspec.graphs.root import Entry, root_graph
@@ -37,7 +36,7 @@ from deltaspec.serving.mixer import Mixer
 from deltaspec.transforms.simplify import copy_tensors, simplify
 
 
-class CompiledModel(Face, Files, torch.fx.GraphModule):
+class CompiledModel(Face, Files, Optimizing, torch.fx.GraphModule):
     """A backbone with its deltas. Made by `deltaspec.compile`.
 
     Call it as the backbone is called. Attributes that it does not have itself (`config`, `generate`, `device` …) are
@@ -96,23 +95,9 @@ class CompiledModel(Face, Files, torch.fx.GraphModule):
         return {name: self._active.strengths[name] for name in self.attached}
 
     @property
-    def deltas(self) -> Mapping[str, Delta]:
-        """All deltas by name, attached or not: the compiled ones, and those of libraries that are in memory."""
-        return DeltasView(self._host.deltas, self._libraries)
-
-    @property
     def regions(self) -> Mapping[str, Region]:
         """The rewritten regions of the active set, by the FQN of the module each belongs to ("": the whole model)."""
         return MappingProxyType(self._active.program(self.attached).regions)
-
-    def trainable_parameters(self, *names: str) -> Iterator[nn.Parameter]:
-        """Return the parameters of these deltas; by default those that training would change now, of what is attached.
-
-        Deltas that train together, a row each (see `rows`), need not be attached: name them. With nothing attached,
-        these are the backbone's where it may be trained (`compile(..., train_backbone=True)`); else there are none, and
-        that raises DeltaSpecError (DS418).
-        """
-        return trainable(self._host, self.deltas, known_names(self._shared, names) if names else self.attached)
 
     # Deltas come and go
 

@@ -47,6 +47,8 @@ CODES: dict[str, str] = {
     "DS224": "circular derivation",
     "DS225": "sources whose methods cannot be combined",
     "DS226": "configuration of another tool",
+    "DS228": "matrix that cannot be written out",
+    "DS229": "hint for training that does not fit its delta",
     # DS3: selector
     "DS302": "selector that matches no module",
     "DS303": "role that this model does not have",
@@ -62,6 +64,9 @@ CODES: dict[str, str] = {
     "DS324": "model factory that fails",
     "DS350": "no default role in this model",
     "DS351": "no such module",
+    # DS38: training
+    "DS380": "optimizer that does not hold what is to be trained",
+    "DS381": "delta with nothing to train",
     # DS4: method and model
     "DS401": "another model than the spec is for",
     "DS402": "method cannot take a site",

@@ -13,6 +13,7 @@ from deltaspec.documents.document import Document
 from deltaspec.language.derivation import Combine, Weight, written
 from deltaspec.language.params import read_params
 from deltaspec.language.selectors import NAME, Part, Selector
+from deltaspec.language.training import Train
 from deltaspec.methods.declarations import MethodParams
 from deltaspec.names.escaping import DELTA_NAME, MOST
 
@@ -73,11 +74,20 @@ class Override(Part):
     """Parameters of the method that differ here; the others stay as the delta has them."""
 
 
+_MATRIX: dict[str, Any] = {
+    "type": "object",
+    "minProperties": 1,
+    "additionalProperties": {"type": "array", "minItems": 1},
+}
+"""A matrix, as a document writes it. An entry that was read has the values of its own combination instead."""
+
+
 class DeltaEntry(Part):
     """One delta of a spec."""
 
     name: str = Field(pattern=DELTA_NAME, max_length=MOST)
-    """Name of the delta: letters, digits, `-`, `_`, and `.` and `/` between them (`french`, `user/lora`, `1_task`)."""
+    """Name of the delta: letters, digits, `-`, `_`, and `.` and `/` between them (`french`, `user/lora`, `1_task`);
+    one of a matrix has its values behind that (`french[rank=4,lr=1e-3]`)."""
     method: str
     """Delta-tuning method."""
     sources: dict[str, Weight] = Field(default_factory=dict, alias="from", json_schema_extra={"minProperties": 1})
@@ -95,11 +105,15 @@ class DeltaEntry(Part):
     expect: DeltaExpect | None = None
     """What its plan must come to."""
     attached: bool = True
-    """Whether it starts attached."""
+    """Whether it starts attached; those of a matrix do not, unless this says so."""
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
     """dtype of its tensors; left out, the backbone's, but float32 where that is of half precision or quantised."""
     provenance: dict[str, Any] = Field(default_factory=dict, json_schema_extra={"minProperties": 1})
     """Where it comes from, in keys of your own (data, licence). Locks and saved sets keep it; no plan changes."""
+    train: Train | None = None
+    """Hints for training it (learning rate, schedule …): `c.parameter_groups()` makes an optimizer's groups of them."""
+    matrix: Annotated[dict[str, Any], WithJsonSchema(_MATRIX)] = Field(default_factory=dict)
+    """A delta for each combination of values: lists by parameter (`rank`) or hint for training (`train.lr`)."""
 
     def params_with(self, override: Override) -> MethodParams:
         """Return the method's parameters with an override's in place of the delta's."""
@@ -195,6 +209,7 @@ def _delta_data(delta: DeltaEntry) -> dict[str, Any]:
         attached=delta.attached,
         dtype=delta.dtype,
         provenance=dict(delta.provenance),
+        train=delta.train and delta.train.to_data(),
     )
 
 

@@ -10,8 +10,12 @@ import re
 from hashlib import sha256
 from urllib.parse import unquote
 
-DELTA_NAME = "^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$"
+_PLAIN = "[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*"
+_POINT = "[A-Za-z_][A-Za-z0-9_.]*=[A-Za-z0-9_.+:%-]+"
+PLAIN_NAME = f"^{_PLAIN}$"
 """Names of deltas, as users of PEFT write them: `user/lora`, `1_task`, `v1.2`."""
+DELTA_NAME = rf"^{_PLAIN}(\[{_POINT}(,{_POINT})*\])?$"
+"""Such names, and those of the deltas of a matrix: `french[rank=4,lr=1e-3]`."""
 MOST = 128
 """Characters of such a name at most."""
 _OTHER = re.compile(r"[^A-Za-z0-9_-]", re.ASCII)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _MAX_BYTES = 16 << 20
-_FLAT = frozenset({"params", "specs", "derived", "provenance", "base", "parents"})
+_FLAT = frozenset({"params", "specs", "derived", "provenance", "train", "base", "parents"})
 """Keys whose values stand on one line."""
 _LOCK = {"specs": list, "model": dict, "deltas": dict, "sites": int, "trainable": int, "plan": str}
 _DELTA = {"method": str, "attached": bool, "seed": int, "params": dict, "groups": list, "trainable": int}
@@ -136,6 +136,7 @@ def _delta_data(delta: PlannedDelta, entry: DeltaEntry) -> dict[str, Any]:
         "seed": delta.seed,
         **({} if entry.dtype is None else {"dtype": entry.dtype}),
         **({"provenance": dict(entry.provenance)} if entry.provenance else {}),
+        **({} if entry.train is None else {"train": entry.train.to_data()}),
         "params": delta.params.model_dump(mode="json"),
         "groups": [
             {

@@ -64,7 +64,7 @@ def _delta_changes(old: dict[str, Any] | None, new: dict[str, Any], lock_name: s
     if old is None:
         yield "DS513", f"it is not in {lock_name}"
         return
-    for key in ("method", "derived", "attached", "seed", "dtype", "provenance"):
+    for key in ("method", "derived", "attached", "seed", "dtype", "provenance", "train"):
         if (before := old.get(key)) != (after := new.get(key)):
             yield "DS514", f"{key} is {_shown(after)}, was {_shown(before)}"
     if old["method"] == new["method"]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deltaspec.backbone.fingerprint import digest, structure_fingerprint
 from deltaspec.backbone.table import ModuleTable
@@ -13,6 +13,7 @@ from deltaspec.backbone.table import ModuleTable
 if TYPE_CHECKING:
     from deltaspec.language.derivation import Derivation
     from deltaspec.language.model import DeltaSpec
+    from deltaspec.language.training import Train
     from deltaspec.methods.declarations import MethodParams, Site, TensorSpec
 
 
@@ -55,6 +56,10 @@ class PlannedDelta:
     """Name of the parameter that was chosen for a budget, and the budget in words."""
     derived: Derivation | None = None
     """Derivation of a delta that is built from others, and so not trained."""
+    matrix: Mapping[str, Any] = field(default_factory=dict)
+    """Values that it has from a matrix, by parameter or hint."""
+    train: Train | None = None
+    """Hints for training it."""
     let_pass: tuple[str, ...] = ()
     """Differences between the backbone and the one that it was saved for, which `match` let pass when it was read."""
 

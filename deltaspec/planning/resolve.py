@@ -98,7 +98,8 @@ def _resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Obser
             if not found:  # counts of a delta that is wrong anyway would only be noise
                 met, found = delta_checks(spec, index, delta)
                 delta = replace(delta, checks=met)
-            placed[delta.name] = delta
+            entry = spec.deltas[index]
+            placed[delta.name] = replace(delta, matrix=entry.matrix, train=entry.train)
             own_findings += found
         own = [placed[entry.name] for entry in spec.deltas]
         met, unmet = spec_checks(spec, own, table, bool(own_findings))

@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deltaspec.training.schedules import scheduler as scheduler
     from deltaspec.training.trainer import DeltaTrainerMixin as DeltaTrainerMixin
 
-_HOME = {"DeltaTrainerMixin": "trainer"}
+_HOME = {"DeltaTrainerMixin": "trainer", "scheduler": "schedules"}
 __all__ = sorted(_HOME)
 
 

@@ -32,7 +32,7 @@ def gate(document: Document, methods: Mapping[str, Method]) -> list[Diagnostic]:
     deltas = document.data.get("deltas")
     named = {d["method"] for d in deltas if _names_a_method(d, methods)} if isinstance(deltas, list) else set()
     holds = validator(tuple(methods), tuple((name, methods[name]) for name in sorted(named)))
-    errors = list(islice(holds.iter_errors(document.data), MAX_FINDINGS + 1))
+    errors = list(islice(_each_once(holds.iter_errors(document.data), document), MAX_FINDINGS + 1))
     mistyped = {tuple(error.absolute_path) for error in errors if error.validator == "type"}
     return [
         finding
@@ -40,6 +40,16 @@ def gate(document: Document, methods: Mapping[str, Method]) -> list[Diagnostic]:
         if error.validator == "type" or tuple(error.absolute_path) not in mistyped
         for finding in _diagnose(error, document, methods)
     ]
+
+
+def _each_once(errors: Iterator[Any], document: Document) -> Iterator[Any]:
+    """Yield errors of the schema, those about one place in deltas of one matrix once."""
+    seen = set()
+    for error in errors:
+        told = document.where(tuple(error.absolute_path)), error.message
+        if not document.places or told not in seen:
+            yield error
+        seen.add(told)
 
 
 def _names_a_method(delta: Any, methods: Mapping[str, Method]) -> bool:
@@ -97,6 +107,7 @@ def _diagnose(error: Any, document: Document, methods: Mapping[str, Method]) -> 
             derived = error.instance in OTHERS
             message = f'{show_value(error.instance)} has no place {"beside" if derived else "without"} "from"'
             hint = "a derived delta has its sources' sites; delete one of the two" if derived else _MISSING["from"]
+            hint = "a derived delta is not trained: delete it" if error.instance == "train" else hint
             yield document.diagnostic("DS201", message, (*path, error.instance), hint, key=True)
         return
     if "propertyNames" in error.absolute_schema_path:
