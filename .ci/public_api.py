@@ -20,7 +20,7 @@ GOLDEN = ROOT / "tests/project/api/deltaspec.json"
 FACES = {
     "deltaspec": (
         "CompiledModel", "DeltaSpec", "DeltaSpecError", "Diagnostic", "Plan",
-        "compile", "load", "plan", "restore", "validate",
+        "compile", "estimate", "load", "plan", "restore", "validate",
     ),
     "deltaspec.methods": (
         "Form", "Init", "Method", "MethodParams", "Promises", "Rank", "Refusal", "Site", "TensorSpec",
@@ -29,7 +29,7 @@ FACES = {
     "deltaspec.engines": ("check", "known", "needs", "notes"),
     "deltaspec.testing": ("check_method",),
     "deltaspec.allocation": ("RankAllocator",),
-    "deltaspec.training": ("Job", "Training", "scheduler"),
+    "deltaspec.training": ("DeltaTrainerMixin", "Job", "Training", "scheduler"),
     "deltaspec.verification": ("verify",),
     "deltaspec.folders": ("extract", "merge_folder"),
     "deltaspec.demo.model": ("build",),
@@ -40,7 +40,8 @@ GIVEN = (
     "UnknownDeltaError", "ContractError",
     "PlannedDelta", "PlannedSite", "Site", "TensorSpec", "Init", "MethodParams", "ModuleTable", "Row", "ParameterInfo",
     "OptimizerReport", "Held", "Results", "JobResult", "Evaluation", "DeltaEntry", "Train", "Override", "Expect",
-    "DeltaExpect", "ModelContract", "Count", "Trainable", "Selector", "Layers", "Shape",
+    "DeltaExpect", "ModelContract", "Count", "Trainable", "Selector", "Layers", "Shape", "Memory", "Conditions",
+    "MemoryUse", "Estimate", "Costs", "KeptAt",
 )  # fmt: skip
 """Classes that users get from those, catch or read, wherever they are defined."""
 MADE_BY_USERS = (

@@ -11,9 +11,9 @@ from torch import nn
 from deltaspec.backbone.sharded import refuse_sharded
 from deltaspec.compiler.build import build
 from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.compiler.estimate import plan
 from deltaspec.language.model import DeltaSpec
 from deltaspec.planning.plan import Plan
-from deltaspec.planning.resolve import plan
 
 Spec: TypeAlias = "str | PathLike[str] | Mapping[str, Any] | DeltaSpec"
 

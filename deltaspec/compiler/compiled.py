@@ -14,6 +14,7 @@ from deltaspec.backbone.copying import copy_held, deep_copy
 from deltaspec.compiler.build import Built, build, with_rows
 from deltaspec.compiler.face import Face, attribute, take_backbone_names
 from deltaspec.compiler.files import Files
+from deltaspec.compiler.found import leave_word
 from deltaspec.compiler.handles import Restore, known_names
 from deltaspec.compiler.membership import add, remove
 from deltaspec.compiler.optimizing import Optimizing
@@ -64,6 +65,7 @@ class CompiledModel(Face, Files, Optimizing, torch.fx.GraphModule):
         self._shared.captured = capture, capture_reason
         self.register_load_state_dict_pre_hook(take_backbone_names)  # type: ignore[no-untyped-call]
         install(built)
+        leave_word(built, self, _again)
 
     # What there is
 
@@ -272,3 +274,8 @@ class CompiledModel(Face, Files, Optimizing, torch.fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         # fx makes a class for each GraphModule, so the class is named here.
         return rebuild, (CompiledModel, *reduced(self._built), self.capture, self.capture_reason, self.training)
+
+
+def _again(built: Built) -> CompiledModel:
+    """Return a compiled model of the same parts, where the first one is gone and only its backbone was kept."""
+    return CompiledModel(built, *built.shared.captured)

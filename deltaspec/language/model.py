@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, SerializeAsAny, WithJsonSch
 
 from deltaspec.diagnostics.findings import Diagnostic, Path
 from deltaspec.documents.document import Document
+from deltaspec.language.conditions import Memory
 from deltaspec.language.derivation import Combine, Weight, written
 from deltaspec.language.params import read_params
 from deltaspec.language.selectors import NAME, Part, Selector
@@ -63,6 +64,8 @@ class Expect(Part):
     """Number of trainable values of all deltas: a number, or bounds."""
     untouched: tuple[Selector, ...] = Field((), json_schema_extra={"minItems": 1})
     """Selectors of modules that no delta may change."""
+    memory: Memory | None = None
+    """Memory that a step of training may take: a bound (`<= 12GiB`), or a mapping that says for which batch."""
 
 
 class Override(Part):
@@ -167,6 +170,7 @@ class DeltaSpec(Part):
         expect = self.expect and _present(
             trainable=self.expect.trainable and self.expect.trainable.model_dump(exclude_none=True),
             untouched=[selector.to_data() for selector in self.expect.untouched],
+            memory=self.expect.memory and self.expect.memory.model_dump(mode="json", exclude_unset=True),
         )
         return _present(
             deltaspec=self.version,

@@ -69,6 +69,18 @@ class PlannedDelta:
         return count_trainable(self.sites)
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """What a step of training was estimated to take, where a spec expects something of it."""
+
+    most: str
+    """The bound, as the spec has it."""
+    conditions: Mapping[str, Any]
+    """What it is for: batch, length, optimizer and so on."""
+    bytes: int
+    """The estimate."""
+
+
 @dataclass(frozen=True, eq=False)
 class PlannedDeltas:
     """All deltas of a plan, the model they are for, and what was found out about them: a plan's data.
@@ -88,6 +100,8 @@ class PlannedDeltas:
     """Whether a forward was run and reached every site; else the compiled model's first forward is watched."""
     unused: frozenset[str] = frozenset()
     """FQNs of modules that take no part in what the model gives, so far as the forward showed it."""
+    memory: tuple[MemoryUse | None, ...] = ()
+    """Memory of a step of training, by the specs; None for those that expect nothing of it; empty: no spec does."""
 
     @property
     def model_class(self) -> str:
