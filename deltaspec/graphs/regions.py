@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from deltaspec.graphs.lifted import SPLAT_ARGS, SPLAT_KWARGS, Held, to_function
 from deltaspec.graphs.links import Inputs, Link
+from deltaspec.graphs.passes.recompute import HOST, How
 from deltaspec.graphs.passes.run import run_passes
 from deltaspec.graphs.rewrite import emit_chain
 from deltaspec.graphs.streams import entered
@@ -39,6 +40,8 @@ class RegionKey:
     """Names of the host's arguments in order, where a formula asks for one."""
     owned: bool = False
     """Whether `base` gives a new tensor that nothing else holds, so that passes may let it be overwritten."""
+    how: How | None = None
+    """In which way the site trains in one step of autograd, by its class's own forward; None: it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class Region:
     function: Callable[..., Any]
     bound: tuple[str, ...]
     """Names of the graph's inputs that a site binds, in order: `base`, each link's tensors, dropout, stream and
-    strength, `swapped`."""
+    strength, `host`, `swapped`."""
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
@@ -136,6 +139,8 @@ def region(key: RegionKey) -> Region:
         stream = functools.partial(_entered, graph, bind(f"stream{suffix}")) if link.reads_stream else None
         strength = bind(f"strength{suffix}") if link.scaled or link.per_row else None
         inputs.append(Inputs(tensors, dropout, strength=strength, stream=stream, swapped=swapped))
+    if key.how is not None:
+        bind(HOST)
 
     leading = (tuple(lowered),) if lowered else ()
     if key.argument is not None:
@@ -153,7 +158,7 @@ def region(key: RegionKey) -> Region:
         kwargs = graph.placeholder("**kwargs")
         result = _open_call(graph, key, args, kwargs, leading, tuple(inputs), swapped)
     graph.output(result)
-    run_passes(graph, key.owned)
+    run_passes(graph, key.owned, how=key.how)
     title = f"region {' + '.join(link.method for link in key.links) or 'lowered'}"
     function, code = to_function(graph, title, held)
     return Region(key, graph, code, function, tuple(bound))
