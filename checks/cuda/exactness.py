@@ -41,7 +41,7 @@ def _contract(name: str, device: torch.device) -> str:
         plan = check_method(name, model, {"input_ids": x}, params=dict(method.small), capture="modules")
     except deltaspec.DeltaSpecError as error:
         raise Skipped(f"not for a Llama: {error.diagnostics[0].message}") from None
-    return f"every clause, {len(plan.sites)} sites"
+    return f"every clause, sites: {len(plan.sites)}"
 
 
 @torch.no_grad()
