@@ -28,6 +28,8 @@ class Held(NamedTuple):
     """The `CompiledModel`."""
     acts: Callable[[], bool]
     """Whether deltas are attached, or rows are under some; else it is the plain model."""
+    trained: bool
+    """Whether the plain model may be trained, too."""
 
 
 def leave_word(built: Built, compiled: nn.Module, again: Callable[[Built], nn.Module]) -> None:
@@ -38,7 +40,9 @@ def leave_word(built: Built, compiled: nn.Module, again: Callable[[Built], nn.Mo
 def _held(built: Built, kept: weakref.ref[nn.Module], again: Callable[[Built], nn.Module], deltas: str) -> Held:
     compiled = kept()
     place = deltas.removesuffix(built.host.home).removesuffix(".")
-    return Held(place, again(built) if compiled is None else compiled, lambda: built.active.acts)
+    if compiled is None:
+        compiled = again(built)
+    return Held(place, compiled, lambda: built.active.acts, built.host.trained)
 
 
 def held_in(model: nn.Module) -> list[Held]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from deltaspec.backbone.reserved import RESERVED
 
@@ -48,18 +47,17 @@ def run_step(model: nn.Module, forward: Callable[[], Any]) -> Step:
         return tensor
 
     alive = _Alive(own)
-    with alive, FlopCounterMode(display=False, custom_mapping=_FLOPS) as flops:
+    with alive:
         with _names(model, stack), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = _loss(forward())
         places = Counter[str]()
         for place, storage in kept.values():
             places[place] += storage.nbytes()
         kept.clear()  # the graph alone holds them, and lets go of them one by one
-        done = flops.get_total_flops()
+        done = alive.flops
         if loss is not None:
-            alive.sparing = True
             loss.backward()  # type: ignore[no-untyped-call]
-    return Step(places.total(), alive.most, done, flops.get_total_flops() - done, dict(places))
+    return Step(places.total(), alive.most, done, alive.flops - done, dict(places))
 
 
 def _loss(output: Any) -> Tensor | None:
@@ -101,17 +99,22 @@ def _names(model: nn.Module, stack: list[str]) -> Iterator[None]:
 
 
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the storages that operators make, until they are let go of."""
+    """Counts the bytes of the storages that operators make, until they are let go of, and the operations.
+
+    torch's FlopCounterMode does the latter, but what is computed again under it stays alive until it is collected.
+    """
 
     def __init__(self, own: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
-        self.sparing = False
-        """Whether what only circles of references hold is let go of before it counts: checkpointing leaves such."""
+        self.now = self.most = self.flops = 0
         self._known: dict[int, Any] = dict.fromkeys(own)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        kind = getattr(func, "overloadpacket", func)
+        formula: Any = _FLOPS.get(kind) or flop_registry.get(kind)
+        if formula is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self._see(value.untyped_storage())
@@ -128,17 +131,16 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         self._known[key] = weakref.ref(storage, gone)
         self.now += size
-        if self.sparing and self.now > self.most:
-            gc.collect(1)
         self.most = max(self.most, self.now)
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
+    shapes = gradient.shape, query.shape, key.shape, value.shape
+    return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
 
 
 _ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"

@@ -67,6 +67,10 @@ CODES: dict[str, str] = {
     # DS38: training
     "DS380": "optimizer that does not hold what is to be trained",
     "DS381": "delta with nothing to train",
+    "DS382": "jobs that cannot be trained together",
+    "DS383": "batches that cannot be put together",
+    "DS384": "job without a loss",
+    "DS385": "checkpoint of other jobs",
     # DS4: method and model
     "DS401": "another model than the spec is for",
     "DS402": "method cannot take a site",
@@ -182,6 +186,7 @@ CODES: dict[str, str] = {
     "DS564": "delta whose form in another library follows from weights",
     "DS565": "trainer whose model holds no deltas",
     "DS566": "checkpoint of another model around the deltas",
+    "DS567": "trainer that flattens the parameters of deltas",
     "DS575": "adapter of a model in shards",
     "DS585": "input of another module that a delta cannot read",
     "DS586": "forward without the module whose input a delta reads",

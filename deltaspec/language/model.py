@@ -85,8 +85,9 @@ class Override(Part):
 
 
 _MATRIX: dict[str, Any] = {
-    "type": "object",
+    "type": ["object", "string"],
     "minProperties": 1,
+    "minLength": 1,
     "additionalProperties": {"type": "array", "minItems": 1},
 }
 """A matrix, as a document writes it. An entry that was read has the values of its own combination instead."""
@@ -123,7 +124,8 @@ class DeltaEntry(Part):
     train: Train | None = None
     """Hints for training it (learning rate, schedule …): `c.parameter_groups()` makes an optimizer's groups of them."""
     matrix: Annotated[dict[str, Any], WithJsonSchema(_MATRIX)] = Field(default_factory=dict)
-    """A delta for each combination of values: lists by parameter (`rank`) or hint for training (`train.lr`)."""
+    """A delta for each combination of values: lists by parameter (`rank`) or hint for training (`train.lr`); or the
+    name of an entry before this one: a delta for each of its deltas, with their hints."""
 
     def params_with(self, override: Override) -> MethodParams:
         """Return the method's parameters with an override's in place of the delta's."""

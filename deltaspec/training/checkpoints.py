@@ -7,9 +7,7 @@ outside.safetensors                            parameters in training, and buffe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +21,6 @@ from deltaspec.names.paths import is_inside
 from deltaspec.storage.card import write_card
 
 OUTSIDE = "outside.safetensors"
-_FLAT = "FullyShardedDataParallel"
 
 
 def acting(model: nn.Module | None) -> list[Held]:
@@ -32,8 +29,8 @@ def acting(model: nn.Module | None) -> list[Held]:
 
 
 def in_shards(model: nn.Module) -> bool:
-    """Return whether every process has to take part in writing (FSDP, of either version)."""
-    return any(map(is_sharded, model.parameters())) or _is_flat(model)
+    """Return whether every process has to take part in writing (FSDP)."""
+    return any(map(is_sharded, model.parameters()))
 
 
 def write(model: nn.Module, held: Sequence[Held], folder: Path, *, first: bool) -> None:
@@ -42,21 +39,16 @@ def write(model: nn.Module, held: Sequence[Held], folder: Path, *, first: bool) 
     Raise DeltaSpecError as `save` does, and where a module keeps a state that is no tensor (DS566).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _whole(model, writes=False) as flat:
-        if flat and not first:
-            return
-        for where, one in _folders(held, folder):
-            one.compiled.save(where)
-            if first:
-                backbone = one.compiled.backbone
-                write_card(where, one.compiled.plan, type(backbone), origin(backbone).get("id"))
-        outside = {key: unsharded(value.detach()) for key, value in _outside(model, held).items()}
-        if outside and first:
-            from safetensors.torch import save
+    for where, one in _folders(held, folder):
+        one.compiled.save(where)
+        if first:
+            backbone = one.compiled.backbone
+            write_card(where, one.compiled.plan, type(backbone), origin(backbone).get("id"))
+    outside = {key: unsharded(value.detach()) for key, value in _outside(model).items()}
+    if outside and first:
+        from safetensors.torch import save
 
-            write_atomically(
-                folder / OUTSIDE, save({key: value.clone().contiguous() for key, value in outside.items()})
-            )
+        write_atomically(folder / OUTSIDE, save({key: value.clone().contiguous() for key, value in outside.items()}))
 
 
 def read(model: nn.Module, held: Sequence[Held], folder: Path) -> None:
@@ -64,14 +56,13 @@ def read(model: nn.Module, held: Sequence[Held], folder: Path) -> None:
 
     Raise DeltaSpecError as `load` does, and where it is one of another model around the deltas (DS566).
     """
-    with _whole(model, writes=True):
-        targets = _outside(model, held)
-        values = _read_outside(folder, targets)
-        for where, one in _folders(held, folder):
-            one.compiled.load(where)
-        with torch.no_grad():
-            for key, value in values.items():
-                targets[key].copy_(sharded_as(targets[key], value))
+    targets = _outside(model)
+    values = _read_outside(folder, targets)
+    for where, one in _folders(held, folder):
+        one.compiled.load(where)
+    with torch.no_grad():
+        for key, value in values.items():
+            targets[key].copy_(sharded_as(targets[key], value))
 
 
 def _folders(held: Sequence[Held], folder: Path) -> Iterator[tuple[Path, Held]]:
@@ -79,8 +70,9 @@ def _folders(held: Sequence[Held], folder: Path) -> Iterator[tuple[Path, Held]]:
         yield (folder if len(held) == 1 else folder / one.place), one
 
 
-def _outside(model: nn.Module, held: Sequence[Held]) -> dict[str, Tensor]:
+def _outside(model: nn.Module) -> dict[str, Tensor]:
     """Return what training changes outside the backbones: parameters in training, and buffers that are kept."""
+    held = [one for one in held_in(model) if one.acts() or not one.trained]
     inside = {id(tensor) for one in held for tensor in one.compiled.backbone.state_dict(keep_vars=True).values()}
     found, odd = dict[str, Tensor](), list[str]()
     for key, value in model.state_dict(keep_vars=True).items():
@@ -116,20 +108,3 @@ def _read_outside(folder: Path, targets: Mapping[str, Tensor]) -> dict[str, Tens
             [Diagnostic("DS566", f"the checkpoint {line}", str(path), suggestion=hint) for line in sorted(wrong)]
         )
     return values
-
-
-def _is_flat(model: nn.Module) -> bool:
-    return any(type(module).__name__ == _FLAT for module in model.modules())
-
-
-@contextmanager
-def _whole(model: nn.Module, *, writes: bool) -> Iterator[bool]:
-    """Let parameters that FSDP 1 flattened be whole inside, in all processes; yield whether there are any."""
-    if not _is_flat(model):
-        yield False
-        return
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    whole: Any = FullyShardedDataParallel.summon_full_params(model, writeback=writes)
-    with whole:
-        yield True

@@ -30,7 +30,7 @@ class DeltaTrainerMixin(Trainer):
     The trainer is given a compiled model, its backbone, or a module that holds one. Checkpoints have the deltas as
     `c.save` writes them (so `deltaspec.restore` takes a checkpoint), what trains around the backbone, and the states of
     optimizer, scheduler and random numbers. Resuming, `load_best_model_at_end` and `save_model` use the same form,
-    under DDP and FSDP, too. While nothing is attached, the trainer does all as it does without this mixin.
+    under DDP and FSDP 2, too. While nothing is attached, the trainer does all as it does without this mixin.
     """
 
     model: Any
@@ -39,9 +39,13 @@ class DeltaTrainerMixin(Trainer):
     lr_scheduler: Any
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train. Raise DeltaSpecError (DS565) where the model holds no deltas."""
+        """Train. Raise DeltaSpecError where the model holds no deltas (DS565), or would be flattened (DS567)."""
         if self.model_init is None:
             _require_deltas(self.model)
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            message = "FSDP 1 flattens parameters, and a checkpoint of deltas cannot tell them apart"
+            hint = 'use version 2: fsdp_config={"fsdp_version": 2}'
+            raise DeltaSpecError([Diagnostic("DS567", message, "<model>", suggestion=hint)])
         return super().train(*args, **kwargs)
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,7 +71,7 @@ class DeltaTrainerMixin(Trainer):
             write(self.model, held, Path(self.args.output_dir), first=self.args.should_save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not (held := acting(self.model)):
+        if not (held := acting(self.model)) or not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)

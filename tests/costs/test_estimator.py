@@ -10,6 +10,7 @@ from measured_step import Measured, measure
 from nets import Net
 from tiny_models import ARCHITECTURES, COMMON
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
 import deltaspec
@@ -97,6 +98,17 @@ def test_options_that_change_the_step() -> None:
     assert without.activations < plain.activations and "labels" not in without.inputs
     c = deltaspec.compile(model, LORA)
     agree(without, measure(c, lambda: c.backbone(input_ids=ids).logits.sum()))
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    model = ARCHITECTURES["t5"]()  # its attention is made of products, which torch's counter knows on the CPU, too
+    c, ids = deltaspec.compile(model, LORA).train(), torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    with FlopCounterMode(display=False) as counted:
+        loss = c.backbone(input_ids=ids, labels=ids).loss
+        forward = counted.get_total_flops()
+        loss.backward()
+    found = deltaspec.estimate(model, LORA, batch=BATCH, length=LENGTH)
+    assert (found.forward_flops, found.backward_flops) == (forward, counted.get_total_flops() - forward)
 
 
 def test_which_deltas_are_trained() -> None:
