@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from deltaspec.planning.planned import PlannedDelta, PlannedDeltas, PlannedSite
 
 _ACTIVATION = re.compile(r"(?i).*(gelu|silu|swish|mish|activation|relu6|leakyrelu|elu)")
-_NOUNS = {"recompute": "site", "rematerialise": "input", "feed_forward": "activation"}
+_NOUNS = {"recompute": "site", "rematerialise": "input", "dropout": "dropout", "feed_forward": "activation"}
 _AT_MOST = {"rematerialise": "up to "}
 
 
@@ -35,6 +35,7 @@ def regions_of(plan: PlannedDeltas) -> dict[str, tuple[str, ...]]:
         names = dict.fromkeys(site.fqn for site in sites)
         found["recompute"] |= names
         found["rematerialise"] |= names if "rematerialise" in wanted else {}
+        found["dropout"] |= _dropouts(plan) if names and "dropout" in wanted else {}
         linear = {s.site.row.fqn.rpartition(".")[0] for s in sites if s.site.kind in ("linear", "conv1d")}
         found["feed_forward"] |= dict.fromkeys(_beside(plan, linear)) if "feed_forward" in wanted else {}
     return {name: tuple(names) for name, names in found.items() if names}
@@ -42,10 +43,8 @@ def regions_of(plan: PlannedDeltas) -> dict[str, tuple[str, ...]]:
 
 def in_words(plan: PlannedDeltas) -> str | None:
     """Say what the passes take; None where they take nothing."""
-    parts = [
-        f"{name} {_AT_MOST.get(name, '')}{counted(len(names), _NOUNS[name])}"
-        for name, names in regions_of(plan).items()
-    ]
+    regions = regions_of(plan).items()
+    parts = [f"{name} {_AT_MOST.get(name, '')}{counted(len(names), _NOUNS[name])}" for name, names in regions]
     return f"Passes in training: {', '.join(parts)}" if parts else None
 
 
@@ -81,6 +80,10 @@ def _multiplies(method: str, planned: PlannedSite) -> bool:
     form = Form(row.kind, dims, dims - 2 if row.kind == "conv" else 0, row.conv_groups, names, row.parts)
     traced = formula(Link(method, planned.params, form), row.kind == "other" or not row.faithful)
     return any(node.target is F.linear for node in traced.own)
+
+
+def _dropouts(plan: PlannedDeltas) -> dict[str, None]:
+    return dict.fromkeys(row.fqn for row in plan.table.rows if row.type == "Dropout")
 
 
 def _beside(plan: PlannedDeltas, owners: Collection[str]) -> Iterator[str]:
