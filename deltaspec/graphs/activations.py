@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from deltaspec.graphs.elementwise import Kind, kind_of
 
-FEW = 1 << 15
+FEW = 1 << 17
 """Values below which autograd's own steps are faster than one in Python (measured)."""
 _is_transformed = torch._C._are_functorch_transforms_active
 _Run = Callable[[Tensor], Tensor]

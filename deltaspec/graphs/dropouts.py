@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltaspec.graphs.bits import packed, unpacked
 
-FEW = 1 << 15
+FEW = 1 << 17
 """Values below which autograd's own step is faster than one in Python (measured)."""
 _is_transformed = torch._C._are_functorch_transforms_active
 

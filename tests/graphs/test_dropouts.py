@@ -41,7 +41,7 @@ def test_gradients_are_those_of_numbers_twice(monkeypatch):
 
 
 def test_in_evaluation_and_in_place_it_is_torchs_own():
-    x = leaf(300, 300)
+    x = leaf(400, 400)
     assert drop(nn.Dropout(0.3).eval().forward, nn.Dropout(0.3).eval(), x) is x
     module = nn.Dropout(0.3, inplace=True)
     assert drop(module.forward, module, x * 1).grad_fn.name() != "DropStepBackward"
