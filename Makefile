@@ -23,7 +23,10 @@ MODELS ?= tiny smol
 REFERENCES = $(MODELS:%=serving-output/%/reference.json)
 ENGINES := check-onnxruntime check-onnxruntime-genai check-openvino check-llama-cpp check-vllm
 
-.PHONY: demo example test test-inductor test-quantised test-ecosystem check-engines $(ENGINES) check-ray lint \
+# Where torch is one for CUDA: an environment of its own (docs/cuda.md), the active one, or the usual one.
+CUDA ?= $(firstword $(wildcard .venv-cuda) $(VIRTUAL_ENV) .venv)
+
+.PHONY: demo example test test-inductor test-quantised test-ecosystem check-engines check-cuda $(ENGINES) check-ray lint \
 	format bench schema-check lock-check generate wheel clean
 
 demo: .venv/.demo
@@ -48,6 +51,10 @@ test-ecosystem: .venv/.ecosystem
 # Of these, deltas on weights that other libraries packed.
 test-quantised: .venv/.ecosystem
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ecosystem/test_quantised.py $(ARGS)
+
+# Under 8 minutes on one CUDA device; without one it prints why, and does nothing. ARGS="--device cpu" tries the checks themselves.
+check-cuda: $(if $(filter .venv,$(CUDA)),.venv/.run)
+	$(CUDA)/bin/python -m checks.cuda $(ARGS)
 
 # Engines whose check takes seconds, on the tiny model.
 check-engines:

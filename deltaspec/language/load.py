@@ -49,6 +49,8 @@ def _fields(data: Mapping[str, Any], known: Mapping[str, Method], document: Docu
         )
     if "expect" in data:
         fields["expect"] = _expect_fields(data["expect"])
+    if isinstance(data.get("passes"), list):
+        fields["passes"] = tuple(data["passes"])
     return fields
 
 
@@ -69,9 +71,17 @@ def _expect_fields(expect: dict[str, Any]) -> dict[str, Any]:
     fields = dict(expect)
     if "trainable" in expect:
         fields["trainable"] = _bounds(expect["trainable"])
+    if "memory" in expect:
+        fields["memory"] = _memory_fields(expect["memory"])
     untouched = enumerate(expect.get("untouched", ()))
     fields["untouched"] = tuple(canonical(s, ("expect", "untouched", i)) for i, s in untouched)
     return fields
+
+
+def _memory_fields(memory: Any) -> dict[str, Any]:
+    if isinstance(memory, str):
+        return {"max": memory}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in memory.items()}
 
 
 def _bounds(value: Any) -> Any:

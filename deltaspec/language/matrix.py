@@ -7,8 +7,8 @@ is written out before anything else reads it; what is found then in a value is t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -45,34 +45,78 @@ def written_out(document: Document, methods: Mapping[str, Method]) -> tuple[Docu
     findings: list[Diagnostic] = []
     deltas: list[Any] = []
     places: dict[Path, Path] = {}
+    matrices: dict[str, _Matrix] = {}
     made = values = 0
     for index, delta in enumerate(listed):
         path: Path = ("deltas", index)
-        if not _is_well_formed(delta):
+        matrix = _followed(delta, matrices)
+        if _is_well_formed(delta):
+            axes, found = _checked(document, path, delta, methods)
+            number = prod(map(len, axes.values()))
+        elif matrix is not None:
+            number, found = len(matrix.combinations), []
+        else:
+            findings += _lost(document, path, delta, listed)
             places["deltas", len(deltas)] = path
             deltas.append(delta)
             continue
-        axes, found = _checked(document, path, delta, methods)
-        number = prod(map(len, axes.values()))
         made, values = made + number, values + number * _size(delta)
         if made > MOST or values > _MOST_VALUES:
             much = f"{made:,} deltas; at most {MOST}" if made > MOST else f"{values:,} values; at most {_MOST_VALUES:,}"
             message, hint = f"the matrices come to {much} are allowed", "list fewer values, or write several specs"
             found.append(document.diagnostic("DS228", message, (*path, "matrix"), hint, key=True))
-        lengths = [*map(len, axes.values())]
-        combinations: Iterable[tuple[int, ...]] = product(*map(range, lengths))
-        if found:
-            made, longest = made - number, min(MOST, max(lengths, default=1))
-            combinations = (tuple(min(n, length - 1) for length in lengths) for n in range(longest))
+        if matrix is None:
+            made -= number if found else 0
+            matrix = matrices[delta["name"]] = _Matrix(path, axes, _combinations(axes, whole=not found))
         findings += found
-        for chosen in combinations:
+        for point in matrix.combinations:
             place: Path = ("deltas", len(deltas))
-            places[place], point = path, {}
-            for axis, n in zip(axes, chosen, strict=True):
-                listed_at, point[axis] = axes[axis][n]
-                places[*place, *_key(axis)] = (*path, "matrix", axis, listed_at)
-            deltas.append(_delta(delta, point))
+            places[place] = path
+            given = _given(delta, matrix, point, methods)
+            for axis, n in given.items():
+                places[*place, *_key(axis)] = (*matrix.path, "matrix", axis, matrix.axes[axis][n][0])
+            deltas.append(_delta(delta, matrix, point, given))
     return replace(document, data={**document.data, "deltas": deltas}, places=places), findings
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """A matrix that can be written out."""
+
+    path: Path
+    """Path of its entry."""
+    axes: Axes
+    combinations: list[dict[str, int]]
+    """By axis: which of its values."""
+
+
+def _combinations(axes: Axes, whole: bool) -> list[dict[str, int]]:
+    """Return all combinations; or, for one with something wrong in it, some in which each value is."""
+    lengths = [*map(len, axes.values())]
+    some = (tuple(min(n, size - 1) for size in lengths) for n in range(min(MOST, max(lengths, default=1))))
+    return [dict(zip(axes, chosen, strict=True)) for chosen in (product(*map(range, lengths)) if whole else some)]
+
+
+def _followed(delta: Any, matrices: Mapping[str, _Matrix]) -> _Matrix | None:
+    """Return the matrix of another entry before it, where an entry names one: it has a delta for each of that's."""
+    if not isinstance(delta, dict) or not isinstance(delta.get("matrix"), str) or not _is_plain(delta):
+        return None
+    return matrices.get(delta["matrix"])
+
+
+def _lost(document: Document, path: Path, delta: Any, listed: list[Any]) -> Iterator[Diagnostic]:
+    """Report an entry that names one without a matrix."""
+    name = delta.get("matrix") if isinstance(delta, dict) else None
+    if not isinstance(name, str) or not name:
+        return
+    entries = {d["name"] for d in listed if isinstance(d, dict) and isinstance(d.get("name"), str)}
+    lists = {d["name"] for d in listed if _is_well_formed(d)}
+    near = closest(name, lists)
+    hint = "list that one before it" if name in lists else f'did you mean "{near}"?' if near else None
+    what = "has no matrix of its own" if name in entries else "is no delta of this spec"
+    message = f"{show_value(name)} comes after it" if name in lists else f"{show_value(name)} {what}"
+    hint = hint or "name an entry with a matrix, or list values: matrix: {rank: [4, 8]}"
+    yield document.diagnostic("DS228", message, (*path, "matrix"), hint)
 
 
 def point(document: Document, index: int) -> dict[str, Any]:
@@ -104,15 +148,17 @@ def _shortest(number: float) -> str:
 
 
 def _is_well_formed(delta: Any) -> bool:
-    """Return whether there is a matrix that can be written out; of another form, the schema says what is wrong."""
-    if not isinstance(delta, dict) or not isinstance(delta.get("matrix"), dict):
+    """Return whether there are lists that can be written out; of another form, the schema says what is wrong."""
+    if not isinstance(delta, dict) or not isinstance(delta.get("matrix"), dict) or not _is_plain(delta):
         return False
-    parts = (delta.get("params", {}), delta.get("train", {}))
-    named = isinstance(delta.get("name"), str) and re.search(PLAIN_NAME, delta["name"]) is not None
     lists = delta["matrix"].values()
-    return named and bool(lists) and all(isinstance(p, dict) for p in parts) and all(
-        isinstance(listed, list) and listed for listed in lists
-    )  # fmt: skip
+    return bool(lists) and all(isinstance(listed, list) and listed for listed in lists)
+
+
+def _is_plain(delta: dict[str, Any]) -> bool:
+    """Return whether values of a matrix can be put into a delta, and behind its name."""
+    named = isinstance(delta.get("name"), str) and re.search(PLAIN_NAME, delta["name"]) is not None
+    return named and all(isinstance(delta.get(part, {}), dict) for part in ("params", "train"))
 
 
 def _key(axis: str) -> tuple[str, str]:
@@ -120,15 +166,29 @@ def _key(axis: str) -> tuple[str, str]:
     return ("train", axis.removeprefix(_HINT)) if axis.startswith(_HINT) else ("params", axis)
 
 
-def _delta(delta: dict[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
+def _given(
+    delta: dict[str, Any], matrix: _Matrix, point: dict[str, int], methods: Mapping[str, Method]
+) -> dict[str, int]:
+    """Return what of a combination a delta takes: all of its own; of another's the hints that it does not give."""
+    if isinstance(delta["matrix"], dict):
+        return point
+    own = {f"{_HINT}{key}" for key in delta.get("train", {})}
+    method = methods.get(delta["method"]) if isinstance(delta.get("method"), str) else None
+    own |= {f"{_HINT}lr_ratio"} if method is None or not method.faster else set()
+    hints = () if "from" in delta else (axis for axis in point if axis.startswith(_HINT))
+    return {axis: point[axis] for axis in hints if axis not in own}
+
+
+def _delta(delta: dict[str, Any], matrix: _Matrix, point: dict[str, int], given: dict[str, int]) -> dict[str, Any]:
     """Write out one delta of a matrix. Being alternatives, they start detached unless it says otherwise."""
     made = {"attached": False, **{key: value for key, value in delta.items() if key != "matrix"}}
-    for axis, value in point.items():
+    for axis, n in given.items():
         part, key = _key(axis)
-        made[part] = {**made.get(part, {}), key: value}
+        made[part] = {**made.get(part, {}), key: matrix.axes[axis][n][1]}
     keys = [_key(axis)[1] for axis in point]
     shown = {axis: key if keys.count(key) == 1 else axis for axis, key in zip(point, keys, strict=True)}
-    made["name"] += f"[{','.join(f'{shown[axis]}={label(value)}' for axis, value in point.items())}]" if point else ""
+    values = ",".join(f"{shown[axis]}={label(matrix.axes[axis][n][1])}" for axis, n in point.items())
+    made["name"] += f"[{values}]" if point else ""
     return made
 
 

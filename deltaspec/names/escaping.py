@@ -7,6 +7,7 @@ become one, each can be read back, and none can say anything of folders.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from hashlib import sha256
 from urllib.parse import unquote
 
@@ -25,6 +26,7 @@ _DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("c
 _LONG = 150
 
 
+@lru_cache(maxsize=1 << 14)
 def escaped(name: str) -> str:
     """Return a name without dots, slashes or anything else that means something elsewhere."""
     return _OTHER.sub(lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode()), name)

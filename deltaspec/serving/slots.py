@@ -172,8 +172,9 @@ class Source:
 
     def _tensor(self, name: str, stacked: Tensor) -> Tensor:
         """Return a delta's own tensor: its parameter, or its row, where it is in a library and not in training."""
-        if name in self._deltas._modules:
-            return self._deltas[name].tensor(self.key)
+        own = self._deltas.get(name)
+        if own is not None:
+            return own.tensor(self.key)
         return stacked[self._stack.names[name]]
 
 

@@ -9,10 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deltaspec.training.job import Job as Job
+    from deltaspec.training.run import Training as Training
     from deltaspec.training.schedules import scheduler as scheduler
     from deltaspec.training.trainer import DeltaTrainerMixin as DeltaTrainerMixin
 
-_HOME = {"DeltaTrainerMixin": "trainer", "scheduler": "schedules"}
+_HOME = {"DeltaTrainerMixin": "trainer", "Job": "job", "Training": "run", "scheduler": "schedules"}
 __all__ = sorted(_HOME)
 
 

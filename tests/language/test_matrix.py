@@ -88,7 +88,7 @@ def test_locks_of_specs_without_a_matrix_say_nothing_of_it():
         ({"matrix": {}}, "DS209", "matrix", "matrix is an empty mapping", None),
         ({"matrix": {"rank": []}}, "DS209", "matrix.rank", "rank is an empty list", None),
         ({"matrix": {"rank": 4}}, "DS203", "matrix.rank", "rank must be a list", "write a list: [4]"),
-        ({"matrix": [4]}, "DS203", "matrix", "matrix must be a mapping", None),
+        ({"matrix": [4]}, "DS203", "matrix", "matrix must be a mapping or text", None),
         ({"matrix": {"rnak": [4]}}, "DS201", "matrix.rnak", 'unknown key "rnak"', 'did you mean "rank"?'),
         ({"matrix": {"r": [4]}}, "DS201", "matrix.r", 'unknown key "r"', 'did you mean "rank"?'),
         ({"matrix": {"lr": [4]}}, "DS201", "matrix.lr", 'unknown key "lr"', "train.lr"),
@@ -126,6 +126,26 @@ def test_all_findings_at_once_each_at_its_line(tmp_path):
     )
     found = [(d.code, d.line, d.column) for d in deltaspec.validate(path)]
     assert found == [("DS204", 8, 17), ("DS203", 9, 14), ("DS201", 10, 7), ("DS203", 11, 18), ("DS201", 12, 62)]
+
+
+def test_an_entry_that_follows_the_matrix_of_another_one():
+    head = {"name": "head", "method": "full", "target": "b", "matrix": "french"}
+    body = entry({"rank": [4, 2], "train.lr": [1e-3], "train.lr_ratio": [2]}, target="a")
+    made = deltaspec.load({"deltaspec": 1, "deltas": [body, head]})
+    assert [d.name for d in made.deltas[2:]] == ["head[rank=4,lr=1e-3,lr_ratio=2]", "head[rank=2,lr=1e-3,lr_ratio=2]"]
+    assert [d.train.to_data() for d in made.deltas[2:]] == [{"lr": 1e-3}] * 2 and not made.deltas[2].attached
+    made = deltaspec.load({"deltaspec": 1, "deltas": [body, {**head, "train": {"lr": 0.5}}]})
+    assert made.deltas[2].train.lr == 0.5
+    assert deltaspec.plan(Net(), made)["head[rank=2,lr=1e-3,lr_ratio=2]"].trainable == 56
+    for matrix, message, hint in (
+        ("frensh", "is no delta of this spec", 'did you mean "french"?'),
+        ("head", "has no matrix of its own", "name an entry with a matrix"),
+    ):
+        [found] = deltaspec.validate({"deltaspec": 1, "deltas": [body, {**head, "matrix": matrix}]})
+        assert (found.code, found.where) == ("DS228", "deltas[1].matrix")
+        assert message in found.message and hint in found.suggestion
+    [found] = deltaspec.validate({"deltaspec": 1, "deltas": [head, body]})
+    assert (found.code, found.message) == ("DS228", '"french" comes after it')
 
 
 def test_names_that_clash():

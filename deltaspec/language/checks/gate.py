@@ -12,6 +12,7 @@ from deltaspec.diagnostics.wording import show_path, show_value
 from deltaspec.documents.builder import MAX_FINDINGS
 from deltaspec.documents.document import Document
 from deltaspec.language.checks.mistakes import choice_hint, method_hint, unknown_key_hint, value_hint
+from deltaspec.language.conditions import AMOUNT
 from deltaspec.language.derivation import OTHERS
 from deltaspec.language.schema.accept import matches
 from deltaspec.language.schema.generate import schema
@@ -175,6 +176,9 @@ def _pattern(error: Any, path: Path) -> _Finding:
         return "DS208", f"{show_value(error.instance)} is not a name", _DELTA_NAME_HINT
     if error.validator_value == NAME:
         return "DS208", f"{show_value(error.instance)} is not a name", _NAME_HINT
+    if error.validator_value == AMOUNT:
+        hint = 'write a number and its unit: "<= 12GiB", 800MB, "≤ 1.5 TiB"'
+        return "DS208", f"{show_value(error.instance)} is not an amount of memory", hint
     if path[-1] == "budget":
         hint = 'write a number of parameters (300000), or a share of the backbone\'s ("0.5%")'
         return "DS208", f"{show_value(error.instance)} is not a budget", hint
@@ -228,6 +232,7 @@ _MISSING = {
     "from": "name the sources: from: {french: 0.7, legal: 0.3}",
     "match": "say for which sites, such as match: {role: attn.v}",
     "params": "say what differs, such as params: {rank: 4}",
+    "max": "say how much, such as max: 12GiB",
 }
 _EMPTY = {
     **{key: _MISSING[key] for key in ("deltas", "from")},
