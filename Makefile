@@ -26,7 +26,7 @@ MODELS ?= tiny smol
 REFERENCES = $(MODELS:%=serving-output/%/reference.json)
 ENGINES := check-onnxruntime check-onnxruntime-genai check-openvino check-llama-cpp check-vllm
 
-.PHONY: demo example test test-inductor test-quantised test-ecosystem $(ENGINES) check-ray lint \
+.PHONY: demo example sweep test test-inductor test-quantised test-ecosystem $(ENGINES) check-ray lint \
 	format bench schema-check lock-check generate wheel clean
 
 demo: .venv/.demo
@@ -35,6 +35,10 @@ demo: .venv/.demo
 # Three tasks on one backbone, a stream of mixed requests: ARGS=--quick for a short run.
 example: .venv/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python examples/multitask_serving.py $(ARGS)
+
+# Nine jobs in one pass, and PEFT's nine runs: ARGS=--quick for a short run, ARGS=--no-peft for the pass alone.
+sweep: .venv/.demo .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python examples/sweep.py $(ARGS)
 
 # One torch thread a worker: on small machines two processes are faster than two threads.
 test: .venv/.test
