@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any, Self
 
 import torch
@@ -22,12 +22,13 @@ from deltaspec.compiler.pickling import rebuild, reduced
 from deltaspec.compiler.standard_verbs import install
 from deltaspec.diagnostics.findings import require_known
 from deltaspec.graphs.regions import Region
-from deltaspec.graphs.root import Entry, root_graph
+from deltaspec.graphs.root import DELTAS, Entry, root_graph
 from deltaspec.language.model import DeltaSpec
 from deltaspec.library.libraries import Libraries
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.copies import beside, without_deltas
+from deltaspec.runtime.forward_gate import through
 from deltaspec.runtime.generation import generating
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.shared import Shared
@@ -252,6 +253,11 @@ class CompiledModel(Face, Files, Optimizing, torch.fx.GraphModule):
             found = attribute(modules["backbone"], name)
             return self._generate if name == "generate" else found
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "forward":
+            self.__dict__["_call_impl"] = MethodType(_counted, self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
         deep_copy(self.backbone, memo)
         built = copy.deepcopy(self._built, memo)  # copied with the backbone, all of it
@@ -274,6 +280,15 @@ class CompiledModel(Face, Files, Optimizing, torch.fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         # fx makes a class for each GraphModule, so the class is named here.
         return rebuild, (CompiledModel, *reduced(self._built), self.capture, self.capture_reason, self.training)
+
+
+def _counted(self: CompiledModel, *args: Any, **kwargs: Any) -> Any:
+    """Run the hooks and another tool's forward, counted: it may call any part of the backbone, and go around others."""
+    run = torch.fx.GraphModule._call_impl
+    if "forward" not in self.__dict__ or kwargs.get(DELTAS) is not None or torch.compiler.is_compiling():
+        return run(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+    self._active.look_around()
+    return through(self._host.gate, self, run, args, kwargs)
 
 
 def _again(built: Built) -> CompiledModel:

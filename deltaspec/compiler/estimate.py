@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -85,7 +86,7 @@ def estimate_plan(
 
 def _compile(twin: nn.Module, plan: Plan, attached: Sequence[str], passes: bool) -> Compiled:
     """Compile a plan onto a twin without values, for training."""
-    made, _, _ = build(twin, plan, drawn=False)
+    made, _, _ = build(twin, replace(plan, passes=plan.passes if passes else frozenset()), drawn=False)
     made.active.activate(attached)
     deltas = {delta.name: delta for delta in made.host.deltas.held()}
     trained = tuple(trainable(made.host, deltas, tuple(attached))) if attached else ()

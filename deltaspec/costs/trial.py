@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from deltaspec.backbone.random_state import random_state_kept
 from deltaspec.costs.batches import Batch
 from deltaspec.costs.step import Step, run_step
 from deltaspec.costs.twins import put_fakes
@@ -84,5 +85,5 @@ def _autocast(conditions: Conditions, device: str) -> Any:
 @contextmanager
 def _apart() -> Iterator[None]:
     """Keep the random state, and run a model as it is written where its methods carry `torch.compile`."""
-    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"), torch.enable_grad():
+    with random_state_kept(), torch.compiler.set_stance("force_eager"), torch.enable_grad():
         yield

@@ -122,6 +122,7 @@ CODES: dict[str, str] = {
     "DS475": "verb of PEFT on a compiled model",
     "DS476": "standard save that would leave deltas out",
     "DS477": "state dict with other values of deltas",
+    "DS480": "unknown pass",
     "DS486": "delta that others are derived from",
     "DS487": "sources in a spec that another cannot be joined with",
     "DS488": "delta of a library that is to be removed",

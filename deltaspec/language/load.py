@@ -49,6 +49,8 @@ def _fields(data: Mapping[str, Any], known: Mapping[str, Method], document: Docu
         )
     if "expect" in data:
         fields["expect"] = _expect_fields(data["expect"])
+    if isinstance(data.get("passes"), list):
+        fields["passes"] = tuple(data["passes"])
     return fields
 
 

@@ -13,12 +13,19 @@ from deltaspec.documents.document import Document
 from deltaspec.language.conditions import Memory
 from deltaspec.language.derivation import Combine, Weight, written
 from deltaspec.language.params import read_params
+from deltaspec.language.passes import ALL, PASSES
 from deltaspec.language.selectors import NAME, Part, Selector
 from deltaspec.language.training import Train
 from deltaspec.methods.declarations import MethodParams
 from deltaspec.names.escaping import DELTA_NAME, MOST
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+Passes = Annotated[
+    bool | tuple[str, ...] | None,
+    WithJsonSchema({"type": ["boolean", "array"], "items": {"enum": list(PASSES)}, "uniqueItems": True}),
+]
 
 
 class ModelContract(Part):
@@ -141,6 +148,8 @@ class DeltaSpec(Part):
     """The deltas, in the order in which they apply."""
     expect: Expect | None = None
     """What the plan must come to."""
+    passes: Passes = None
+    """Passes over training steps that may be taken: the names of some, or `false` for none; left out, all."""
     schema_uri: str | None = Field(None, alias="$schema")
     """Where an editor finds the JSON Schema of this file. It means nothing else."""
     _document: Document = PrivateAttr()
@@ -154,6 +163,13 @@ class DeltaSpec(Part):
     def name(self) -> str:
         """File name, or `<spec>`."""
         return self._document.name
+
+    @property
+    def allowed_passes(self) -> frozenset[str]:
+        """Names of the passes over training steps that may be taken."""
+        if self.passes is None or isinstance(self.passes, bool):
+            return frozenset() if self.passes is False else ALL
+        return frozenset(self.passes)
 
     def locate(self, path: Path, key: bool = False) -> tuple[int, int]:
         """Return line and column of the value at a document path, or of its key; 0, 0 where there is no file."""
@@ -179,6 +195,7 @@ class DeltaSpec(Part):
             selectors={name: selector.to_data() for name, selector in self.selectors.items()},
             deltas=[_delta_data(delta) for delta in self.deltas],
             expect=expect,
+            passes=None if self.allowed_passes == ALL else sorted(self.allowed_passes) or False,
         )
 
     def with_params(self, index: int, params: MethodParams) -> DeltaSpec:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltaspec.backbone.fingerprint import digest, structure_fingerprint
 from deltaspec.backbone.table import ModuleTable
+from deltaspec.language.passes import ALL
 
 if TYPE_CHECKING:
     from deltaspec.language.derivation import Derivation
@@ -62,6 +63,8 @@ class PlannedDelta:
     """Hints for training it."""
     let_pass: tuple[str, ...] = ()
     """Differences between the backbone and the one that it was saved for, which `match` let pass when it was read."""
+    passes: frozenset[str] = ALL
+    """Names of the passes over training steps that its spec lets change how it runs."""
 
     @property
     def trainable(self) -> int:
@@ -100,6 +103,8 @@ class PlannedDeltas:
     """Whether a forward was run and reached every site; else the compiled model's first forward is watched."""
     unused: frozenset[str] = frozenset()
     """FQNs of modules that take no part in what the model gives, so far as the forward showed it."""
+    passes: frozenset[str] = ALL
+    """Names of the passes over training steps that are wanted in the model, whatever a spec allows."""
     memory: tuple[MemoryUse | None, ...] = ()
     """Memory of a step of training, by the specs; None for those that expect nothing of it; empty: no spec does."""
 
