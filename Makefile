@@ -26,7 +26,10 @@ MODELS ?= tiny smol
 REFERENCES = $(MODELS:%=serving-output/%/reference.json)
 ENGINES := check-onnxruntime check-onnxruntime-genai check-openvino check-llama-cpp check-vllm
 
-.PHONY: demo example test test-inductor test-quantised test-ecosystem $(ENGINES) check-ray lint \
+# Where torch is one for CUDA: an environment of its own (docs/cuda.md), the active one, or the usual one.
+CUDA ?= $(firstword $(wildcard .venv-cuda) $(VIRTUAL_ENV) .venv)
+
+.PHONY: demo example test test-inductor test-quantised test-ecosystem check-cuda $(ENGINES) check-ray lint \
 	format bench schema-check lock-check generate wheel clean
 
 demo: .venv/.demo
@@ -47,6 +50,10 @@ test-inductor: .venv/.test
 # Deltas on weights that other libraries packed.
 test-quantised: .venv/.quantised
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/others/test_quantised.py $(ARGS)
+
+# Under 8 minutes on one CUDA device; without one it prints why, and does nothing. ARGS="--device cpu" tries the checks themselves.
+check-cuda: $(if $(filter .venv,$(CUDA)),.venv/.run)
+	$(CUDA)/bin/python -m checks.cuda $(ARGS)
 
 # Engines whose check takes seconds, on the tiny model.
 test-ecosystem:

@@ -20,7 +20,7 @@ GOLDEN = ROOT / "tests/project/api/deltaspec.json"
 FACES = {
     "deltaspec": (
         "CompiledModel", "DeltaSpec", "DeltaSpecError", "Diagnostic", "Plan",
-        "compile", "load", "plan", "restore", "validate",
+        "compile", "estimate", "load", "plan", "restore", "validate",
     ),
     "deltaspec.methods": (
         "Form", "Init", "Method", "MethodParams", "Promises", "Rank", "Refusal", "Site", "TensorSpec",
@@ -29,6 +29,7 @@ FACES = {
     "deltaspec.engines": ("check", "known", "needs", "notes"),
     "deltaspec.testing": ("check_method",),
     "deltaspec.allocation": ("RankAllocator",),
+    "deltaspec.training": ("DeltaTrainerMixin", "Job", "Training", "scheduler"),
     "deltaspec.verification": ("verify",),
     "deltaspec.folders": ("extract", "merge_folder"),
     "deltaspec.demo.model": ("build",),
@@ -38,11 +39,15 @@ GIVEN = (
     "Rows", "Restore", "LibraryView", "Verification", "Agreement", "Extraction", "Change", "Delta", "Region",
     "UnknownDeltaError", "ContractError",
     "PlannedDelta", "PlannedSite", "Site", "TensorSpec", "Init", "MethodParams", "ModuleTable", "Row", "ParameterInfo",
-    "DeltaEntry", "Override", "Expect", "DeltaExpect", "ModelContract", "Count", "Trainable", "Selector", "Layers",
-    "Shape",
+    "OptimizerReport", "Held", "Results", "JobResult", "Evaluation", "DeltaEntry", "Train", "Override", "Expect",
+    "DeltaExpect", "ModelContract", "Count", "Trainable", "Selector", "Layers", "Shape", "Memory", "Conditions",
+    "MemoryUse", "Estimate", "Costs", "KeptAt",
 )  # fmt: skip
 """Classes that users get from those, catch or read, wherever they are defined."""
-MADE_BY_USERS = ("DeltaSpecError", "Diagnostic", "RankAllocator", "Site", "TensorSpec", "Init", "Refusal", "Promises")
+MADE_BY_USERS = (
+    "DeltaSpecError", "Diagnostic", "RankAllocator", "Job", "Training",
+    "Site", "TensorSpec", "Init", "Refusal", "Promises",
+)  # fmt: skip
 """Classes whose constructor is public, too; the others are made by deltaspec."""
 SPOKEN = ("__call__", "__contains__", "__enter__", "__exit__", "__getitem__", "__iter__", "__len__")
 """Special methods that are promised: what `with`, `in`, `len` and the like need."""

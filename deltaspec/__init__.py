@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltaspec.compiler.compile import compile as compile
     from deltaspec.compiler.compiled import CompiledModel as CompiledModel
+    from deltaspec.compiler.estimate import estimate as estimate
+    from deltaspec.compiler.estimate import plan as plan
     from deltaspec.compiler.restore import restore as restore
     from deltaspec.diagnostics.findings import DeltaSpecError as DeltaSpecError
     from deltaspec.diagnostics.findings import Diagnostic as Diagnostic
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from deltaspec.language.model import DeltaSpec as DeltaSpec
     from deltaspec.language.validate import validate as validate
     from deltaspec.planning.plan import Plan as Plan
-    from deltaspec.planning.resolve import plan as plan
 
 _HOME = {
     "CompiledModel": "compiler.compiled",
@@ -27,8 +28,9 @@ _HOME = {
     "Diagnostic": "diagnostics.findings",
     "Plan": "planning.plan",
     "compile": "compiler.compile",
+    "estimate": "compiler.estimate",
     "load": "language.load",
-    "plan": "planning.resolve",
+    "plan": "compiler.estimate",
     "restore": "compiler.restore",
     "validate": "language.validate",
 }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltaspec.backbone.random_state import seeded_on_cpu
 from deltaspec.contract.clauses import CLAUSES
 from deltaspec.contract.snapshot import differences, snapshot
 from deltaspec.contract.trial import Case, ContractError
@@ -78,8 +79,7 @@ def _at_home(finding: Diagnostic) -> Diagnostic:
 
 
 def _net() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded_on_cpu(0):
         return nn.Sequential(
             nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4)
         ).eval()  # fmt: skip

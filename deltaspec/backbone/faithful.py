@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from deltaspec.backbone.copying import copy_held
 from deltaspec.backbone.forwards import foreign_forward
 from deltaspec.backbone.holding import parts_of
+from deltaspec.backbone.random_state import seeded_on_cpu
 
 _BATCH, _IN, _OUT = (2, 5), 4, 3
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -40,8 +41,7 @@ def is_faithful(module: nn.Module, kind: str) -> bool:
         return False
     place = weight.device if foreign is not None and not weight.is_meta else torch.device("cpu")
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), place:
-            torch.manual_seed(0)
+        with torch.no_grad(), seeded_on_cpu(0), place:
             twin = _small(module, kind)
             forward = type(twin).forward if foreign is None else _moved(foreign, module, twin)
             return _agree(twin, known, kind, forward)
@@ -93,13 +93,14 @@ def _small(module: nn.Module, kind: str) -> nn.Module:
         twin._parameters[name] = nn.Parameter(_drawn(shape), requires_grad=False)
     for name, buffer in module._buffers.items():
         if buffer is not None:
-            twin._buffers[name] = torch.rand(buffer.shape, dtype=torch.float32).to(buffer.dtype)
+            drawn = torch.rand(buffer.shape, dtype=torch.float32, device="cpu")
+            twin._buffers[name] = drawn.to(torch.get_default_device(), buffer.dtype)
     twin.training = False
     return twin
 
 
 def _drawn(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, dtype=torch.float32)
+    return torch.randn(shape, dtype=torch.float32, device="cpu").to(torch.get_default_device())
 
 
 def _agree(twin: nn.Module, known: Any, kind: str, forward: Callable[..., Any]) -> bool:

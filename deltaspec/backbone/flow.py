@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
+from deltaspec.backbone.random_state import random_state_kept
+
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, nn.Module)
 _REGISTRIES = nn.Module().__dict__.keys() - {"_buffers"}
 _MOST = 100_000
@@ -41,7 +43,7 @@ def fates(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     handles = [module.register_forward_hook(flow.leave) for module in model.modules()]
     try:
         # A model whose methods carry `torch.compile` is run as it is written.
-        with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=[]), torch.enable_grad(), flow:
+        with torch.compiler.set_stance("force_eager"), random_state_kept(model.parameters()), torch.enable_grad(), flow:
             output = model(*args, **kwargs)
     finally:
         for handle in handles:

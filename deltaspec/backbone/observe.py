@@ -16,6 +16,7 @@ from deltaspec.backbone.clone import clone, hollow
 from deltaspec.backbone.flow import Fate, fates
 from deltaspec.backbone.inputs import Call, call_arguments, dummy_inputs, moved_to, one_token, other_calls
 from deltaspec.backbone.offload import unhook
+from deltaspec.backbone.random_state import random_state_kept
 from deltaspec.backbone.recorder import Observation, Recorder, common
 from deltaspec.backbone.writes import OwnOnWrite, is_published
 from deltaspec.names.paths import below, is_inside
@@ -82,7 +83,7 @@ def _run(model: nn.Module, example_inputs: Any, device: str | None) -> dict[str,
     twin, args, kwargs = _prepared(model, example_inputs, device)
     shapes = record_shapes(twin)
     own = OwnOnWrite(list(twin.modules())) if device is None else nullcontext()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), own:
+    with torch.no_grad(), random_state_kept(twin.parameters()), own:
         seen, output = _recorded(twin, args, kwargs)
         seen |= {fqn: replace(seen[fqn], attention=shape) for fqn, shape in shapes.items()}
         for forms in _more_calls(model, twin, args, kwargs, output):

@@ -78,7 +78,7 @@ class _Reads(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in METADATA:
+        if not _looks_only(func):
             for value in tree_iter((args, kwargs or {})):
                 if isinstance(value, nn.Parameter):
                     self.recorder.read(value)
@@ -174,6 +174,15 @@ class Recorder:
                 found = replace(found, host=host, reads=reads)
             result[fqn] = found
         return result
+
+
+def _looks_only(func: Any) -> bool:
+    """Return whether a function looks at a tensor's form alone. A getter of a property may give its values."""
+    name = getattr(func, "__name__", "")
+    return name in METADATA and not (name == "__get__" and getattr(func.__self__, "__name__", "") in _TRANSPOSED)
+
+
+_TRANSPOSED = frozenset({"T", "mT", "H", "mH"})
 
 
 def common(names: list[str]) -> str:

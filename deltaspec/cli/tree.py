@@ -45,7 +45,7 @@ def command(model: str, specs: tuple[str, ...], depth: int | None, everything: b
                 mark = Mark(entry.name, entry.method, len(counts) - 1, match.parameter)
                 marks.setdefault(match.row.fqn, []).append(mark)
     lines = list(Tree(table, marks, depth, everything).lines())
-    console = Console(no_color=not wants_color(), highlight=False, soft_wrap=True)
+    console = Console(no_color=not wants_color(), highlight=False, soft_wrap=True, markup=False, emoji=False)
     # A file or a pipe gets whole lines, whatever their width.
     console.print(drawn(lines, console.width if sys.stdout.isatty() else None))
     roles = f"roles of {', '.join(table.role_maps)}" if table.role_maps else "roles not known"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from os import PathLike
 from typing import Any, TypeAlias
 
@@ -11,9 +12,10 @@ from torch import nn
 from deltaspec.backbone.sharded import refuse_sharded
 from deltaspec.compiler.build import build
 from deltaspec.compiler.compiled import CompiledModel
+from deltaspec.compiler.estimate import plan
 from deltaspec.language.model import DeltaSpec
+from deltaspec.language.passes import chosen
 from deltaspec.planning.plan import Plan
-from deltaspec.planning.resolve import plan
 
 Spec: TypeAlias = "str | PathLike[str] | Mapping[str, Any] | DeltaSpec"
 
@@ -25,6 +27,7 @@ def compile(
     capture: str = "auto",
     example_inputs: Any = None,
     train_backbone: bool = False,
+    passes: bool | Iterable[str] = True,
 ) -> CompiledModel:
     """Compile one or several specs onto a model; the model is not changed.
 
@@ -39,10 +42,15 @@ def compile(
     reaches them raises DeltaSpecError (DS416): it would train your model. `train_backbone=True` lets them be trained
     then: the result has weights of its own from the start (which take their memory again), and the model's stay.
 
+    `passes` make training steps lighter, with the same gradients within round-off: `recompute`, `rematerialise` and
+    `feed_forward`, all by default; the names of some, or False for none. What a spec leaves out stays out.
+
     Raises DeltaSpecError with all findings, before anything is made.
     """
     refuse_unusable(model, capture)
+    wanted = chosen(passes)
     planned = plan(model, spec, *more_specs, example_inputs=example_inputs)
+    planned = planned if wanted == planned.passes else replace(planned, passes=wanted)
     return CompiledModel(*build(model, planned, capture, trained=train_backbone))
 
 

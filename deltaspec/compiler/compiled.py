@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any, Self
 
 import torch
-from torch import nn
 
 from deltaspec.backbone.copying import copy_held, deep_copy
 from deltaspec.compiler.build import Built, build, with_rows
 from deltaspec.compiler.face import Face, attribute, take_backbone_names
 from deltaspec.compiler.files import Files
-from deltaspec.compiler.handles import DeltasView, Restore, known_names, trainable
+from deltaspec.compiler.found import leave_word
+from deltaspec.compiler.handles import Restore, known_names
 from deltaspec.compiler.membership import add, remove
+from deltaspec.compiler.optimizing import Optimizing
 from deltaspec.compiler.pickling import rebuild, reduced
 from deltaspec.compiler.standard_verbs import install
-from deltaspec.deltas.modules import Delta
 from deltaspec.diagnostics.findings import require_known
 from deltaspec.graphs.regions import Region
-from deltaspec.graphs.root import Entry, root_graph
+from deltaspec.graphs.root import DELTAS, Entry, root_graph
 from deltaspec.language.model import DeltaSpec
 from deltaspec.library.libraries import Libraries
 from deltaspec.planning.plan import Plan
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.copies import beside, without_deltas
+from deltaspec.runtime.forward_gate import through
 from deltaspec.runtime.generation import generating
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.shared import Shared
@@ -36,7 +37,7 @@ from deltaspec.serving.mixer import Mixer
 from deltaspec.transforms.simplify import copy_tensors, simplify
 
 
-class CompiledModel(Face, Files, torch.fx.GraphModule):
+class CompiledModel(Face, Files, Optimizing, torch.fx.GraphModule):
     """A backbone with its deltas. Made by `deltaspec.compile`.
 
     Call it as the backbone is called. Attributes that it does not have itself (`config`, `generate`, `device` …) are
@@ -65,6 +66,7 @@ class CompiledModel(Face, Files, torch.fx.GraphModule):
         self._shared.captured = capture, capture_reason
         self.register_load_state_dict_pre_hook(take_backbone_names)  # type: ignore[no-untyped-call]
         install(built)
+        leave_word(built, self, _again)
 
     # What there is
 
@@ -94,23 +96,9 @@ class CompiledModel(Face, Files, torch.fx.GraphModule):
         return {name: self._active.strengths[name] for name in self.attached}
 
     @property
-    def deltas(self) -> Mapping[str, Delta]:
-        """All deltas by name, attached or not: the compiled ones, and those of libraries that are in memory."""
-        return DeltasView(self._host.deltas, self._libraries)
-
-    @property
     def regions(self) -> Mapping[str, Region]:
         """The rewritten regions of the active set, by the FQN of the module each belongs to ("": the whole model)."""
         return MappingProxyType(self._active.program(self.attached).regions)
-
-    def trainable_parameters(self, *names: str) -> Iterator[nn.Parameter]:
-        """Return the parameters of these deltas; by default those that training would change now, of what is attached.
-
-        Deltas that train together, a row each (see `rows`), need not be attached: name them. With nothing attached,
-        these are the backbone's where it may be trained (`compile(..., train_backbone=True)`); else there are none, and
-        that raises DeltaSpecError (DS418).
-        """
-        return trainable(self._host, self.deltas, known_names(self._shared, names) if names else self.attached)
 
     # Deltas come and go
 
@@ -265,6 +253,11 @@ class CompiledModel(Face, Files, torch.fx.GraphModule):
             found = attribute(modules["backbone"], name)
             return self._generate if name == "generate" else found
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "forward":
+            self.__dict__["_call_impl"] = MethodType(_counted, self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
         deep_copy(self.backbone, memo)
         built = copy.deepcopy(self._built, memo)  # copied with the backbone, all of it
@@ -287,3 +280,17 @@ class CompiledModel(Face, Files, torch.fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         # fx makes a class for each GraphModule, so the class is named here.
         return rebuild, (CompiledModel, *reduced(self._built), self.capture, self.capture_reason, self.training)
+
+
+def _counted(self: CompiledModel, *args: Any, **kwargs: Any) -> Any:
+    """Run the hooks and another tool's forward, counted: it may call any part of the backbone, and go around others."""
+    run = torch.fx.GraphModule._call_impl
+    if "forward" not in self.__dict__ or kwargs.get(DELTAS) is not None or torch.compiler.is_compiling():
+        return run(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+    self._active.look_around()
+    return through(self._host.gate, self, run, args, kwargs)
+
+
+def _again(built: Built) -> CompiledModel:
+    """Return a compiled model of the same parts, where the first one is gone and only its backbone was kept."""
+    return CompiledModel(built, *built.shared.captured)

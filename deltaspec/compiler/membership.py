@@ -14,6 +14,7 @@ from torch import fx, nn
 from deltaspec.backbone.observations import Observations
 from deltaspec.backbone.tabulate import tabulate
 from deltaspec.compiler.build import Built, places
+from deltaspec.compiler.estimate import checked_memory
 from deltaspec.deltas.initial import build_delta
 from deltaspec.deltas.modules import Delta, beside
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
@@ -36,6 +37,7 @@ def add(built: Built, spec: str | PathLike[str] | Mapping[str, Any] | DeltaSpec,
         before, attached, strengths, graph_before = shared.plan, active.active, active.strengths.as_dict(), active.graph
         known = {delta.name for delta in before.deltas}
         plan = extended(before, spec, tabulate(plain), Observations(plain, example_inputs))
+        plan = checked_memory(plain, plan, example_inputs, before)
         new = [delta for delta in plan.deltas if delta.name not in known]
         if taken := [delta for delta in new if delta.name in libraries]:
             raise DeltaSpecError([_taken(plan, delta.name) for delta in taken])

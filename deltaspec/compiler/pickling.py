@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from deltaspec.backbone.reserved import find
 from deltaspec.compiler.build import Built, assemble, places
@@ -15,6 +16,10 @@ from deltaspec.planning.plan import Plan
 from deltaspec.runtime.copies import bare_copy
 
 _Model = TypeVar("_Model", bound=nn.Module)
+_sent: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
+"""Buffers of what was pickled last, by backbone: torch hands them to a process that it spawns as open files, and these
+close with them.
+"""
 
 
 def reduced(built: Built) -> tuple[nn.Module, Plan, dict[str, float], bool]:
@@ -34,6 +39,7 @@ def reduced(built: Built) -> tuple[nn.Module, Plan, dict[str, float], bool]:
     twin, _ = bare_copy(host)
     for name in host.trained_in_backbone():
         twin.get_parameter(name).requires_grad = True
+    _sent[host.backbone] = list(twin.buffers())
     return twin, shared.plan, {name: active.strengths[name] for name in active.active}, host.trained
 
 

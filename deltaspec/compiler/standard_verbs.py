@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,19 @@ _MEANINGLESS = {"max_shard_size", "safe_serialization", "variant", "save_peft_fo
                 "distributed_checkpoint", "model_name", "create_model_card", "train_datasets", "exist_ok",
                 "replace_model_card", "organization", "tags"}  # fmt: skip
 """Options of other libraries' saving that say how a whole model is written."""
+
+
+_WRITTEN_ELSEWHERE: ContextVar[bool] = ContextVar("written_elsewhere", default=False)
+
+
+@contextmanager
+def written_elsewhere() -> Iterator[None]:
+    """Let saving write no deltas inside: whoever asks for it writes them in a way of its own."""
+    token = _WRITTEN_ELSEWHERE.set(True)
+    try:
+        yield
+    finally:
+        _WRITTEN_ELSEWHERE.reset(token)
 
 
 def install(built: Built) -> None:
@@ -73,6 +88,8 @@ def _part(built: Built, name: str, module: nn.Module, *args: Any, **kwargs: Any)
 
 def _save(built: Built, name: str, backbone: nn.Module, directory: str | PathLike[str], *args: Any, **kw: Any) -> Any:
     """Do what `save_pretrained` does: write what is attached, without the backbone; the plain model if nothing is."""
+    if _WRITTEN_ELSEWHERE.get():
+        return None
     if not built.active.acts:
         if (given := kw.get("state_dict")) is not None:
             kw["state_dict"] = {key: value for key, value in given.items() if not is_inside(key, built.host.home)}

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from deltaspec.backbone.inputs import call_arguments
+from deltaspec.backbone.random_state import seeded_on_cpu
 from deltaspec.compiler.compile import compile_plan
 from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.diagnostics.findings import DeltaSpecError
@@ -106,7 +107,8 @@ class Case:
         output = floats(compiled(*args, **kwargs))[0]
         reference = floats(self.reference)[0]
         with seed(7):
-            goal = reference + torch.randn(reference.shape) * (reference.std() + 0.1)
+            drawn = torch.randn(reference.shape, device="cpu").to(reference.device)  # the same on every device
+        goal = reference + drawn * (reference.std() + 0.1)
         return F.mse_loss(output.float(), goal.to(output.device).float())
 
 
@@ -147,8 +149,7 @@ def disturb(compiled: CompiledModel) -> None:
 @contextmanager
 def seed(value: int) -> Iterator[None]:
     """Fix torch's random state inside this context, and put it back."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(value)
+    with seeded_on_cpu(value):
         yield
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from deltaspec.backbone.random_state import seeded_on_cpu
 from deltaspec.demo import data
 
 HEADS: Mapping[str, int] = {"tweets": 2, "topics": len(data.TOPICS)}
@@ -41,8 +42,7 @@ class SentenceClassifier(nn.Module):
 def build() -> SentenceClassifier:
     """Load the pretrained encoder and put fresh heads on it: the untouched backbone, the same one each time."""
     encoder = AutoModel.from_pretrained(data.weights_dir())
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded_on_cpu(0):
         return SentenceClassifier(encoder, HEADS).eval()
 
 

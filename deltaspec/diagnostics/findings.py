@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from deltaspec.diagnostics.clean import clean
-from deltaspec.diagnostics.wording import closest
+from deltaspec.diagnostics.wording import closest_delta
 
 _COMMANDS = ("::", "##[")
 """What begins a command to the CI that reads the log: a file's name must not."""
@@ -79,7 +79,7 @@ def require_known(names: Iterable[str], known: Iterable[str], place: object = "<
 
 
 def _unknown_delta(name: str, known: tuple[str, ...], place: str) -> Diagnostic:
-    near = closest(name, known)
+    near = closest_delta(name, known)
     hint = f"did you mean {near!r}? " if near else ""
     some = ", ".join(known[:20]) + (f" … ({len(known):,} in all)" if len(known) > 20 else "")
     return Diagnostic("DS434", f"no delta is named {name!r}", place, suggestion=f"{hint}known: {some or 'none'}")

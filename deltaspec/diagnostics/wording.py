@@ -16,6 +16,12 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     return candidates[found[0]] if found else None
 
 
+def closest_delta(name: str, known: Iterable[str]) -> str | None:
+    """Return the delta that a name is most likely meant for: the first of a matrix of that name, or a near one."""
+    names = tuple(known)
+    return next((one for one in names if one.startswith(f"{name}[")), None) or closest(name, names)
+
+
 def plural(number: int, noun: str) -> str:
     """Return the form of a noun for a number: `site`, `sites`."""
     return noun if number == 1 else f"{noun}s"

@@ -10,7 +10,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, Path
@@ -29,6 +29,19 @@ class Document:
     name: str
     marks: Mark | None = None
     """Places of the values; None for data given in Python."""
+    places: Mapping[Path, Path] = field(default_factory=dict)
+    """Paths of the data that are written elsewhere in the document, and where: those inside of them, too."""
+
+    def written(self, path: Path) -> Path:
+        """Return the path in the document as it was written of what stands at a path of the data."""
+        for end in range(len(path), 0, -1) if self.places else ():
+            if path[:end] in self.places:
+                return *self.places[path[:end]], *path[end:]
+        return path
+
+    def where(self, path: Path) -> str:
+        """Name a path of the data as it was written: `deltas[0].target.path`."""
+        return show_path(self.written(path))
 
     def position(self, path: Path, key: bool = False) -> tuple[int, int]:
         """Return line and column of the value at `path`, or of its key; of its nearest container where it has none."""
@@ -36,7 +49,7 @@ class Document:
         if mark is None:
             return 0, 0
         place = mark.line, mark.column
-        for part in path:
+        for part in self.written(path):
             if part not in mark.children:
                 return place
             mark = mark.children[part]
@@ -48,7 +61,7 @@ class Document:
     ) -> Diagnostic:
         """Make a finding about the value at `path`, or about its key."""
         line, column = self.position(path, key)
-        return Diagnostic(code, message, self.name, line, column, suggestion, show_path(path))
+        return Diagnostic(code, message, self.name, line, column, suggestion, self.where(path))
 
 
 def read(path: str | os.PathLike[str]) -> Document:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltaspec.backbone.random_state import seeded_on_cpu
+
 _WHOLE = 512
 """Widths up to which all singular values are computed; beyond, as many as are needed."""
 _FIRST = 64
@@ -53,8 +55,7 @@ def _decomposed(wide: Tensor, size: float, rank: int | None, error: float) -> tu
     narrow = min(wide.shape)
     count = _FIRST if rank is None else rank + 16
     while narrow > _WHOLE and count < narrow // 2:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded_on_cpu(0):
             u, values, v = torch.svd_lowrank(wide, q=count, niter=4)
         left = max(0.0, size**2 - float(values.square().sum())) ** 0.5
         if rank is not None or left <= error * size:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from deltaspec.diagnostics.findings import Diagnostic, Path
-from deltaspec.diagnostics.wording import closest, show_value
+from deltaspec.diagnostics.wording import closest_delta, show_value
 from deltaspec.documents.document import Document
 from deltaspec.methods.base import Method
 from deltaspec.methods.declarations import MethodParams
@@ -24,7 +24,7 @@ Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 METHOD = "lora"
 """The method that a derived delta has."""
 Combine = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]
-OTHERS = ("method", "target", "overrides")
+OTHERS = ("method", "target", "overrides", "train")
 """Keys that only deltas have which are not derived."""
 _USED: Mapping[str, tuple[str, ...]] = {
     "linear": (),
@@ -89,7 +89,7 @@ def check(document: Document, methods: Mapping[str, Method]) -> Iterator[Diagnos
         sources = delta["from"] if isinstance(delta["from"], dict) else {}
         for name in sources:
             if name not in by_name:
-                near = closest(name, by_name)
+                near = closest_delta(name, reversed(by_name))
                 hint = f'did you mean "{near}"?' if near else "a source is another delta of this spec"
                 message = f"no delta is named {show_value(name)}"
                 yield document.diagnostic("DS223", message, (*path, "from", name), hint, key=True)

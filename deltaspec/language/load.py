@@ -29,11 +29,11 @@ def load(spec: str | os.PathLike[str] | Mapping[str, Any] | DeltaSpec) -> DeltaS
 
 def parse(document: Document) -> DeltaSpec:
     """Validate a document. Raises DeltaSpecError with all findings."""
-    known = check_document(document)
-    return DeltaSpec.model_validate(_fields(migrate(document.data), known), context=document)
+    document, known = check_document(document)
+    return DeltaSpec.model_validate(_fields(migrate(document.data), known, document), context=document)
 
 
-def _fields(data: Mapping[str, Any], known: Mapping[str, Method]) -> dict[str, Any]:
+def _fields(data: Mapping[str, Any], known: Mapping[str, Method], document: Document) -> dict[str, Any]:
     """Bring a valid document into the fields of DeltaSpec."""
     fields: dict[str, Any] = {k: v for k, v in data.items() if k not in ("selectors", "deltas", "expect")}
     fields["selectors"] = {n: canonical(s, ("selectors", n)) for n, s in data.get("selectors", {}).items()}
@@ -41,8 +41,16 @@ def _fields(data: Mapping[str, Any], known: Mapping[str, Method]) -> dict[str, A
         _delta_fields(delta, ("deltas", index), DerivedParams if "from" in delta else known[delta["method"]].Params)
         for index, delta in enumerate(data["deltas"])
     )
+    if document.places:  # some of its deltas are those of matrices
+        from deltaspec.language.matrix import point
+
+        fields["deltas"] = tuple(
+            {**delta, "matrix": point(document, index)} for index, delta in enumerate(fields["deltas"])
+        )
     if "expect" in data:
         fields["expect"] = _expect_fields(data["expect"])
+    if isinstance(data.get("passes"), list):
+        fields["passes"] = tuple(data["passes"])
     return fields
 
 
@@ -63,9 +71,17 @@ def _expect_fields(expect: dict[str, Any]) -> dict[str, Any]:
     fields = dict(expect)
     if "trainable" in expect:
         fields["trainable"] = _bounds(expect["trainable"])
+    if "memory" in expect:
+        fields["memory"] = _memory_fields(expect["memory"])
     untouched = enumerate(expect.get("untouched", ()))
     fields["untouched"] = tuple(canonical(s, ("expect", "untouched", i)) for i, s in untouched)
     return fields
+
+
+def _memory_fields(memory: Any) -> dict[str, Any]:
+    if isinstance(memory, str):
+        return {"max": memory}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in memory.items()}
 
 
 def _bounds(value: Any) -> Any:

@@ -10,13 +10,22 @@ from pydantic import ConfigDict, Field, PrivateAttr, SerializeAsAny, WithJsonSch
 
 from deltaspec.diagnostics.findings import Diagnostic, Path
 from deltaspec.documents.document import Document
+from deltaspec.language.conditions import Memory
 from deltaspec.language.derivation import Combine, Weight, written
 from deltaspec.language.params import read_params
+from deltaspec.language.passes import ALL, PASSES
 from deltaspec.language.selectors import NAME, Part, Selector
+from deltaspec.language.training import Train
 from deltaspec.methods.declarations import MethodParams
 from deltaspec.names.escaping import DELTA_NAME, MOST
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+Passes = Annotated[
+    bool | tuple[str, ...] | None,
+    WithJsonSchema({"type": ["boolean", "array"], "items": {"enum": list(PASSES)}, "uniqueItems": True}),
+]
 
 
 class ModelContract(Part):
@@ -62,6 +71,8 @@ class Expect(Part):
     """Number of trainable values of all deltas: a number, or bounds."""
     untouched: tuple[Selector, ...] = Field((), json_schema_extra={"minItems": 1})
     """Selectors of modules that no delta may change."""
+    memory: Memory | None = None
+    """Memory that a step of training may take: a bound (`<= 12GiB`), or a mapping that says for which batch."""
 
 
 class Override(Part):
@@ -73,11 +84,21 @@ class Override(Part):
     """Parameters of the method that differ here; the others stay as the delta has them."""
 
 
+_MATRIX: dict[str, Any] = {
+    "type": ["object", "string"],
+    "minProperties": 1,
+    "minLength": 1,
+    "additionalProperties": {"type": "array", "minItems": 1},
+}
+"""A matrix, as a document writes it. An entry that was read has the values of its own combination instead."""
+
+
 class DeltaEntry(Part):
     """One delta of a spec."""
 
     name: str = Field(pattern=DELTA_NAME, max_length=MOST)
-    """Name of the delta: letters, digits, `-`, `_`, and `.` and `/` between them (`french`, `user/lora`, `1_task`)."""
+    """Name of the delta: letters, digits, `-`, `_`, and `.` and `/` between them (`french`, `user/lora`, `1_task`);
+    one of a matrix has its values behind that (`french[rank=4,lr=1e-3]`)."""
     method: str
     """Delta-tuning method."""
     sources: dict[str, Weight] = Field(default_factory=dict, alias="from", json_schema_extra={"minProperties": 1})
@@ -95,11 +116,16 @@ class DeltaEntry(Part):
     expect: DeltaExpect | None = None
     """What its plan must come to."""
     attached: bool = True
-    """Whether it starts attached."""
+    """Whether it starts attached; those of a matrix do not, unless this says so."""
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
     """dtype of its tensors; left out, the backbone's, but float32 where that is of half precision or quantised."""
     provenance: dict[str, Any] = Field(default_factory=dict, json_schema_extra={"minProperties": 1})
     """Where it comes from, in keys of your own (data, licence). Locks and saved sets keep it; no plan changes."""
+    train: Train | None = None
+    """Hints for training it (learning rate, schedule …): `c.parameter_groups()` makes an optimizer's groups of them."""
+    matrix: Annotated[dict[str, Any], WithJsonSchema(_MATRIX)] = Field(default_factory=dict)
+    """A delta for each combination of values: lists by parameter (`rank`) or hint for training (`train.lr`); or the
+    name of an entry before this one: a delta for each of its deltas, with their hints."""
 
     def params_with(self, override: Override) -> MethodParams:
         """Return the method's parameters with an override's in place of the delta's."""
@@ -122,6 +148,8 @@ class DeltaSpec(Part):
     """The deltas, in the order in which they apply."""
     expect: Expect | None = None
     """What the plan must come to."""
+    passes: Passes = None
+    """Passes over training steps that may be taken: the names of some, or `false` for none; left out, all."""
     schema_uri: str | None = Field(None, alias="$schema")
     """Where an editor finds the JSON Schema of this file. It means nothing else."""
     _document: Document = PrivateAttr()
@@ -135,6 +163,13 @@ class DeltaSpec(Part):
     def name(self) -> str:
         """File name, or `<spec>`."""
         return self._document.name
+
+    @property
+    def allowed_passes(self) -> frozenset[str]:
+        """Names of the passes over training steps that may be taken."""
+        if self.passes is None or isinstance(self.passes, bool):
+            return frozenset() if self.passes is False else ALL
+        return frozenset(self.passes)
 
     def locate(self, path: Path, key: bool = False) -> tuple[int, int]:
         """Return line and column of the value at a document path, or of its key; 0, 0 where there is no file."""
@@ -151,6 +186,7 @@ class DeltaSpec(Part):
         expect = self.expect and _present(
             trainable=self.expect.trainable and self.expect.trainable.model_dump(exclude_none=True),
             untouched=[selector.to_data() for selector in self.expect.untouched],
+            memory=self.expect.memory and self.expect.memory.model_dump(mode="json", exclude_unset=True),
         )
         return _present(
             deltaspec=self.version,
@@ -159,6 +195,7 @@ class DeltaSpec(Part):
             selectors={name: selector.to_data() for name, selector in self.selectors.items()},
             deltas=[_delta_data(delta) for delta in self.deltas],
             expect=expect,
+            passes=None if self.allowed_passes == ALL else sorted(self.allowed_passes) or False,
         )
 
     def with_params(self, index: int, params: MethodParams) -> DeltaSpec:
@@ -195,6 +232,7 @@ def _delta_data(delta: DeltaEntry) -> dict[str, Any]:
         attached=delta.attached,
         dtype=delta.dtype,
         provenance=dict(delta.provenance),
+        train=delta.train and delta.train.to_data(),
     )
 
 

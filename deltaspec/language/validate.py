@@ -53,14 +53,22 @@ def open_document(spec: str | os.PathLike[str] | Mapping[str, Any]) -> Document:
     return read(spec)
 
 
-def check_document(document: Document) -> Mapping[str, Method]:
-    """Raise DeltaSpecError with all findings about a document; give the methods it may use where there are none."""
+def check_document(document: Document) -> tuple[Document, Mapping[str, Method]]:
+    """Raise DeltaSpecError with all findings about a document.
+
+    Where there are none, return it with its matrices written out, and the methods it may use.
+    """
     if (finding := other_tool(document)) is not None:
         raise DeltaSpecError([finding])
     findings = check_version(document)
     if any(d.code == "DS207" for d in findings):
         raise DeltaSpecError(findings)
     known, problems = _known_methods(document)
+    if any("matrix" in delta for delta in _entries(document)):
+        from deltaspec.language.matrix import written_out
+
+        document, wrong = written_out(document, known)
+        problems += wrong
     if accepts(document.data):
         findings = in_order([*findings, *problems, *check(document, known, [], is_coded)])
     else:
@@ -73,15 +81,19 @@ def check_document(document: Document) -> Mapping[str, Method]:
         findings = [*findings[:MAX_FINDINGS], document.diagnostic("DS220", more)]
     if findings:
         raise DeltaSpecError(findings)
-    return known
+    return document, known
+
+
+def _entries(document: Document) -> list[dict[str, Any]]:
+    """Return the deltas of a document that are mappings."""
+    deltas = document.data.get("deltas")
+    return [delta for delta in deltas if isinstance(delta, dict)] if isinstance(deltas, list) else []
 
 
 def _known_methods(document: Document) -> tuple[Mapping[str, Method], list[Diagnostic]]:
     """Return deltaspec's own methods; all installed ones only where the document needs them: that search is slow."""
     own = builtin_methods()
-    deltas = document.data.get("deltas")
-    entries = [d for d in deltas if isinstance(d, dict)] if isinstance(deltas, list) else []
-    if all(d["method"] in own for d in entries if isinstance(d.get("method"), str)):
+    if all(delta["method"] in own for delta in _entries(document) if isinstance(delta.get("method"), str)):
         return own, []
     try:
         return methods(), []

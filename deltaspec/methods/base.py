@@ -65,6 +65,10 @@ class Method(ABC):
     `output`: the site's output, and what enters it where the formula changes that; where the site works by `fold`,
     its weight. `weight`: the weight at every site. `attention`: the attention's output. None: the method acts wholly or
     not at all."""
+    faster: ClassVar[tuple[str, ...]] = ()
+    """How the names of the tensors begin that LoRA+ (arXiv:2402.12354) trains faster: what comes last in the formula.
+
+    `train: {lr_ratio: …}` multiplies their learning rate. Empty: the method has no such second factor."""
     attends: ClassVar[bool] = False
     """Works by `attend`, inside the attention function of its sites, instead of by `apply`."""
 

@@ -7,11 +7,16 @@ become one, each can be read back, and none can say anything of folders.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from hashlib import sha256
 from urllib.parse import unquote
 
-DELTA_NAME = "^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$"
+_PLAIN = "[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*"
+_POINT = "[A-Za-z_][A-Za-z0-9_.]*=[A-Za-z0-9_.+:%-]+"
+PLAIN_NAME = f"^{_PLAIN}$"
 """Names of deltas, as users of PEFT write them: `user/lora`, `1_task`, `v1.2`."""
+DELTA_NAME = rf"^{_PLAIN}(\[{_POINT}(,{_POINT})*\])?$"
+"""Such names, and those of the deltas of a matrix: `french[rank=4,lr=1e-3]`."""
 MOST = 128
 """Characters of such a name at most."""
 _OTHER = re.compile(r"[^A-Za-z0-9_-]", re.ASCII)
@@ -21,6 +26,7 @@ _DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("c
 _LONG = 150
 
 
+@lru_cache(maxsize=1 << 14)
 def escaped(name: str) -> str:
     """Return a name without dots, slashes or anything else that means something elsewhere."""
     return _OTHER.sub(lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode()), name)

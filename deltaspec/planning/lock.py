@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.documents.atomic import write_atomically
 from deltaspec.planning.lock_changes import lock_changes
-from deltaspec.planning.planned import PlannedDelta
+from deltaspec.planning.planned import MemoryUse, PlannedDelta
 from deltaspec.planning.text import groups, model_data
 
 if TYPE_CHECKING:
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _MAX_BYTES = 16 << 20
-_FLAT = frozenset({"params", "specs", "derived", "provenance", "base", "parents"})
+_FLAT = frozenset({"params", "specs", "derived", "provenance", "train", "base", "parents"})
 """Keys whose values stand on one line."""
 _LOCK = {"specs": list, "model": dict, "deltas": dict, "sites": int, "trainable": int, "plan": str}
 _DELTA = {"method": str, "attached": bool, "seed": int, "params": dict, "groups": list, "trainable": int}
+_MEMORY = {"max": str, "for": dict, "bytes": int}
 _GROUP = {"at": str, "tensors": dict, "params": dict, "bypassed": bool}
 
 
@@ -57,6 +58,7 @@ def lock_data(plan: Plan) -> dict[str, Any]:
         "deltas": {delta.name: _delta_data(delta, entries[delta.name]) for delta in plan.deltas},
         "sites": len(plan.sites),
         "trainable": plan.trainable,
+        **({"memory": [_memory_data(use) for use in plan.memory if use is not None]} if plan.memory else {}),
         "plan": plan.fingerprint,
     }
 
@@ -89,6 +91,7 @@ def check_lock(plan: Plan, path: str | os.PathLike[str]) -> list[Diagnostic]:
             delta.pop("let_pass", None)
         current = json.loads(lock(replace(plan, deltas=tuple(replace(d, let_pass=()) for d in plan.deltas))))
         changes = lock_changes(plan, current, locked, Path(name).name)
+        locked |= {key: current[key] for key in ("memory",) if key in current}  # bytes may differ a little
     except (ValueError, RecursionError) as error:
         return [_malformed(name, str(error) if isinstance(error, ValueError) else "it is nested too deeply")]
     if not changes and locked != current:
@@ -118,6 +121,10 @@ def _parsed(content: bytes) -> dict[str, Any]:
             if not isinstance(group, dict):
                 raise ValueError(f"{where}.groups holds something else than mappings")
             _typed(group, _GROUP, f"{where}.groups")
+    for use in data.get("memory", ()):
+        if not isinstance(use, dict):
+            raise ValueError("memory holds something else than mappings")
+        _typed(use, _MEMORY, "memory")
     return data
 
 
@@ -136,6 +143,7 @@ def _delta_data(delta: PlannedDelta, entry: DeltaEntry) -> dict[str, Any]:
         "seed": delta.seed,
         **({} if entry.dtype is None else {"dtype": entry.dtype}),
         **({"provenance": dict(entry.provenance)} if entry.provenance else {}),
+        **({} if entry.train is None else {"train": entry.train.to_data()}),
         "params": delta.params.model_dump(mode="json"),
         "groups": [
             {
@@ -152,6 +160,10 @@ def _delta_data(delta: PlannedDelta, entry: DeltaEntry) -> dict[str, Any]:
         "trainable": delta.trainable,
         **({"let_pass": list(delta.let_pass)} if delta.let_pass else {}),
     }
+
+
+def _memory_data(use: MemoryUse) -> dict[str, Any]:
+    return {"max": use.most, "for": dict(use.conditions), "bytes": use.bytes}
 
 
 def _pretty(value: object, indent: str = "") -> str:

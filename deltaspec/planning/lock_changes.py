@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.diagnostics.wording import counted
+from deltaspec.language.conditions import shown_amount
 from deltaspec.names.folding import shown, unfold
 
 if TYPE_CHECKING:
     from deltaspec.planning.plan import Plan
 
 _MOST_SITES = 1_000_000
+_SLACK = 0.05
+"""Part by which an estimate of memory may differ from the locked one."""
 _HINT = "if the change is intended, run `deltaspec lock` and commit the file"
 _WORDS = {"tensors": "tensors are", "params": "overridden are", "bypassed": "read without a call is"}
 
@@ -47,7 +50,17 @@ def lock_changes(plan: Plan, current: dict[str, Any], locked: dict[str, Any], lo
     if locked["specs"] != current["specs"]:
         message = f"the spec is not the one that {lock_name} was made from, though the plan is the same"
         return [spec.diagnostic("DS517", message, (), _HINT)]
-    return []
+    return list(_memory_changes(plan, current.get("memory", []), locked.get("memory", []), lock_name))
+
+
+def _memory_changes(plan: Plan, new: list[Any], old: list[Any], lock_name: str) -> Iterator[Diagnostic]:
+    """Compare estimates: versions of libraries may move them a little."""
+    if len(new) != len(old):
+        yield plan.specs[0].diagnostic("DS508", f"{lock_name} has no estimate of the memory", ("expect",), _HINT)
+    for spec, use, before in zip([s for s in plan.specs if s.expect and s.expect.memory], new, old, strict=False):
+        if abs(use["bytes"] - before["bytes"]) > _SLACK * before["bytes"] or use["for"] != before["for"]:
+            message = f"a step of training takes {shown_amount(use['bytes'])}, was {shown_amount(before['bytes'])}"
+            yield spec.diagnostic("DS508", message, ("expect", "memory"), _HINT)
 
 
 def _model_changes(old: dict[str, Any], new: dict[str, Any], lock_name: str) -> Iterator[str]:
@@ -64,7 +77,7 @@ def _delta_changes(old: dict[str, Any] | None, new: dict[str, Any], lock_name: s
     if old is None:
         yield "DS513", f"it is not in {lock_name}"
         return
-    for key in ("method", "derived", "attached", "seed", "dtype", "provenance"):
+    for key in ("method", "derived", "attached", "seed", "dtype", "provenance", "train"):
         if (before := old.get(key)) != (after := new.get(key)):
             yield "DS514", f"{key} is {_shown(after)}, was {_shown(before)}"
     if old["method"] == new["method"]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deltaspec.backbone.fingerprint import digest, structure_fingerprint
 from deltaspec.backbone.table import ModuleTable
+from deltaspec.language.passes import ALL
 
 if TYPE_CHECKING:
     from deltaspec.language.derivation import Derivation
     from deltaspec.language.model import DeltaSpec
+    from deltaspec.language.training import Train
     from deltaspec.methods.declarations import MethodParams, Site, TensorSpec
 
 
@@ -55,13 +57,31 @@ class PlannedDelta:
     """Name of the parameter that was chosen for a budget, and the budget in words."""
     derived: Derivation | None = None
     """Derivation of a delta that is built from others, and so not trained."""
+    matrix: Mapping[str, Any] = field(default_factory=dict)
+    """Values that it has from a matrix, by parameter or hint."""
+    train: Train | None = None
+    """Hints for training it."""
     let_pass: tuple[str, ...] = ()
     """Differences between the backbone and the one that it was saved for, which `match` let pass when it was read."""
+    passes: frozenset[str] = ALL
+    """Names of the passes over training steps that its spec lets change how it runs."""
 
     @property
     def trainable(self) -> int:
         """Number of trainable values; tensors that several sites share count once."""
         return count_trainable(self.sites)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """What a step of training was estimated to take, where a spec expects something of it."""
+
+    most: str
+    """The bound, as the spec has it."""
+    conditions: Mapping[str, Any]
+    """What it is for: batch, length, optimizer and so on."""
+    bytes: int
+    """The estimate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +103,10 @@ class PlannedDeltas:
     """Whether a forward was run and reached every site; else the compiled model's first forward is watched."""
     unused: frozenset[str] = frozenset()
     """FQNs of modules that take no part in what the model gives, so far as the forward showed it."""
+    passes: frozenset[str] = ALL
+    """Names of the passes over training steps that are wanted in the model, whatever a spec allows."""
+    memory: tuple[MemoryUse | None, ...] = ()
+    """Memory of a step of training, by the specs; None for those that expect nothing of it; empty: no spec does."""
 
     @property
     def model_class(self) -> str:

@@ -98,7 +98,9 @@ def _resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Obser
             if not found:  # counts of a delta that is wrong anyway would only be noise
                 met, found = delta_checks(spec, index, delta)
                 delta = replace(delta, checks=met)
-            placed[delta.name] = delta
+            entry = spec.deltas[index]
+            passes = spec.allowed_passes
+            placed[delta.name] = replace(delta, matrix=entry.matrix, train=entry.train, passes=passes)
             own_findings += found
         own = [placed[entry.name] for entry in spec.deltas]
         met, unmet = spec_checks(spec, own, table, bool(own_findings))
@@ -115,7 +117,7 @@ def _resolve(specs: Sequence[DeltaSpec], table: ModuleTable, observations: Obser
     unused = before.unused | observations.unused(run=False)
     return Plan(
         (*before.deltas, *deltas), (*before.specs, *resolved), table, (*before.checks, *checks), notes,
-        before.proven and failed is None, unused,
+        before.proven and failed is None, unused, before.passes,
     )  # fmt: skip
 
 

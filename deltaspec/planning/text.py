@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.clean import clean
 from deltaspec.diagnostics.wording import counted, plural
+from deltaspec.language.matrix import label
 from deltaspec.names.folding import fold, unfold
 from deltaspec.planning.planned import PlannedDelta, PlannedDeltas, PlannedSite, count_trainable, fraction
 
@@ -78,12 +79,18 @@ def coloured(plan: PlannedDeltas) -> Text:
 def _lines(plan: PlannedDeltas) -> Iterator[tuple[str, str]]:
     """Return the lines of the plan, each with its style."""
     yield from _wrapped(f"Plan for {_model(plan)}", "bold")
+    matrices = matrices_of(plan.deltas)
     for delta in plan.deltas:
         yield "", ""
+        if delta.name in matrices:
+            yield from _wrapped(matrices[delta.name], "bold magenta")
+            yield "", ""
         start = "" if delta.attached else "  (starts detached)"
         yield from _wrapped(f"{delta.name}: {_made(delta)}{start}", "bold cyan")
         place = "" if delta.location == "<spec>" else f"  ({delta.location})"
         yield from _wrapped(f"  {_size(len(delta.sites), delta.trainable, plan)}{place}")
+        if delta.train is not None:
+            yield from _wrapped(f"  train: {_assignments(delta.train.to_data())}")
         for group in groups(delta):
             several = len(group.patterns) > 1
             for pattern, count in group.patterns:
@@ -98,6 +105,20 @@ def _lines(plan: PlannedDeltas) -> Iterator[tuple[str, str]]:
         yield from _remarks(plan.checks, plan.notes)
     yield "", ""
     yield f"Fingerprint: {plan.fingerprint}", "dim"
+
+
+def matrices_of(deltas: Sequence[PlannedDelta]) -> dict[str, str]:
+    """Say what each matrix comes to, by the name of its first delta."""
+    found: dict[tuple[str, str, tuple[str, ...]], list[PlannedDelta]] = {}
+    for delta in deltas:
+        if delta.matrix:
+            found.setdefault((delta.location, delta.name.partition("[")[0], tuple(delta.matrix)), []).append(delta)
+    said = {}
+    for (_, name, axes), members in found.items():
+        values = ([label(member.matrix[axis]) for member in members] for axis in axes)
+        listed = " × ".join(f"{axis} {', '.join(dict.fromkeys(v))}" for axis, v in zip(axes, values, strict=True))
+        said[members[0].name] = f"{name}: a matrix of {counted(len(members), 'delta')}, {listed}"
+    return said
 
 
 def _remarks(checks: tuple[str, ...], notes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -205,6 +226,8 @@ def _delta_data(delta: PlannedDelta) -> dict[str, Any]:
         "attached": delta.attached,
         "seed": delta.seed,
         "params": delta.params.model_dump(mode="json"),
+        "matrix": dict(delta.matrix),
+        "train": delta.train and delta.train.to_data(),
         "derived": delta.derived and delta.derived.to_data(),
         "spec": delta.spec,
         "location": delta.location,

@@ -75,6 +75,7 @@ class Active(Installation):
     def settle(self) -> None:
         """Take the backbone and the tensors of the deltas as they are now for what others may change from now on."""
         self.guard.take()
+        self.guard.look_above()
         self.host.deltas.own()
 
     # Switching

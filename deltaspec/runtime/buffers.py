@@ -193,11 +193,18 @@ class BufferGuard:
             home = self._homes[one.number] if one.home is old[one.number] else self._modules[one.number]._parameters
             now, tensor, value = home.get(one.name), one.tensor, one.value
             if now is not None and (now.dtype != tensor.dtype or now.device != tensor.device):
-                tensor, value = now, value.to(now)
+                tensor, value = now, _moved(value, now)
             kept.append(Kept(one.number, home, one.name, tensor, value))
         self._absent = [(self._homes[numbers[id(home)]], name) for home, name in self._absent]
         self._take(kept)
         self._versions = [-1] * len(self._counted)  # Which of them were written is unknown.
+
+
+def _moved(value: Tensor, now: Tensor) -> Tensor:
+    """Return what was kept of a tensor in the form that it has now. A model may be on the meta device in between."""
+    if value.is_meta:
+        return now.detach().clone()
+    return value.to(now.dtype) if now.is_meta else value.to(now)
 
 
 def _is_same(tensor: Tensor, value: Tensor) -> bool:

@@ -52,22 +52,21 @@ class FirstForwards:
         """Kinds of forwards under sets of deltas that none of them goes around."""
 
     @classmethod
-    def of(cls, view: Attached, host: Host, shared: Known) -> Callable[..., Any] | None:
-        """Return what runs outermost forwards of a view; None where no module has code of its own."""
-        return None if all(map(is_published, host.modules.values())) else cls(view, host, shared).run
+    def of(cls, view: Attached, host: Host, shared: Known, *, around: bool = False) -> Callable[..., Any] | None:
+        """Return what runs outermost forwards of a view; None where all code is published, and none is `around`."""
+        return cls(view, host, shared).run if around or not all(map(is_published, host.modules.values())) else None
 
-    def run(self, backbone: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run a forward of the backbone, and look at it if it is the first one of its kind."""
-        forward: Any = type(backbone)._call_impl
+    def run(self, forward: Callable[..., Any], root: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run a forward of the backbone, or of what stands around it, and look at it if it is the first of its kind."""
         names = self._view.active if self._host.gate.rows is None else ()  # what rows are under is proven there
-        kind = _kind(backbone.training, args, kwargs)
+        kind = _kind(root.training, args, kwargs)
         if (kind, names) in self._checked:
-            return forward(backbone, *args, **kwargs)
+            return forward(root, *args, **kwargs)
         modules = list(self._host.modules.values())
-        unseen = backbone.training not in self._modes
+        unseen = root.training not in self._modes
         with OwnOnWrite(modules, self._host.buffers.wrote) if unseen else nullcontext():
-            output = self._checking(kind, names, partial(forward, backbone), args, kwargs)
-        self._modes.add(backbone.training)
+            output = self._checking(kind, names, partial(forward, root), args, kwargs)
+        self._modes.add(root.training)
         self._checked.add((kind, names))
         return output
 
@@ -85,6 +84,7 @@ class FirstForwards:
                 output, self._seen[kind] = watched(self._host.backbone, forward, *args, **kwargs)
         finally:
             handle.remove()
+        held = held or self._trained(names)  # what runs may go around the backbone's own forward
         refuse_bypassed(self._shared.placements, self._seen[kind], names)
         if torch.is_grad_enabled() and not _is_transformed():
             self._refuse_unreached(held, self._seen[kind], output)

@@ -59,7 +59,7 @@ class ForwardGate(Part):
         self.after: Callable[[Any], None] | None = None
         """Called with the output of each outermost forward that autograd records."""
         self.first: Callable[..., Any] | None = None
-        """Runs an outermost forward in the place of the backbone's class, for as long as it wants to see some."""
+        """Runs an outermost forward, given what would run it and its module, for as long as it wants to see some."""
         self.moving: Callable[[Any], None] | None = None
         """Called before the backbone is moved or cast, with the function that does it; may raise."""
         guard(self, 1)
@@ -192,7 +192,13 @@ def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if _compiling():
         self.__dict__[_TRACED]()
         return type(self)._call_impl(self, *args, **kwargs)  # type: ignore[no-untyped-call]
-    gate: ForwardGate = self.__dict__[_GATE]
+    return through(self.__dict__[_GATE], self, type(self)._call_impl, args, kwargs)
+
+
+def through(
+    gate: ForwardGate, module: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run a forward of a backbone, or of what stands around it, counted."""
     me, running = get_ident(), gate.running
     depth = running.get(me, 0)
     then = None if depth or gate.before is None else gate.before()
@@ -200,8 +206,10 @@ def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         running[me] = depth + 1
         if gate.closed and not depth:
             gate.wait(me)
-        run = type(self)._call_impl if gate.first is None or depth else gate.first
-        output = run(self, *args, **kwargs)
+        if gate.first is None or depth:
+            output = run(module, *args, **kwargs)
+        else:
+            output = gate.first(run, module, *args, **kwargs)
     except Exception as error:
         if not depth and gate.failed is not None:
             gate.failed(error)

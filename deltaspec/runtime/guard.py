@@ -50,6 +50,10 @@ class Guard:
         self._hooks: list[dict[int, Any]] = []
         """Registries of hooks of the modules that a trace calls."""
         self._counts: list[int] = []
+        self._above: list[dict[str, Any]] = []
+        """Attributes of the modules that have others inside, and no socket."""
+        self._above_tops: list[Any] = []
+        """Forwards that were put on those: they may read the weights of what is inside."""
 
     def take(self, installed: Any = None) -> None:
         """Remember how it is now; `installed` stands for what was just put in, if nothing else has changed since."""
@@ -93,6 +97,16 @@ class Guard:
             or any(kind.forward is not forward for kind, forward in self._forwards)
             or [*map(len, self._hooks)] != self._counts
         )
+
+    def above_changed(self) -> bool:
+        """Return whether a module around some hosts has another forward: it may read their weights."""
+        return [*map(dict.get, self._above, _FORWARD)] != self._above_tops
+
+    def look_above(self) -> None:
+        """Remember the forwards of the modules around hosts, which `above_changed` compares."""
+        sockets = self._host.sockets
+        self._above = [m.__dict__ for m in self._host.modules.values() if m._modules and id(m) not in sockets]
+        self._above_tops = [*map(dict.get, self._above, _FORWARD)]
 
     def forwards_changed(self) -> bool:
         """Return whether some host has another forward: all that a switch between deltas looks at."""

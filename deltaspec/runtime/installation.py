@@ -159,6 +159,9 @@ class Installation:
                 self.guard.take()
                 if with_rows:
                     self.rows.install()
+        if self.guard.above_changed():
+            self.look_on()
+            self.guard.look_above()
 
     def _follow_others(self) -> bool:
         """Take all that is ours out, and the backbone as it is now; return whether there were rows."""
@@ -181,6 +184,9 @@ class Installation:
         if modules.keys() != host.modules.keys() or any(modules[fqn] is not m for fqn, m in host.modules.items()):
             host.adopt(modules, acts=bool(self.active) or with_rows)
             self.look_on()
+        elif self.guard.above_changed():
+            self.look_on()
+        self.guard.look_above()
         host.follow_moves()
         return with_rows
 
@@ -190,6 +196,11 @@ class Installation:
         """
         self.gate.after = Recomputation(self.host.modules.values(), self.state).after
         self.gate.first = FirstForwards.of(self, self.host, self.shared)
+
+    def look_around(self) -> None:
+        """Have forwards looked at whatever modules there are: another tool's forward stands around the backbone."""
+        if self.gate.first is None:
+            self.gate.first = FirstForwards.of(self, self.host, self.shared, around=True)
 
     def before_rows(self) -> None:
         """Make the backbone ready for forwards of rows, before they are put in."""

@@ -16,8 +16,7 @@ from deltaspec.runtime.host import Host
 
 def are_hooked(deltas: Deltas, names: Iterable[str]) -> bool:
     """Return whether accelerate's offloading has taken some of these deltas along with the backbone."""
-    held = deltas._modules
-    return any(delta is not None and is_hooked(delta) for delta in map(held.get, names))
+    return any(delta is not None and is_hooked(delta) for delta in map(deltas.get, names))
 
 
 def take_out_of_offloading(deltas: Deltas) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from deltaspec.language.passes import ALL
 from deltaspec.methods.declarations import Site
 from deltaspec.methods.registry import methods
 from deltaspec.planning.planned import PlannedDelta, PlannedSite
@@ -19,6 +20,8 @@ class Placement:
     planned: PlannedSite
     lowered: bool
     """Whether it works through the host's parameters instead of around its call."""
+    passes: frozenset[str] = ALL
+    """Names of the passes over training steps that may change how it runs."""
 
     @property
     def virtual_tokens(self) -> int:
@@ -49,15 +52,17 @@ class Placement:
 class Placements(dict[str, dict[str, list[Placement]]]):
     """Placements of deltas, by host; worked out when they are first asked for."""
 
-    def __init__(self, planned: Mapping[str, PlannedDelta]) -> None:
+    def __init__(self, planned: Mapping[str, PlannedDelta], passes: frozenset[str] = ALL) -> None:
+        """Take the names of the passes over training steps that are wanted in this model."""
         super().__init__()
-        self.planned = planned
+        self.planned, self.passes = planned, passes
 
     def __missing__(self, name: str) -> dict[str, list[Placement]]:
         planned, found = self.planned[name], dict[str, list[Placement]]()
         method = methods()[planned.method]
         for site in planned.sites:
-            placement = Placement(name, planned.method, site, method.folds(site.site, site.params))
+            folds = method.folds(site.site, site.params)
+            placement = Placement(name, planned.method, site, folds, planned.passes & self.passes)
             found.setdefault(host_of(site.site), []).append(placement)
         self[name] = found
         return found

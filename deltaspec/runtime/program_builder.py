@@ -21,6 +21,7 @@ from deltaspec.backbone.weight_forms import is_packed
 from deltaspec.deltas.modules import Delta, attribute_name, storage_key
 from deltaspec.deltas.strengths import Strengths
 from deltaspec.graphs.links import Link
+from deltaspec.graphs.passes.recompute import HOST
 from deltaspec.graphs.passes.run import run_passes
 from deltaspec.graphs.regions import Region, RegionKey, region
 from deltaspec.graphs.symbolic import SiteNames, compile_graph, copy_graph, rewrite_site
@@ -37,6 +38,7 @@ from deltaspec.runtime.program import Program
 from deltaspec.runtime.prompts import Following, Front, Prompted
 from deltaspec.runtime.sockets import Forward
 from deltaspec.runtime.streams import Reading, Streams, tap
+from deltaspec.runtime.trained import activations, trained_by
 
 _LONGEST = 64
 """Links of one region at most: emitting a chain takes some frames a link. More are regions around regions."""
@@ -115,6 +117,8 @@ class ProgramBuilder:
             self._write(program, host, forward)
         if inline:
             self._bind_root(program, inline)
+        for fqn, forward in activations({fqn: hosts[fqn] for fqn in program.regions if fqn in hosts}, self.host):
+            self._write(program, fqn, forward)
         for fqn in self.statistics:
             if fqn not in hosts or fqn in inline:
                 self._write(program, fqn, self.host.frozen_statistics(fqn))
@@ -243,9 +247,10 @@ class ProgramBuilder:
         links, arguments = tuple(sorted_out.links), sorted_out.arguments
         for first in range(0, max(len(links), 1), _LONGEST):
             part = slice(first, first + _LONGEST)
-            built = region(RegionKey(links[part], argument, hidden, lowered, named, owned))
-            swapped = [Swapped(module)] if "swapped" in built.bound else []
-            base = functools.partial(built.function, base, *inside, *chain.from_iterable(arguments[part]), *swapped)
+            how = trained_by(placements, links[part], owned and not lowered)
+            built = region(RegionKey(links[part], argument, hidden, lowered, named, owned, how))
+            more = [value for name, value in ((HOST, module), ("swapped", Swapped(module))) if name in built.bound]
+            base = functools.partial(built.function, base, *inside, *chain.from_iterable(arguments[part]), *more)
             inside, lowered, owned = [], (), False  # those are in the first; what a region gives may be kept in it
         read = dict.fromkeys(stream for p in placements if (stream := self.streams.of(p, host)) is not None)
         return (Reading(base, tuple(read)) if read else base), built

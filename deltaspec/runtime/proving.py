@@ -63,7 +63,8 @@ def refuse_bypassed(placements: Placements, seen: dict[str, Observation], names:
             if around and placement.planned.site.host is None:
                 how = "besides calling it" if found.called else "without calling it"
                 message = f"delta {name!r} is bypassed: {found.host or 'the model'} reads the weights of {fqn} {how}"
-                hint = "pass example_inputs to compile, so that the plan puts the delta on the weight or refuses it"
+                hint = "pass example_inputs to compile, so that the plan puts the delta on the weight or refuses it; "
+                hint += "where a forward was put on the model since (a trainer's fused head), leave that module out"
                 findings.append(Diagnostic("DS437", message, suggestion=hint))
     if findings:
         raise DeltaSpecError(findings)

@@ -45,7 +45,7 @@ class Shared:
         """Specs of the deltas that were loaded from libraries, one each."""
         self.order = {name: index for index, name in enumerate(self.planned)}
         """Order of application of every known delta, in memory or not."""
-        self.placements = Placements(self.planned)
+        self.placements = Placements(self.planned, plan.passes)
         """Where each delta works."""
         self.stacks = Stacks(deltas, self.planned, self.is_read, self.is_idle)
         self.unproven = set() if plan.proven else set(self.order)
@@ -66,7 +66,7 @@ class Shared:
         twin.planned, twin.order, twin.captured = dict(self.planned), dict(self.order), self.captured
         twin._documents = dict(self._documents)  # noqa: SLF001
         memo[id(self.planned)] = twin.planned
-        twin.placements = Placements(twin.planned)
+        twin.placements = Placements(twin.planned, self.placements.passes)
         twin.stacks = copy.deepcopy(self.stacks, memo)
         twin.stacks.is_read, twin.stacks.is_idle = twin.is_read, twin.is_idle
         twin.rivals = copy.deepcopy(self.rivals, memo)

@@ -18,9 +18,8 @@ def refuse_unplaced(
     """Raise DeltaSpecError (DS534) for deltas on the meta device whose modules have values: torch computes anything of
     that, without an error.
     """
-    held = deltas._modules
     for name in names:
-        delta = held.get(name)
+        delta = deltas.get(name)
         if delta is not None and _is_meta(delta):
             for site in planned[name].sites:
                 fqn = site.site.row.fqn

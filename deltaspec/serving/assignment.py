@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deltaspec.deltas.stack import Stack
+from deltaspec.diagnostics.findings import Diagnostic
 from deltaspec.serving.families import Family, Member, Place, reach
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -209,3 +210,9 @@ def to_tensors(
     }
     strength = torch.tensor(strengths, dtype=torch.float32, device=device).reshape(shape)
     return {**found, "strength": strength, "lines": tuple(lines)}
+
+
+def gone_since(name: str) -> Diagnostic:
+    """Return the finding for rows that name a delta which was taken out."""
+    message = f"the delta {name!r} was removed since these rows were prepared"
+    return Diagnostic("DS434", message, suggestion="prepare them again without it: c.rows([...])")

@@ -15,13 +15,13 @@ from weakref import WeakSet
 import torch
 
 from deltaspec.deltas.stacks import Kind
-from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, UnknownDeltaError
+from deltaspec.diagnostics.findings import DeltaSpecError, UnknownDeltaError
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.interrupts import surely
 from deltaspec.runtime.shared import Shared
 from deltaspec.runtime.sockets import Forward, Socket
-from deltaspec.serving.assignment import Rows, arrange, parse_rows, to_tensors
+from deltaspec.serving.assignment import Rows, arrange, gone_since, parse_rows, to_tensors
 from deltaspec.serving.binding import touched
 from deltaspec.serving.dispatch import Dispatch, Entering, Kinds
 from deltaspec.serving.families import Families, Family, Place, Standing
@@ -246,7 +246,7 @@ class Mixer(Running):
             if not isinstance(deltas, Rows):
                 rows = self.rows(deltas)
             elif deltas.gone is not None:
-                raise UnknownDeltaError([_gone(deltas.gone)])
+                raise UnknownDeltaError([gone_since(deltas.gone)])
             elif deltas.kinds in self._made and self._is_current(deltas):
                 rows = deltas
             else:
@@ -299,8 +299,3 @@ class Mixer(Running):
                 stacks.of(name) is rows.stacks[name] and rows.stacks[name].names[name] == place
                 for name, place in rows.places.items()
             )
-
-
-def _gone(name: str) -> Diagnostic:
-    message = f"the delta {name!r} was removed since these rows were prepared"
-    return Diagnostic("DS434", message, suggestion="prepare them again without it: c.rows([...])")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.inputs import dummy_inputs
+from deltaspec.backbone.random_state import random_state_kept
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.runtime.buffers import BufferGuard
 
@@ -199,7 +200,7 @@ def evaluating(backbone: nn.Module) -> Iterator[None]:
     try:
         for module, _ in modules:
             module.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), random_state_kept(backbone.parameters()):
             yield
     finally:
         buffers.restore()

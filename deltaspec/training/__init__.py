@@ -2,3 +2,28 @@
 
 Uses compiled models as a user would.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltaspec.training.job import Job as Job
+    from deltaspec.training.run import Training as Training
+    from deltaspec.training.schedules import scheduler as scheduler
+    from deltaspec.training.trainer import DeltaTrainerMixin as DeltaTrainerMixin
+
+_HOME = {"DeltaTrainerMixin": "trainer", "Job": "job", "Training": "run", "scheduler": "schedules"}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

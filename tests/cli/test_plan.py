@@ -72,3 +72,21 @@ def test_the_verbs_import_no_torch_for_a_broken_spec(run: Run, tmp_path: Path) -
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.splitlines()[-1] == "1 False"
+
+
+def test_an_estimate_is_printed_in_each_format(run: Run) -> None:
+    arguments = ("plan", "config.json", "french.deltaspec.yaml", "--estimate", "batch=2,length=16,optimizer=sgd")
+    text = run(*arguments)
+    assert text.exit_code == 0 and "Estimate of a step: batch 2, length 16, sgd" in text.output
+    data = json.loads(run(*arguments, "--format", "json").stdout)
+    assert data["estimate"]["memory"]["optimizer_state"] == 0 and data["estimate"]["memory"]["complete"]
+    assert data["estimate"]["memory"]["gradients"] == 4 * data["trainable"]
+    assert "| kept activations |" in run(*arguments, "--format", "markdown").output
+
+
+def test_options_of_an_estimate_that_are_none(run: Run) -> None:
+    result = run("plan", "config.json", "french.deltaspec.yaml", "--estimate", "bacth=2,optimizer=adamm")
+    assert result.exit_code == 1 and result.output.count("error[DS506]") == 2 and "did you mean batch?" in result.output
+    long = run("plan", "config.json", "french.deltaspec.yaml", "--estimate", "length=4096")
+    assert long.exit_code == 1 and "--estimate: length: error[DS506]" in long.output
+    assert run("plan", "config.json", "french.deltaspec.yaml", "--check", "--estimate", "batch=2").exit_code == 2

@@ -11,7 +11,7 @@ import deltaspec
 def test_the_region_of_a_lora_reads_as_its_formula():
     chosen = ARCHITECTURES["bert"]
     delta = {"name": "low", "method": "lora", "params": {"rank": 4, "alpha": 8}, "target": "**.query"}
-    compiled = deltaspec.compile(chosen.model(), {"deltaspec": 1, "deltas": [delta]})
+    compiled = deltaspec.compile(chosen.model(), {"deltaspec": 1, "deltas": [delta]}, passes=False)
     assert list(compiled.regions) == [f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)]
     region = compiled.regions["bert.encoder.layer.0.attention.self.query"]
     assert region is compiled.regions["bert.encoder.layer.1.attention.self.query"]  # graphs belong to shapes
@@ -27,6 +27,13 @@ def test_the_region_of_a_lora_reads_as_its_formula():
     ], region.code
     compiled.detach()
     assert dict(compiled.regions) == {}
+
+
+def test_the_region_of_a_site_that_trains_in_one_step_is_given_its_host():
+    delta = {"name": "low", "method": "lora", "params": {"dropout": 0.5}, "target": "**.query"}
+    compiled = deltaspec.compile(ARCHITECTURES["bert"].model(), {"deltaspec": 1, "deltas": [delta]})
+    code = compiled.regions["bert.encoder.layer.0.attention.self.query"].code
+    assert "low_rank_site(base, host, input_1, down, up, 2.0, dropout, " in code
 
 
 def test_the_symbolic_region_is_the_whole_model():

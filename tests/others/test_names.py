@@ -12,7 +12,7 @@ from saved_library import LLAMA, OWN, build, lora, run
 
 import deltaspec
 
-NAMES = ("user/lora", "1_task", "v1.2", "con")
+NAMES = ("user/lora", "1_task", "v1.2", "con", "d[rank=4,lr=1e-3]")
 
 
 @pytest.mark.parametrize("capture", ["auto", "symbolic"])
@@ -65,3 +65,16 @@ def test_deltas_are_offloaded_to_a_disk_and_states_of_earlier_versions_are_loade
     assert torch.equal(run(fresh, "own"), wanted)
     disk_offload(source.backbone, tmp_path, execution_device=torch.device("cpu"))
     assert torch.equal(run(source, "own"), wanted)
+
+
+def test_rows_train_deltas_of_any_name():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    deltas = [{"name": name, "method": "lora", "target": "0", "attached": False} for name in NAMES]
+    c, x = deltaspec.compile(net, {"deltaspec": 1, "deltas": deltas}).train(), torch.ones(1, 3)
+    c(x.repeat(len(NAMES), 1), deltas=[*NAMES]).sum().backward()
+    found = {name: c.deltas[name].tensor("0.up").grad for name in NAMES}
+    for name in NAMES:
+        c.only(name)
+        c.zero_grad()
+        c(x).sum().backward()
+        assert torch.equal(c.deltas[name].tensor("0.up").grad, found[name]) and found[name].any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from deltaspec.contract.trial import disturb
 from deltaspec.diagnostics.findings import DeltaSpecError
 
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
@@ -114,3 +116,48 @@ def test_nothing_is_added_while_another_view_runs():
     view.backbone.up.register_forward_pre_hook(within)
     view(X)
     assert "DS456" in found[0] and list(compiled.deltas) == ["a"]
+
+
+class Fused:
+    """What trainers put on a language model: a forward that computes the head from its weight."""
+
+    def __init__(self, model, read):
+        self.before, self.model, self.read = model.forward, model, read
+
+    def __call__(self, input_ids, fused=False, **kwargs):
+        if not fused:
+            return self.before(input_ids, **kwargs)
+        hidden = self.model.model(input_ids).last_hidden_state
+        return SimpleNamespace(logits=self.read(hidden, self.model.lm_head.weight))
+
+
+@pytest.mark.parametrize("read", [F.linear, lambda x, weight: x @ weight.T, lambda x, weight: x.matmul(weight.t())])
+@pytest.mark.parametrize("of", [lambda c: c, lambda c: c.backbone], ids=["compiled", "backbone"])
+def test_a_forward_put_on_the_model_may_not_go_around_a_delta(of, read):
+    heads, inner = lora("h", target=["lm_head"]), lora("q", target=["**.q_proj"])
+    compiled = build(heads, inner)
+    disturb(compiled)
+    expected = logits(compiled.only("q") and compiled)
+    compiled.only("h", "q")
+    model = of(compiled)
+    model.forward = Fused(model, read)
+    whole = model(IDS).logits
+    assert not torch.equal(whole, expected)
+    with pytest.raises(DeltaSpecError, match="DS437.*'h'.*lm_head.*without calling"):
+        model(IDS, fused=True)
+    compiled.only("q")
+    torch.testing.assert_close(model(IDS, fused=True).logits, expected)
+    rows = model(IDS, deltas=["q", None]).logits if model is compiled else None
+    assert rows is None or torch.allclose(rows[0], expected[0], atol=1e-5)
+
+
+def test_a_forward_put_on_a_compiled_model_counts_as_one():
+    compiled = build(lora("q", target=["**.q_proj"]))
+
+    def switches(input_ids):
+        compiled.detach()
+        return compiled.backbone(input_ids)
+
+    compiled.forward = switches
+    with pytest.raises(DeltaSpecError, match="DS456"):
+        compiled(IDS)

@@ -20,7 +20,7 @@ def test_public_names():
 
     assert deltaspec.__all__ == [
         "CompiledModel", "DeltaSpec", "DeltaSpecError", "Diagnostic", "Plan",
-        "compile", "load", "plan", "restore", "validate",
+        "compile", "estimate", "load", "plan", "restore", "validate",
     ]  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         _ = deltaspec.nope

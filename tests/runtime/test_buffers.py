@@ -53,3 +53,17 @@ def test_a_norm_with_a_forward_of_its_own_runs_that():
     assert torch.equal(compiled(X), model(X))
     with pytest.raises(deltaspec.DeltaSpecError, match=r"DS414.* 1 is in training mode"):
         compiled.train()(X)
+
+
+def test_buffers_come_back_from_the_meta_device():  # where accelerate has a model while FSDP makes shards of it
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[1].register_buffer("steps", torch.arange(3.0), persistent=False)
+    compiled = deltaspec.compile(model.eval(), {"deltaspec": 1, "deltas": [LORA | {"target": {"path": "0"}}]})
+    expected, saved, kept = state(compiled.backbone), compiled.state_dict(), compiled.backbone[1].steps
+    compiled.to("meta")
+    compiled.load_state_dict(saved, assign=True)
+    compiled.backbone[1].register_buffer("steps", kept, persistent=False)
+    compiled.load_state_dict(saved, assign=True)
+    assert torch.equal(compiled(X), model(X))
+    compiled.detach()
+    assert same(state(compiled.backbone), expected)

@@ -4,10 +4,12 @@ import copy
 import io
 import pickle
 import types
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing import reductions
 
 import deltaspec
 from deltaspec.diagnostics.findings import DeltaSpecError
@@ -75,3 +77,14 @@ def test_functions_that_name_the_package_can_be_sent():
     for name in deltaspec.__all__:
         public = getattr(deltaspec, name)
         assert pickle.loads(pickle.dumps(public)) is public
+
+
+def test_what_a_spawned_process_is_given_is_open_until_it_starts():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    delta = {"name": "d", "method": "lora", "target": ["0"], "params": {"rank": 2}}
+    compiled = deltaspec.compile(model, {"deltaspec": 1, "deltas": [delta]})
+    before = set(reductions.shared_cache)
+    ForkingPickler(io.BytesIO()).dump(compiled)
+    sent = [reductions.shared_cache[key] for key in set(reductions.shared_cache) - before]
+    assert len(sent) == len(list(compiled.parameters())) + len(list(compiled.buffers()))
+    assert not any(reference.expired() for reference in sent)

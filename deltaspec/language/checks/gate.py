@@ -12,6 +12,7 @@ from deltaspec.diagnostics.wording import show_path, show_value
 from deltaspec.documents.builder import MAX_FINDINGS
 from deltaspec.documents.document import Document
 from deltaspec.language.checks.mistakes import choice_hint, method_hint, unknown_key_hint, value_hint
+from deltaspec.language.conditions import AMOUNT
 from deltaspec.language.derivation import OTHERS
 from deltaspec.language.schema.accept import matches
 from deltaspec.language.schema.generate import schema
@@ -32,7 +33,7 @@ def gate(document: Document, methods: Mapping[str, Method]) -> list[Diagnostic]:
     deltas = document.data.get("deltas")
     named = {d["method"] for d in deltas if _names_a_method(d, methods)} if isinstance(deltas, list) else set()
     holds = validator(tuple(methods), tuple((name, methods[name]) for name in sorted(named)))
-    errors = list(islice(holds.iter_errors(document.data), MAX_FINDINGS + 1))
+    errors = list(islice(_each_once(holds.iter_errors(document.data), document), MAX_FINDINGS + 1))
     mistyped = {tuple(error.absolute_path) for error in errors if error.validator == "type"}
     return [
         finding
@@ -40,6 +41,16 @@ def gate(document: Document, methods: Mapping[str, Method]) -> list[Diagnostic]:
         if error.validator == "type" or tuple(error.absolute_path) not in mistyped
         for finding in _diagnose(error, document, methods)
     ]
+
+
+def _each_once(errors: Iterator[Any], document: Document) -> Iterator[Any]:
+    """Yield errors of the schema, those about one place in deltas of one matrix once."""
+    seen = set()
+    for error in errors:
+        told = document.where(tuple(error.absolute_path)), error.message
+        if not document.places or told not in seen:
+            yield error
+        seen.add(told)
 
 
 def _names_a_method(delta: Any, methods: Mapping[str, Method]) -> bool:
@@ -97,6 +108,7 @@ def _diagnose(error: Any, document: Document, methods: Mapping[str, Method]) -> 
             derived = error.instance in OTHERS
             message = f'{show_value(error.instance)} has no place {"beside" if derived else "without"} "from"'
             hint = "a derived delta has its sources' sites; delete one of the two" if derived else _MISSING["from"]
+            hint = "a derived delta is not trained: delete it" if error.instance == "train" else hint
             yield document.diagnostic("DS201", message, (*path, error.instance), hint, key=True)
         return
     if "propertyNames" in error.absolute_schema_path:
@@ -164,6 +176,9 @@ def _pattern(error: Any, path: Path) -> _Finding:
         return "DS208", f"{show_value(error.instance)} is not a name", _DELTA_NAME_HINT
     if error.validator_value == NAME:
         return "DS208", f"{show_value(error.instance)} is not a name", _NAME_HINT
+    if error.validator_value == AMOUNT:
+        hint = 'write a number and its unit: "<= 12GiB", 800MB, "≤ 1.5 TiB"'
+        return "DS208", f"{show_value(error.instance)} is not an amount of memory", hint
     if path[-1] == "budget":
         hint = 'write a number of parameters (300000), or a share of the backbone\'s ("0.5%")'
         return "DS208", f"{show_value(error.instance)} is not a budget", hint
@@ -217,6 +232,7 @@ _MISSING = {
     "from": "name the sources: from: {french: 0.7, legal: 0.3}",
     "match": "say for which sites, such as match: {role: attn.v}",
     "params": "say what differs, such as params: {rank: 4}",
+    "max": "say how much, such as max: 12GiB",
 }
 _EMPTY = {
     **{key: _MISSING[key] for key in ("deltas", "from")},

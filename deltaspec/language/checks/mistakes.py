@@ -41,11 +41,23 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
         "selector": "ref",
         "$ref": "ref",
     },
+    "train": {
+        **dict.fromkeys(("learning_rate", "rate", "eta"), "lr"),
+        **dict.fromkeys(("wd", "decay"), "weight_decay"),
+        **dict.fromkeys(("loraplus_lr_ratio", "lora_plus", "loraplus"), "lr_ratio"),
+        **dict.fromkeys(("warmup_steps", "warmup_ratio", "num_warmup_steps"), "warmup"),
+        **dict.fromkeys(
+            ("lr_scheduler_type", "scheduler", "lr_scheduler", "lr_schedule", "decay_schedule"), "schedule"
+        ),
+        **dict.fromkeys(("data_seed", "random_seed"), "seed"),
+    },
     "layers": {"start": "from", "end": "to", "step": "every", "indices": "only"},
     "model": {"model_type": "type", "class": "architecture", "architectures": "architecture"},
     "bounds": {"fraction": "max_fraction", "max_percent": "max_fraction"},
 }
-_DELTA = ("name", "method", "from", "combine", "params", "target", "overrides", "expect", "attached", "dtype")
+_DELTA = ("name", "method", "from", "combine", "params", "target", "overrides", "expect", "attached", "dtype",
+          "train", "matrix")  # fmt: skip
+_TRAIN = ("lr", "weight_decay", "lr_ratio", "warmup", "schedule", "seed")
 _ATOMS = ("path", "regex", "type", "role", "layers", "shape", "parameter", "ref", "any", "all", "not", "optional")
 _METHODS: Mapping[str, str] = {
     **dict.fromkeys(("houlsby", "pfeiffer", "bottleneck", "bottleneck_adapter", "seq_bn", "double_seq_bn"), "adapter"),
@@ -77,6 +89,8 @@ def kind_at(path: Path) -> str:
             return "delta"
         if last == "params":
             return "params"
+        if last == "train":
+            return "train"
         if "params" in rest:
             return "value"
         if rest[0] == "overrides" and len(rest) == 2:
@@ -108,6 +122,8 @@ def unknown_key_hint(
             return hint
         if key in _ATOMS and key != "type":
             return f"selectors go under target: target: {{{key}: …}}"
+        if plain in _TRAIN or plain in _KEYS["train"]:
+            return f"hints for training go under train: train: {{{_KEYS['train'].get(plain, plain)}: …}}"
         own = tuple(method.Params.model_fields) if method else ()
         if ours := key if key in own else renamed(key, own, method):
             return f"parameters go under params: params: {{{ours}: …}}"
@@ -188,7 +204,8 @@ def value_hint(value: object, kinds: Iterable[str], path: Path) -> str | None:
         return f"write {int(value)}"
     if path[-1:] == ("budget",):
         return 'a share of the backbone is written with a per cent sign: "0.5%"'
-    if path and path[-1] == "layers" and isinstance(value, int) and not isinstance(value, bool):
+    lists = path[-1:] == ("layers",) or path[-2:-1] == ("matrix",)
+    if lists and isinstance(value, int | float) and not isinstance(value, bool):
         return f"write a list: [{value}]"
     if isinstance(value, int | float) and not isinstance(value, bool) and kinds == ("string",):
         return f'quote it: "{value}"'

@@ -37,7 +37,7 @@ def check(
     `coded` tells whether a delta's parameters have to be read by the method's own class.
     """
     data = document.data
-    selectors = list(_selectors(data))
+    selectors = list(_selectors(document))
     named = _mapping(data.get("selectors"))
     parts = (
         _names(document),
@@ -46,6 +46,7 @@ def check(
         _ranges(document, selectors),
         _parameters(document, methods, {d.where for d in refused}, coded),
         _derived(document, methods),
+        _hints(document, methods),
     )
     return [finding for part in parts for finding in islice(part, MAX_FINDINGS)]
 
@@ -61,11 +62,15 @@ def _items(value: Any) -> Iterator[tuple[int, dict[str, Any]]]:
             yield index, item
 
 
-def _selectors(data: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
-    """Return every selector of a document, nested ones included."""
+def _selectors(document: Document) -> Iterator[tuple[Path, Any]]:
+    """Return every selector of a document, nested ones included; those of a matrix, which its deltas share, once."""
+    data, seen = document.data, set[Path]()
     for name, selector in _mapping(data.get("selectors")).items():
         yield from _nested(selector, ("selectors", name))
     for index, delta in _items(data.get("deltas")):
+        if (entry := document.written(("deltas", index))) in seen:
+            continue
+        seen.add(entry)
         if "target" in delta:
             yield from _nested(delta["target"], ("deltas", index, "target"))
         for number, override in _items(delta.get("overrides")):
@@ -102,7 +107,7 @@ def _names(document: Document) -> Iterator[Diagnostic]:
             continue
         other, place = first[name.lower()]
         line, column = document.position(place)
-        where = f"line {line}, column {column}" if line else f"deltas[{place[1]}]"
+        where = f"line {line}, column {column}" if line else document.where(place[:2])
         what = f"duplicate delta name {show_value(name)}"
         if name != other:
             what = f"the delta names {show_value(name)} and {show_value(other)} differ in case only"
@@ -232,16 +237,15 @@ def _parameters(
         params, path = delta.get("params", {}), ("deltas", index, "params")
         if "from" in delta or method is None or not isinstance(params, dict):
             continue
-        if _touches(refused, f"deltas[{index}].params"):
+        if any(_touches(refused, document.where(place)) for place in (path, *((*path, key) for key in params))):
             continue
         whole = list(_read(method, params, document, path))
         yield from whole
         for number, override in _items(delta.get("overrides")):
             changed = override.get("params")
-            place = f"deltas[{index}].overrides[{number}].params"
-            if whole or not isinstance(changed, dict) or _touches(refused, place):
-                continue
             where = ("deltas", index, "overrides", number, "params")
+            if whole or not isinstance(changed, dict) or _touches(refused, document.where(where)):
+                continue
             yield from _read(method, params | changed, document, where)
             for key in (key for key, value in changed.items() if "budget" in _mapping(value)):
                 message, hint = "a budget is the whole delta's", "write a number here, the budget in params"
@@ -252,6 +256,14 @@ def _derived(document: Document, methods: Mapping[str, Method]) -> Iterator[Diag
     """Check derived deltas; most documents have none, and then nothing about them is imported."""
     if any("from" in delta for _, delta in _items(document.data.get("deltas"))):
         from deltaspec.language.derivation import check
+
+        yield from check(document, methods)
+
+
+def _hints(document: Document, methods: Mapping[str, Method]) -> Iterator[Diagnostic]:
+    """Check hints for training; most documents have none, and then nothing about them is imported."""
+    if any("train" in delta for _, delta in _items(document.data.get("deltas"))):
+        from deltaspec.language.training import check
 
         yield from check(document, methods)
 

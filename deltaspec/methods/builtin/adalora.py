@@ -54,6 +54,7 @@ class Adalora(Method):
         "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "mlp.up", "mlp.gate", "mlp.gate_up", "mlp.down",
     )  # fmt: skip
     small = {"rank": 2, "initial_rank": 3}
+    faster = ("up",)
     foreign = {
         "target_r": "rank",
         "init_r": "initial_rank",

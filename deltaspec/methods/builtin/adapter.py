@@ -44,6 +44,7 @@ class Adapter(SerialMethod):
     Params = AdapterParams
     promises = Promises(identity_at_start=True, weight=None, per_row=True)
     small = {"width": 4}
+    faster = ("up",)
     foreign = {
         **SerialMethod.foreign,
         "ln_before": "norm_before",

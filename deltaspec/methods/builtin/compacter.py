@@ -37,6 +37,7 @@ class Compacter(SerialMethod):
     Params = CompacterParams
     promises = Promises(identity_at_start=False, weight=None, per_row=True)
     small = {"width": 4, "divisions": 2}
+    faster = ("up",)
     foreign = {
         **SerialMethod.foreign,
         "phm_rank": "rank",

@@ -36,6 +36,7 @@ class Hira(Method):
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
     small = {"rank": 2}
+    faster = ("up",)
     foreign = {"hira_dropout": "dropout"}
 
     def refuse(self, site: Site, params: HiraParams) -> Refusal | None:

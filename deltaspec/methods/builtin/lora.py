@@ -78,6 +78,7 @@ class Lora(Method):
     default_roles = ("attn.q", "attn.v", "attn.qkv")
     matrices = True
     small = {"rank": 2}
+    faster = ("up", "magnitude", "bias")
     foreign = {
         **dict.fromkeys(("r", "lora_r", "lora_rank", "rnk"), "rank"),
         **dict.fromkeys(("lora_alpha", "scaling_factor"), "alpha"),

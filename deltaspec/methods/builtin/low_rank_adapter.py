@@ -30,6 +30,7 @@ class LowRankAdapter(SerialMethod):
     Params = LowRankAdapterParams
     promises = Promises(identity_at_start=True, weight=None, per_row=True)
     small = {"width": 4}
+    faster = ("up",)
     foreign = {
         **SerialMethod.foreign,
         **dict.fromkeys(("low_rank_rank", "low_rank_w_rank"), "rank"),

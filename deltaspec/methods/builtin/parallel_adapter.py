@@ -50,6 +50,7 @@ class ParallelAdapter(Method):
     promises = Promises(identity_at_start=True, weight=None, per_row=True)
     default_roles = ("attn", "mlp")
     small = {"width": 4}
+    faster = ("up",)
 
     def refuse(self, site: Site, params: ParallelAdapterParams) -> Refusal | None:
         """Take whatever takes and gives a hidden state with its width in the last dimension."""

@@ -17,6 +17,7 @@ from deltaspec.documents.document import from_data
 from deltaspec.language.checks.gate import gate, validator
 from deltaspec.language.checks.whole import check
 from deltaspec.language.load import load
+from deltaspec.language.matrix import written_out
 from deltaspec.language.params import read_params
 from deltaspec.language.schema import accept
 from deltaspec.language.schema.accept import accepts, is_coded, is_valid, shipped
@@ -34,6 +35,7 @@ VALUES = st.sampled_from(
     [
         *(None, True, 0, 1, -1, 8, 8.0, 0.5, 1e9, "", "x", "lora", "8:16", ">=4", "50%", "a\n", [], ["x"], [1, 2], {}),
         *({"budget": "0.5%"}, {"budget": 9}, {"from": 1}, {"path": "**.q"}, {"in": ">=4"}, {"min": 1, "max": 0}),
+        *({"rank": [4, 2]}, {"rank": [0], "train.lr": [1]}, {"lr": 1}, "french"),
     ]
 )
 KEYS = [
@@ -48,6 +50,9 @@ KEYS = [
     "target",
     "from",
     "combine",
+    "train",
+    "matrix",
+    "lr_ratio",
     "not",
     "any",
 ]
@@ -83,9 +88,9 @@ def documents(draw):
 
 def everything(data):
     """Return the findings without the quick yes."""
-    document = from_data(data)
+    document, wrong = written_out(from_data(data), builtin_methods())
     refused = gate(document, builtin_methods())
-    return [*refused, *check(document, builtin_methods(), refused, lambda _: True)]
+    return [*wrong, *refused, *check(document, builtin_methods(), refused, lambda _: True)]
 
 
 @settings(max_examples=300)

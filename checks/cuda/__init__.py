@@ -1,0 +1,1 @@
+"""Checks of deltaspec on a CUDA device: `make check-cuda`. docs/cuda.md says how, and keeps the table."""

@@ -1,0 +1,263 @@
+"""Recipes: how a tensor can be made again, by cheap steps, from what autograd keeps of the host's own forward anyway.
+
+A site's input often is what a norm, an activation or an attention gave. The nodes that made it keep what went into
+them, so that to keep the input, too, is to keep it twice. A recipe is read off the nodes of the autograd graph as they
+are: no model code is traced or known. What an activation gave and a gate keeps, `act(g) * u`, is made again from `g`,
+where the gradients go to `g` and `u` themselves: the nodes between them and the site are then needed by nobody, and go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_DEEPEST = 12
+"""Steps of one recipe at most."""
+
+Steps = tuple[Any, ...]
+"""`(place,)`, a tensor that is kept; or (function, steps of its tensors, its other arguments)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a tensor is made again."""
+
+    steps: Steps
+    kept: tuple[Tensor, ...]
+    """What it is made of; the graph keeps these."""
+    absorbs: bool = False
+    """Whether it goes around nodes that keep what it makes again: gradients then go to `kept` themselves."""
+
+
+def make(steps: Steps, kept: tuple[Tensor, ...]) -> Tensor:
+    """Make the tensor again."""
+    if len(steps) == 1:
+        return kept[steps[0]]
+    function, inner, others = steps
+    made: Tensor = function(*[make(step, kept) for step in inner], *others)
+    return made
+
+
+def recipe_of(x: Tensor, absorb: bool) -> Recipe | None:
+    """Return how `x` is made again; None where that is not known, or would save nothing.
+
+    `absorb`: the recipe may go around nodes.
+    """
+    if x.grad_fn is None or x._version:  # overwritten, it is not what its node gave
+        return None
+    for absorbing in (True, False) if absorb and not _is_watched(x) else (False,):
+        reader = _Reader(absorbing)
+        try:
+            steps = reader.output(x.grad_fn, 0, _DEEPEST)
+        except RuntimeError:  # something was overwritten since: a backward through it will say so, if there is one
+            return None
+        if absorbing and (steps is None or not reader.absorbed or reader.fixed):
+            continue
+        if steps is None or len(steps) == 1 or not (reader.computes or reader.is_apart(x)):
+            return None
+        return Recipe(steps, tuple(reader.kept), reader.absorbed)
+    return None
+
+
+def _is_watched(tensor: Tensor) -> bool:
+    """Return whether somebody wants to see the gradient of a tensor that is no leaf."""
+    return tensor.retains_grad or bool(tensor._backward_hooks)
+
+
+class _Reader:
+    """Reads the steps of one recipe, and collects what is kept."""
+
+    def __init__(self, absorb: bool) -> None:
+        self.kept: list[Tensor] = []
+        self.absorb, self.absorbed = absorb, False
+        self.computes = False
+        """Whether it does more than to look at what is kept in another shape."""
+        self.fixed = False
+        """Whether it counts statistics as constants, through which no gradient goes."""
+
+    def output(self, node: Any, number: int, depth: int) -> Steps | None:
+        """Return how one output of a node is made."""
+        rule = _RULES.get(node.name())
+        return None if rule is None or number or not depth else rule(self, node, depth)
+
+    def before(self, node: Any, place: int, depth: int) -> Steps | None:
+        """Return how the input of a node is made, which it does not keep."""
+        following, number = node.next_functions[place]
+        return None if following is None else self.output(following, number, depth - 1)
+
+    def keep(self, tensor: Tensor | None) -> Steps | None:
+        """Return the step that is a tensor which is kept."""
+        if tensor is None:
+            return None
+        for place, known in enumerate(self.kept):
+            if known is tensor:
+                return (place,)
+        self.kept.append(tensor)
+        return (len(self.kept) - 1,)
+
+    def step(self, function: Callable[..., Tensor], inner: tuple[Steps | None, ...], *others: Any) -> Steps | None:
+        """Return a step that computes; None where one before is unknown."""
+        self.computes = True
+        return None if None in inner else (function, inner, others)
+
+    def is_apart(self, x: Tensor) -> bool:
+        """Return whether a tensor has memory of its own beside what is kept."""
+        own = x.untyped_storage().data_ptr()
+        return all(tensor.untyped_storage().data_ptr() != own for tensor in self.kept)
+
+
+def _saved(node: Any, name: str) -> Tensor | None:
+    """Return a tensor that a node keeps; None where it keeps none, or where hooks keep it elsewhere.
+
+    Checkpointing makes it again when it is unpacked, offloading moves it: neither is to happen before the backward.
+    """
+    try:
+        is_here = _is_here(getattr(node, f"_raw_saved_{name}"))
+    except RuntimeError:
+        return None
+    return getattr(node, f"_saved_{name}") if is_here else None
+
+
+def _is_here(raw: Any) -> bool:
+    """Return whether what a node keeps is a tensor that it has at hand. Raise RuntimeError where it keeps none."""
+    unpack = raw.unpack_hook
+    if unpack is None:
+        return True
+    return isinstance(raw.data, Tensor) and getattr(unpack, "__module__", None) != "torch.utils.checkpoint"
+
+
+def _fact(node: Any, name: str) -> Any:
+    return getattr(node, f"_saved_{name}")
+
+
+def _product(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    factors = []
+    for place, name in enumerate(("self", "other")):
+        tensor = _saved(node, name)
+        if tensor is None:
+            factors.append(reader.before(node, place, depth))
+            continue
+        activation = None
+        if reader.absorb and tensor.grad_fn is not None and tensor.grad_fn.name() in _ACTIVATIONS:
+            activation = None if _is_watched(tensor) else reader.output(tensor.grad_fn, 0, depth - 1)
+        reader.absorbed = reader.absorbed or activation is not None
+        factors.append(reader.keep(tensor) if activation is None else activation)
+    return reader.step(torch.mul, tuple(factors))
+
+
+def _silu(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    return reader.step(F.silu, (reader.keep(_saved(node, "self")),))
+
+
+def _gelu(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    return reader.step(_run_gelu, (reader.keep(_saved(node, "self")),), _fact(node, "approximate"))
+
+
+def _recomputed(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    raws = getattr(node, "_raw_saved_tensors")  # noqa: B009
+    if not all(map(_is_here, raws)):
+        return None
+    function = _run_gated if len(raws) > 1 else _run_alone
+    return reader.step(function, tuple(reader.keep(tensor) for tensor in node.saved_tensors), node.run)
+
+
+def _run_alone(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    return run(x)
+
+
+def _run_gated(g: Tensor, u: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    return run(g) * u
+
+
+def _run_gelu(x: Tensor, approximate: str) -> Tensor:
+    return F.gelu(x, approximate=approximate)
+
+
+def _result(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    return reader.keep(_saved(node, "result"))
+
+
+def _attended(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    return reader.keep(_saved(node, "output"))
+
+
+def _dropped(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    inner = reader.before(node, 0, depth), reader.keep(_saved(node, "result1"))
+    return reader.step(_run_dropped, inner, 1 / (1 - _fact(node, "p")))
+
+
+def _run_dropped(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return x * mask * scale
+
+
+def _layer_norm(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    reader.fixed = True
+    inner = [reader.keep(_saved(node, name)) for name in ("input", "result1", "result2")]
+    affine = [reader.keep(tensor) for name in ("weight", "bias") if (tensor := _saved(node, name)) is not None]
+    if len(affine) == 1:  # which of both, the node does not say apart
+        return None
+    return reader.step(_run_layer_norm, (*inner, *affine))
+
+
+def _run_layer_norm(x: Tensor, mean: Tensor, rstd: Tensor, *affine: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # gradients of gradients go through the statistics, too
+        dims = [d - x.dim() for d in range(x.dim()) if mean.shape[d] == 1 and x.shape[d] != 1] or [-1]
+        centred = x - x.mean(dims, keepdim=True)
+        variance = centred.square().mean(dims, keepdim=True)
+        epsilon = (rstd**-2 - variance).detach()
+        normed = centred * (variance + epsilon).rsqrt()
+    else:
+        normed = torch.sub(x, mean).mul_(rstd).to(x.dtype)
+    return torch.addcmul(affine[1], normed, affine[0]) if affine else normed
+
+
+def _cast(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    given = node._input_metadata[0]
+    return reader.step(_run_cast, (reader.before(node, 0, depth),), given.device, given.dtype)
+
+
+def _run_cast(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return x.to(device, dtype)
+
+
+def _viewed(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    inner = reader.before(node, 0, depth)
+    return None if inner is None else (torch.reshape, (inner,), (tuple(node._input_metadata[0].shape),))
+
+
+def _transposed(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    inner, dims = reader.before(node, 0, depth), (_fact(node, "dim0"), _fact(node, "dim1"))
+    return None if inner is None else (torch.transpose, (inner,), tuple(d - (1 << 64) * (d >> 63) for d in dims))
+
+
+def _copied(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    return reader.before(node, 0, depth)
+
+
+_Rule = Callable[[_Reader, Any, int], Steps | None]
+_ACTIVATIONS: dict[str, _Rule] = {"SiluBackward0": _silu, "GeluBackward0": _gelu, "RecomputedBackward": _recomputed}
+_RULES: dict[str, _Rule] = {
+    **_ACTIVATIONS,
+    "GatedProductBackward": _recomputed,
+    "MulBackward0": _product,
+    **dict.fromkeys(("ReluBackward0", "TanhBackward0", "SigmoidBackward0"), _result),
+    "NativeDropoutBackward0": _dropped,
+    "NativeLayerNormBackward0": _layer_norm,
+    "ToCopyBackward0": _cast,
+    **dict.fromkeys(("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"), _viewed),
+    "TransposeBackward0": _transposed,
+    "CloneBackward0": _copied,
+    **dict.fromkeys(
+        (
+            "ScaledDotProductFlashAttentionForCpuBackward0", "ScaledDotProductFlashAttentionBackward0",
+            "ScaledDotProductEfficientAttentionBackward0", "ScaledDotProductCudnnAttentionBackward0",
+        ),
+        _attended,
+    ),
+}  # fmt: skip
+"""How the output of a node is made, by the node's name."""

@@ -1,0 +1,102 @@
+"""A job: what its rows are under, what they are, and how it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass, field
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
+from deltaspec.training.losses import Loss
+
+if TYPE_CHECKING:
+    from deltaspec.compiler.compiled import CompiledModel
+
+Metrics = Callable[[Any, Any], Mapping[str, float]]
+"""From outputs and batch to means over its rows, by name."""
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One of the jobs that train in one pass.
+
+    `Job("french", data=batches)` trains one delta; `Job("french", "french-head", data=…)` those that its rows are under
+    together. `data` is what gives batches, anew each epoch: a DataLoader, or a list. A batch is a mapping, of which the
+    model gets what its forward takes, labels apart, or (inputs, target). Jobs may share their data.
+    """
+
+    deltas: tuple[str, ...]
+    data: Iterable[Any]
+    name: str = ""
+    """What it is called; left out, as its first delta."""
+    loss: Loss | None = None
+    """From the outputs of its rows and the batch (or the target) to their mean loss; left out, the model's own."""
+    steps: int | None = None
+    """Number of optimizer steps; left out, those of `epochs`."""
+    epochs: int = 1
+    accumulate: int = 1
+    """Batches that make a step."""
+    max_norm: float | None = None
+    """Norm that the gradient of its parameters is clipped to."""
+    seed: int | None = None
+    """Seed of the order of its data; left out, the hint of its deltas (`train.seed`), else 0."""
+    evaluation: Iterable[Any] | None = None
+    """Batches that it is evaluated on."""
+    metrics: Metrics | None = None
+    """Measures of an evaluation beside the loss: means over the rows of a batch, by name."""
+    best: str = "loss"
+    """The measure by which one evaluation is better than another: the loss, of which less is better, or a metric."""
+    patience: int | None = None
+    """Evaluations without a better one after which it stops."""
+    keep_best: bool = field(default=False)
+    """Ends with the parameters of its best evaluation."""
+
+    def __init__(self, *deltas: str, data: Iterable[Any], **options: Any) -> None:
+        unknown = sorted(options.keys() - {*type(self).__dataclass_fields__} | (options.keys() & {"deltas"}))
+        if unknown:
+            raise TypeError(f"a job takes no {unknown[0]!r}")
+        if not deltas or not all(isinstance(delta, str) for delta in deltas):
+            raise TypeError("a job names the deltas that its rows are under: Job('french', data=…)")
+        self.deltas, self.data = deltas, data
+        for key, value in options.items():
+            setattr(self, key, value)
+        self.name = self.name or deltas[0]
+        self.keep_best = options.get("keep_best", self.patience is not None)
+        for key in ("steps", "epochs", "accumulate", "patience"):
+            number = getattr(self, key)
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise ValueError(f"{key} of the job {self.name!r} is 1 or more, not {number!r}")
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"max_norm of the job {self.name!r} is greater than 0, not {self.max_norm!r}")
+        if self.evaluation is None and (self.patience is not None or self.keep_best):
+            raise ValueError(f"the job {self.name!r} needs evaluation=… to know its best parameters")
+
+    @classmethod
+    def each(cls, c: CompiledModel, *entries: str, data: Iterable[Any], **options: Any) -> list[Job]:
+        """Return a job for each delta of an entry with a matrix, or of all entries, alike but for their deltas.
+
+        Of several entries with the same matrix (`head` with `matrix: french`), a job has one delta of each. Raises
+        UnknownDeltaError; ValueError for entries whose matrices differ.
+        """
+        trained = [delta.name for delta in c.plan.deltas if delta.derived is None]
+        points: dict[str, list[str]] = {}
+        for name in trained:
+            points.setdefault(name.partition("[")[0], []).append(name.partition("[")[1] + name.partition("[")[2])
+        if not entries:
+            return [cls(name, data=data, **options) for name in trained]
+        require_known(entries, points)
+        first = points[entries[0]]
+        for other in entries[1:]:
+            if points[other] != first:
+                raise ValueError(f"{entries[0]!r} and {other!r} have different matrices")
+        return [cls(*(f"{entry}{point}" for entry in entries), data=data, **options) for point in first]
+
+    def total(self) -> int:
+        """Return the number of its steps. Raises DeltaSpecError (DS382) where the data does not say how long it is."""
+        if self.steps is not None:
+            return self.steps
+        if not isinstance(self.data, Sized):
+            message = f"the job {self.name!r} has data without a length, so an epoch has no number of steps"
+            raise DeltaSpecError([Diagnostic("DS382", message, "<jobs>", suggestion="give it steps=…")])
+        return max(1, ceil(self.epochs * len(self.data) / self.accumulate))

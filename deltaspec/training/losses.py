@@ -1,0 +1,55 @@
+"""The loss of a job's rows where it names none: what transformers' models compute of `labels`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+
+Loss = Callable[[Any, Any], Tensor]
+"""From a job's outputs and its batch to the mean loss of its rows."""
+_CLASSES = ("ForSequenceClassification", "ForImageClassification", "ForVideoClassification", "ForAudioClassification")
+_IGNORED = -100
+
+
+def usual_loss(model: nn.Module) -> Loss | None:
+    """Return the loss that a model of transformers computes itself, of `labels`; None where it has no usual one."""
+    kind, config = getattr(model, "loss_type", None), getattr(model, "config", None)
+    if kind in _CLASSES:
+        return _with_labels(lambda logits, labels: _of_classes(logits, labels, getattr(config, "problem_type", None)))
+    if kind in ("ForTokenClassification", "ForMaskedLM"):
+        return _with_labels(_of_tokens)
+    if kind in ("ForCausalLM", "ForConditionalGeneration"):
+        decodes = getattr(config, "is_encoder_decoder", False)
+        return _with_labels(_of_tokens if decodes else lambda logits, labels: _of_tokens(logits[:, :-1], labels[:, 1:]))
+    return None
+
+
+def _with_labels(compute: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    def loss(outputs: Any, batch: Any) -> Tensor:
+        labels = batch.get("labels") if isinstance(batch, Mapping) else batch
+        logits = getattr(outputs, "logits", None)
+        if not isinstance(labels, Tensor) or not isinstance(logits, Tensor):
+            lacks = "its outputs have no logits" if isinstance(labels, Tensor) else "its batches have no labels"
+            message, hint = f"there is no loss for a job: {lacks}", "give it one: Job(…, loss=lambda outputs, batch: …)"
+            raise DeltaSpecError([Diagnostic("DS384", message, "<jobs>", suggestion=hint)])
+        wide = logits if logits.element_size() > 2 else logits.float()
+        return compute(wide, labels.to(logits.device))
+
+    return loss
+
+
+def _of_tokens(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=_IGNORED)
+
+
+def _of_classes(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor:
+    if problem == "regression" or (problem is None and logits.shape[-1] == 1):
+        return F.mse_loss(logits.reshape(labels.shape), labels.to(logits.dtype))
+    if problem == "multi_label_classification" or labels.is_floating_point():
+        return F.binary_cross_entropy_with_logits(logits, labels)
+    return F.cross_entropy(logits, labels.reshape(-1), ignore_index=_IGNORED)

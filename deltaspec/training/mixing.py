@@ -1,0 +1,177 @@
+"""Batches of several jobs put together into one, each row under its job; and the outputs cut apart again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+
+MASK = "attention_mask"
+PADDING: Mapping[str, float] = {
+    "input_ids": 0, MASK: 0, "token_type_ids": 0, "position_ids": 0, "inputs_embeds": 0, "labels": -100,
+    "decoder_input_ids": 0, "decoder_attention_mask": 0, "bbox": 0,
+}  # fmt: skip
+"""What transformers' inputs are filled with where those of another job are longer."""
+_TARGETS = ("labels", "label", "label_ids", "start_positions", "end_positions")
+"""What a model takes to compute one loss of all rows, which no job wants."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What the forward of a model takes."""
+
+    names: frozenset[str]
+    pad: Mapping[str, float] = field(default_factory=dict)
+    """What inputs are filled with, by name."""
+    decodes: bool = False
+    """Whether it makes a decoder's input of the labels."""
+
+    @classmethod
+    def of(cls, model: nn.Module, pad: Mapping[str, float]) -> Signature:
+        """Return the signature of a model; `pad` in place of what inputs are filled with otherwise."""
+        parameters = inspect.signature(type(model).forward).parameters.values()
+        names = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        config = getattr(model, "config", None)
+        token = getattr(config, "pad_token_id", None)
+        known = {**PADDING, **({"input_ids": token, "decoder_input_ids": token} if isinstance(token, int) else {})}
+        return cls(names, {**known, **pad}, bool(getattr(config, "is_encoder_decoder", False)))
+
+    def inputs(self, batch: Any) -> dict[str | int, Any]:
+        """Return what of a batch the model takes: by names of the forward, or in order where there are none."""
+        given = batch[0] if isinstance(batch, tuple | list) and len(batch) == 2 else batch
+        if not isinstance(given, Mapping):
+            return dict(enumerate(given if isinstance(given, tuple | list) else [given]))
+        taken = _TARGETS[1:] if self.decodes and "decoder_input_ids" not in given else _TARGETS
+        return {key: value for key, value in given.items() if key in self.names and key not in taken}
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """One batch of the rows of several jobs."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sizes: tuple[int, ...]
+    """Rows of each job."""
+    targets: tuple[Any, ...]
+    """The batches of the jobs, as long as the mixed one: what a loss is computed from, beside the outputs."""
+
+
+def mixed(signature: Signature, names: Sequence[str], batches: Sequence[Any]) -> Mixed:
+    """Put the batches of jobs together. Raises DeltaSpecError (DS383) with all that does not fit."""
+    inputs = [signature.inputs(batch) for batch in batches]
+    findings: list[Diagnostic] = []
+
+    def refuse(message: str, hint: str) -> None:
+        findings.append(Diagnostic("DS383", message, "<jobs>", suggestion=hint))
+
+    sizes = []
+    for name, own in zip(names, inputs, strict=True):
+        rows = {value.shape[0] for value in own.values() if isinstance(value, Tensor) and value.dim()}
+        if len(rows) != 1:
+            what = "no rows" if not rows else f"inputs of {' and '.join(map(str, sorted(rows)))} rows"
+            refuse(f"a batch of the job {name!r} has {what}", "give tensors whose first dimension are the rows")
+        sizes.append(min(rows, default=0))
+    if not findings and len(inputs) > 1:
+        inputs = _masked(inputs, signature)
+        for name, own in zip(names[1:], inputs[1:], strict=True):
+            for key in inputs[0].keys() ^ own.keys():
+                has, lacks = (names[0], name) if key in inputs[0] else (name, names[0])
+                refuse(f"batches of the job {has!r} have {key!r}, those of {lacks!r} do not", "give all jobs the same")
+    if findings:
+        raise DeltaSpecError(findings)
+    together: dict[str | int, Any] = {}
+    for key in inputs[0]:
+        values = [own[key] for own in inputs]
+        if not all(isinstance(value, Tensor) for value in values):
+            if any(value is not values[0] and value != values[0] for value in values[1:]):
+                refuse(f"{key!r} differs among jobs", "what is no tensor is one for all rows")
+            together[key] = values[0]
+            continue
+        shapes = [value.shape[1:] for value in values]
+        fills = isinstance(key, str) and key in signature.pad and MASK in inputs[0]
+        if len({len(shape) for shape in shapes}) > 1 or (len(set(shapes)) > 1 and not fills):
+            listed = ", ".join(f"{list(shape)} ({name})" for shape, name in zip(shapes, names, strict=True))
+            hint = "give an attention_mask, and pad={name: value} for inputs that are not transformers'"
+            refuse(f"rows of {key!r} have different shapes: {listed}", f"{hint}; or pad all jobs to one length")
+            continue
+        together[key] = torch.cat([padded(value, shapes, signature.pad.get(str(key), 0)) for value in values])
+    if findings:
+        raise DeltaSpecError(findings)
+    args = tuple(together[key] for key in sorted(k for k in together if isinstance(k, int)))
+    kwargs = {key: value for key, value in together.items() if isinstance(key, str)}
+    longer = _lengths(inputs, together)
+    targets = tuple(_as_long(batch, longer, own, signature.pad) for batch, own in zip(batches, inputs, strict=True))
+    return Mixed(args, kwargs, tuple(sizes), targets)
+
+
+def _masked(inputs: list[dict[str | int, Any]], signature: Signature) -> list[dict[str | int, Any]]:
+    """Give all jobs a mask of their tokens, where some have one, or their lengths differ and the model takes one."""
+    main = next((key for key in ("input_ids", "inputs_embeds") if all(key in own for own in inputs)), None)
+    if main is None or MASK not in signature.names:
+        return inputs
+    differ = len({own[main].shape[1] for own in inputs}) > 1
+    if not differ and not any(MASK in own for own in inputs):
+        return inputs
+    ones = (torch.ones(own[main].shape[:2], dtype=torch.long, device=own[main].device) for own in inputs)
+    return [own if MASK in own else {**own, MASK: mask} for own, mask in zip(inputs, ones, strict=True)]
+
+
+def padded(value: Tensor, shapes: Sequence[tuple[int, ...]], fill: float) -> Tensor:
+    """Return rows as long as the longest of these shapes, filled up at the end."""
+    longest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    missing = [most - own for most, own in zip(longest, value.shape[1:], strict=True)]
+    if not any(missing):
+        return value
+    return F.pad(value, [part for size in reversed(missing) for part in (0, size)], value=fill)
+
+
+def _lengths(inputs: Sequence[Mapping[str | int, Any]], together: Mapping[str | int, Any]) -> dict[str, int]:
+    """Return how long rows became that were filled up, by the name of the input."""
+    found = {}
+    for key, value in together.items():
+        if isinstance(key, str) and isinstance(value, Tensor) and value.dim() > 1:
+            found[key] = value.shape[1]
+    return found
+
+
+def _as_long(batch: Any, longer: Mapping[str, int], own: Mapping[str | int, Any], pad: Mapping[str, float]) -> Any:
+    """Return what a loss is computed from: labels of tokens, say, as long as the rows became."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[1]
+    main = next((key for key in ("input_ids", "inputs_embeds", "decoder_input_ids") if key in own), None)
+    if not isinstance(batch, Mapping) or main is None:
+        return batch
+    found = dict(batch)
+    for key, value in batch.items():
+        if not isinstance(value, Tensor) or value.dim() < 2 or key not in pad:
+            continue
+        length = longer.get(key, longer[main] if value.shape[1] == own[main].shape[1] else value.shape[1])
+        found[key] = padded(value, [(length, *value.shape[2:])], pad[key])
+    return found
+
+
+def parts(outputs: Any, sizes: Sequence[int]) -> list[Any]:
+    """Cut the outputs of a mixed batch into those of its jobs; what has no rows is None there."""
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    return [_cut(outputs, start, size, sum(sizes)) for start, size in zip(starts, sizes, strict=True)]
+
+
+def _cut(value: Any, start: int, size: int, rows: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[start : start + size] if value.dim() and value.shape[0] == rows else None
+    if isinstance(value, Mapping):
+        own = {key: _cut(each, start, size, rows) for key, each in value.items()}
+        return own if type(value) is dict else type(value)(**own)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_cut(each, start, size, rows) for each in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_cut(each, start, size, rows) for each in value)
+    return None

@@ -1,0 +1,289 @@
+"""Many jobs in one pass: each step runs one batch with the rows of all jobs, and each job learns of its own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import ceil, isfinite
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.training.checkpoint import generators, read, set_generators, write
+from deltaspec.training.interrupts import noticed
+from deltaspec.training.job import Job
+from deltaspec.training.losses import Loss, usual_loss
+from deltaspec.training.mixing import Mixed, Signature, mixed, parts
+from deltaspec.training.progress import shown
+from deltaspec.training.results import Means, Results, table
+from deltaspec.training.state import DIVERGED, FINISHED, JobState
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch.optim import Optimizer
+
+    from deltaspec.compiler.compiled import CompiledModel
+
+_END = object()
+MakeOptimizer = Callable[[list[dict[str, Any]]], "Optimizer"]
+
+
+class Training:
+    """The training of several jobs on one backbone, in one pass.
+
+    >>> jobs = [Job(name, data=batches) for name in c.deltas]
+    >>> results = Training(c, jobs).run(checkpoint="run")
+
+    Each job has an optimizer and a scheduler of its own, by the hints of its deltas (`train:`), and gets the gradient
+    that it would get alone. `optimizer` makes one of an optimizer's groups; what hints do not give is its default.
+    `pad` says what inputs are filled with, by name, where rows of one job are longer than those of another.
+
+    Raises DeltaSpecError with all that is wrong with the jobs: DS382, DS384, DS381, UnknownDeltaError.
+    """
+
+    def __init__(
+        self,
+        c: CompiledModel,
+        jobs: Iterable[Job],
+        *,
+        optimizer: MakeOptimizer = torch.optim.AdamW,
+        pad: Mapping[str, float] | None = None,
+    ) -> None:
+        self.model, self._signature = c, Signature.of(c.backbone, pad or {})
+        self.states = _states(c, list(jobs), optimizer)
+        self.steps = 0
+        """Steps that were taken."""
+        self._mark: tuple[list[tuple[int, int]], dict[str, Any]] | None = None
+        """Where the streams and generators stood before the step at hand; None between steps."""
+
+    @property
+    def running(self) -> list[JobState]:
+        """The jobs that are not done."""
+        return [state for state in self.states if state.running]
+
+    @property
+    def results(self) -> Results:
+        """What came of the jobs so far."""
+        return Results(state.result for state in self.states)
+
+    def run(
+        self,
+        *,
+        evaluate_every: int | None = None,
+        checkpoint: str | PathLike[str] | None = None,
+        save_every: int | None = None,
+        progress: bool | Console = True,
+        callback: Callable[[Training], Any] | None = None,
+    ) -> Results:
+        """Train until all jobs are done; what was attached, and the mode of the model, are as they were afterwards.
+
+        Jobs with `evaluation` are evaluated every so many steps, by default ten times in all, and at their end.
+        `checkpoint` is a directory that is written every `save_every` steps (by default with each evaluation), at the
+        end, and on Ctrl-C, which finishes the step at hand; `load` takes it up again. `progress` shows a table while
+        it runs (False: nothing). `callback` is called after each step.
+        """
+        every = evaluate_every or max(1, ceil(max(state.total for state in self.states) / 10))
+        training = self.model.training
+        self.model.train()
+        try:
+            with shown(lambda: table(self.results), progress), noticed() as interrupts:
+                while self.running:
+                    before = self.running
+                    self.step()
+                    due = self.steps % every == 0
+                    self.evaluate([s for s in before if s.running == due or s.result.status == FINISHED])
+                    if checkpoint is not None and (self.steps % save_every == 0 if save_every else due):
+                        self.save(checkpoint)
+                    if callback is not None:
+                        callback(self)
+                    if interrupts.pressed:
+                        raise KeyboardInterrupt
+            for state in self.states:
+                state.finish()
+        except KeyboardInterrupt:
+            self._rewind()
+            if checkpoint is not None:
+                self.save(checkpoint)
+            raise
+        finally:
+            self.model.train(training)
+        if checkpoint is not None:
+            self.save(checkpoint)
+        return self.results
+
+    def step(self) -> dict[str, float]:
+        """Take one step of each job that is running; return their losses. The model should be in training mode.
+
+        A job whose loss or gradient is not finite ends (`diverged`), and the batch is run again without its rows.
+        """
+        running = self.running
+        self._mark = [(s.stream.epoch, s.stream.taken) for s in self.states], generators()
+        losses: dict[str, float] = dict.fromkeys((state.job.name for state in running), 0.0)
+        for number in range(max((state.job.accumulate for state in running), default=0)):
+            taking = [state for state in running if state.running and number < state.job.accumulate]
+            for state, loss in self._learn(taking, [state.stream.next() for state in taking]):
+                losses[state.job.name] += loss / state.job.accumulate
+        self._mark = None
+        self.steps += 1
+        for state in running:
+            if state.running:
+                state.apply(losses[state.job.name])
+        return {state.job.name: losses[state.job.name] for state in running if state.result.status != DIVERGED}
+
+    def _learn(self, states: Sequence[JobState], batches: Sequence[Any]) -> list[tuple[JobState, float]]:
+        """Add up the gradients of one batch of each job; return the losses of those that have finite ones."""
+        pairs = list(zip(states, batches, strict=True))
+        before = generators()
+        while pairs:
+            losses = self._losses(pairs)
+            values = torch.stack([loss.detach().double() for loss in losses]).tolist()
+            failed = {id(state): value for (state, _), value in zip(pairs, values, strict=True) if not isfinite(value)}
+            if not failed:
+                scaled = [loss / state.job.accumulate for (state, _), loss in zip(pairs, losses, strict=True)]
+                torch.autograd.backward(scaled)
+                return [(state, value) for (state, _), value in zip(pairs, values, strict=True)]
+            # Not a number times nothing is not a number: its rows must not be in the batch that the others learn of.
+            for state, _ in pairs:
+                if id(state) in failed:
+                    state.diverge(f"its loss is {failed[id(state)]}")
+            pairs = [(state, batch) for state, batch in pairs if id(state) not in failed]
+            set_generators(before)
+        return []
+
+    def _losses(self, pairs: Sequence[tuple[JobState, Any]]) -> list[Tensor]:
+        """Return the losses of batches, each of its job."""
+        batch, outputs = self._forward(pairs)
+        losses = [s.loss(own, target) for (s, _), own, target in zip(pairs, outputs, batch.targets, strict=True)]
+        for (state, _), loss in zip(pairs, losses, strict=True):
+            if not isinstance(loss, Tensor) or loss.dim():
+                message = f"the loss of the job {state.job.name!r} is not one number"
+                raise DeltaSpecError([Diagnostic("DS384", message, "<jobs>", suggestion="return the mean of its rows")])
+        return losses
+
+    def _forward(self, pairs: Sequence[tuple[JobState, Any]]) -> tuple[Mixed, list[Any]]:
+        """Run the rows of batches together: the mixed batch, and the outputs of each job."""
+        device = next(state.parameters[0].device for state, _ in pairs)
+        moved = [_moved(batch, device) for _, batch in pairs]
+        batch = mixed(self._signature, [state.job.name for state, _ in pairs], moved)
+        counted = zip(pairs, batch.sizes, strict=True)
+        rows = [state.job.deltas for (state, _), size in counted for _ in range(size)]
+        return batch, parts(self.model(*batch.args, **batch.kwargs, deltas=rows), batch.sizes)
+
+    @torch.no_grad()
+    def evaluate(self, states: Iterable[JobState] | None = None) -> None:
+        """Evaluate jobs, by default those that are running, in batches of rows of all of them."""
+        chosen = self.running if states is None else states
+        waiting = [(s, iter(s.job.evaluation), Means()) for s in chosen if s.job.evaluation is not None]
+        with self._evaluating():
+            while waiting:
+                taken = [(state, next(batches, _END), means) for state, batches, means in waiting]
+                for state, batch, means in taken:
+                    if batch is _END:
+                        state.evaluated(means.of(state.job.name))
+                waiting = [each for each, (_, batch, _) in zip(waiting, taken, strict=True) if batch is not _END]
+                self._measure([each for each in taken if each[1] is not _END])
+
+    def _measure(self, taken: Sequence[tuple[JobState, Any, Means]]) -> None:
+        """Add what is measured on a batch of each job to their means."""
+        if not taken:
+            return
+        pairs = [(state, batch) for state, batch, _ in taken]
+        batch, outputs = self._forward(pairs)
+        for (state, _, means), size, own, target in zip(taken, batch.sizes, outputs, batch.targets, strict=True):
+            measures = {} if state.job.metrics is None else state.job.metrics(own, target)
+            means.add({"loss": float(state.loss(own, target)), **measures}, size)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Run in evaluation mode, and let no number be drawn of the training's generators."""
+        training, before = self.model.training, generators()
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+            set_generators(before)
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write all that the next step depends on: parameters, optimizers, places in the data, generators, results."""
+        places, states = self._mark or ([(s.stream.epoch, s.stream.taken) for s in self.states], generators())
+        jobs = {s.job.name: s.state_dict(place) for s, place in zip(self.states, places, strict=True)}
+        write(directory, {"jobs": jobs, "steps": self.steps, "generators": states})
+
+    def load(self, directory: str | PathLike[str]) -> Training:
+        """Take up what `save` wrote: the next step is the one that would have been taken then, to the bit.
+
+        The jobs must be those that it was written with; raises DeltaSpecError (DS385) with all that does not fit.
+        """
+        content = read(directory, self.states)
+        for state in self.states:
+            state.load_state_dict(content["jobs"][state.job.name])
+        self.steps = content["steps"]
+        set_generators(content["generators"])
+        return self
+
+    def _rewind(self) -> None:
+        """Undo a step that was not finished: none of its gradients were applied."""
+        if self._mark is None:
+            return
+        places, states = self._mark
+        for state, place in zip(self.states, places, strict=True):
+            state.stream.seek(*place)
+            state.clear()
+        set_generators(states)
+        self._mark = None
+
+
+def _states(c: CompiledModel, jobs: Sequence[Job], optimizer: MakeOptimizer) -> list[JobState]:
+    """Make what each job has of its own. Raises DeltaSpecError with all that is wrong with the jobs."""
+    findings: list[Diagnostic] = []
+
+    def refuse(code: str, message: str, hint: str) -> None:
+        findings.append(Diagnostic(code, message, "<jobs>", suggestion=hint))
+
+    if not jobs:
+        refuse("DS382", "there is no job", "give some: Training(c, [Job('french', data=…)])")
+    trained: dict[str, str] = {}
+    named: set[str] = set()
+    usual, chosen = usual_loss(c.backbone), list[Loss]()
+    for job in jobs:
+        if job.name in named:
+            refuse("DS382", f"two jobs are called {job.name!r}", "give one of them a name of its own: Job(…, name=…)")
+        named.add(job.name)
+        for delta in job.deltas:
+            if delta in trained:
+                message = f"the delta {delta!r} is trained by the jobs {trained[delta]!r} and {job.name!r}"
+                refuse("DS382", message, "each job trains deltas of its own")
+            trained.setdefault(delta, job.name)
+        if job.loss is None and usual is None:
+            message = f"the job {job.name!r} has no loss, and a {type(c.backbone).__name__} has no usual one"
+            refuse("DS384", message, "give it one: Job(…, loss=lambda outputs, batch: …)")
+        elif (loss := job.loss or usual) is not None:
+            chosen.append(loss)
+        try:
+            c.parameter_groups(*job.deltas)
+            job.total()
+        except DeltaSpecError as error:
+            findings += error.diagnostics
+    if findings:
+        raise DeltaSpecError(findings)
+    hints = {delta.name: delta.train for delta in c.plan.deltas}
+    made = []
+    for job, loss in zip(jobs, chosen, strict=True):
+        given = (train.seed for delta in job.deltas if (train := hints[delta]) is not None)
+        seed = next((s for s in (job.seed, *given) if s is not None), 0)
+        deltas = {name: c.deltas[name] for name in job.deltas}
+        made.append(JobState(job, deltas, c.parameter_groups(*job.deltas), loss, optimizer, seed))
+    return made
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return a batch on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _moved(each, device) for key, each in value.items()}
+    return type(value)(_moved(each, device) for each in value) if type(value) in (tuple, list) else value

@@ -1,0 +1,139 @@
+"""One job while it is trained: its parameters, optimizer and stream, how far it is, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaspec.training.batches import Stream
+from deltaspec.training.job import Job
+from deltaspec.training.losses import Loss
+from deltaspec.training.outcome import JobResult
+from deltaspec.training.schedules import scheduler
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from deltaspec.deltas.modules import Delta
+
+RUNNING, FINISHED, STOPPED, DIVERGED = "running", "finished", "stopped early", "diverged"
+
+
+class JobState:
+    """What a job has of its own while it is trained."""
+
+    def __init__(
+        self,
+        job: Job,
+        deltas: Mapping[str, Delta],
+        groups: list[dict[str, Any]],
+        loss: Loss,
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer],
+        seed: int,
+    ) -> None:
+        self.job, self.deltas, self.loss = job, deltas, loss
+        self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        self.total = job.total()
+        self.optimizer = optimizer(groups)
+        self.scheduler = scheduler(self.optimizer, self.total)
+        self.stream = Stream(job.name, job.data, seed)
+        self.result = JobResult(job.name, job.deltas, self.total, job.best)
+        self.kept = self.snapshot()
+        """Its tensors as they were at the best evaluation, or at the last one, or at the start."""
+        self.stale = 0
+        """Evaluations since the best one."""
+
+    @property
+    def running(self) -> bool:
+        """Whether its rows are in the batch."""
+        return self.result.status == RUNNING
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of its deltas, buffers included, by delta and storage key."""
+        return {f"{name}\n{key}": tensor for name, delta in self.deltas.items() for key, tensor in delta.tensors()}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return copies of its tensors."""
+        return {key: tensor.detach().clone() for key, tensor in self.tensors().items()}
+
+    @torch.no_grad()
+    def put_back(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give its deltas these values."""
+        for key, tensor in self.tensors().items():
+            tensor.copy_(tensors[key])
+
+    def clear(self) -> None:
+        """Drop its gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def apply(self, loss: float) -> None:
+        """Take a step of its optimizer with the gradients that there are, unless they are not finite."""
+        norm = _norm(self.parameters, self.job.max_norm)
+        if not isfinite(norm):
+            self.diverge(f"the norm of its gradient is {norm}")
+            return
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.clear()
+        self.result.took(loss, float(rate))
+        if self.result.step == self.total:
+            self.result.status = FINISHED
+
+    def diverge(self, why: str) -> None:
+        """End it for numbers that are not finite; its tensors become what they were at its last evaluation."""
+        self.clear()
+        self.put_back(self.kept)
+        at = self.result.evaluations[-1].step if self.result.evaluations else 0
+        at = self.result.best_step if self.job.keep_best and self.result.best_step is not None else at
+        self.result.end(DIVERGED, f"{why} at step {self.result.step + 1}; its deltas are as at step {at}")
+
+    def evaluated(self, measures: Mapping[str, float]) -> None:
+        """Take in an evaluation: remember the best one, and stop where none was better for long."""
+        better = self.result.measured(measures)
+        if (better or not self.job.keep_best) and all(map(isfinite, measures.values())):
+            self.kept = self.snapshot()
+        self.stale = 0 if better else self.stale + 1
+        if self.job.patience is not None and self.stale >= self.job.patience and self.running:
+            self.result.end(STOPPED, f"{self.stale} evaluations without a better {self.job.best}")
+
+    def finish(self) -> None:
+        """Give a job that has ended the parameters of its best evaluation, where it keeps these."""
+        if self.job.keep_best and self.result.best_step is not None:
+            self.put_back(self.kept)
+
+    def state_dict(self, place: tuple[int, int]) -> dict[str, Any]:
+        """Return all that it is, with its stream at a place."""
+        return {
+            "tensors": self.snapshot(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "stream": [self.stream.seed, *place],
+            "kept": self.kept,
+            "stale": self.stale,
+            "result": self.result.to_data(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become what another one was."""
+        self.put_back(state["tensors"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.stream.seed, epoch, taken = state["stream"]
+        self.stream.seek(epoch, taken)
+        self.kept, self.stale = dict(state["kept"]), state["stale"]
+        self.result = JobResult.from_data(state["result"])
+
+
+def _norm(parameters: Iterable[nn.Parameter], most: float | None) -> float:
+    """Return the norm of the gradient, which becomes no larger than `most`."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if most is not None and gradients:
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return float(norm)
