@@ -95,7 +95,7 @@ class Mixer(Running):
             given, table = arrange(rows, among, found, own, self._place)
             keys = tuple(place.key for place in given)
             new = {found[name][1].kind for name in names} - self._full
-            if new:  # all of their kinds at once: a stack that grows later is another shape to a compiled graph
+            if new:  # all of their deltas at once: a stack that grows is another shape to a compiled graph
                 stacks.ensure([name for name in self._shared.planned if stacks.kind(name) in new])
                 self._full |= new
             if keys not in self._made:
@@ -131,10 +131,9 @@ class Mixer(Running):
         """Build the forwards of all hosts for families, given with deltas that stand for all of each."""
         assert standing is not None
         with self._gate.switching(with_rows=True) if self.installed else nullcontext():
-            builder = self._builder
             self._provide(sum(len(place.lines) for place in given))
-            hosts, used = at_hosts(builder, standing, self._slots)
-            made = bind_hosts(builder, hosts)
+            hosts, used = at_hosts(self._builder, standing, self._slots)
+            made = bind_hosts(self._builder, hosts)
             made[""] = Entering(self, made.get("") or self._host.own_forward(""))
             for host, forward in made.items():
                 self._mixed.setdefault(host, {})[keys] = forward
