@@ -13,11 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from deltaspec.graphs.lifted import SPLAT_ARGS, SPLAT_KWARGS, Held, to_function
 from deltaspec.graphs.links import Inputs, Link
-from deltaspec.graphs.passes.recompute import HOST, How
+from deltaspec.graphs.passes.recompute import HOST, How, trains_in_one_step
+from deltaspec.graphs.passes.recompute_parts import training_graph
 from deltaspec.graphs.passes.run import run_passes
 from deltaspec.graphs.rewrite import emit_chain
 from deltaspec.graphs.streams import entered
@@ -41,7 +43,7 @@ class RegionKey:
     owned: bool = False
     """Whether `base` gives a new tensor that nothing else holds, so that passes may let it be overwritten."""
     how: How | None = None
-    """In which way the site trains in one step of autograd, by its class's own forward; None: it does not."""
+    """In which way the site trains, where passes change that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,7 @@ def region(key: RegionKey) -> Region:
         stream = functools.partial(_entered, graph, bind(f"stream{suffix}")) if link.reads_stream else None
         strength = bind(f"strength{suffix}") if link.scaled or link.per_row else None
         inputs.append(Inputs(tensors, dropout, strength=strength, stream=stream, swapped=swapped))
-    if key.how is not None:
+    if key.how is not None and key.how.own:
         bind(HOST)
 
     leading = (tuple(lowered),) if lowered else ()
@@ -158,10 +160,27 @@ def region(key: RegionKey) -> Region:
         kwargs = graph.placeholder("**kwargs")
         result = _open_call(graph, key, args, kwargs, leading, tuple(inputs), swapped)
     graph.output(result)
-    run_passes(graph, key.owned, how=key.how)
     title = f"region {' + '.join(link.method for link in key.links) or 'lowered'}"
+    training = None
+    if key.how is not None and not any(link.per_row for link in key.links):
+        names = [name for given in inputs for name in (node.target for node in given.tensors.values())]
+        dropouts = [given.dropout for given in inputs if given.dropout is not None]
+        training = training_graph(graph, key.argument, list(map(str, names)), dropouts, key.how.remake)
+    run_passes(graph, key.owned, how=key.how)
     function, code = to_function(graph, title, held)
+    if training is not None and not trains_in_one_step(graph):
+        run_passes(training, key.owned)
+        function = _either(function, to_function(training, f"{title} in training", held)[0])
     return Region(key, graph, code, function, tuple(bound))
+
+
+def _either(function: Callable[..., Any], training: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what runs one function while gradients are recorded, and another one else."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (training if torch.is_grad_enabled() else function)(*args, **kwargs)
+
+    return run
 
 
 def _open_call(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from deltaspec.graphs.activations import Gate
 from deltaspec.graphs.autocast import autocasts
@@ -30,6 +30,8 @@ _PLAIN = (Tensor, nn.Parameter)
 class How(NamedTuple):
     """What is known of a site when its graph is made."""
 
+    own: bool
+    """Whether the host runs its class's own forward, and gives a new tensor."""
     transposed: bool
     """Whether the host's weight is `[in, out]`, as transformers' Conv1D has it."""
     remake: bool
@@ -121,3 +123,8 @@ def run(scope: Scope, how: How) -> None:
 
 HOST = "host"
 """Name of the input that is the host itself, where its forward is its class's own."""
+
+
+def trains_in_one_step(graph: fx.Graph) -> bool:
+    """Return whether the pass has found a site in a graph."""
+    return any(node.target is low_rank_site for node in graph.nodes)

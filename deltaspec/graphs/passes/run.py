@@ -33,6 +33,6 @@ def run_passes(
     if modules is not None:
         share_inputs.run(scope, modules)
     fuse_rows.run(scope)
-    if how is not None:
+    if how is not None and how.own:
         recompute.run(scope, how)
     keep_scales.run(graph)
