@@ -50,7 +50,7 @@ def _flash(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,
+    **_: Any,
 ) -> Tensor:
     """Do what torch does with that kernel: a mask of truth values becomes one of numbers."""
     if attn_mask is not None and attn_mask.dtype is torch.bool:
