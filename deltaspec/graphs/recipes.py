@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltaspec.graphs.dropouts import dropped
+
 _DEEPEST = 12
 """Steps of one recipe at most."""
 
@@ -166,6 +168,13 @@ def _recomputed(reader: _Reader, node: Any, depth: int) -> Steps | None:
     return reader.step(function, tuple(reader.keep(tensor) for tensor in node.saved_tensors), node.run)
 
 
+def _dropped_bits(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    if not all(map(_is_here, getattr(node, "_raw_saved_tensors"))):  # noqa: B009
+        return None
+    inner = reader.before(node, 0, depth), reader.keep(node.saved_tensors[0])
+    return reader.step(dropped, inner, node.shape, node.scale)
+
+
 def _run_alone(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     return run(x)
 
@@ -247,6 +256,7 @@ _RULES: dict[str, _Rule] = {
     "MulBackward0": _product,
     **dict.fromkeys(("ReluBackward0", "TanhBackward0", "SigmoidBackward0"), _result),
     "NativeDropoutBackward0": _dropped,
+    "DropStepBackward": _dropped_bits,
     "NativeLayerNormBackward0": _layer_norm,
     "ToCopyBackward0": _cast,
     **dict.fromkeys(("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"), _viewed),
