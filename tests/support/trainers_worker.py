@@ -105,11 +105,18 @@ _made = state.AcceleratorState.__init__
 
 
 def _accelerator(options: dict[str, Any] | None) -> Accelerator:
-    state.AcceleratorState._reset_state()
-    state.AcceleratorState.__init__ = _made  # type: ignore[method-assign]
+    plainly()
     if options is None:
         return Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     return Accelerator(cpu=True, fsdp_plugin=believed(options))
+
+
+def plainly() -> None:
+    """Let accelerate start anew, and see that these are CPUs."""
+    state.AcceleratorState._reset_state()
+    state.AcceleratorState.__init__ = _made  # type: ignore[method-assign]
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+        os.environ.pop(name, None)
 
 
 def believed(options: dict[str, Any]) -> FullyShardedDataParallelPlugin:
@@ -128,7 +135,7 @@ def believed(options: dict[str, Any]) -> FullyShardedDataParallelPlugin:
 def trained(way: str, folder: Path) -> dict[str, Any]:
     """Train with Trainer and the mixin, resume from a checkpoint of the middle, load the best."""
     options: dict[str, Any] = {}
-    state.AcceleratorState._reset_state()
+    plainly()
     if way != "ddp":
         believed(ACCELERATE[way] or {})
         options = {"fsdp": True, "fsdp_config": {"fsdp_version": 2}}
@@ -155,7 +162,7 @@ def work(rank: int, folder: str, port: int) -> None:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    found = {way: accelerated(way, rank, Path(folder)) for way in ACCELERATE}
-    found |= {f"trainer {way}": trained(way, Path(folder)) for way in ("layers", "ddp")}
+    found = {f"trainer {way}": trained(way, Path(folder)) for way in ("ddp", "layers")}
+    found |= {way: accelerated(way, rank, Path(folder)) for way in ACCELERATE}
     torch.save(found, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
