@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaspec.graphs.autocast import autocasts, without_autocast
 from deltaspec.graphs.bits import packed, unpacked
 from deltaspec.graphs.recipes import Recipe, make, recipe_of
 
@@ -59,8 +60,8 @@ class PartStep(torch.autograd.Function):
         """Run the part."""
         masks = _Masks(dropouts)
         given = part(*tensors, *map(masks.drop, range(len(dropouts))))
-        kind = tensors[0].device.type
-        ctx.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        device = tensors[0].device
+        ctx.autocast = torch.get_autocast_dtype(device.type) if autocasts(device) else None
         ctx.part, ctx.masks, ctx.count, ctx.drawn = part, masks, len(tensors), len(masks.kept)
         ctx.steps = None if recipe is None else recipe.steps
         ctx.save_for_backward(*masks.kept, *(tensors if recipe is None else (*tensors[1:], *recipe.kept)))
@@ -81,8 +82,8 @@ class PartStep(torch.autograd.Function):
             tensors = [t.detach().requires_grad_(to) for t, to in zip(tensors, wanted, strict=True)]
         shapes = list(ctx.masks.shapes)
         dropouts = [ctx.masks.again(place, kept, shapes) for place in range(len(ctx.masks.probabilities))]
-        kind = tensors[0].device.type
-        with torch.enable_grad(), torch.autocast(kind, ctx.autocast, enabled=ctx.autocast is not None):
+        device, dtype = tensors[0].device, ctx.autocast
+        with torch.enable_grad(), torch.autocast(device.type, dtype) if dtype else without_autocast(device):
             given = ctx.part(*tensors, *dropouts)
         pairs = [(y, g) for y, g in zip(given, gradients, strict=True) if g is not None and y.requires_grad]
         into = [t for t, to in zip(tensors, wanted, strict=True) if to]

@@ -29,7 +29,13 @@ def trained_by(placements: Sequence[Placement], links: Sequence[Link], own: bool
     return How(own, links[0].form.kind == "conv1d", "rematerialise" in passes, "feed_forward" in passes)
 
 
-def activations(hosts: Mapping[str, Sequence[Placement]], host: Host) -> Iterator[tuple[str, Forward]]:
+def around(hosts: Mapping[str, Sequence[Placement]], host: Host) -> Iterator[tuple[str, Forward]]:
+    """Yield the forwards of other modules that train in another way while these hosts have deltas: (FQN, forward)."""
+    yield from _activations(hosts, host)
+    yield from _dropouts(hosts, host)
+
+
+def _activations(hosts: Mapping[str, Sequence[Placement]], host: Host) -> Iterator[tuple[str, Forward]]:
     """Yield the forwards of the activations beside these hosts: (FQN, forward).
 
     They stand in the module that owns a linear layer with a delta, and are nobody else's.
@@ -48,7 +54,7 @@ def activations(hosts: Mapping[str, Sequence[Placement]], host: Host) -> Iterato
                 yield fqn, functools.partial(activate, host.own_forward(fqn), module, Activation())
 
 
-def dropouts(hosts: Mapping[str, Sequence[Placement]], host: Host) -> Iterator[tuple[str, Forward]]:
+def _dropouts(hosts: Mapping[str, Sequence[Placement]], host: Host) -> Iterator[tuple[str, Forward]]:
     """Yield the forwards of the backbone's own dropouts: (FQN, forward), where all deltas let a pass work on them."""
     if not hosts or not all("dropout" in p.passes for placements in hosts.values() for p in placements):
         return
