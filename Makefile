@@ -26,8 +26,8 @@ ENGINES := check-onnxruntime check-onnxruntime-genai check-openvino check-llama-
 # Where torch is one for CUDA: an environment of its own (docs/cuda.md), the active one, or the usual one.
 CUDA ?= $(firstword $(wildcard .venv-cuda) $(VIRTUAL_ENV) .venv)
 
-.PHONY: demo example test test-inductor test-quantised test-ecosystem check-engines check-cuda $(ENGINES) check-ray lint \
-	format bench schema-check lock-check generate wheel clean
+.PHONY: demo example sweep test test-inductor test-quantised test-ecosystem check-engines check-cuda $(ENGINES) \
+	check-ray lint format bench schema-check lock-check generate wheel clean
 
 demo: .venv/.demo
 	$(BIN)/deltaspec demo $(ARGS)
@@ -35,6 +35,10 @@ demo: .venv/.demo
 # Three tasks on one backbone, a stream of mixed requests: ARGS=--quick for a short run.
 example: .venv/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python examples/multitask_serving.py $(ARGS)
+
+# Nine jobs in one pass, and PEFT's nine runs: ARGS=--quick for a short run, ARGS=--no-peft for the pass alone.
+sweep: .venv/.demo .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python examples/sweep.py $(ARGS)
 
 # One torch thread a worker: on small machines two processes are faster than two threads.
 test: .venv/.test

@@ -12,10 +12,11 @@ from torch import nn
 from deltaspec.backbone.sharded import refuse_sharded
 from deltaspec.compiler.build import build
 from deltaspec.compiler.compiled import CompiledModel
-from deltaspec.compiler.estimate import plan
+from deltaspec.compiler.estimate import checked_memory
 from deltaspec.language.model import DeltaSpec
 from deltaspec.language.passes import chosen
 from deltaspec.planning.plan import Plan
+from deltaspec.planning.resolve import plan
 
 Spec: TypeAlias = "str | PathLike[str] | Mapping[str, Any] | DeltaSpec"
 
@@ -42,8 +43,9 @@ def compile(
     reaches them raises DeltaSpecError (DS416): it would train your model. `train_backbone=True` lets them be trained
     then: the result has weights of its own from the start (which take their memory again), and the model's stay.
 
-    `passes` make training steps lighter, with the same gradients within round-off: `recompute`, `rematerialise` and
-    `feed_forward`, all by default; the names of some, or False for none. What a spec leaves out stays out.
+    `passes` make training steps lighter, with the same gradients within round-off: `recompute`, `rematerialise`,
+    `dropout` and `feed_forward`, all by default; the names of some, or False for none. What a spec leaves out stays
+    out. Raises DeltaSpecError (DS480) for unknown names.
 
     Raises DeltaSpecError with all findings, before anything is made.
     """
@@ -51,6 +53,7 @@ def compile(
     wanted = chosen(passes)
     planned = plan(model, spec, *more_specs, example_inputs=example_inputs)
     planned = planned if wanted == planned.passes else replace(planned, passes=wanted)
+    planned = checked_memory(model, planned, example_inputs)
     return CompiledModel(*build(model, planned, capture, trained=train_backbone))
 
 

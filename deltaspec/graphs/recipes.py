@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltaspec.graphs.dropouts import dropped
+
 _DEEPEST = 12
 """Steps of one recipe at most."""
 
@@ -107,8 +109,12 @@ class _Reader:
 
     def is_apart(self, x: Tensor) -> bool:
         """Return whether a tensor has memory of its own beside what is kept."""
-        own = x.untyped_storage().data_ptr()
-        return all(tensor.untyped_storage().data_ptr() != own for tensor in self.kept)
+        return all(_storage(tensor) != _storage(x) for tensor in self.kept)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return what tells a tensor's storage from others, on the meta device, too, where all have the address 0."""
+    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 (a storage's identity has no other name)
 
 
 def _saved(node: Any, name: str) -> Tensor | None:
@@ -164,6 +170,13 @@ def _recomputed(reader: _Reader, node: Any, depth: int) -> Steps | None:
         return None
     function = _run_gated if len(raws) > 1 else _run_alone
     return reader.step(function, tuple(reader.keep(tensor) for tensor in node.saved_tensors), node.run)
+
+
+def _dropped_bits(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    if not all(map(_is_here, getattr(node, "_raw_saved_tensors"))):  # noqa: B009
+        return None
+    inner = reader.before(node, 0, depth), reader.keep(node.saved_tensors[0])
+    return reader.step(dropped, inner, node.shape, node.scale)
 
 
 def _run_alone(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -247,6 +260,7 @@ _RULES: dict[str, _Rule] = {
     "MulBackward0": _product,
     **dict.fromkeys(("ReluBackward0", "TanhBackward0", "SigmoidBackward0"), _result),
     "NativeDropoutBackward0": _dropped,
+    "DropStepBackward": _dropped_bits,
     "NativeLayerNormBackward0": _layer_norm,
     "ToCopyBackward0": _cast,
     **dict.fromkeys(("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"), _viewed),
