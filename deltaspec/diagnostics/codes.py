@@ -189,6 +189,7 @@ CODES: dict[str, str] = {
     "DS565": "trainer whose model holds no deltas",
     "DS566": "checkpoint of another model around the deltas",
     "DS567": "trainer that flattens the parameters of deltas",
+    "DS568": "hints for training that a scheduler has no place for",
     "DS575": "adapter of a model in shards",
     "DS585": "input of another module that a delta cannot read",
     "DS586": "forward without the module whose input a delta reads",

@@ -17,6 +17,7 @@ from deltaspec.compiler.found import held_in
 from deltaspec.compiler.standard_verbs import written_elsewhere
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.training.checkpoints import acting, in_shards, read, write
+from deltaspec.training.hints import regroup, reschedule
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -30,7 +31,8 @@ class DeltaTrainerMixin(Trainer):
     The trainer is given a compiled model, its backbone, or a module that holds one. Checkpoints have the deltas as
     `c.save` writes them (so `deltaspec.restore` takes a checkpoint), what trains around the backbone, and the states of
     optimizer, scheduler and random numbers. Resuming, `load_best_model_at_end` and `save_model` use the same form,
-    under DDP and FSDP 2, too. While nothing is attached, the trainer does all as it does without this mixin.
+    under DDP and FSDP 2, too. Hints of the spec (`train:`) are in the optimizer that the trainer makes. While nothing
+    is attached, the trainer does all as it does without this mixin.
     """
 
     model: Any
@@ -53,6 +55,22 @@ class DeltaTrainerMixin(Trainer):
         model = super().call_model_init(*args, **kwargs)
         _require_deltas(model)
         return model
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer, with the hints of the deltas (`train:`) in it."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not given and (held := acting(self.model)):
+            regroup(optimizer, held)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Make the scheduler, with the hints of the deltas (`train:`) in it. Raise DeltaSpecError (DS568)."""
+        given = self.lr_scheduler is not None
+        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        if not given:
+            reschedule(scheduler, scheduler.optimizer.param_groups, num_training_steps)
+        return scheduler
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the deltas, with what the trainer writes beside a model."""

@@ -175,3 +175,28 @@ def test_a_backbone_leads_to_its_deltas_when_the_compiled_model_is_gone(tmp_path
     trainer = DeltaTrainer(build().backbone, arguments(tmp_path, max_steps=1), train_dataset=rows("gpt2"))
     trainer.train()
     assert (tmp_path / "checkpoint-1" / "manifest.json").exists()
+
+
+def test_hints_of_the_spec_are_in_the_optimizer(tmp_path):
+    given = spec("gpt2")
+    given["deltas"][0] |= {"train": {"lr": 0.5, "warmup": 2, "schedule": "constant"}}
+    compiled = deltaspec.compile(ARCHITECTURES["gpt2"].model(), given)
+    settings = arguments(tmp_path, weight_decay=0.25, max_grad_norm=0)
+    trainer = DeltaTrainer(compiled, settings, train_dataset=rows("gpt2"))
+    trainer.train()
+    low = {id(p) for p in compiled.deltas["low"].parameters()}
+    groups = [(group, {id(p) for p in group["params"]}) for group in trainer.optimizer.param_groups]
+    hinted = [group for group, own in groups if own and own <= low]
+    others = [group for group, own in groups if own and not own & low]
+    assert sum(len(own & low) for _, own in groups) == len(low)
+    assert {(group["initial_lr"], group["weight_decay"]) for group in hinted} == {(0.5, 0.25)}
+    assert {group["initial_lr"] for group in others} == {0.05} and others
+    assert {group["lr"] for group in hinted} == {0.5} and {group["lr"] for group in others} == {0.0}
+    assert compiled.check_optimizer(trainer.optimizer.optimizer)
+    again = deltaspec.compile(ARCHITECTURES["gpt2"].model(), given)
+    resumed = DeltaTrainer(again, settings, train_dataset=rows("gpt2"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(resumed) == losses(trainer)
+    settings = arguments(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1)
+    with pytest.raises(DeltaSpecError, match="DS568.*low.*ReduceLROnPlateau"):
+        DeltaTrainer(again, settings, train_dataset=rows("gpt2"), eval_dataset=rows("gpt2")).train()
