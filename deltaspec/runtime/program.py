@@ -34,30 +34,42 @@ class Footprint:
         return self.surplus[other]
 
 
+Filled: TypeAlias = tuple[frozenset[Socket], frozenset[Socket]]
+"""The sockets that a program fills by itself, and those in which something stands."""
+
+
 @dataclass(slots=True, eq=False)
 class Program:
     """The forwards of one active set."""
 
     forwards: dict[Socket, Forward] = field(default_factory=dict)
     """What each module runs while this set is active."""
+    standing: dict[Socket, Forward] = field(default_factory=dict)
+    """What other modules run while it is active, which is the same for all programs that have them."""
     writes: list[tuple[Callable[[State], None], State]] = field(default_factory=list)
     """The same as what a switch does: (a socket's `fill`, what goes into it)."""
+    stays: list[tuple[Callable[[State], None], State]] = field(default_factory=list)
+    """The same of what stands: what a switch does between programs with other footprints."""
     regions: dict[str, Region] = field(default_factory=dict)
     """Regions by the FQN of their module."""
     names: tuple[str, ...] = ()
     footprint: Footprint | None = None
 
-    def finish(self, names: tuple[str, ...], known: dict[frozenset[Socket], Footprint]) -> None:
+    def finish(self, names: tuple[str, ...], known: dict[Filled, Footprint]) -> None:
         """Name the set, and share the footprint with the programs that fill the same sockets."""
-        self.names, sockets = names, frozenset(self.forwards)
+        self.names, sockets, standing = names, frozenset(self.forwards), frozenset(self.standing)
         self.writes = [(socket.fill, state_of(forward)) for socket, forward in self.forwards.items()]
-        self.footprint = known.setdefault(sockets, Footprint(sockets))
+        self.stays = [(socket.fill, state_of(forward)) for socket, forward in self.standing.items()]
+        self.footprint = known.setdefault((sockets, standing), Footprint(sockets | standing))
 
     def install(self, before: Program) -> bool:
         """Make the deltas act in the place of those of another program; return whether other modules change."""
+        changes = before.footprint is not self.footprint
+        for write, state in self.stays if changes else ():
+            write(state)
         for write, state in self.writes:
             write(state)
-        if before.footprint is self.footprint:
+        if not changes:
             return False
         assert before.footprint is not None and self.footprint is not None
         # As `Socket.leave` and `enter` do it, without a call for each: this is most of what detaching costs.

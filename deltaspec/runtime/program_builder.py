@@ -118,7 +118,7 @@ class ProgramBuilder:
         if inline:
             self._bind_root(program, inline)
         for fqn, forward in around({fqn: at for fqn, at in hosts.items() if fqn in program.regions}, self.host):
-            self._write(program, fqn, forward)
+            program.standing[self.host.socket(fqn)] = forward
         for fqn in self.statistics:
             if fqn not in hosts or fqn in inline:
                 self._write(program, fqn, self.host.frozen_statistics(fqn))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltaspec.runtime.program import Footprint, Program
-from deltaspec.runtime.sockets import Socket
+from deltaspec.runtime.program import Filled, Footprint, Program
 
 _MOST = 1024
 """Programs that are kept at least."""
@@ -19,7 +18,7 @@ class Programs:
         """By the active set, in order of application, and those of it that are not at full strength."""
         self.ready: dict[tuple[Any, ...], Program] = {}
         """By names as they were given, checked: active sets that need nothing but their program."""
-        self._footprints: dict[frozenset[Socket], Footprint] = {}
+        self._footprints: dict[Filled, Footprint] = {}
 
     def get(self, names: tuple[str, ...], scaled: tuple[str, ...]) -> Program | None:
         """Return the program of an active set, if it is kept."""
