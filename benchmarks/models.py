@@ -34,23 +34,25 @@ def llama(width: int = 512, inner: int = 1376, layers: int = 8, heads: int = 8) 
     return LlamaForCausalLM(config).eval()
 
 
-def spec(names: list[str], linear: list[str]) -> dict[str, Any]:
+def spec(names: list[str], linear: list[str], dropout: float = 0.0) -> dict[str, Any]:
     """Write a spec with LoRA of rank 8 on all linear layers, one delta a name."""
     target = {"path": [f"**.{name}" for name in linear]}
-    deltas = [{"name": n, "method": "lora", "params": {"rank": 8, "alpha": 16}, "target": target} for n in names]
+    params = {"rank": 8, "alpha": 16, "dropout": dropout}
+    deltas = [{"name": n, "method": "lora", "params": params, "target": target} for n in names]
     for delta in deltas[1:]:
         delta["attached"] = False
     return {"deltaspec": 1, "deltas": deltas}
 
 
-def config(linear: list[str]) -> LoraConfig:
+def config(linear: list[str], dropout: float = 0.0) -> LoraConfig:
     """Say the same to PEFT."""
-    return LoraConfig(r=8, lora_alpha=16, target_modules=list(linear), fan_in_fan_out="c_attn" in linear)
+    turned = "c_attn" in linear
+    return LoraConfig(r=8, lora_alpha=16, target_modules=list(linear), lora_dropout=dropout, fan_in_fan_out=turned)
 
 
-def peft(model: nn.Module, names: list[str], linear: list[str]) -> PeftModel:
+def peft(model: nn.Module, names: list[str], linear: list[str], dropout: float = 0.0) -> PeftModel:
     """Wrap a copy of the model with one adapter a name."""
-    wrapped = get_peft_model(copy.deepcopy(model), config(linear), adapter_name=names[0])
+    wrapped = get_peft_model(copy.deepcopy(model), config(linear, dropout), adapter_name=names[0])
     for name in names[1:]:
         wrapped.add_adapter(name, config(linear))
     wrapped.set_adapter(names[0])

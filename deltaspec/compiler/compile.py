@@ -42,8 +42,9 @@ def compile(
     reaches them raises DeltaSpecError (DS416): it would train your model. `train_backbone=True` lets them be trained
     then: the result has weights of its own from the start (which take their memory again), and the model's stay.
 
-    `passes` make training steps lighter, with the same gradients within round-off: `recompute`, `rematerialise` and
-    `feed_forward`, all by default; the names of some, or False for none. What a spec leaves out stays out.
+    `passes` make training steps lighter, with the same gradients within round-off: `recompute`, `rematerialise`,
+    `dropout` and `feed_forward`, all by default; the names of some, or False for none. What a spec leaves out stays
+    out. Raises DeltaSpecError (DS480) for unknown names.
 
     Raises DeltaSpecError with all findings, before anything is made.
     """

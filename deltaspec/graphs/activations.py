@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from deltaspec.graphs.elementwise import Kind, kind_of
 from deltaspec.graphs.modes import is_checkpointed, is_rewritten
 
-FEW = 1 << 15
+FEW = 1 << 17
 """Values below which autograd's own steps are faster than one in Python (measured)."""
 _Run = Callable[[Tensor], Tensor]
 

@@ -21,7 +21,7 @@ from deltaspec.graphs.remade import Remade
 
 _MANY = 32
 """Rows from which the narrow product is faster as `down xᵀ` than as `x downᵀ` (measured with MKL, float32)."""
-_PAYS = 2
+PAYS = 2
 """How many times dearer a value of the merged weight is than one of the two wide additions it saves (measured)."""
 
 
@@ -136,7 +136,7 @@ def _merging_pays(x: Tensor, down: Tensor, up: Tensor) -> bool:
     if x.dtype not in _EXACT or down.dtype is not x.dtype:
         return False
     inner, outer = down.size(1), up.size(0)
-    return x.numel() // inner * (inner + outer) > _PAYS * inner * outer
+    return x.numel() // inner * (inner + outer) > PAYS * inner * outer
 
 
 _unsafe_view = torch.ops.aten._unsafe_view.default  # noqa: SLF001  # as torch's own products end

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
+from deltaspec.graphs.dropouts import dropped
+
 _DEEPEST = 12
 """Steps of one recipe at most."""
 
@@ -215,6 +217,13 @@ def _recomputed(reader: _Reader, node: Any, depth: int) -> Steps | None:
     return reader.step(function, tuple(reader.keep(tensor) for tensor in node.saved_tensors), node.run)
 
 
+def _dropped_bits(reader: _Reader, node: Any, depth: int) -> Steps | None:
+    if not all(map(_is_here, getattr(node, "_raw_saved_tensors"))):  # noqa: B009
+        return None
+    inner = reader.before(node, 0, depth), reader.keep(node.saved_tensors[0])
+    return reader.step(dropped, inner, node.shape, node.scale)
+
+
 def _run_alone(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     return run(x)
 
@@ -295,6 +304,7 @@ _RULES: dict[str, _Rule] = {
     "MulBackward0": _product,
     **dict.fromkeys(("ReluBackward0", "TanhBackward0", "SigmoidBackward0"), _result),
     "NativeDropoutBackward0": _dropped,
+    "DropStepBackward": _dropped_bits,
     "NativeLayerNormBackward0": _layer_norm,
     "ToCopyBackward0": _cast,
     **dict.fromkeys(("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"), _viewed),

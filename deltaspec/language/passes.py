@@ -11,6 +11,7 @@ from deltaspec.diagnostics.wording import closest
 PASSES: Final = {
     "recompute": "a site keeps its input and the bits of its dropout, and computes the rest again",
     "rematerialise": "a site's input is made again from what the backbone keeps anyway: a norm's, an activation's",
+    "dropout": "the backbone's own dropouts keep their masks in bits",
     "feed_forward": "what an activation gave, in front of a gate or alone, is made again from what entered it",
 }
 """What each does, by name."""

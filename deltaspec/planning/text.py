@@ -11,6 +11,7 @@ from deltaspec.diagnostics.clean import clean
 from deltaspec.diagnostics.wording import counted, plural
 from deltaspec.language.matrix import label
 from deltaspec.names.folding import fold, unfold
+from deltaspec.planning.passes import as_data, in_words
 from deltaspec.planning.planned import PlannedDelta, PlannedDeltas, PlannedSite, count_trainable, fraction
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ def _lines(plan: PlannedDeltas) -> Iterator[tuple[str, str]]:
         yield from _wrapped(f"Total: {number}, {_size(len(plan.sites), plan.trainable, plan)}", "bold")
         yield from _remarks(plan.checks, plan.notes)
     yield "", ""
+    if passes := in_words(plan):
+        yield from _wrapped(passes, "dim")
     yield f"Fingerprint: {plan.fingerprint}", "dim"
 
 
@@ -215,6 +218,7 @@ def plan_data(plan: PlannedDeltas) -> dict[str, Any]:
         "fraction": plan.fraction,
         "checks": list(plan.checks),
         "notes": list(plan.notes),
+        "passes": as_data(plan),
         "fingerprint": plan.fingerprint,
     }
 
@@ -272,6 +276,8 @@ def markdown(plan: PlannedDeltas) -> str:
     checks = [*(check for delta in plan.deltas for check in delta.checks), *plan.checks]
     notes = [*(note for delta in plan.deltas for note in delta.notes), *plan.notes]
     out += ["", *(f"- ✅ {check}" for check in checks), *(f"- ⚠️ {note}" for note in notes)]
+    if passes := in_words(plan):
+        out += ["", passes]
     out += ["", f"<sub>{plan.fingerprint}</sub>"]
     return "\n".join(map(clean, out))
 

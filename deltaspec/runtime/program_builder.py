@@ -38,7 +38,7 @@ from deltaspec.runtime.program import Program
 from deltaspec.runtime.prompts import Following, Front, Prompted
 from deltaspec.runtime.sockets import Forward
 from deltaspec.runtime.streams import Reading, Streams, tap
-from deltaspec.runtime.trained import activations, trained_by
+from deltaspec.runtime.trained import activations, dropouts, trained_by
 
 _LONGEST = 64
 """Links of one region at most: emitting a chain takes some frames a link. More are regions around regions."""
@@ -117,7 +117,8 @@ class ProgramBuilder:
             self._write(program, host, forward)
         if inline:
             self._bind_root(program, inline)
-        for fqn, forward in activations({fqn: hosts[fqn] for fqn in program.regions if fqn in hosts}, self.host):
+        apart = {fqn: hosts[fqn] for fqn in program.regions if fqn in hosts}
+        for fqn, forward in chain(activations(apart, self.host), dropouts(apart, self.host)):
             self._write(program, fqn, forward)
         for fqn in self.statistics:
             if fqn not in hosts or fqn in inline:

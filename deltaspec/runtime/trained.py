@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 
+from torch import nn
+
 from deltaspec.graphs.activations import Activation, activate
+from deltaspec.graphs.dropouts import drop
 from deltaspec.graphs.elementwise import is_elementwise
 from deltaspec.graphs.links import Link
 from deltaspec.graphs.passes.recompute import How
@@ -43,6 +46,15 @@ def activations(hosts: Mapping[str, Sequence[Placement]], host: Host) -> Iterato
                 continue
             if not host.has_foreign(fqn):
                 yield fqn, functools.partial(activate, host.own_forward(fqn), module, Activation())
+
+
+def dropouts(hosts: Mapping[str, Sequence[Placement]], host: Host) -> Iterator[tuple[str, Forward]]:
+    """Yield the forwards of the backbone's own dropouts: (FQN, forward), where all deltas let a pass work on them."""
+    if not hosts or not all("dropout" in p.passes for placements in hosts.values() for p in placements):
+        return
+    for fqn, module in host.modules.items():
+        if type(module) is nn.Dropout and module.p and fqn not in hosts and not host.has_foreign(fqn):
+            yield fqn, functools.partial(drop, host.own_forward(fqn), module)
 
 
 _BOTH = frozenset(("recompute", "feed_forward"))

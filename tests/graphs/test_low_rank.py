@@ -38,7 +38,7 @@ def leaves(rows: int = 4) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_gradients_are_those_of_numbers_twice(merged, monkeypatch):
-    monkeypatch.setattr(low_rank, "_PAYS", 0 if merged else 1000)
+    monkeypatch.setattr(low_rank, "PAYS", 0 if merged else 1000)
     assert torch.autograd.gradcheck(step, leaves())
     assert torch.autograd.gradgradcheck(step, leaves())
 
@@ -46,7 +46,7 @@ def test_gradients_are_those_of_numbers_twice(merged, monkeypatch):
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("trained", [(True, False, False), (False, True, False), (False, False, True), (True,) * 3])
 def test_any_part_may_be_without_gradients(trained, merged, monkeypatch):
-    monkeypatch.setattr(low_rank, "_PAYS", 0 if merged else 1000)
+    monkeypatch.setattr(low_rank, "PAYS", 0 if merged else 1000)
     given = [v.requires_grad_(wanted) for v, wanted in zip(leaves(), trained, strict=True)]
     wanted = [v for v in given if v.requires_grad]
     weights = values(2, 4, 5, seed=9)
@@ -69,7 +69,7 @@ def test_dropout_is_torchs_own_with_the_same_seed(rows):
 
 
 def test_half_precision_is_never_merged(monkeypatch):
-    monkeypatch.setattr(low_rank, "_PAYS", 0)
+    monkeypatch.setattr(low_rank, "PAYS", 0)
     weight = torch.full((4, 4), 256.0, dtype=torch.bfloat16)
     down, up = torch.eye(4, dtype=torch.bfloat16), torch.eye(4, dtype=torch.bfloat16) * 0.5  # lost beside 256
     base = functools.partial(F.linear, weight=weight)
@@ -83,7 +83,7 @@ def test_a_fresh_update_changes_no_bit_even_when_merged(monkeypatch):
     weight = WEIGHT.float()
     base = functools.partial(F.linear, weight=weight)
     for pays in (0, 1000):
-        monkeypatch.setattr(low_rank, "_PAYS", pays)
+        monkeypatch.setattr(low_rank, "PAYS", pays)
         y = LowRankStep.apply(
             Step(base, weight, None, 1.5, 0.0, x.dtype), x, down.requires_grad_(), torch.zeros_like(up)
         )

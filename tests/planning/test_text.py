@@ -32,6 +32,7 @@ Total: 2 deltas, 5 sites, 587 trainable parameters, 49.33 % of the base
   ✓ 587 trainable parameters are 49.33 % of the base's 1,190, expected at most 60 % (714)
   ✓ untouched: blocks.{0..1}.norm
 
+Passes in training: recompute 4 sites, rematerialise up to 4 inputs
 Fingerprint: sha256:f406b86681c51920033fae9b06dd645e13224072fd4b1a41797f5f0e5e09f096"""
 
 

@@ -16,6 +16,7 @@ def serve_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let passes work on models that are too small to gain from them."""
     monkeypatch.setattr("deltaspec.graphs.passes.recompute.FEW", 1)
     monkeypatch.setattr("deltaspec.graphs.passes.recompute_parts.FEW", 1)
+    monkeypatch.setattr("deltaspec.graphs.dropouts.FEW", 1)
     monkeypatch.setattr("deltaspec.graphs.activations.FEW", 1)
 
 

@@ -20,7 +20,7 @@ from deltaspec.graphs.passes.scope import Scope, result_is_new
 from deltaspec.graphs.recipes import recipe_of
 from deltaspec.graphs.remade import remade
 
-FEW = 1 << 16
+FEW = 1 << 17
 """Values that enter and leave below which autograd's own steps are faster than one in Python (measured)."""
 
 _PLAIN = (Tensor, nn.Parameter)

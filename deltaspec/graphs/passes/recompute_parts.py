@@ -22,7 +22,7 @@ from deltaspec.graphs.recomputed import run_part
 
 _KEEPING = frozenset({F.linear, torch.matmul, torch.bmm, operator.matmul})
 """Functions that keep their first tensor."""
-FEW = 1 << 15
+FEW = 1 << 16
 """Values that enter below which autograd's own steps are faster than one in Python (measured)."""
 _LEAST = {"before": 2, "after": 4}
 """Steps of a part from which it pays: what entered the site is kept by itself, what left the host by one step more."""
