@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_map_only
 
 from deltaspec.graphs.autocast import without_autocast
 from deltaspec.graphs.elementwise import Kind, kind_of
+from deltaspec.graphs.modes import is_checkpointed, is_rewritten
 
 FEW = 1 << 17
 """Values below which autograd's own steps are faster than one in Python (measured)."""
-_is_transformed = torch._C._are_functorch_transforms_active
 _Run = Callable[[Tensor], Tensor]
 
 
@@ -39,13 +39,13 @@ def activate(run: _Run, module: nn.Module, known: Activation, x: Tensor) -> Tens
     """Run an activation, whose own forward is `run`."""
     if (
         not torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
         or type(x) is not Tensor
         or not x.requires_grad
         or x.numel() < FEW
         or module._forward_hooks
         or module._backward_hooks
-        or _is_transformed()
+        or is_rewritten()
+        or is_checkpointed()
     ):
         return run(x)
     if not known.looked:
@@ -70,14 +70,14 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """Run it again, and differentiate that."""
         [x] = ctx.saved_tensors
-        return None, _through(ctx.run, x, gradient)[1]
+        return None, _through(ctx.run, x, gradient)
 
 
 class GatedProduct(torch.autograd.Function):
-    """act(g) · u. Its inputs: (act, g, u, act(g) without a history)."""
+    """act(g) · u. Its inputs: (act, act(g), g, u); gradients go to act(g) itself, whose own step knows the way to g."""
 
     @staticmethod
-    def forward(ctx: Any, run: _Run, g: Tensor, u: Tensor, activated: Tensor) -> Tensor:
+    def forward(ctx: Any, run: _Run, activated: Tensor, g: Tensor, u: Tensor) -> Tensor:
         """Multiply."""
         ctx.run = run
         ctx.save_for_backward(g, u)
@@ -85,32 +85,37 @@ class GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        """Run the activation again, and differentiate the product."""
+        """Run the activation again."""
         g, u = ctx.saved_tensors
-        activated, into = _through(ctx.run, g, gradient * u)
-        return None, into, gradient * activated, None
+        _, to_activated, _, to_u = ctx.needs_input_grad
+        for_u = None
+        if to_u:
+            with torch.autocast(g.device.type, enabled=False):
+                for_u = gradient * ctx.run(g)
+        return None, gradient * u if to_activated else None, None, for_u
 
 
-def _through(run: _Run, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a function gives, and the gradient of what enters it."""
+def _through(run: _Run, x: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of what enters a function."""
     again = torch.is_grad_enabled()
     with torch.enable_grad(), without_autocast(x.device):
         entering = x if again and x.requires_grad else x.detach().requires_grad_()
         y = run(entering)
-    [into] = torch.autograd.grad(y, entering, gradient, create_graph=again)
-    return (y if again else y.detach()), into
+    return torch.autograd.grad(y, entering, gradient, create_graph=again)[0]
 
 
 class Gate(Tensor):
     """What an activation gave, until something is done with it."""
 
     given: tuple[Tensor, Tensor, _Run, Activation]
+    version: int | None
+    """That of what entered; None where what was given may have been overwritten unseen."""
 
     @classmethod
     def of(cls, y: Tensor, x: Tensor, run: _Run, known: Activation) -> Gate:
         """Mark what an activation gave."""
         gate = y.as_subclass(cls)
-        gate.given = y, x, run, known
+        gate.given, gate.version = (y, x, run, known), x._version
         return gate
 
     @property
@@ -131,16 +136,19 @@ class Gate(Tensor):
             gate, other = args if isinstance(args[0], Gate) else args[::-1]
             if type(other) is Tensor and other.requires_grad and gate.plain.shape == other.shape:
                 y, x, run, known = gate.given
-                if y.dtype is other.dtype and y._version == 0:
+                if y.dtype is other.dtype and y._version == 0 and x._version == gate.version:
                     known.gates = True
-                    return GatedProduct.apply(run, x, other, y.detach())  # type: ignore[no-untyped-call]
+                    return GatedProduct.apply(run, y, x, other)  # type: ignore[no-untyped-call]
         if getattr(func, "__name__", "") not in _FORM:
             for gate in (value for value in args if isinstance(value, Gate)):
                 gate.alone()
+        elif getattr(func, "__self__", None) is _DATA:  # whoever writes into it leaves no trace
+            args[0].version = None
         args, kwargs = tree_map_only(Gate, lambda gate: gate.plain, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 _PRODUCTS = frozenset({torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__})
+_DATA: Any = Tensor.data
 _FORM = frozenset("__get__ size dim numel stride is_contiguous is_floating_point".split())
 """Functions that look at a tensor's form, not at its values."""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.graphs.bits import packed, unpacked
+from deltaspec.graphs.modes import is_rewritten
 
 FEW = 1 << 17
 """Values below which autograd's own step is faster than one in Python (measured)."""
-_is_transformed = torch._C._are_functorch_transforms_active
 
 
 def drop(run: Callable[[Tensor], Tensor], module: nn.Dropout, x: Tensor) -> Tensor:
@@ -20,13 +20,12 @@ def drop(run: Callable[[Tensor], Tensor], module: nn.Dropout, x: Tensor) -> Tens
     if (
         not module.training
         or not torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
         or type(x) is not Tensor
         or not x.requires_grad
         or x.numel() < FEW
         or not 0 < module.p < 1
         or module.inplace
-        or _is_transformed()
+        or is_rewritten()
     ):
         return run(x)
     y: Tensor = DropStep.apply(x, module.p)  # type: ignore[no-untyped-call]

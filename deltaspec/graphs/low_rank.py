@@ -42,15 +42,15 @@ class Step(NamedTuple):
     steps: Steps | None = None
     """How `x` is made again; None where it is kept."""
     kept: tuple[Tensor, ...] = ()
-    """What it is made of, where its gradient goes to `x` itself."""
+    """What it is made of."""
     shared: Remade | None = None
 
 
 class LowRankStep(torch.autograd.Function):
-    """The step. Its inputs: (what it is, x, down, up, *what x is made of)."""
+    """The step. Its inputs: (what it is, x, down, up)."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, x: Tensor, down: Tensor, up: Tensor, *kept: Tensor) -> Tensor:
+    def forward(ctx: Any, step: Step, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """Run the host and add the update to what it gives: `[…, in]` to `[…, out]`."""
         narrow = bits = None
         first, second = down.to(step.dtype), up.to(step.dtype)
@@ -67,8 +67,9 @@ class LowRankStep(torch.autograd.Function):
             y.view(-1, y.size(-1)).addmm_(narrow.t(), second.t(), alpha=step.scale)
         ctx.merged, ctx.shape, ctx.dtype = merged, x.shape, x.dtype
         ctx.scale, ctx.dropout, ctx.steps, ctx.shared = step.scale, step.dropout, step.steps, step.shared
-        ctx.save_for_backward(step.weight, down, up, narrow, bits, *(kept or step.kept or (x,)))
-        return y
+        ctx.save_for_backward(step.weight, down, up, narrow, bits, *(step.kept or (x,)))
+        left: Tensor = _unsafe_view(y, y.shape)  # a view, as a product of three dimensions is, could not be overwritten
+        return left
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -81,23 +82,21 @@ class LowRankStep(torch.autograd.Function):
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     weight, down, up, narrow, bits, *kept = ctx.saved_tensors
-    _, to_x, to_down, to_up, *to_kept = ctx.needs_input_grad
+    _, to_x, to_down, to_up = ctx.needs_input_grad
     again = torch.is_grad_enabled()
-    wide = to_x or any(to_kept)
     gradients = gradient.reshape(-1, gradient.size(-1))
     first, second = down.to(gradient.dtype), up.to(gradient.dtype)
 
-    entered, sources = _entered(ctx, kept, to_kept, again, to_down or (to_up and (narrow is None or again)))
     rows = None
-    if entered is not None:
-        rows = (entered if again else entered.detach()).to(gradient.dtype).reshape(-1, down.size(1))
+    if to_down or (to_up and (narrow is None or again)):
+        rows = _entered(ctx, kept, again).to(gradient.dtype).reshape(-1, down.size(1))
     noise = None
     if bits is not None:
         mask = unpacked(bits, torch.Size((gradients.size(0), down.size(1))))
         noise = mask.to(gradient.dtype).mul_(1 / (1 - ctx.dropout))
         rows = rows if rows is None else rows * noise
 
-    small = second.t().mm(gradients.t()) if to_down or (wide and not ctx.merged) else None
+    small = second.t().mm(gradients.t()) if to_down or (to_x and not ctx.merged) else None
     for_down = for_up = for_x = None
     if to_down:
         assert small is not None and rows is not None
@@ -107,9 +106,9 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
             assert rows is not None
             narrow = first.mm(rows.t())
         for_up = narrow.mm(gradients).t().mul(ctx.scale).to(up.dtype)
-    if wide and ctx.merged:
+    if to_x and ctx.merged:
         for_x = gradients.mm(_merged(weight.to(gradient.dtype), first, second, ctx.scale))
-    elif wide:
+    elif to_x:
         assert small is not None
         for_x = gradients.mm(weight.to(gradient.dtype))
         if noise is None:
@@ -118,27 +117,15 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
             for_x = for_x.addcmul_(small.t().mm(first), noise, value=ctx.scale)
     if for_x is not None:
         for_x = for_x.view(ctx.shape).to(ctx.dtype)
-    if not any(to_kept):
-        return (None, for_x, for_down, for_up, *(None for _ in to_kept))
-    assert entered is not None and for_x is not None
-    wanted = [source for source, to in zip(sources, to_kept, strict=True) if to]
-    found = iter(torch.autograd.grad(entered, wanted, for_x, create_graph=again))
-    return (None, None, for_down, for_up, *(next(found) if to else None for to in to_kept))
+    return None, for_x, for_down, for_up
 
 
-def _entered(
-    ctx: Any, kept: Sequence[Tensor], to_kept: Sequence[bool], again: bool, needed: bool
-) -> tuple[Tensor | None, Sequence[Tensor]]:
-    """Return what entered the host, if it is needed, and what it was made of here."""
-    if any(to_kept):
-        sources = kept if again else [t.detach().requires_grad_(to) for t, to in zip(kept, to_kept, strict=True)]
-        with torch.enable_grad():
-            return make(ctx.steps, tuple(sources)), sources
-    if not needed:
-        return None, ()
+def _entered(ctx: Any, kept: Sequence[Tensor], again: bool) -> Tensor:
+    """Return what entered the host."""
     if ctx.steps is None:
-        return kept[0], ()
-    return (make(ctx.steps, tuple(kept)) if again else ctx.shared.get(ctx.steps, tuple(kept))), ()
+        return kept[0]
+    found: Tensor = make(ctx.steps, tuple(kept)) if again else ctx.shared.get(ctx.steps, tuple(kept))
+    return found
 
 
 def _merging_pays(x: Tensor, down: Tensor, up: Tensor) -> bool:
@@ -153,6 +140,7 @@ def _merging_pays(x: Tensor, down: Tensor, up: Tensor) -> bool:
     return x.numel() // inner * (inner + outer) > PAYS * inner * outer
 
 
+_unsafe_view = torch.ops.aten._unsafe_view.default  # noqa: SLF001  # as torch's own products end
 _EXACT = (torch.float32, torch.float64)
 
 

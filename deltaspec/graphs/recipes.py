@@ -2,8 +2,8 @@
 
 A site's input often is what a norm, an activation or an attention gave. The nodes that made it keep what went into
 them, so that to keep the input, too, is to keep it twice. A recipe is read off the nodes of the autograd graph as they
-are: no model code is traced or known. What an activation gave and a gate keeps, `act(g) * u`, is made again from `g`,
-where the gradients go to `g` and `u` themselves: the nodes between them and the site are then needed by nobody, and go.
+are: no model code is traced or known. What an activation gave and a gate keeps, `act(g) * u`, is made again from `g`
+for the gate, too, which then lets go of it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from deltaspec.graphs.dropouts import dropped
 
@@ -32,8 +33,6 @@ class Recipe:
     steps: Steps
     kept: tuple[Tensor, ...]
     """What it is made of; the graph keeps these."""
-    absorbs: bool = False
-    """Whether it goes around nodes that keep what it makes again: gradients then go to `kept` themselves."""
 
 
 def make(steps: Steps, kept: tuple[Tensor, ...]) -> Tensor:
@@ -45,30 +44,71 @@ def make(steps: Steps, kept: tuple[Tensor, ...]) -> Tensor:
     return made
 
 
-def recipe_of(x: Tensor, absorb: bool) -> Recipe | None:
+def recipe_of(x: Tensor, absorb: bool, site: Any) -> Recipe | None:
     """Return how `x` is made again; None where that is not known, or would save nothing.
 
-    `absorb`: the recipe may go around nodes.
+    `absorb`: nodes on the way may let go of what they can make again. `site` is what reads it, by identity: there each
+    way to make it is tried once, for models may overwrite a tensor where autograd does not see it.
     """
     if x.grad_fn is None or x._version:  # overwritten, it is not what its node gave
         return None
-    for absorbing in (True, False) if absorb and not _is_watched(x) else (False,):
-        reader = _Reader(absorbing)
-        try:
-            steps = reader.output(x.grad_fn, 0, _DEEPEST)
-        except RuntimeError:  # something was overwritten since: a backward through it will say so, if there is one
-            return None
-        if absorbing and (steps is None or not reader.absorbed or reader.fixed):
-            continue
-        if steps is None or len(steps) == 1 or not (reader.computes or reader.is_apart(x)):
-            return None
-        return Recipe(steps, tuple(reader.kept), reader.absorbed)
-    return None
+    reader = _Reader(absorb)
+    try:
+        steps = reader.output(x.grad_fn, 0, _DEEPEST)
+    except RuntimeError:  # something was overwritten since: a backward through it will say so, if there is one
+        return None
+    if steps is None or len(steps) == 1 or not (reader.computes or reader.is_apart(x)):
+        return None
+    if not _gives(steps, tuple(reader.kept), x, site):
+        return None
+    for raw, again in reader.absorbed:
+        raw.register_hooks(again, _Again.unpacked)
+    return Recipe(steps, tuple(reader.kept))
 
 
-def _is_watched(tensor: Tensor) -> bool:
-    """Return whether somebody wants to see the gradient of a tensor that is no leaf."""
-    return tensor.retains_grad or bool(tensor._backward_hooks)
+def _gives(steps: Steps, kept: tuple[Tensor, ...], x: Tensor, site: Any) -> bool:
+    """Return whether what is made by these steps is what entered a site, when it was first looked at."""
+    tried: dict[Any, bool] = _TRIED.setdefault(site, {})
+    kind = _kind(steps)
+    if kind not in tried:
+        with torch.no_grad():
+            made, given = make(steps, kept), x.detach()
+            bound = given.abs().max() * max(_ROUNDING * torch.finfo(x.dtype).eps, _LEAST)
+            if not bound.isfinite():
+                return False
+            tried[kind] = made.shape == x.shape and not bool(((made - given).abs() > bound).any())
+    return tried[kind]
+
+
+def _kind(steps: Steps) -> Any:
+    return steps if len(steps) == 1 else (steps[0], *map(_kind, steps[1]))
+
+
+_TRIED: Any = WeakIdKeyDictionary()
+"""By site, what each way to make its input has given."""
+_ROUNDING, _LEAST = 16, 1e-5
+"""How far, beside the largest value, rounding may move another: in epsilons of the dtype, and at least."""
+
+
+class _Again:
+    """What a node of the graph has in the place of a tensor that it kept: how that is made again."""
+
+    def __init__(self, steps: Steps, kept: tuple[Tensor, ...]) -> None:
+        self.steps, self.kept = steps, kept
+        self.versions = [tensor._version for tensor in kept]
+
+    def __call__(self, _: Tensor) -> _Again:
+        """Take the tensor's place."""
+        return self
+
+    def unpacked(self) -> Tensor:
+        """Make the tensor again. Raise RuntimeError where what it is made of was overwritten."""
+        if [tensor._version for tensor in self.kept] != self.versions:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation"
+            )
+        with torch.no_grad():
+            return make(self.steps, self.kept)
 
 
 class _Reader:
@@ -76,11 +116,11 @@ class _Reader:
 
     def __init__(self, absorb: bool) -> None:
         self.kept: list[Tensor] = []
-        self.absorb, self.absorbed = absorb, False
+        self.absorb = absorb
+        self.absorbed: list[tuple[Any, _Again]] = []
+        """What nodes keep that they may let go of, and how it is made again."""
         self.computes = False
         """Whether it does more than to look at what is kept in another shape."""
-        self.fixed = False
-        """Whether it counts statistics as constants, through which no gradient goes."""
 
     def output(self, node: Any, number: int, depth: int) -> Steps | None:
         """Return how one output of a node is made."""
@@ -148,12 +188,21 @@ def _product(reader: _Reader, node: Any, depth: int) -> Steps | None:
         if tensor is None:
             factors.append(reader.before(node, place, depth))
             continue
-        activation = None
-        if reader.absorb and tensor.grad_fn is not None and tensor.grad_fn.name() in _ACTIVATIONS:
-            activation = None if _is_watched(tensor) else reader.output(tensor.grad_fn, 0, depth - 1)
-        reader.absorbed = reader.absorbed or activation is not None
-        factors.append(reader.keep(tensor) if activation is None else activation)
+        raw, own = getattr(node, f"_raw_saved_{name}"), _Reader(absorb=False)
+        again = _activation(own, tensor, depth) if reader.absorb and raw.unpack_hook is None else None
+        if again is None:
+            factors.append(reader.keep(tensor))
+            continue
+        reader.absorbed.append((raw, _Again(again, tuple(own.kept))))
+        factors.append(_activation(reader, tensor, depth))
     return reader.step(torch.mul, tuple(factors))
+
+
+def _activation(reader: _Reader, tensor: Tensor, depth: int) -> Steps | None:
+    """Return how a tensor is made again that an activation gave; None for others, and what was overwritten."""
+    if tensor.grad_fn is None or tensor.grad_fn.name() not in _ACTIVATIONS or tensor._version:
+        return None
+    return reader.output(tensor.grad_fn, 0, depth - 1)
 
 
 def _silu(reader: _Reader, node: Any, depth: int) -> Steps | None:
@@ -209,7 +258,6 @@ def _run_dropped(x: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 
 def _layer_norm(reader: _Reader, node: Any, depth: int) -> Steps | None:
-    reader.fixed = True
     inner = [reader.keep(_saved(node, name)) for name in ("input", "result1", "result2")]
     affine = [reader.keep(tensor) for name in ("weight", "bias") if (tensor := _saved(node, name)) is not None]
     if len(affine) == 1:  # which of both, the node does not say apart

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from deltaspec.graphs.autocast import autocasts, without_autocast
 from deltaspec.graphs.bits import packed, unpacked
+from deltaspec.graphs.modes import is_rewritten
 from deltaspec.graphs.recipes import Recipe, make, recipe_of
 
 Part = Callable[..., tuple[Tensor, ...]]
 """Takes tensors and then dropouts; returns tensors."""
 _PLAIN = (Tensor, nn.Parameter)
-_is_transformed = torch._C._are_functorch_transforms_active
 
 
 class _Masks:
@@ -78,7 +78,9 @@ class PartStep(torch.autograd.Function):
             tensors, of_first = tensors[: ctx.count - 1], tuple(tensors[ctx.count - 1 :])
             tensors = [make(ctx.steps, of_first), *tensors]
         wanted = ctx.needs_input_grad[3:]
-        if not again:
+        if again:  # one may be made of another, whose own gradient is not to pass through it
+            tensors = [t.view_as(t) for t in tensors]
+        else:
             tensors = [t.detach().requires_grad_(to) for t, to in zip(tensors, wanted, strict=True)]
         shapes = list(ctx.masks.shapes)
         dropouts = [ctx.masks.again(place, kept, shapes) for place in range(len(ctx.masks.probabilities))]
@@ -100,11 +102,11 @@ def run_part(
     if (
         first.numel() < few
         or any(type(tensor) not in _PLAIN for tensor in tensors)
-        or torch.compiler.is_compiling()
-        or _is_transformed()
+        or is_rewritten()
         or not any(tensor.requires_grad for tensor in tensors)
     ):
         return part(*tensors, *dropouts)
-    recipe = recipe_of(first, False) if remake else None
+    site = next((tensor for tensor in tensors[1:] if isinstance(tensor, nn.Parameter)), None)
+    recipe = recipe_of(first, False, site) if remake and site is not None else None
     given: tuple[Tensor, ...] = PartStep.apply(part, dropouts, recipe, *tensors)  # type: ignore[no-untyped-call]
     return given

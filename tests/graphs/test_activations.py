@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from training import kept_bytes, serve_small
 from transformers.activations import ACT2FN
 
@@ -83,6 +85,40 @@ def test_products_with_what_needs_no_gradient_are_torchs_own(other):
     assert torch.equal(other * given, F.silu(leaf(1)) * other)
 
 
+def test_whoever_watches_gradients_still_sees_them():
+    g, u = leaf(1), leaf(2)
+    given = run(nn.SiLU(), g * 1)
+    given.register_hook(lambda gradient: gradient * 2)
+    product = given * u
+    product.retain_grad()
+    product.sum().backward()
+    plain = torch.autograd.grad((F.silu(g) * u).sum(), (g, u))
+    assert torch.equal(product.grad, torch.ones_like(u))
+    torch.testing.assert_close((g.grad, u.grad), (plain[0] * 2, plain[1]))
+
+
+def test_a_gate_made_of_what_it_multiplies():
+    def gated(u: Tensor) -> Tensor:
+        u = u * 1
+        return run(nn.SiLU(), u.sin()) * u
+
+    assert torch.autograd.gradcheck(gated, leaf(1)) and torch.autograd.gradgradcheck(gated, leaf(1))
+
+
+def test_what_is_overwritten_before_the_product_is_multiplied_as_it_is():
+    g, u = leaf(1), leaf(2)
+    given = run(nn.SiLU(), g * 1)
+    given.data.mul_(2)
+    product = given * u
+    assert torch.equal(product, F.silu(g) * 2 * u)
+    assert torch.equal(torch.autograd.grad(product.sum(), u)[0], F.silu(g) * 2)
+    entered = g * 1
+    given = run(nn.SiLU(), entered)
+    entered.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (given * u).sum().backward()
+
+
 def test_writing_into_it_writes_into_the_tensor():
     given = run(nn.SiLU(), leaf(1) * 1)
     given.mul_(leaf(2))
@@ -97,3 +133,26 @@ def test_without_gradients_and_with_hooks_it_is_the_module_that_runs():
     assert type(run(module, leaf(1).detach(), known)) is Tensor
     module.register_forward_hook(lambda *_: None)
     assert type(run(module, leaf(1), known)) is Tensor and not known.looked
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_new"])
+def test_checkpointing_finds_what_it_kept_when_hooks_are_gone(name):
+    module, known = ACT2FN[name], Activation()
+
+    def part(g: Tensor, u: Tensor) -> Tensor:
+        return run(module, g * 1, known) * (u * 1)
+
+    g, u = leaf(1), leaf(2)
+    hook = module.register_forward_hook(lambda *_: None)
+    y = checkpoint(part, g, u, use_reentrant=False)
+    hook.remove()
+    ours = torch.autograd.grad(y.sum(), (g, u))
+    torch.testing.assert_close(ours, torch.autograd.grad((module(g) * u).sum(), (g, u)))
+
+
+def test_forward_mode_differentiates_the_module():
+    with forward_ad.dual_level():
+        given = run(nn.SiLU(), forward_ad.make_dual(leaf(1), leaf(2).detach()))
+        tangent = forward_ad.unpack_dual(given).tangent
+    wanted = torch.func.jvp(F.silu, (leaf(1).detach(),), (leaf(2).detach(),))[1]
+    torch.testing.assert_close(tangent, wanted)

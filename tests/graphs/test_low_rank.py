@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from deltaspec.graphs import low_rank
 from deltaspec.graphs.low_rank import LowRankStep, Step
 from deltaspec.graphs.recipes import recipe_of
+from deltaspec.graphs.remade import remade
 
 
 def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -89,18 +90,27 @@ def test_a_fresh_update_changes_no_bit_even_when_merged(monkeypatch):
         assert torch.equal(y, F.linear(x, weight))
 
 
-def test_what_x_is_made_of_gets_its_gradients():
-    gate, up_values = values(2, 4, 6, seed=5).requires_grad_(), values(2, 4, 6, seed=6).requires_grad_()
-    down, up = leaves()[1:]
+def test_what_leaves_may_be_overwritten():
+    given, weights = leaves(), values(2, 4, 5, seed=9)
+    found = []
+    for function in (step, plain):
+        y = function(*given)
+        y[:, 0] = 0
+        found.append(torch.autograd.grad((y.mul_(weights) + y.relu_()).sum(), given))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_x_may_be_made_of_what_depends_on_each_other():
+    x, down, up = leaves()
     base = functools.partial(F.linear, weight=WEIGHT)
 
-    def through(gate: Tensor, other: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        gate, other = gate * 1, other * 1
-        x = F.silu(gate) * other
-        recipe = recipe_of(x, absorb=True)
-        assert recipe is not None and recipe.absorbs
-        given = Step(base, WEIGHT, None, 1.5, 0.0, x.dtype, recipe.steps)
-        return LowRankStep.apply(given, x.detach(), down, up, *recipe.kept)
+    def through(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        x = F.silu(torch.sin(x)) * x
+        recipe = recipe_of(x, True, base)
+        assert recipe is not None
+        given = Step(base, WEIGHT, None, 1.5, 0.0, x.dtype, recipe.steps, recipe.kept, remade(x.grad_fn))
+        return LowRankStep.apply(given, x, down, up)
 
-    assert torch.autograd.gradcheck(through, (gate, up_values, down, up))
-    assert torch.autograd.gradgradcheck(through, (gate, up_values, down, up))
+    assert torch.autograd.gradcheck(through, (x, down, up))
+    assert torch.autograd.gradgradcheck(through, (x, down, up))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,10 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from deltaspec.graphs.activations import Recomputed
 from deltaspec.graphs.recipes import make, recipe_of
+
+
+class Site:
+    """What reads an input."""
 
 
 def leaf(*shape: int, seed: int = 0) -> Tensor:
@@ -50,7 +55,7 @@ MADE: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("absorb", [False, True])
 def test_what_is_made_again_is_what_there_was(name, absorb):
     x = MADE[name]()
-    recipe = recipe_of(x, absorb)
+    recipe = recipe_of(x, absorb, Site())
     assert recipe is not None
     with torch.no_grad():
         made = make(recipe.steps, recipe.kept)
@@ -61,15 +66,42 @@ def test_what_is_made_again_is_what_there_was(name, absorb):
 
 def test_attention_whose_output_is_copied_is_made_of_it():
     shared, copied = attended(A * 1).reshape(2, 3, 8), attended(A * 1)[:, :, :1].expand(2, 3, 2, 4).reshape(2, 3, 8)
-    assert recipe_of(shared, True) is None  # the same memory
-    assert recipe_of(copied, True) is None  # not known
+    assert recipe_of(shared, True, Site()) is None  # the same memory
+    assert recipe_of(copied, True, Site()) is None  # not known
 
 
-@pytest.mark.parametrize("absorb", [False, True])
-def test_only_a_gate_is_absorbed(absorb):
-    assert recipe_of(MADE["gate"](), absorb).absorbs is absorb
-    assert not recipe_of(MADE["gelu"](), absorb).absorbs
-    assert not recipe_of(MADE["layer norm"](), absorb).absorbs
+@pytest.mark.parametrize("name", ["silu", "gelu"])
+def test_a_gate_lets_go_of_what_it_can_make_again(name):
+    found = []
+    for absorb in (False, True):
+        activated = getattr(F, name)(A * 1)
+        x, held = activated * (B * 1), weakref.ref(activated)
+        del activated
+        recipe = recipe_of(x, absorb, Site())
+        assert (held() is None) is absorb
+        [gradient] = torch.autograd.grad(x.square().sum(), A, create_graph=True)
+        found.append((gradient, *torch.autograd.grad(gradient.square().sum(), (A, B))))
+        assert len(recipe.kept) == 2
+    assert all(map(torch.equal, *found))
+
+
+def test_a_gate_whose_sources_are_overwritten_says_so():
+    gate = A * 1
+    x = F.silu(gate) * (B * 1)
+    assert recipe_of(x, True, Site()) is not None
+    with torch.no_grad():
+        gate.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(x.sum(), B)
+
+
+@pytest.mark.parametrize("then", [lambda h: F.dropout(h, 0.5), torch.clone, lambda h: h * (B * 1), lambda h: h])
+def test_what_was_overwritten_unseen_is_not_made_again(then):
+    site = Site()
+    for _ in range(2):
+        h = F.silu(A * 1)
+        h.data[0] = 0
+        assert recipe_of(then(h), True, site) is None
 
 
 def test_nothing_is_made_again_where_that_saves_nothing_or_is_not_known():
@@ -81,22 +113,25 @@ def test_nothing_is_made_again_where_that_saves_nothing_or_is_not_known():
     with torch.no_grad():
         overwritten.add_(1)
     for x in (A, A.detach(), (A * 1).sin(), changed, product, F.relu(A * 1)):
-        assert recipe_of(x, True) is None
+        assert recipe_of(x, True, Site()) is None
 
 
 def test_whoever_watches_gradients_still_sees_them():
-    activated = F.silu(A * 1)
-    activated.retain_grad()
-    assert not recipe_of(activated * (B * 1), True).absorbs
-    product = F.silu(A * 1) * (B * 1)
-    product.register_hook(lambda gradient: None)
-    assert not recipe_of(product, True).absorbs
+    for _ in range(2):
+        activated = F.silu(A * 1)
+        product = activated * (B * 1)
+        assert recipe_of(product, True, Site()) is not None
+        seen: list[Tensor] = []
+        activated.register_hook(seen.append)
+        product.retain_grad()
+        product.sum().backward()
+        assert torch.equal(seen[0], B) and torch.equal(product.grad, torch.ones_like(B))
 
 
 def test_second_derivatives_of_a_norm_made_again_are_its_own():
     a = A.detach().double().requires_grad_()
     x = F.layer_norm(a * 1, (8,), WEIGHT.double(), SHIFT.double(), 0.1)
-    recipe = recipe_of(x, True)
+    recipe = recipe_of(x, True, Site())
     made = make(recipe.steps, recipe.kept)
     ours, theirs = (torch.autograd.grad(t.square().sum(), a, create_graph=True)[0] for t in (made, x))
     torch.testing.assert_close(ours, theirs)
@@ -109,21 +144,21 @@ def test_what_checkpointing_or_hooks_keep_elsewhere_is_left_alone():
     found = []
 
     def part(a: Tensor) -> Tensor:
-        found.append(recipe_of(x := F.gelu(a * 1), True))
+        found.append(recipe_of(x := F.gelu(a * 1), True, Site()))
         return x
 
     with set_checkpoint_early_stop(False):
         checkpoint(part, A, use_reentrant=False).sum().backward()
     with torch.autograd.graph.save_on_cpu():
-        found.append(recipe_of(F.gelu(A * 1), True))
+        found.append(recipe_of(F.gelu(A * 1), True, Site()))
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: (t,), lambda t: pytest.fail("unpacked before the backward")
     ):
-        found.append(recipe_of(F.gelu(A * 1), True))
+        found.append(recipe_of(F.gelu(A * 1), True, Site()))
     assert found == [None] * 4
 
 
 def test_hooks_that_keep_the_tensor_itself_change_nothing():
     norm = nn.LayerNorm(8).requires_grad_(False)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        assert recipe_of(norm(A * 1), True) is not None
+        assert recipe_of(norm(A * 1), True, Site()) is not None

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from deltaspec.graphs.activations import Gate
 from deltaspec.graphs.autocast import autocasts
 from deltaspec.graphs.low_rank import LowRankStep, Step
+from deltaspec.graphs.modes import is_rewritten
 from deltaspec.graphs.passes.fuse_addition import add_low_rank_
 from deltaspec.graphs.passes.scope import Scope, result_is_new
 from deltaspec.graphs.recipes import recipe_of
@@ -23,7 +24,6 @@ from deltaspec.graphs.remade import remade
 FEW = 1 << 17
 """Values that enter and leave below which autograd's own steps are faster than one in Python (measured)."""
 
-_is_transformed = torch._C._are_functorch_transforms_active
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -55,11 +55,9 @@ def low_rank_site(
     if type(x) is Gate:
         x = x.alone()
     if torch.is_grad_enabled() and (step := _step(base, host, x, down, up, scale, dropout, how)) is not None:
-        recipe = recipe_of(x, how.absorb) if how.remake else None
+        recipe = recipe_of(x, how.absorb, host) if how.remake else None
         if recipe is None:
             return _run(step, x, down, up)
-        if recipe.absorbs:
-            return _run(step._replace(steps=recipe.steps), x.detach(), down, up, *recipe.kept)
         return _run(step._replace(steps=recipe.steps, kept=recipe.kept, shared=remade(x.grad_fn)), x, down, up)
     return add_low_rank_(base(x), x if dropout is None else dropout(x), down, up, scale)
 
@@ -74,13 +72,7 @@ def _step(
 ) -> Step | None:
     """Return what the step is given; None where it does not serve: subclasses of tensors have rules of their own."""
     wide = down.size(-1)
-    if (
-        x.dim() < 2
-        or x.numel() // wide * (wide + up.size(0)) < FEW
-        or type(x) not in _PLAIN
-        or torch.compiler.is_compiling()
-        or _is_transformed()
-    ):
+    if x.dim() < 2 or x.numel() // wide * (wide + up.size(0)) < FEW or type(x) not in _PLAIN or is_rewritten():
         return None
     own = host._parameters
     weight, bias = own.get("weight"), own.get("bias")
