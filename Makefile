@@ -13,9 +13,6 @@ MISTYPED := alhpa,caf,expct,fro,gausian,guassian,legel,linaer,metod,paht,parms,q
 
 DEMO_PLAN := deltaspec.demo.model:build specs/demo-tweets.deltaspec.yaml specs/demo-topics.deltaspec.yaml
 
-# Libraries that pack weights; deltaspec imports none of them.
-QUANTISED := bitsandbytes==0.50.0 torchao==0.18.0 optimum-quanto==0.2.7
-
 # Ray Serve has an environment of its own: it pins what other engines pin otherwise.
 RAY := ray[serve]==2.60.0
 
@@ -29,8 +26,8 @@ ENGINES := check-onnxruntime check-onnxruntime-genai check-openvino check-llama-
 # Where torch is one for CUDA: an environment of its own (docs/cuda.md), the active one, or the usual one.
 CUDA ?= $(firstword $(wildcard .venv-cuda) $(VIRTUAL_ENV) .venv)
 
-.PHONY: demo example test test-inductor test-quantised test-ecosystem check-cuda $(ENGINES) check-ray lint \
-	format bench schema-check lock-check generate wheel clean
+.PHONY: demo example sweep test test-inductor test-quantised test-ecosystem check-engines check-cuda $(ENGINES) \
+	check-ray lint format bench schema-check lock-check generate wheel clean
 
 demo: .venv/.demo
 	$(BIN)/deltaspec demo $(ARGS)
@@ -38,6 +35,10 @@ demo: .venv/.demo
 # Three tasks on one backbone, a stream of mixed requests: ARGS=--quick for a short run.
 example: .venv/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python examples/multitask_serving.py $(ARGS)
+
+# Nine jobs in one pass, and PEFT's nine runs: ARGS=--quick for a short run, ARGS=--no-peft for the pass alone.
+sweep: .venv/.demo .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python examples/sweep.py $(ARGS)
 
 # One torch thread a worker: on small machines two processes are faster than two threads.
 test: .venv/.test
@@ -47,16 +48,20 @@ test: .venv/.test
 test-inductor: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/contract/test_inductor.py --codegen $(ARGS)
 
-# Deltas on weights that other libraries packed.
-test-quantised: .venv/.quantised
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/others/test_quantised.py $(ARGS)
+# What others train with: docs/trainers.md. In one process: these libraries are large, and so is what a second one loads.
+test-ecosystem: .venv/.ecosystem
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ecosystem $(ARGS)
+
+# Of these, deltas on weights that other libraries packed.
+test-quantised: .venv/.ecosystem
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ecosystem/test_quantised.py $(ARGS)
 
 # Under 8 minutes on one CUDA device; without one it prints why, and does nothing. ARGS="--device cpu" tries the checks themselves.
 check-cuda: $(if $(filter .venv,$(CUDA)),.venv/.run)
 	$(CUDA)/bin/python -m checks.cuda $(ARGS)
 
 # Engines whose check takes seconds, on the tiny model.
-test-ecosystem:
+check-engines:
 	$(MAKE) check-llama-cpp check-onnxruntime check-onnxruntime-genai check-openvino MODELS=tiny
 
 # Each compares an engine's tokens with deltaspec's: examples/serving/README.md. MODELS=tiny leaves the real model out.
@@ -153,9 +158,9 @@ clean:
 	@$(INSTALL) --no-deps $(TEST_DATA)
 	@touch $@
 
-.venv/.quantised: .venv/.dev Makefile
-	@echo "-- installing libraries that pack weights (100 MB): $(QUANTISED)"
-	@$(INSTALL) $(QUANTISED)
+.venv/.ecosystem: .venv/.dev
+	@echo "-- installing libraries that train, and that pack weights (0.8 GB)"
+	@$(INSTALL) --editable '.[ecosystem]'
 	@touch $@
 
 .venv/.serving: .venv/.run Makefile

@@ -29,7 +29,7 @@ FACES = {
     "deltaspec.engines": ("check", "known", "needs", "notes"),
     "deltaspec.testing": ("check_method",),
     "deltaspec.allocation": ("RankAllocator",),
-    "deltaspec.training": ("DeltaTrainerMixin", "Job", "Training", "scheduler"),
+    "deltaspec.training": ("DeltaTrainerMixin", "Job", "JobsTrainer", "Training", "scheduler"),
     "deltaspec.verification": ("verify",),
     "deltaspec.folders": ("extract", "merge_folder"),
     "deltaspec.demo.model": ("build",),
@@ -45,7 +45,7 @@ GIVEN = (
 )  # fmt: skip
 """Classes that users get from those, catch or read, wherever they are defined."""
 MADE_BY_USERS = (
-    "DeltaSpecError", "Diagnostic", "RankAllocator", "Job", "Training",
+    "DeltaSpecError", "Diagnostic", "RankAllocator", "Job", "JobsTrainer", "Training",
     "Site", "TensorSpec", "Init", "Refusal", "Promises",
 )  # fmt: skip
 """Classes whose constructor is public, too; the others are made by deltaspec."""

@@ -35,6 +35,7 @@ GROUPS = {
     "mixing": Group("mixing:mixing", "A delta for each row of a batch"),
     "graphs": Group("graphs:graphs", "Compiled graphs"),
     "training": Group("training:training", "Training"),
+    "jobs": Group("jobs:jobs", "Many jobs in one batch"),
     "saving": Group("rows:saving", "Restoring"),
     "validating": Group("rows:validating", "Validating"),
     "scaling": Group("scaling:scaling", "Scaling: sites, ranks, layers, rows"),

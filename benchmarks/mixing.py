@@ -17,7 +17,9 @@ from deltaspec.deltas.stacks import Stacks
 from deltaspec.graphs.passes.fuse_rows import add_low_rank_rows_
 from deltaspec.graphs.row_ops import add_linear_rows, linear_rows
 from deltaspec.serving.dispatch import Batch
-from deltaspec.serving.slots import Slot, Source
+from deltaspec.serving.families import Family, Part, homes_of
+from deltaspec.serving.slots import Slot
+from deltaspec.serving.sources import Source
 
 ROWS = 8
 SITES = 32
@@ -111,27 +113,32 @@ def _rows(
 def fused() -> Iterator[Row]:
     """Sites of a mixed batch with and without the pass that fuses them."""
     torch.manual_seed(0)
-    sites = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(SITES)))
+    linears = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(SITES)))
     names = [f"d{i}" for i in range(ROWS)]
-    compiled = deltaspec.compile(sites, spec(names, [f"{i}" for i in range(SITES)]), example_inputs=torch.randn(1, 512))
+    compiled = deltaspec.compile(
+        linears, spec(names, [f"{i}" for i in range(SITES)]), example_inputs=torch.randn(1, 512)
+    )
     slot = Slot(0, Batch(rows=ROWS, size=ROWS))
     slot.fill(compiled.rows(names))
     found = find(compiled.backbone)
     assert found is not None
     stacks = Stacks(found[1], {planned.name: planned for planned in compiled.plan.deltas})
     stacks.ensure(names)
-    stack = stacks.of("d0")
-    down, up = ([Source(stack, f"{i}.{name}", found[1]) for i in range(SITES)] for name in ("down", "up"))
+    sites = compiled.plan["d0"].sites
+    family = Family("lora", 0)
+    parts = {(s.fqn, None, None): Part(homes_of(s, stacks.of("d0")), (2.0,), True, 0.0) for s in sites}
+    family.join(stacks.kind("d0"), dict.fromkeys(parts), parts, 0)
+    down, up = ([Source(family, (s.fqn, None, None), name, found[1]) for s in sites] for name in ("down", "up"))
     for tokens in TOKENS:
         x = torch.randn(ROWS, tokens, 512)
 
         def plain(x: Tensor = x) -> None:
-            for host, a, b in zip(sites, down, up, strict=True):
+            for host, a, b in zip(linears, down, up, strict=True):
                 h = linear_rows(x, a.take(slot, ROWS, True))
                 add_linear_rows(host(x), h, b.take(slot, ROWS, True), slot, 2.0)
 
         def together(x: Tensor = x) -> None:
-            for host, a, b in zip(sites, down, up, strict=True):
+            for host, a, b in zip(linears, down, up, strict=True):
                 add_low_rank_rows_(host(x), x, a, b, slot, 2.0)
 
         with torch.inference_mode():

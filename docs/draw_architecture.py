@@ -19,7 +19,7 @@ BEGIN, END = "<!-- layers: begin -->\n", "<!-- layers: end -->\n"
 
 STEPS = {
     "compiler.compile": ("", "a model, specs"),
-    "planning.resolve": ("compiler.estimate", "errors end here"),
+    "planning.resolve": ("compiler.compile", "errors end here"),
     "language.load": ("planning.resolve", "a DeltaSpec"),
     "documents.document": ("language.validate", "read with positions"),
     "backbone.tabulate": ("planning.resolve", "a table of modules"),
@@ -38,7 +38,6 @@ STEPS = {
 }
 """In the order in which they happen: a module, the one that calls it, and what it is asked for."""
 WITHIN = {
-    "compiler.estimate": "compiler.compile",
     "backbone.observations": "planning.sites",
     "backbone.walk": "backbone.tabulate",
     "language.validate": "language.load",

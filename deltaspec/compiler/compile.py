@@ -12,10 +12,11 @@ from torch import nn
 from deltaspec.backbone.sharded import refuse_sharded
 from deltaspec.compiler.build import build
 from deltaspec.compiler.compiled import CompiledModel
-from deltaspec.compiler.estimate import plan
+from deltaspec.compiler.estimate import checked_memory
 from deltaspec.language.model import DeltaSpec
 from deltaspec.language.passes import chosen
 from deltaspec.planning.plan import Plan
+from deltaspec.planning.resolve import plan
 
 Spec: TypeAlias = "str | PathLike[str] | Mapping[str, Any] | DeltaSpec"
 
@@ -52,6 +53,7 @@ def compile(
     wanted = chosen(passes)
     planned = plan(model, spec, *more_specs, example_inputs=example_inputs)
     planned = planned if wanted == planned.passes else replace(planned, passes=wanted)
+    planned = checked_memory(model, planned, example_inputs)
     return CompiledModel(*build(model, planned, capture, trained=train_backbone))
 
 

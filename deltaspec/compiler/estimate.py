@@ -45,7 +45,7 @@ def checked_memory(model: nn.Module, plan: Plan, example_inputs: Any, before: Pl
     """
 
     def estimated(part: Plan, asked: Conditions, report: Report) -> Estimate:
-        return estimate_plan(model, part, asked, example_inputs, report)
+        return answer(Question(model, part, asked, example_inputs, report, beside=False), _compile)
 
     return with_memory(plan, estimated, before)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from deltaspec.costs.batches import batches, settled
 from deltaspec.costs.estimate import Estimate, places_of
 from deltaspec.costs.held import bytes_of, configured, saved_by
 from deltaspec.costs.optimizers import Trained, state_bytes
-from deltaspec.costs.trial import Compiled, Trial, on_fakes, on_zeros
+from deltaspec.costs.trial import Compiled, Trial, on_fakes, on_meta, on_zeros
 from deltaspec.costs.twins import checkpoint, twin
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import closest
@@ -36,6 +36,8 @@ class Question:
     conditions: Conditions
     example_inputs: Any
     report: Report
+    beside: bool = True
+    """Whether to say what is kept without passes, too, which takes a second step."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,16 +79,20 @@ def answer(question: Question, compile_onto: Compile) -> Estimate:
         note = f"kept activations, working memory and FLOPs are not known without weights ({why})"
         return replace(made, inputs=str(ran.batch or ""), notes=(note,))
     step = ran.step
+    without: int | None = step.kept
+    if question.beside and plan.passes and ran.passed:
+        other = _trial(question, compile_onto, compile_onto(question.twin(), plan, question.names, False), passes=False)
+        without = None if other.step is None else other.step.kept
     return replace(
         made,
         inputs=str(ran.batch),
         activations=step.kept,
-        activations_without_passes=step.kept,
+        activations_without_passes=without if question.beside else None,
         working=max(0, step.peak - step.kept - made.gradients) + unpacking,
         forward_flops=step.forward_flops,
         backward_flops=step.backward_flops,
         places=places_of(step.places),
-        notes=tuple(_notes(ran, given)),
+        notes=tuple(_notes(ran, given, plan.passes)),
     )
 
 
@@ -101,11 +107,15 @@ def _unknown(given: Conditions, plan: Plan) -> list[tuple[str, str, str]]:
     return found
 
 
-def _notes(ran: Trial, given: Conditions) -> list[str]:
+def _notes(ran: Trial, given: Conditions, passes: Collection[str]) -> list[str]:
+    """Return what the numbers leave out."""
+    notes = []
+    if passes and not ran.passed:
+        notes.append("what passes save is not counted: this step ran on fake tensors, which they leave alone")
     labelled = ran.batch is not None and "labels" in ran.batch.kwargs
-    if ran.failure is None:
-        return []
-    return [f"{'another form of' if labelled else 'without'} labels: {ran.failure}"] if given.labels else []
+    if ran.failure is not None and given.labels:
+        notes.append(f"{'another form of' if labelled else 'without'} labels: {ran.failure}")
+    return notes
 
 
 def _backbone(question: Question) -> tuple[int, int]:
@@ -127,7 +137,12 @@ def _trial(question: Question, compile_onto: Compile, compiled: Compiled, *, pas
     forms = list(batches(model, given, question.example_inputs))
     if not forms:
         return Trial(None, None)
-    ran = on_fakes(compiled, forms, given, _device(model))
+    device = _device(model)
+    if device == "cpu" and given.autocast is None:
+        ran = on_meta(compiled, forms, given)
+        if ran.step is not None:
+            return ran
+    ran = on_fakes(compiled, forms, given, device)
     if ran.step is not None:
         return ran
     values = compile_onto(hollow(question.twin()), question.plan, question.names, passes)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from deltaspec.backbone.random_state import random_state_kept
 from deltaspec.costs.batches import Batch
+from deltaspec.costs.kernels import AttentionOfCPU
 from deltaspec.costs.step import Step, run_step
 from deltaspec.costs.twins import put_fakes
 from deltaspec.diagnostics.wording import brief
@@ -41,13 +42,24 @@ class Trial(NamedTuple):
     """The form of the batch that was run, or the likeliest one."""
     failure: str | None = None
     """Why the likeliest form could not be run."""
+    passed: bool = True
+    """Whether passes were taken where they would be."""
+
+
+def on_meta(compiled: Compiled, forms: Sequence[Batch], conditions: Conditions) -> Trial:
+    """Run a step of the first form of a batch that a model takes, on plain tensors without values, as a CPU does."""
+    with AttentionOfCPU():
+        return _first(compiled, forms, conditions, "meta")
 
 
 def on_fakes(compiled: Compiled, forms: Sequence[Batch], conditions: Conditions, device: str) -> Trial:
-    """Run a step of the first form of a batch that a model takes. The model holds fake tensors from then on."""
+    """Run a step as `on_meta`, on fake tensors of a device, which the model holds from then on.
+
+    They are what autocast acts on, and what goes together with tensors of other devices. Passes leave them alone.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
         put_fakes(compiled.model, device)
-        return _first(compiled, forms, conditions, device)
+        return _first(compiled, forms, conditions, device)._replace(passed=False)
 
 
 def on_zeros(compiled: Compiled, forms: Sequence[Batch], conditions: Conditions) -> Trial:

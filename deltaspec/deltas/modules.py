@@ -56,15 +56,16 @@ class Delta(nn.Module):
 
     def tensor(self, key: str) -> Tensor:
         """Return a tensor by its storage key, as forwards read it."""
-        return self._read(attribute_name(key))
+        return self.read(attribute_name(key))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (storage key, tensor) for all tensors, buffers included, as forwards read them."""
         self._know()
         for name in self.own_tensors.names:
-            yield dotted(name), self._read(name)
+            yield dotted(name), self.read(name)
 
-    def _read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
+        """Return a tensor by its name here, as forwards read it."""
         found: Tensor | None = self._parameters.get(name)
         if found is None:
             found = self._buffers.get(name)

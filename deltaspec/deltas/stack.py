@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 Place = tuple[torch.dtype, torch.device]
+_VIEWS = 256
+"""Rows whose tensors are kept as objects: each of those takes about a kilobyte."""
 _STEP = 16
 """Every tensor of a row starts at a multiple of so many values, relative to the row."""
 
@@ -74,6 +76,8 @@ class Stack:
         self.tensors: dict[str, Tensor] = {}
         """`[capacity + 1, *shape]`, views of the rows, by storage key."""
         self._free: list[int] = []
+        self._views: dict[int, dict[str, Tensor]] = {}
+        """Tensors of single rows that were asked for."""
         self._cut()
 
     def make_room(self, more: int, limit: int | None = None) -> bool:
@@ -123,6 +127,7 @@ class Stack:
         must not be; such rows stay out of use until the stack is made anew.
         """
         row = self.names.pop(name)
+        self._views.pop(row, None)
         if again:
             self._free.append(row)
 
@@ -131,7 +136,21 @@ class Stack:
         view = self.tensors[key][row]
         return from_dlpack(to_dlpack(view)) if view.device.type in ("cpu", "cuda") else view
 
+    def row(self, key: str, name: str) -> Tensor:
+        """Return a delta's tensor as it lies in its row: to be read in a forward, and kept by nobody."""
+        row = self.names[name]
+        views = self._views.get(row)
+        if views is None:
+            if len(self._views) >= _VIEWS:
+                self._views.clear()
+            views = self._views[row] = {}
+        found = views.get(key)
+        if found is None:
+            found = views[key] = self.tensors[key][row]
+        return found
+
     def _cut(self) -> None:
+        self._views.clear()
         self.tensors = {
             key: self.flats[slot.group][:, slot.offset : slot.offset + slot.count].view(self.capacity + 1, *slot.shape)
             for key, slot in self.layout.slots.items()

@@ -71,6 +71,8 @@ CODES: dict[str, str] = {
     "DS383": "batches that cannot be put together",
     "DS384": "job without a loss",
     "DS385": "checkpoint of other jobs",
+    "DS386": "example of an unknown job",
+    "DS387": "jobs that all diverged",
     # DS4: method and model
     "DS401": "another model than the spec is for",
     "DS402": "method cannot take a site",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from deltaspec.graphs.autocast import without_autocast
 from deltaspec.graphs.elementwise import Kind, kind_of
 from deltaspec.graphs.modes import is_checkpointed, is_rewritten
 
@@ -97,7 +98,7 @@ class GatedProduct(torch.autograd.Function):
 def _through(run: _Run, x: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradient of what enters a function."""
     again = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.enable_grad(), without_autocast(x.device):
         entering = x if again and x.requires_grad else x.detach().requires_grad_()
         y = run(entering)
     return torch.autograd.grad(y, entering, gradient, create_graph=again)[0]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
@@ -27,15 +30,26 @@ class Formula:
     result: fx.Node
     own: frozenset[fx.Node]
     """Nodes that depend on the delta's tensors or call the host on other parameters; the host's own output is none."""
+    numbers: tuple[tuple[fx.Node, int | str], ...]
+    """Factors that the delta's own steps are given as numbers, by node and argument. A parameter may set them, so they
+    may differ from row to row."""
+    drops: bool
+    """Whether it drops values, if it is asked to."""
+    drops_own: bool
+    """Whether it drops values that depend on the delta's tensors."""
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """The values of `numbers`."""
+        found: list[Any] = [node.kwargs[at] if isinstance(at, str) else node.args[at] for node, at in self.numbers]
+        return tuple(map(float, found))
 
 
 class _Formal:
     """Stands for `t`, the delta's tensors, while a formula is traced apart."""
 
-    def __init__(
-        self, tracer: GraphAppendingTracer, names: tuple[str, ...], open_call: bool, has_dropout: bool
-    ) -> None:
-        self._tracer, self._open, self._has_dropout = tracer, open_call, has_dropout
+    def __init__(self, tracer: GraphAppendingTracer, names: tuple[str, ...], open_call: bool) -> None:
+        self._tracer, self._open = tracer, open_call
         self.nodes = {name: tracer.graph.placeholder(name) for name in names}
         self.arguments: dict[str, fx.Node] = {}
         self.entered: fx.Node | None = None
@@ -51,8 +65,6 @@ class _Formal:
         return fx.Proxy(self.entered, self._tracer)
 
     def dropout(self, value: fx.Proxy) -> fx.Proxy:
-        if not self._has_dropout:
-            return value
         return fx.Proxy(self._tracer.graph.call_module("dropout", (value.node,)), self._tracer)
 
     def argument(self, name: str) -> fx.Proxy | None:
@@ -73,7 +85,7 @@ def formula(link: Link, open_call: bool) -> Formula:
     tracer = GraphAppendingTracer(graph)
     x = graph.placeholder("x")
     method = methods()[link.method]
-    given = _Formal(tracer, link.form.tensors, open_call, method.dropout(link.params) > 0)
+    given = _Formal(tracer, link.form.tensors, open_call)
 
     def base(inner: fx.Proxy, **parameters: Any) -> fx.Proxy:
         if not parameters:
@@ -86,4 +98,17 @@ def formula(link: Link, open_call: bool) -> Formula:
     for node in graph.nodes:
         if node.target == "swapped" or (node.target != "base" and not own.isdisjoint(node.all_input_nodes)):
             own.add(node)
-    return Formula(x, given.nodes, given.arguments, given.entered, result, frozenset(own))
+    dropped = [node for node in graph.nodes if node.op == "call_module" and node.target == "dropout"]
+    numbers = tuple(_numbers(node) for node in graph.nodes if node in own)
+    return Formula(
+        x, given.nodes, given.arguments, given.entered, result, frozenset(own), tuple(chain(*numbers)),
+        bool(dropped), not own.isdisjoint(dropped),
+    )  # fmt: skip
+
+
+def _numbers(node: fx.Node) -> list[tuple[fx.Node, int | str]]:
+    if node.target is torch.add and type(node.kwargs.get("alpha")) in (int, float):
+        return [(node, "alpha")]
+    if node.target in (operator.mul, torch.mul, operator.truediv) and len(node.args) == 2:
+        return [(node, place) for place, arg in enumerate(node.args) if type(arg) is float]
+    return []

@@ -53,6 +53,8 @@ class Inputs:
     """Node of its strength, where it is scaled; of the rows' `RowSlot`, where it is per row."""
     stream: Callable[[], fx.Node] | None = None
     """Emitter of what entered the module that the formula reads besides; None where it reads none."""
+    numbers: tuple[fx.Node, ...] = ()
+    """Nodes of the factors that differ from row to row, in the order of `Formula.numbers`; `RowNumber`s."""
     swapped: Callable[[], fx.Node] | None = None
     """Emitter of the input that runs the host on other parameters, for formulas per row."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltaspec.graphs.autocast import autocasts, without_autocast
 from deltaspec.graphs.bits import packed, unpacked
 from deltaspec.graphs.recipes import Steps, make
 from deltaspec.graphs.remade import Remade
@@ -73,9 +74,9 @@ class LowRankStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """Return the gradients of the inputs. It can be differentiated again."""
-        if not torch.is_autocast_enabled(gradient.device.type):
+        if not autocasts(gradient.device):
             return _gradients(ctx, gradient)
-        with torch.autocast(gradient.device.type, enabled=False):
+        with without_autocast(gradient.device):
             return _gradients(ctx, gradient)
 
 

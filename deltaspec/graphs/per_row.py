@@ -22,7 +22,18 @@ from deltaspec.graphs.formula import formula
 from deltaspec.graphs.lifted import to_function
 from deltaspec.graphs.links import Inputs, Link, like, widened
 from deltaspec.graphs.passes import keep_scales
-from deltaspec.graphs.row_ops import add_linear_rows, align, linear_rows, rows_in, rows_out, take, toward_rows
+from deltaspec.graphs.row_ops import (
+    add_linear_rows,
+    add_number_times,
+    align,
+    linear_rows,
+    number_like,
+    number_rows,
+    rows_in,
+    rows_out,
+    take,
+    toward_rows,
+)  # fmt: skip
 
 _ELEMENTWISE = frozenset({F.gelu, F.relu, F.silu, F.leaky_relu, torch.tanh, torch.sigmoid, operator.neg})
 _BINARY = frozenset({operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul})
@@ -50,6 +61,7 @@ class RowEmitter:
         self.leaving: fx.Node | None = None
         """Output of the host, in its own dtype and shape."""
         self._taken: dict[tuple[fx.Node, bool], fx.Node] = {}
+        self._numbers = dict(zip(self.formula.numbers, inputs.numbers, strict=True))
 
     def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.graph.call_function(function, args)
@@ -114,11 +126,11 @@ class RowEmitter:
         if self._is_direct(result) and result.target in (torch.add, operator.add) and len(result.args) == 2:
             y, update = result.args
             linear = isinstance(update, fx.Node) and update.target is F.linear and len(update.args) == 2
-            if y is self.host and linear and set(result.kwargs) <= {"alpha"}:
+            if y is self.host and linear and (not result.kwargs or (result, "alpha") in self.formula.numbers):
                 assert isinstance(update, fx.Node)
                 inner, weight = (self._value(arg, {}) for arg in update.args)
-                alpha = result.kwargs.get("alpha", 1.0)
-                return self._call(add_linear_rows, self.plain, inner, weight, self.slot, alpha)
+                number = self._numbers.get((result, "alpha"), 1.0)
+                return self._call(add_linear_rows, self.plain, inner, weight, self.slot, number)
         return self._call(toward_rows, self.plain, self._own(result), self.slot)
 
     def _own(self, target: fx.Node) -> fx.Node:
@@ -165,6 +177,7 @@ class RowEmitter:
             new = self._tensor(node, zeros=True)
         else:
             rule, args = self._rule(node), [self._value(arg, done) for arg in node.args]
+            places = {at: self._numbers[node, at] for at in (0, 1, "alpha") if (node, at) in self._numbers}
             if rule == "linear":
                 new = self._call(linear_rows, *args)
             elif rule == "dropout":
@@ -174,8 +187,12 @@ class RowEmitter:
                 if rule == "binary" and any(map(self._is_vector, node.args)):
                     vector = 0 if self._is_vector(node.args[0]) else 1
                     args[vector] = self._call(align, args[vector], args[1 - vector])
-                function: Any = node.target
-                new = self.graph.call_function(function, tuple(args), dict(node.kwargs))
+                for at, number in places.items():
+                    factor = self._call(number_like, number, self.slot, args[1 if at == "alpha" else 1 - int(at)])
+                    args[slice(2, 2) if at == "alpha" else slice(int(at), int(at) + 1)] = [factor]
+                function: Any = add_number_times if "alpha" in places else node.target
+                kwargs = {} if "alpha" in places else dict(node.kwargs)
+                new = self.graph.call_function(function, tuple(args), kwargs)
         done[node] = new
         return new
 
@@ -201,12 +218,18 @@ class RowEmitter:
         places = {name: sub.placeholder(name) for name in modules}
         for node in used:
             env[node] = sub.placeholder(node.name)
+        factors = {(node, at): number for (node, at), number in self._numbers.items() if node in steps}
+        of_row = {key: sub.placeholder(f"number_{place}") for place, key in enumerate(factors)}
         for step in steps:
             if step.target == "swapped":
                 arguments = fx.node.map_arg(step.args, env.__getitem__)
                 env[step] = sub.call_function(_one_row, (places["swapped"], *arguments))
-            else:
-                env[step] = sub.node_copy(step, env.__getitem__)
+                continue
+            if (factor := of_row.get((step, "alpha"))) is not None:
+                env[step] = sub.call_function(add_number_times, (*(env[arg] for arg in step.args), factor))  # type: ignore[index]
+                continue
+            env[step] = new = sub.node_copy(step, env.__getitem__)
+            new.args = tuple(of_row.get((step, at), arg) for at, arg in enumerate(new.args))
         sub.output(env[target])
         keep_scales.run(sub)
         function, _ = to_function(sub, f"{self.link.method} of one row")
@@ -217,6 +240,8 @@ class RowEmitter:
             assert self.inputs.swapped is not None
             given.append(self.inputs.swapped())
         values = [self._tensor(n, False) if self._is_vector(n) else self.env[n] for n in used]
+        x = self.env[self.formula.x]
+        values += [self._call(number_rows, number, self.slot, x) for number in factors.values()]
         mapped = _over_rows(function, len(modules), f"{self.link.method}_per_row")
         return self._call(mapped, *given, *values)
 

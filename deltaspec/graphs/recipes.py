@@ -68,6 +68,8 @@ def recipe_of(x: Tensor, absorb: bool, site: Any) -> Recipe | None:
 
 def _gives(steps: Steps, kept: tuple[Tensor, ...], x: Tensor, site: Any) -> bool:
     """Return whether what is made by these steps is what entered a site, when it was first looked at."""
+    if x.is_meta:  # it has no values, and costs are what is asked for
+        return True
     tried: dict[Any, bool] = _TRIED.setdefault(site, {})
     kind = _kind(steps)
     if kind not in tried:
@@ -149,8 +151,12 @@ class _Reader:
 
     def is_apart(self, x: Tensor) -> bool:
         """Return whether a tensor has memory of its own beside what is kept."""
-        own = x.untyped_storage().data_ptr()
-        return all(tensor.untyped_storage().data_ptr() != own for tensor in self.kept)
+        return all(_storage(tensor) != _storage(x) for tensor in self.kept)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return what tells a tensor's storage from others, on the meta device, too, where all have the address 0."""
+    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 (a storage's identity has no other name)
 
 
 def _saved(node: Any, name: str) -> Tensor | None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from deltaspec.graphs.formula import formula
 from deltaspec.graphs.lifted import SPLAT_ARGS, SPLAT_KWARGS, Held, to_function
 from deltaspec.graphs.links import Inputs, Link
 from deltaspec.graphs.passes.recompute import HOST, How, trains_in_one_step
@@ -134,13 +135,18 @@ def region(key: RegionKey) -> Region:
         tensors = {name: bind(name + suffix) for name in link.form.tensors}
         if not link.per_row:
             held |= {name + suffix: Held(f"_held{suffix}", name in link.buffers) for name in tensors}
-        dropout = None
-        if methods()[link.method].dropout(link.params):
+        dropout, numbers = None, tuple[fx.Node, ...]()
+        drops = methods()[link.method].dropout(link.params) > 0
+        if link.per_row:
+            per_row = formula(link, key.argument is None)
+            numbers = tuple(bind(f"number_{place}{suffix}") for place in range(len(per_row.numbers)))
+            drops = per_row.drops
+        if drops:
             dropout = f"dropout{suffix}"
             bind(dropout)
         stream = functools.partial(_entered, graph, bind(f"stream{suffix}")) if link.reads_stream else None
         strength = bind(f"strength{suffix}") if link.scaled or link.per_row else None
-        inputs.append(Inputs(tensors, dropout, strength=strength, stream=stream, swapped=swapped))
+        inputs.append(Inputs(tensors, dropout, strength=strength, stream=stream, numbers=numbers, swapped=swapped))
     if key.how is not None and key.how.own:
         bind(HOST)
 

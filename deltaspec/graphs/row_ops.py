@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.graphs.links import like
 
 
 class RowBatch(Protocol):
@@ -27,6 +28,16 @@ class RowSlot(Protocol):
         """The batch that runs now."""
 
     @property
+    def empty(self) -> bool:
+        """Whether no row has a delta here, where that is known."""
+
+    def is_various(self, size: int) -> bool:
+        """Return whether so many rows have matrices of several sizes, or few deltas."""
+
+    def runs(self, size: int) -> tuple[tuple[int, int, int, float], ...]:
+        """Return neighbours that are under one delta, of so many rows: (begin, end, place of it, strength)."""
+
+    @property
     def partial(self) -> bool:
         """Whether some row is under its delta at another strength than its full one."""
 
@@ -34,14 +45,33 @@ class RowSlot(Protocol):
         """Return the strengths in the form of a tensor."""
 
 
+class RowNumber(Protocol):
+    """A factor in a formula, which the rows' deltas may have at different values."""
+
+    def of(self, slot: Any) -> float | None:
+        """Return it where it is the same for all rows."""
+
+    def take(self, slot: Any, x: Tensor) -> Tensor:
+        """Return that of each row of a tensor, `[rows]`, in its dtype."""
+
+    def like(self, slot: Any, x: Tensor, wide: bool = False) -> Tensor:
+        """Return that of each row, `[rows, 1, …]`, for a tensor `[rows, …]`; `wide`, not rounded to a narrow dtype."""
+
+    def each(self, slot: Any) -> list[float]:
+        """Return that of each of the slot's deltas."""
+
+
 class RowSource(Protocol):
-    """One tensor of the deltas of a kind."""
+    """One tensor of the deltas of a slot, padded with zeros where those of other rows are larger."""
 
     def take(self, slot: Any, size: int, zeros: bool) -> Tensor:
         """Return the tensor of each row's delta."""
 
-    def take_briefly(self, slot: Any, size: int) -> Tensor:
-        """Return the tensor of each row's delta, until the next call."""
+    def own(self, slot: Any) -> list[Tensor]:
+        """Return the tensor of each of the slot's deltas."""
+
+    def take_briefly(self, slot: Any, size: int) -> tuple[Tensor, Tensor]:
+        """Return the matrix of each row's delta, and its transpose, until the next call."""
 
 
 def take(slot: RowSlot, source: RowSource, x: Tensor, zeros: bool) -> Tensor:
@@ -74,9 +104,9 @@ def rows_in(slot: RowSlot, x: Tensor) -> Tensor:
     raise DeltaSpecError([Diagnostic("DS442", message, suggestion=hint)])
 
 
-def rows_out(like: Tensor, x: Tensor) -> Tensor:
-    """Undo what `rows_in` did to tokens: `like` is what came in."""
-    return x.flatten(0, 1) if x.dim() > like.dim() else x
+def rows_out(entered: Tensor, x: Tensor) -> Tensor:
+    """Undo what `rows_in` did to tokens: `entered` is what came in."""
+    return x.flatten(0, 1) if x.dim() > entered.dim() else x
 
 
 def toward(without: Tensor, with_it: Tensor, strength: Tensor) -> Tensor:
@@ -89,9 +119,9 @@ def toward_rows(without: Tensor, with_it: Tensor, slot: RowSlot) -> Tensor:
     return torch.lerp(without.to(with_it.dtype), with_it, slot.strengths_like(with_it))
 
 
-def align(values: Tensor, like: Tensor) -> Tensor:
-    """Shape `[rows, …]` values of fewer dimensions so that they broadcast over `like`, the last dimensions aligned."""
-    more = like.dim() - values.dim()
+def align(values: Tensor, x: Tensor) -> Tensor:
+    """Shape `[rows, …]` values of fewer dimensions so that they broadcast over `x`, the last dimensions aligned."""
+    more = x.dim() - values.dim()
     return values.reshape(values.shape[0], *(1,) * more, *values.shape[1:]) if more > 0 else values
 
 
@@ -105,9 +135,37 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return y if bias is None else y + align(bias, y)
 
 
-def add_linear_rows(y: Tensor, x: Tensor, weight: Tensor, slot: RowSlot, scale: float = 1.0) -> Tensor:
-    """Add, row by row, strength · scale · x Wᵀ to y. `x` is narrow, so the strength is applied to it."""
-    scaled = x * slot.strengths_like(x) if slot.partial else x
+def number_rows(number: RowNumber, slot: RowSlot, x: Tensor) -> float | Tensor:
+    """Return a factor: one number for all rows, or `[rows]`."""
+    found = number.of(slot)
+    return number.take(slot, x) if found is None else found
+
+
+def number_like(number: RowNumber, slot: RowSlot, x: Tensor) -> float | Tensor:
+    """Return a factor: one number for all rows, or `[rows, 1, …]`."""
+    found = number.of(slot)
+    return number.like(slot, x) if found is None else found
+
+
+def add_number_times(y: Tensor, update: Tensor, factor: float | Tensor) -> Tensor:
+    """Return y + factor · update."""
+    if isinstance(factor, Tensor) or torch.compiler.is_compiling():  # they lose an `alpha`: see `passes/keep_scales.py`
+        return y + factor * update
+    return torch.add(y, update, alpha=factor)
+
+
+def scaled_rows(x: Tensor, slot: RowSlot, number: RowNumber | float) -> tuple[Tensor, float]:
+    """Scale narrow values by what is different from row to row; return the factor that is left for all."""
+    scale = number if isinstance(number, float) else number.of(slot)
+    if scale is None:
+        assert not isinstance(number, float)
+        x, scale = like(x * number.like(slot, x, wide=True), x), 1.0
+    return (x * slot.strengths_like(x) if slot.partial else x), scale
+
+
+def add_linear_rows(y: Tensor, x: Tensor, weight: Tensor, slot: RowSlot, number: RowNumber | float) -> Tensor:
+    """Add, row by row, strength · factor · x Wᵀ to y. `x` is narrow, so what differs from row to row goes into it."""
+    scaled, scale = scaled_rows(x, slot, number)
     if torch.compiler.is_compiling():  # they lose an `alpha`: see `passes/keep_scales.py`
         return y + linear_rows(scaled * scale, weight)
     if y.dim() == 3 and x.dim() == 3:

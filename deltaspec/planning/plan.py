@@ -79,7 +79,7 @@ class Plan(PlannedDeltas):
     def _part(self, deltas: tuple[PlannedDelta, ...], spec: DeltaSpec) -> Plan:
         """Return a plan for the same model."""
         uses = [use for own, use in zip(self.specs, self.memory, strict=False) if own is spec and use is not None]
-        part = Plan(deltas, (spec,), self.table, memory=tuple(uses))
+        part = Plan(deltas, (spec,), self.table, passes=self.passes, memory=tuple(uses))
         part.__dict__["structure"] = self.structure
         return part
 

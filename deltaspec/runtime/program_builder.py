@@ -220,7 +220,8 @@ class ProgramBuilder:
             else:
                 found.links.append(replace(link, scaled=bool(strength) and not per_row, per_row=per_row))
                 stream = self.streams.of(placement, host)
-                found.arguments.append([*values, *dropout, *([] if stream is None else [stream]), *strength])
+                dropping = [] if per_row else dropout  # each row's own is among the values
+                found.arguments.append([*values, *dropping, *([] if stream is None else [stream]), *strength])
         return found
 
     def bind_region(

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaspec.backbone.attention import Attention
-from deltaspec.deltas.modules import Deltas, storage_key
-from deltaspec.deltas.stack import Stack
-from deltaspec.deltas.stacks import Stacks
+from deltaspec.deltas.modules import Deltas
 from deltaspec.graphs.row_ops import rows_in, toward_rows
 from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
@@ -22,9 +21,11 @@ from deltaspec.runtime.placements import Placement
 from deltaspec.runtime.program_builder import ProgramBuilder
 from deltaspec.runtime.sockets import Forward
 from deltaspec.runtime.streams import tap
+from deltaspec.serving.families import Family, site_key
 from deltaspec.serving.numbering import numbering_of
 from deltaspec.serving.prompts import EmbeddedRows, FollowingRows, PromptedRows, RowFront
-from deltaspec.serving.slots import Slot, Source, Table
+from deltaspec.serving.slots import Slot
+from deltaspec.serving.sources import Source, Table
 
 
 class AttendRows:
@@ -49,10 +50,25 @@ class AttendRows:
         return self.attend.bind(own, by_strength)(query, key, value, inside)
 
 
-def attend_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequence[tuple[Slot, Placement]]) -> Forward:
+@dataclass(frozen=True, slots=True)
+class At:
+    """A family at a site of a host: the slot that says what rows have there, and the placement that stands for all."""
+
+    slot: Slot
+    family: Family
+    placement: Placement
+
+    def sources(self, deltas: Deltas) -> dict[str, Source]:
+        """Return where the tensors are, for all deltas of the family, by own name."""
+        site = site_key(self.placement)
+        return {spec.name: Source(self.family, site, spec.name, deltas) for spec in self.placement.planned.tensors}
+
+
+def attend_rows(builder: ProgramBuilder, host: str, given: Sequence[At]) -> Forward:
     """Build the forward of an attention module for slots of deltas that work inside it, in order of application."""
     hooks = []
-    for slot, placement in given:
+    for place in given:
+        placement = place.placement
         method, params, site = methods()[placement.method], placement.planned.params, placement.planned.site
         names, compute, simpler = tuple(s.name for s in placement.planned.tensors), None, method.simpler(params)
         if simpler is not None:  # once a delta, not once a row
@@ -60,16 +76,13 @@ def attend_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Seque
             compute = _simplified(placement)
             method, params = methods()[kind], methods()[kind].Params(**settings)
             names = tuple(spec.name for spec in method.tensors(site, params))
-        table = Table(slot, sources_of(placement, stacks.of(placement.delta), builder.deltas), compute)
+        table = Table(place.slot, place.sources(builder.deltas), compute)
         hooks.append(AttendRows(Attend(method, params, form_of(site, names)), table))
     return functools.partial(Lowered(builder.modules[host], (), hooks=tuple(hooks)), ())
 
 
 def put_prompts_in_front(
-    builder: ProgramBuilder,
-    stacks: Stacks,
-    hosts: Mapping[str, Sequence[tuple[Slot, str]]],
-    made: Mapping[str, Forward],
+    builder: ProgramBuilder, hosts: Mapping[str, Sequence[At]], made: Mapping[str, Forward]
 ) -> dict[str, Forward]:
     """Build the forwards that put virtual tokens in front of rows, around those that are `made` already, by host."""
     found: dict[str, Forward] = {}
@@ -78,18 +91,17 @@ def put_prompts_in_front(
         return found.get(fqn) or made.get(fqn) or builder.own_forward(fqn)
 
     for host, given in hosts.items():
-        placements = [(slot, placement) for slot, name in given for placement in builder.placements[name][host]]
-        prompts = [(slot, placement) for slot, placement in placements if placement.virtual_tokens]
+        prompts = [place for place in given if place.placement.virtual_tokens]
         if not prompts:
             continue
-        entrance = prompts[0][1].planned.site.row.entrance
+        entrance = prompts[0].placement.planned.site.row.entrance
         assert entrance is not None
-        leading = [slot for slot, placement in prompts if placement.leads]
-        front = RowFront([(slot, placement.virtual_tokens) for slot, placement in prompts], leading)
-        tables = []
-        for slot, placement in prompts:
-            sources = sources_of(placement, stacks.of(placement.delta), builder.deltas)
-            tables.append(Table(slot, sources, _virtual_rows(builder, placement)))
+        leading = [place.slot for place in prompts if place.placement.leads]
+        front = RowFront([(place.slot, place.placement.virtual_tokens) for place in prompts], leading)
+        tables = [
+            Table(place.slot, place.sources(builder.deltas), _virtual_rows(builder, place.placement))
+            for place in prompts
+        ]
         found[host] = EmbeddedRows(so_far(host), front, tables)
         fqn, follower = entrance.fqn, entrance.follower
         module, own = builder.modules[fqn], builder.own_forward(fqn)
@@ -101,10 +113,10 @@ def put_prompts_in_front(
 
 
 def put_streams_around(
-    builder: ProgramBuilder, hosts: Mapping[str, Sequence[tuple[Slot, str]]], made: Mapping[str, Forward]
+    builder: ProgramBuilder, hosts: Mapping[str, Sequence[At]], made: Mapping[str, Forward]
 ) -> dict[str, Forward]:
     """Build the forwards that keep what enters them for deltas elsewhere, around those that are `made` already."""
-    placed = {host: [p for _, name in given for p in builder.placements[name][host]] for host, given in hosts.items()}
+    placed = {host: [place.placement for place in given] for host, given in hosts.items()}
     return tap(builder.streams.at(placed), builder.modules, lambda fqn: made.get(fqn) or builder.own_forward(fqn))
 
 
@@ -121,12 +133,6 @@ def touched(builder: ProgramBuilder, names: Iterable[str]) -> set[str]:
             told = [v.planned.site.row.positions for v in placements if v.counted_tokens]
             found.update(fqn for t in told if t is not None for fqn in t.takers)
     return found
-
-
-def sources_of(placement: Placement, stack: Stack, deltas: Deltas) -> dict[str, Source]:
-    """Return where the tensors of a placement are, for all deltas of its kind, by own name."""
-    fqn = placement.planned.site.row.fqn
-    return {s.name: Source(stack, storage_key(fqn, s), deltas) for s in placement.planned.tensors}
 
 
 def _simplified(placement: Placement) -> Callable[[Mapping[str, Tensor], str | None], tuple[Tensor, ...]]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.stand_in import Swapped, no_gradient_of_padding
-from deltaspec.deltas.stacks import Stacks
 from deltaspec.deltas.strengths import Strengths
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.graphs.links import like
@@ -22,35 +21,67 @@ from deltaspec.runtime.lowering import Fold, Lowered
 from deltaspec.runtime.placements import Placement, host_of
 from deltaspec.runtime.program_builder import Given, ProgramBuilder
 from deltaspec.runtime.sockets import Forward
-from deltaspec.serving.binding import attend_rows, sources_of
+from deltaspec.serving.binding import At, attend_rows, put_prompts_in_front, put_streams_around
+from deltaspec.serving.families import Standing, placed_together, site_key
 from deltaspec.serving.slots import Slot
+from deltaspec.serving.sources import Dropout, Number
 
 
-def bind_rows(builder: ProgramBuilder, stacks: Stacks, host: str, given: Sequence[tuple[Slot, str]]) -> Forward:
-    """Build a host's forward for slots, each of the kind of the named delta, in order of application."""
-    pairs = [(p, slot) for slot, name in given for p in builder.placements[name].get(host, ()) if not p.virtual_tokens]
-    if not pairs:
+def bind_rows(builder: ProgramBuilder, host: str, given: Sequence[At]) -> Forward:
+    """Build a host's forward for families, in order of application."""
+    places = [place for place in given if not place.placement.virtual_tokens]
+    if not places:
         return builder.own_forward(host)
 
-    def of_slot(slot: Slot) -> Given:
-        def of_rows(placement: Placement, _: list[Tensor]) -> tuple[list[Any], list[Any]]:
-            return list(sources_of(placement, stacks.of(placement.delta), builder.deltas).values()), [slot]
+    def of_rows(place: At) -> Given:
+        def values(placement: Placement, _: list[Tensor]) -> tuple[list[Any], list[Any]]:
+            family, slot, site = place.family, place.slot, site_key(placement)
+            sources = list(place.sources(builder.deltas).values())
+            if placement.lowered or methods()[placement.method].attends:
+                return sources, [slot]
+            at = family.at(site)
+            more: list[Any] = [Number(family, site, number) for number in range(len(at.factors))]
+            if at.drops:
+                more.append(Dropout(slot, family, site, builder.deltas))
+            return [*sources, *more], [slot]
 
-        return of_rows
+        return values
 
-    placements = [placement for placement, _ in pairs]
-    sorted_out = builder.sort_out(host, ((placement, of_slot(slot)) for placement, slot in pairs), per_row=True)
+    placements = [place.placement for place in places]
+    sorted_out = builder.sort_out(host, ((place.placement, of_rows(place)) for place in places), per_row=True)
     frozen, module = host in builder.statistics, builder.modules[host]
     if sorted_out.folds:
         if not all(_is_simple(builder, placement) for placement in placements if placement.lowered):
-            return HostRows(builder, host, given)
+            return HostRows(builder, host, [place.slot for place in given])
         base: Any = FoldedRows(module, sorted_out.folds, frozen)
     elif sorted_out.attends:
-        slots = [(values[-1], placement) for placement, _, values in sorted_out.attends]
-        base = attend_rows(builder, stacks, host, slots)
+        attending = {id(placement) for placement, _, _ in sorted_out.attends}
+        base = attend_rows(builder, host, [place for place in places if id(place.placement) in attending])
     else:
         base = builder.host.frozen_statistics(host) if frozen else builder.own_forward(host)
     return builder.bind_region(host, placements, sorted_out, base)[0]
+
+
+def at_hosts(builder: ProgramBuilder, standing: Standing, slots: Sequence[Slot]) -> tuple[dict[str, list[At]], int]:
+    """Return what stands at each host, in order of application, and how many slots that takes."""
+    first, hosts = 0, dict[str, list[At]]()
+    for place, names in standing:
+        lines = dict(zip(place.lines, slots[first:], strict=False))
+        first += len(lines)
+        for host, placements in placed_together(builder.placements, names).items():
+            here = (At(lines[place.line(site)], place.family, placement) for site, placement in placements.items())
+            hosts.setdefault(host, []).extend(here)
+    return hosts, first
+
+
+def bind_hosts(builder: ProgramBuilder, hosts: Mapping[str, Sequence[At]]) -> dict[str, Forward]:
+    """Build the forwards of all modules that rows change."""
+    made = {host: bind_rows(builder, host, here) for host, here in hosts.items()}
+    made |= put_streams_around(builder, hosts, made)
+    made |= put_prompts_in_front(builder, hosts, made)
+    for fqn in builder.statistics:
+        made.setdefault(fqn, builder.host.frozen_statistics(fqn))
+    return made
 
 
 class HostRows:
@@ -59,9 +90,9 @@ class HostRows:
     Such a host takes and gives what it likes, so nothing in it can be batched by row; its outputs can be told apart.
     """
 
-    def __init__(self, builder: ProgramBuilder, host: str, given: Sequence[tuple[Slot, str]]) -> None:
+    def __init__(self, builder: ProgramBuilder, host: str, slots: Sequence[Slot]) -> None:
         self._builder, self._host = builder, host
-        self._slots = [slot for slot, _ in given]
+        self._slots = list(dict.fromkeys(slots))
         self._forwards: dict[tuple[str, ...], Forward] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +108,8 @@ class HostRows:
         rows = list(zip(*(slot.assigned for slot in self._slots), strict=True))
         size, output = self._slots[0].batch.size, None
         for chosen in dict.fromkeys(rows):
-            found = self._forward([entry for entry in chosen if entry is not None])(*args, **kwargs)
+            own = dict.fromkeys(entry for entry in chosen if entry is not None)  # its sites may be in several slots
+            found = self._forward(list(own))(*args, **kwargs)
             places = [row == chosen for row in rows for _ in range(size // len(rows))]
             output = found if output is None else _put_rows(output, found, torch.tensor(places, device="cpu"))
         if output is None or not any(tensor.shape[:1] == (size,) for tensor in tensors_in(output)):

@@ -7,7 +7,7 @@ call, and then the region of the rows' kinds. So one installation serves every a
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakSet
@@ -15,18 +15,18 @@ from weakref import WeakSet
 import torch
 
 from deltaspec.deltas.stacks import Kind
-from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, UnknownDeltaError
+from deltaspec.diagnostics.findings import DeltaSpecError, UnknownDeltaError
 from deltaspec.runtime.active import Active
 from deltaspec.runtime.host import Host
 from deltaspec.runtime.interrupts import surely
 from deltaspec.runtime.shared import Shared
 from deltaspec.runtime.sockets import Forward, Socket
-from deltaspec.serving.assignment import Rows, chain, key_of, parse_rows, places, to_tensors
-from deltaspec.serving.binding import put_prompts_in_front, put_streams_around, touched
+from deltaspec.serving.assignment import Rows, arrange, gone_since, parse_rows, to_tensors
+from deltaspec.serving.binding import touched
 from deltaspec.serving.dispatch import Dispatch, Entering, Kinds
-from deltaspec.serving.hosts import bind_rows, refusals
+from deltaspec.serving.families import Families, Family, Place, Standing
+from deltaspec.serving.hosts import at_hosts, bind_hosts, refusals
 from deltaspec.serving.running import Running
-from deltaspec.serving.slots import Slot
 
 
 class Mixer(Running):
@@ -42,10 +42,13 @@ class Mixer(Running):
         """Dispatchers by host; the same ones at each installation, or compiled graphs would be compiled anew."""
         self._made: dict[Kinds, None] = {}  # no set: Dynamo would compile a graph anew whenever one grows
         self._mixable: set[Kind] = set()
-        self._chosen: dict[Kinds, list[tuple[Kind, str]]] = {}
-        """By kinds: each with the delta of it that stands for all."""
+        self._families = Families(self._builder, self._stacks)
+        self._full: set[Kind] = set()
+        """Kinds whose deltas are stacked, all of them."""
+        self._chosen: dict[Kinds, Standing] = {}
+        """By kinds: the deltas that the forwards were built from."""
         self._given: WeakSet[Rows] = WeakSet()
-        self._placed: dict[Kind, int] = {}
+        self._placed: dict[Family, int] = {}
         self._installed: list[tuple[Socket, Forward | None]] = []
         """(socket, what stood in it; None: nothing attached needs it); empty while nothing is installed."""
 
@@ -87,50 +90,56 @@ class Mixer(Running):
                 self._shared.rivals.refuse(stack)
             self._active.derived.refresh(name for name in names if name not in self._active.active)
             stacks.ensure(names)
-            stacked = [tuple(kinds[name] for name in row) for row in (*rows, *([name] for name in among))]
-            slots = chain(stacked, self._place)
-            keys = tuple(map(key_of, slots))
+            found = {name: self._families.of(name) for name in names}
+            own = {name: stacks.of(name) for name in names}
+            given, table = arrange(rows, among, found, own, self._place)
+            keys = tuple(place.key for place in given)
+            new = {found[name][1].kind for name in names} - self._full
+            if new:  # all of their deltas at once: a stack that grows is another shape to a compiled graph
+                stacks.ensure([name for name in self._shared.planned if stacks.kind(name) in new])
+                self._full |= new
             if keys not in self._made:
-                # All of their kinds at once: a stack that grows later is another shape to a compiled graph.
-                stacks.ensure([name for name in self._shared.planned if stacks.kind(name) in slots])
-                self._chosen[keys] = [(kind, next(name for name in names if kinds[name] is kind)) for kind in slots]
-                self._make(keys, [name for _, name in self._chosen[keys]])
-            table: list[list[tuple[str, int, float] | None]] = [[None] * len(rows) for _ in slots]
-            for number, row in enumerate(rows):
-                for name, slot in zip(row, places([kinds[name] for name in row], slots), strict=True):
-                    table[slot][number] = (name, stacks.of(name).names[name], row[name])
+                self._make(keys, given, self._standing(given, names))
             device = next((tensor.device for tensor in self._host.deltas.parameters()), torch.device("cpu"))
-            tensors = to_tensors(table, len(rows), device)
-            made = Rows(keys, *tensors, deltas=tuple(rows), places={n: stacks.of(n).names[n] for n in names})
+            tensors = to_tensors(given, table, len(rows), device)
+            at = {name: stack.names[name] for name, stack in own.items()}
+            made = Rows(keys, **tensors, deltas=tuple(rows), places=at, stacks=own)
             self._active.residency.pin(made, names)
             self._given.add(made)
             return made
 
-    def _place(self, kind: Kind) -> int:
-        """Return a kind's place in the order of application: that of its first delta."""
-        if kind not in self._placed:
-            alike = (name for name in self._shared.planned if self._stacks.kind(name) is kind)
-            self._placed[kind] = min(self._shared.order[name] for name in alike)
-        return self._placed[kind]
+    def _place(self, family: Family) -> int:
+        """Return a family's place in the order of application: that of its first delta."""
+        if family not in self._placed:
+            kinds = {member.kind for member in family.members.values()}
+            alike = (name for name in self._shared.planned if self._stacks.kind(name) in kinds)
+            self._placed[family] = min(self._shared.order[name] for name in alike)
+        return self._placed[family]
 
-    def _make(self, kinds: Kinds, names: Sequence[str]) -> None:
-        """Build the forwards of all hosts for kinds, each given by the name of a delta of it."""
+    def _standing(self, given: Sequence[Place], names: Iterable[str]) -> Standing | None:
+        """Return, place by place, a delta for each set of sites; None where there is none for some."""
+        known = [(name, self._families.known(name)) for name in names]
+        found: Standing = []
+        for place in given:
+            here = {of[1].scope: name for name, of in reversed(known) if of is not None and of[0] is place.family}
+            if not here.keys() >= set(place.scopes):
+                return None
+            found.append((place, [here[scope] for scope in place.scopes]))
+        return found
+
+    def _make(self, keys: Kinds, given: Sequence[Place], standing: Standing | None) -> None:
+        """Build the forwards of all hosts for families, given with deltas that stand for all of each."""
+        assert standing is not None
         with self._gate.switching(with_rows=True) if self.installed else nullcontext():
-            builder = self._builder
-            self._provide(len(kinds))
-            hosts: dict[str, list[tuple[Slot, str]]] = {}
-            for slot, name in zip(self._slots, names, strict=False):
-                for host in builder.placements[name]:
-                    hosts.setdefault(host, []).append((slot, name))
-            made = {host: bind_rows(self._builder, self._stacks, host, given) for host, given in hosts.items()}
-            made |= put_streams_around(builder, hosts, made)
-            made |= put_prompts_in_front(self._builder, self._stacks, hosts, made)
-            for fqn in self._host.statistics:
-                made.setdefault(fqn, builder.host.frozen_statistics(fqn))
+            self._provide(sum(len(place.lines) for place in given))
+            hosts, used = at_hosts(self._builder, standing, self._slots)
+            made = bind_hosts(self._builder, hosts)
             made[""] = Entering(self, made.get("") or self._host.own_forward(""))
             for host, forward in made.items():
-                self._mixed.setdefault(host, {})[kinds] = forward
-            self._made[kinds] = None
+                self._mixed.setdefault(host, {})[keys] = forward
+            self._using[keys] = tuple(self._slots[:used])
+            self._made[keys] = None
+            self._chosen[keys] = standing
             if self.installed:
                 self.remove()
                 self.install()
@@ -141,19 +150,19 @@ class Mixer(Running):
         for rows in list(self._given):
             if found := next((name for name in rows.places if name in gone), None):
                 object.__setattr__(rows, "gone", found)
-        for kinds, chosen in list(self._chosen.items()):
-            if not any(name in gone for _, name in chosen):
+        for keys, standing in list(self._chosen.items()):
+            if not any(name in gone for _, names in standing for name in names):
                 continue
-            others = [next((n for n in self._shared.planned if self._stacks.kind(n) is kind), "") for kind, _ in chosen]
-            if kinds not in self._made or not all(others):
-                del self._chosen[kinds]
-                self._made.pop(kinds, None)
+            given = [place for place, _ in standing]
+            others = self._standing(given, self._shared.planned)
+            if keys not in self._made or others is None:
+                del self._chosen[keys]
+                self._made.pop(keys, None)
                 for mixed in self._mixed.values():
-                    mixed.pop(kinds, None)
+                    mixed.pop(keys, None)
                 continue
-            self._chosen[kinds] = [(kind, name) for (kind, _), name in zip(chosen, others, strict=True)]
-            self._stacks.ensure(others)
-            self._make(kinds, others)
+            self._stacks.ensure([name for _, names in others for name in names])
+            self._make(keys, given, others)
 
     def prepare(self) -> None:
         """Make the backbone ready for rows, unless it is. Raise DeltaSpecError (DS456) where a forward runs."""
@@ -183,6 +192,10 @@ class Mixer(Running):
         self._mixed.clear()
         self._dispatchers.clear()
         self._made.clear()
+        self._chosen.clear()
+        self._placed.clear()
+        self._full.clear()
+        self._families.forget()
 
     def install(self) -> None:
         """Install the dispatchers, over what is attached."""
@@ -232,7 +245,7 @@ class Mixer(Running):
             if not isinstance(deltas, Rows):
                 rows = self.rows(deltas)
             elif deltas.gone is not None:
-                raise UnknownDeltaError([_gone(deltas.gone)])
+                raise UnknownDeltaError([gone_since(deltas.gone)])
             elif deltas.kinds in self._made and self._is_current(deltas):
                 rows = deltas
             else:
@@ -281,9 +294,7 @@ class Mixer(Running):
         with self._shared.lock:
             self._active.require(rows.places)
             stacks.ensure(rows.places)
-            return all(stacks.of(name).names[name] == place for name, place in rows.places.items())
-
-
-def _gone(name: str) -> Diagnostic:
-    message = f"the delta {name!r} was removed since these rows were prepared"
-    return Diagnostic("DS434", message, suggestion="prepare them again without it: c.rows([...])")
+            return all(
+                stacks.of(name) is rows.stacks[name] and rows.stacks[name].names[name] == place
+                for name, place in rows.places.items()
+            )

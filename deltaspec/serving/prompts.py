@@ -26,7 +26,8 @@ from deltaspec.runtime.prompts import (
 )
 from deltaspec.runtime.sockets import Forward
 from deltaspec.serving.numbering import Numbering
-from deltaspec.serving.slots import Slot, Table
+from deltaspec.serving.slots import Slot
+from deltaspec.serving.sources import Table
 
 
 class RowFront(Front):

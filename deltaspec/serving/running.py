@@ -26,6 +26,8 @@ class Running:
         self.running: Kinds | None = None
         """Kinds of the rows of the forward that runs now; None where it has no rows."""
         self._slots: list[Slot] = []
+        self._using: dict[Kinds, tuple[Slot, ...]] = {}
+        """Slots of the rows of each kinds."""
         self._tried: set[str] = set()
         """Hosts that are given the rows of a batch along dimension 0."""
         self._shown: set[Kinds] = set()
@@ -54,12 +56,14 @@ class Running:
 
     def _start(self, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool = False) -> None:
         self.batch.begin(len(rows), args, kwargs)
-        for slot in self._slots[: len(rows.kinds)]:
+        for slot in self._using[rows.kinds]:
             slot.fill(rows, keep)
         self.running = rows.kinds
 
     def _stop(self) -> None:
-        for slot in self._slots:
+        # Others are clear already, but for those that an interrupt left; how many there are is no data in a graph.
+        running = self.running if torch.compiler.is_compiling() else None
+        for slot in self._slots if running is None else self._using[running]:
             slot.clear()
         self.running = None
         self.batch.rows = 0

@@ -1,74 +1,78 @@
 """Rows of a batch under different deltas: which row is under which delta, as tensors that a forward reads.
 
-A *slot* is one place in the order of application. In it each row has one delta of one kind (the same method, sites and
-shapes), or none; what the rows have is data, so one program, and one compiled graph, serves every assignment.
+A *slot* is one place in the order of application, at sites that the same deltas have. In it each row has one delta of
+one family (the same method and formula, whatever its size and scale), or none; what the rows have is data, so one
+program, and one compiled graph, serves every assignment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaspec.deltas.modules import Deltas
-from deltaspec.deltas.stack import Stack
+from deltaspec.deltas.modules import Delta, Deltas
 from deltaspec.graphs.row_ops import align
-from deltaspec.serving.assignment import RowDeltas, Rows
+from deltaspec.serving.assignment import Line, RowDeltas, Rows
 from deltaspec.serving.dispatch import Batch
 
 _NONE = torch.empty(0, device="cpu")
+_EMPTY = Line((), (), (), (), ())
 
 
 class Slot:
     """One place in the order of application: the delta of each row, and its strength."""
 
     __slots__ = (
-        "_displaced", "_grown", "_number", "_partial", "_rows", "_shaped", "batch", "buffers", "index", "kept", "local",
-        "nearest", "strength",
+        "_displaced", "_grown", "_modules", "_number", "_partial", "_rows", "_runs", "_shaped", "batch", "buffers",
+        "index", "kept", "line", "local", "member", "near", "nearest", "strength", "zeros",
     )  # fmt: skip
 
     def __init__(self, number: int, batch: Batch) -> None:
         self._number, self.batch = number, batch
+        self.zeros: dict[Any, Any] = {}
+        """What tensors are padded with: a little memory, which stays."""
         self.clear()
 
     def fill(self, rows: Rows, keep: bool = False) -> None:
         """Take an assignment; `keep` what is gathered for it, for many forwards in a row. All tensors are `[rows]`.
 
-        `index` are places in the kind's stack, 0 where a row has no delta; `nearest` has another row's place there, for
-        formulas that zeros would break. `local` are places among `names`, from 1. `strength` is 0 for no delta.
+        `index` are places in the stack of each row's delta, 0 where a row has none; `nearest` has another row's place
+        there, for formulas that zeros would break. `member` and `near` say of which member of the family those are, -1
+        for none. `local` are places among `names`, from 1. `strength` is 0 for no delta.
         """
         number = self._number
         self.index, self.nearest = rows.index[number], rows.nearest[number]
+        self.member, self.near = rows.member[number], rows.near[number]
         self.local, self.strength = rows.local[number], rows.strength[number]
+        self.line = rows.lines[number]
         self._rows: Rows | None = rows
         self._partial: bool | None = None
         self._displaced: bool | None = None
+        self._modules: list[Delta | None] | None = None
         self._grown: dict[tuple[str, int], Tensor] = {}
         self._shaped: dict[tuple[int, int, torch.dtype], Tensor] = {}
-        self.kept: dict[tuple[Source, int, bool], Tensor] | None = {} if keep else None
-        self.buffers: dict[tuple[Any, ...], Tensor] = {}
+        self._runs: dict[int, tuple[tuple[int, int, int, float], ...]] = {}
+        self.kept: dict[tuple[Any, int, bool], Tensor] | None = {} if keep else None
+        self.buffers: dict[tuple[Any, ...], Any] = {}
 
     def clear(self) -> None:
         """Forget the assignment."""
-        self.index = self.nearest = self.local = self.strength = _NONE
-        self._rows = self._partial = self._displaced = None
-        self._grown, self._shaped, self.buffers, self.kept = {}, {}, {}, None
+        self.index = self.nearest = self.local = self.member = self.near = self.strength = _NONE
+        self.line = _EMPTY
+        self._rows = self._partial = self._displaced = self._modules = None
+        self._grown, self._shaped, self._runs, self.buffers, self.kept = {}, {}, {}, {}, None
 
     @property
     def assigned(self) -> list[tuple[str, float] | None]:
         """The delta that each row has here, with its strength."""
-        if self._rows is None:
-            return []
-        local, names, strengths = self.local.tolist(), self.names, self.strength.tolist()
-        return [None if place == 0 else (names[place - 1], s) for place, s in zip(local, strengths, strict=True)]
+        return [None if place == 0 else (self.names[place - 1], strength) for place, strength in self.line.order]
 
     @property
     def names(self) -> tuple[str, ...]:
         """The deltas that rows have here. Only training asks: in a compiled graph they are no data."""
-        return () if self._rows is None else self._rows.names[self._number]
+        return self.line.names
 
     @property
     def deltas(self) -> tuple[RowDeltas, ...]:
@@ -86,8 +90,21 @@ class Slot:
         if torch.compiler.is_compiling():
             return True
         if self._partial is None:
-            self._partial = any(row.get(name, 1.0) != 1.0 for row in self.deltas for name in self.names)
+            self._partial = any(place and strength != 1.0 for place, strength in self.line.order)
         return self._partial
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Members of the family that rows have here; in a compiled graph, those that they may have."""
+        return (not torch.compiler.is_compiling() and self.line.used) or self.line.members
+
+    def modules(self, deltas: Deltas) -> list[Delta | None]:
+        """Return the slot's deltas, those that are modules."""
+        if torch.compiler.is_compiling():
+            return [deltas.get(name) for name in self.names]
+        if self._modules is None:
+            self._modules = [deltas.get(name) for name in self.names]
+        return self._modules
 
     def is_displaced(self, deltas: Deltas) -> bool:
         """Return whether some delta here has other tensors than its own for this call.
@@ -100,6 +117,22 @@ class Slot:
             held = (deltas.get(name) for name in self.names)
             self._displaced = any(delta is not None and delta.is_displaced() for delta in held)
         return self._displaced
+
+    def is_various(self, size: int) -> bool:
+        """Return whether so many rows have matrices of several sizes, or few deltas."""
+        return len(self.line.used) > 1 or 2 * len(self.runs(size)) <= size
+
+    def runs(self, size: int) -> tuple[tuple[int, int, int, float], ...]:
+        """Return neighbours that are under one delta, of so many rows: (begin, end, place among `names`, strength)."""
+        if size not in self._runs:
+            beams, found = size // len(self.line.order), list[tuple[int, int, int, float]]()
+            for row, (place, strength) in enumerate(self.line.order):
+                begin = row * beams
+                if found and found[-1][2:] == (place, strength):
+                    begin = found.pop()[0]
+                found.append((begin, (row + 1) * beams, place, strength))
+            self._runs[size] = tuple(found)
+        return self._runs[size]
 
     def strengths_like(self, x: Tensor) -> Tensor:
         """Return the strengths `[rows, 1, …]` for a tensor `[rows, …]`, in its dtype."""
@@ -122,84 +155,3 @@ class Slot:
         if found is None:
             found = self._grown[name, size] = tensor.repeat_interleave(size // tensor.shape[0])
         return found
-
-
-class Source:
-    """One tensor of the deltas of a kind: all of them stacked, and each as it is trained."""
-
-    __slots__ = ("_deltas", "_last", "_stack", "key")
-
-    def __init__(self, stack: Stack, key: str, deltas: Deltas) -> None:
-        self._stack, self.key, self._deltas = stack, key, deltas
-        self._last = key.rpartition(".")[2]
-
-    def take(self, slot: Slot, size: int, zeros: bool) -> Tensor:
-        """Return the tensor of each row's delta, `[size, …]`."""
-        stacked = self._stack.tensors[self.key]
-        displaced = slot.is_displaced(self._deltas)
-        if displaced or (torch.is_grad_enabled() and stacked.is_floating_point()):
-            own = [self._tensor(name, stacked) for name in slot.names]
-            if displaced or any(tensor.requires_grad for tensor in own):
-                # Through the deltas' own parameters, so that each gets the gradient of its rows.
-                table = torch.stack([stacked[0], *own] if zeros else own)
-                place = slot.grown("local", size)
-                return table.index_select(0, place if zeros else (place - 1).clamp(min=0))
-        if slot.kept is None:
-            return stacked.index_select(0, slot.grown("index" if zeros else "nearest", size))
-        found = slot.kept.get((self, size, zeros))
-        if found is None:
-            found = stacked.index_select(0, slot.grown("index" if zeros else "nearest", size))
-            slot.kept[self, size, zeros] = found
-        return found
-
-    def take_briefly(self, slot: Slot, size: int) -> Tensor:
-        """Return the tensor of each row's delta, or zeros, until the next call for one of this name and shape.
-
-        For inference alone. New memory for each site is slower to write and to read again than a buffer for all.
-        """
-        stacked = self._stack.tensors[self.key]
-        if slot.kept is not None or not stacked.is_cpu or slot.is_displaced(self._deltas):
-            return self.take(slot, size, zeros=True)
-        key = (self._last, stacked.shape, size, stacked.dtype, torch.is_inference_mode_enabled(), get_ident())
-        buffer = slot.buffers.get(key)
-        if buffer is None:
-            buffer = slot.buffers[key] = stacked.new_empty(size, *stacked.shape[1:])
-        return torch.index_select(stacked, 0, slot.grown("index", size), out=buffer)
-
-    def of(self, name: str) -> Tensor:
-        """Return one delta's tensor."""
-        return self._tensor(name, self._stack.tensors[self.key])
-
-    def _tensor(self, name: str, stacked: Tensor) -> Tensor:
-        """Return a delta's own tensor: its parameter, or its row, where it is in a library and not in training."""
-        own = self._deltas.get(name)
-        if own is not None:
-            return own.tensor(self.key)
-        return stacked[self._stack.names[name]]
-
-
-Compute = Callable[[Mapping[str, Tensor], str | None], tuple[Tensor, ...]]
-"""From one delta's tensors by own name, and its name (None in a compiled graph: it is data), to what is wanted."""
-
-
-class Table:
-    """Tensors of the deltas of a slot, or what is computed from those of each, for each row."""
-
-    def __init__(self, slot: Slot, sources: Mapping[str, Source], compute: Compute | None = None) -> None:
-        self.slot, self.sources, self.compute = slot, sources, compute
-
-    def take(self, size: int) -> tuple[Tensor, ...]:
-        """Return those of each row's delta, `[size, …]`, or another row's where it has none."""
-        slot, compute = self.slot, self.compute
-        if compute is None:
-            return tuple(source.take(slot, size, zeros=False) for source in self.sources.values())
-        if torch.compiler.is_compiling():
-            rows = {name: source.take(slot, size, zeros=False) for name, source in self.sources.items()}
-            computed: tuple[Tensor, ...] = torch.vmap(lambda own: compute(own, None))(rows)
-            return computed
-        if not slot.names:  # only in the kinds for rows of other batches: nothing is to be computed
-            own = {name: source.take(slot, 1, zeros=False)[0] for name, source in self.sources.items()}
-            return tuple(value.expand(size, *value.shape) for value in compute(own, None))
-        each = [compute({key: source.of(name) for key, source in self.sources.items()}, name) for name in slot.names]
-        place = (slot.grown("local", size) - 1).clamp(min=0)
-        return tuple(torch.stack(values).index_select(0, place) for values in zip(*each, strict=True))

@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deltaspec.training.job import Job as Job
+    from deltaspec.training.jobs_trainer import JobsTrainer as JobsTrainer
     from deltaspec.training.run import Training as Training
     from deltaspec.training.schedules import scheduler as scheduler
     from deltaspec.training.trainer import DeltaTrainerMixin as DeltaTrainerMixin
 
-_HOME = {"DeltaTrainerMixin": "trainer", "Job": "job", "Training": "run", "scheduler": "schedules"}
+_HOME = {
+    "DeltaTrainerMixin": "trainer",
+    "Job": "job",
+    "JobsTrainer": "jobs_trainer",
+    "Training": "run",
+    "scheduler": "schedules",
+}
 __all__ = sorted(_HOME)
 
 

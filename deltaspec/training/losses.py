@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ _IGNORED = -100
 
 def usual_loss(model: nn.Module) -> Loss | None:
     """Return the loss that a model of transformers computes itself, of `labels`; None where it has no usual one."""
-    kind, config = getattr(model, "loss_type", None), getattr(model, "config", None)
+    kind, config = getattr(model, "loss_type", None) or _language(model), getattr(model, "config", None)
     if kind in _CLASSES:
         return _with_labels(lambda logits, labels: _of_classes(logits, labels, getattr(config, "problem_type", None)))
     if kind in ("ForTokenClassification", "ForMaskedLM"):
@@ -27,6 +28,18 @@ def usual_loss(model: nn.Module) -> Loss | None:
         decodes = getattr(config, "is_encoder_decoder", False)
         return _with_labels(_of_tokens if decodes else lambda logits, labels: _of_tokens(logits[:, :-1], labels[:, 1:]))
     return None
+
+
+def _language(model: nn.Module) -> str | None:
+    """Return the sort of loss of a language model whose class does not say it, such as GPT2LMHeadModel."""
+    if "transformers" not in sys.modules:
+        return None
+    from transformers.models.auto import modeling_auto as known
+
+    name = type(model).__name__
+    if name in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return "ForMaskedLM"
+    return "ForCausalLM" if name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
 
 
 def _with_labels(compute: Callable[[Tensor, Tensor], Tensor]) -> Loss:

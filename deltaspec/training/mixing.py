@@ -19,6 +19,8 @@ PADDING: Mapping[str, float] = {
     "decoder_input_ids": 0, "decoder_attention_mask": 0, "bbox": 0,
 }  # fmt: skip
 """What transformers' inputs are filled with where those of another job are longer."""
+_IGNORED = ("labels", "decoder_input_ids", "decoder_attention_mask")
+"""What is behind the end of these changes nothing before it: a decoder looks back, and labels there are ignored."""
 _TARGETS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 """What a model takes to compute one loss of all rows, which no job wants."""
 
@@ -30,6 +32,8 @@ class Signature:
     names: frozenset[str]
     pad: Mapping[str, float] = field(default_factory=dict)
     """What inputs are filled with, by name."""
+    free: frozenset[str] = frozenset()
+    """Inputs that may be filled up without a mask: it changes no row."""
     decodes: bool = False
     """Whether it makes a decoder's input of the labels."""
 
@@ -41,7 +45,8 @@ class Signature:
         config = getattr(model, "config", None)
         token = getattr(config, "pad_token_id", None)
         known = {**PADDING, **({"input_ids": token, "decoder_input_ids": token} if isinstance(token, int) else {})}
-        return cls(names, {**known, **pad}, bool(getattr(config, "is_encoder_decoder", False)))
+        decodes = bool(getattr(config, "is_encoder_decoder", False))
+        return cls(names, {**known, **pad}, frozenset((*pad, *_IGNORED)), decodes)
 
     def inputs(self, batch: Any) -> dict[str | int, Any]:
         """Return what of a batch the model takes: by names of the forward, or in order where there are none."""
@@ -96,7 +101,7 @@ def mixed(signature: Signature, names: Sequence[str], batches: Sequence[Any]) ->
             together[key] = values[0]
             continue
         shapes = [value.shape[1:] for value in values]
-        fills = isinstance(key, str) and key in signature.pad and MASK in inputs[0]
+        fills = key in signature.pad and (MASK in inputs[0] or key in signature.free)
         if len({len(shape) for shape in shapes}) > 1 or (len(set(shapes)) > 1 and not fills):
             listed = ", ".join(f"{list(shape)} ({name})" for shape, name in zip(shapes, names, strict=True))
             hint = "give an attention_mask, and pad={name: value} for inputs that are not transformers'"
@@ -161,17 +166,19 @@ def _as_long(batch: Any, longer: Mapping[str, int], own: Mapping[str | int, Any]
 def parts(outputs: Any, sizes: Sequence[int]) -> list[Any]:
     """Cut the outputs of a mixed batch into those of its jobs; what has no rows is None there."""
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
-    return [_cut(outputs, start, size, sum(sizes)) for start, size in zip(starts, sizes, strict=True)]
+    each = zip(starts, sizes, strict=True)
+    return [picked(outputs, slice(start, start + size), sum(sizes)) for start, size in each]
 
 
-def _cut(value: Any, start: int, size: int, rows: int) -> Any:
+def picked(value: Any, chosen: slice | Tensor, rows: int) -> Any:
+    """Return some rows of all tensors that have so many; what has none is None."""
     if isinstance(value, Tensor):
-        return value[start : start + size] if value.dim() and value.shape[0] == rows else None
+        return value[chosen] if value.dim() and value.shape[0] == rows else None
     if isinstance(value, Mapping):
-        own = {key: _cut(each, start, size, rows) for key, each in value.items()}
+        own = {key: picked(each, chosen, rows) for key, each in value.items()}
         return own if type(value) is dict else type(value)(**own)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_cut(each, start, size, rows) for each in value))
+        return type(value)(*(picked(each, chosen, rows) for each in value))
     if isinstance(value, tuple | list):
-        return type(value)(_cut(each, start, size, rows) for each in value)
+        return type(value)(picked(each, chosen, rows) for each in value)
     return None

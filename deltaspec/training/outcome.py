@@ -36,8 +36,8 @@ class JobResult:
     rates: list[float] = field(default_factory=list)
     """The largest learning rate of each step."""
     evaluations: list[Evaluation] = field(default_factory=list)
-    best_step: int | None = None
-    """Steps that were taken before the best evaluation; None where there was none."""
+    best_number: int | None = None
+    """Which of the evaluations is the best one; None where there was none."""
 
     @property
     def step(self) -> int:
@@ -47,7 +47,12 @@ class JobResult:
     @property
     def best(self) -> Mapping[str, float]:
         """The measures of the best evaluation; none where there was none."""
-        return next((e.measures for e in self.evaluations if e.step == self.best_step), {})
+        return {} if self.best_number is None else self.evaluations[self.best_number].measures
+
+    @property
+    def best_step(self) -> int | None:
+        """Number of steps that were taken before the best evaluation; None where there was none."""
+        return None if self.best_number is None else self.evaluations[self.best_number].step
 
     def took(self, loss: float, rate: float) -> None:
         """Take in a step."""
@@ -62,7 +67,7 @@ class JobResult:
         self.evaluations.append(Evaluation(self.step, dict(measures)))
         better = value == value and (before is None or (value < before if self.best_by == "loss" else value > before))
         if better:
-            self.best_step = self.step
+            self.best_number = len(self.evaluations) - 1
         return better
 
     def end(self, status: str, reason: str) -> None:

@@ -26,3 +26,5 @@ def shown(draw: Callable[[], Table], progress: bool | Console) -> Iterator[None]
     console = Console(stderr=True) if progress is True else progress
     with Live(get_renderable=draw, console=console, refresh_per_second=4, redirect_stdout=False):
         yield
+    if not console.is_terminal:
+        console.line()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil, cos, pi, sqrt
 from typing import TYPE_CHECKING, Any
@@ -50,12 +50,14 @@ def scheduler(optimizer: Optimizer, steps: int, *, last_step: int = -1) -> Lambd
     `steps` is the number of all steps; call `.step()` after each. Groups without hints keep their learning rate.
 
     >>> optimizer = torch.optim.AdamW(c.parameter_groups())
-    >>> schedule = deltaspec.training.scheduler(optimizer, steps=300)
+    >>> schedule = scheduler(optimizer, steps=300)
     """
     if steps < 1:
         raise ValueError(f"steps is 1 or more, not {steps}")
-    groups: list[dict[str, Any]] = optimizer.param_groups
-    factors: list[Callable[[int], float]] = [
-        Factor(group.get("schedule", "constant"), group.get("warmup", 0), steps) for group in groups
-    ]
+    factors: list[Callable[[int], float]] = [factor(group, steps) for group in optimizer.param_groups]
     return LambdaLR(optimizer, factors, last_step)
+
+
+def factor(group: Mapping[str, Any], steps: int) -> Factor:
+    """Return the factor of a group of an optimizer, by its hints."""
+    return Factor(group.get("schedule", "constant"), group.get("warmup", 0), steps)

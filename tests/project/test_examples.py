@@ -122,7 +122,7 @@ def test_all_ways_of_serving_give_the_same_answers(minilm_dir, example, toys, tm
 
 def test_specs_of_the_examples_are_valid():
     specs = sorted(EXAMPLES.rglob("*.deltaspec.yaml"))
-    assert len(specs) == 6
+    assert len(specs) == 7
     assert [finding for path in specs for finding in deltaspec.validate(path)] == []
 
 

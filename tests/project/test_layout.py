@@ -10,7 +10,7 @@ from deltaspec.compiler.build import Built
 
 TESTS = ROOT / "tests"
 FILES = sorted(TESTS.rglob("*.py"))
-ACROSS = ("contract", "others", "project")
+ACROSS = ("contract", "ecosystem", "others", "project")
 """Folders for tests of no single module. Each has a README of a line."""
 INSIDE = {"_built", *(f"_{part}" for part in Built._fields)}
 """What a compiled model is made of."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 Result = TypeVar("Result")
 
 
@@ -25,3 +27,22 @@ def counting(work: Callable[[], Result]) -> tuple[Result, int]:
     finally:
         sys.setprofile(before)
     return result, calls
+
+
+class _Operators(TorchDispatchMode):
+    """Counts what is dispatched to tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators(work: Callable[[], Any]) -> int:
+    """Return how many operators of torch a function calls."""
+    with _Operators() as seen:
+        work()
+    return seen.count

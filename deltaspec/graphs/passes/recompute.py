@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from deltaspec.graphs.activations import Gate
+from deltaspec.graphs.autocast import autocasts
 from deltaspec.graphs.low_rank import LowRankStep, Step
 from deltaspec.graphs.modes import is_rewritten
 from deltaspec.graphs.passes.fuse_addition import add_low_rank_
@@ -85,7 +86,7 @@ def _step(
         return None
     if not (x.requires_grad or down.requires_grad or up.requires_grad):
         return None
-    if torch.is_autocast_enabled(device.type) and dtype is not torch.float64:
+    if autocasts(device) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
     probability = dropout.p if dropout is not None and dropout.training else 0.0
     return Step(base, weight.t() if how.transposed else weight, bias, scale, probability, dtype)

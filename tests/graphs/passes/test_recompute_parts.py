@@ -12,8 +12,8 @@ import deltaspec
 from deltaspec.methods.registry import methods
 
 IDS = torch.arange(12).view(2, 6)
-LIGHTER = {"adalora", "adapter", "delora", "loha", "lokr", "low_rank_adapter", "parallel_adapter", "reft", "vera"}
-"""Methods that keep less in float32, too, besides lora."""
+LIGHTER = {"adapter", "loha", "lokr", "low_rank_adapter", "parallel_adapter", "reft", "vera"}
+"""Some methods that keep less in float32, too, besides lora."""
 
 
 class Net(nn.Module):

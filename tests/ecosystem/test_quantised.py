@@ -1,8 +1,11 @@
-"""Deltas on what bitsandbytes, torchao and quanto make of a model: `make test-quantised` installs them."""
+"""Deltas on what bitsandbytes, torchao and quanto make of a model."""
 
+import bitsandbytes
 import pytest
 import torch
 from torch import nn
+from torchao import quantization as torchao
+from trained import arguments, losses
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -18,11 +21,7 @@ import deltaspec
 from deltaspec.backbone.loading import model_from
 from deltaspec.backbone.weight_forms import values_of
 from deltaspec.methods.registry import methods
-
-WHY = "not installed: make test-quantised"
-bitsandbytes = pytest.importorskip("bitsandbytes", reason=WHY)
-torchao = pytest.importorskip("torchao.quantization", reason=WHY)
-quanto = pytest.importorskip("optimum.quanto", reason=WHY)
+from deltaspec.training import DeltaTrainerMixin
 
 FORMS = {
     "nf4": lambda: BitsAndBytesConfig(
@@ -45,6 +44,10 @@ METHODS = {
     **{n: {"method": n, "params": dict(methods()[n].small)} for n in ("hira", "oft", "boft", *STARTING)},
 }
 IDS = torch.arange(8)[None] + 3
+
+
+class DeltaTrainer(DeltaTrainerMixin, Trainer):
+    pass
 
 
 def spec(delta, target):
@@ -118,25 +121,24 @@ def test_values_are_those_that_the_libraries_say():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_was_trained_on_codes_is_saved_and_loaded(saved, form, tmp_path):
+def test_what_was_trained_on_codes_is_saved_resumed_and_loaded(saved, form, tmp_path):
     folder, target = saved
     given = {"quantization_config": FORMS[form](), "dtype": torch.float32}
     model = AutoModelForCausalLM.from_pretrained(folder, **given).eval()
-    compiled = deltaspec.compile(model, spec(METHODS["lora"], target))
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=1, learning_rate=0.05, report_to=[], use_cpu=True, disable_tqdm=True
-    )
-    rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
-    if form.startswith("torchao"):  # which transformers does not train
-        with torch.no_grad():
-            for parameter in compiled.deltas["d"].parameters():
-                parameter += 0.1
-        compiled.save_pretrained(tmp_path / "end")
-    else:
-        trainer = Trainer(model=compiled, args=arguments, train_dataset=rows)
-        trainer.train()
-        trainer.save_model(str(tmp_path / "end"))
-    compiled.eval()
+
+    def trained(kind, resume=None):
+        compiled = deltaspec.compile(model, spec(METHODS["lora"], target))
+        settings = arguments(tmp_path, max_steps=2, save_steps=1, gradient_checkpointing=kind is DeltaTrainer)
+        rows = [{"input_ids": IDS[0] + i, "labels": IDS[0] + i} for i in range(8)]
+        trainer = kind(model=compiled, args=TrainingArguments(**settings), train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, compiled.eval()
+
+    plain, _ = trained(Trainer)
+    first, compiled = trained(DeltaTrainer)
+    again, _ = trained(DeltaTrainer, str(tmp_path / "checkpoint-1"))
+    assert losses(first) == losses(again) == pytest.approx(losses(plain), abs=1e-5)
+    first.save_model(str(tmp_path / "end"))
     back = deltaspec.restore(model, tmp_path / "end")
     assert torch.equal(back(input_ids=IDS).logits, compiled(input_ids=IDS).logits)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
