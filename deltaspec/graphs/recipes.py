@@ -68,6 +68,8 @@ def recipe_of(x: Tensor, absorb: bool, site: Any) -> Recipe | None:
 
 def _gives(steps: Steps, kept: tuple[Tensor, ...], x: Tensor, site: Any) -> bool:
     """Return whether what is made by these steps is what entered a site, when it was first looked at."""
+    if x.is_meta:  # it has no values, and costs are what is asked for
+        return True
     tried: dict[Any, bool] = _TRIED.setdefault(site, {})
     kind = _kind(steps)
     if kind not in tried:

@@ -116,6 +116,12 @@ def test_nothing_is_made_again_where_that_saves_nothing_or_is_not_known():
         assert recipe_of(x, True, Site()) is None
 
 
+def test_tensors_without_values_are_made_again_as_others_would():
+    g = torch.empty(3, 8, device="meta", requires_grad=True)
+    recipe = recipe_of(F.gelu(g * 1), True, Site())
+    assert recipe is not None and make(recipe.steps, recipe.kept).shape == (3, 8)
+
+
 def test_whoever_watches_gradients_still_sees_them():
     for _ in range(2):
         activated = F.silu(A * 1)
