@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from deltaspec.graphs.autocast import autocasts, without_autocast
 from deltaspec.graphs.bits import packed, unpacked
-from deltaspec.graphs.recipes import Steps, make
+from deltaspec.graphs.recipe_steps import Steps, make
 from deltaspec.graphs.remade import Remade
 
 _MANY = 32

@@ -18,12 +18,20 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from deltaspec.graphs.dropouts import dropped
+from deltaspec.graphs.recipe_steps import (
+    Again,
+    Steps,
+    make,
+    run_alone,
+    run_cast,
+    run_dropped,
+    run_gated,
+    run_gelu,
+    run_layer_norm,
+)
 
 _DEEPEST = 12
 """Steps of one recipe at most."""
-
-Steps = tuple[Any, ...]
-"""`(place,)`, a tensor that is kept; or (function, steps of its tensors, its other arguments)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +41,6 @@ class Recipe:
     steps: Steps
     kept: tuple[Tensor, ...]
     """What it is made of; the graph keeps these."""
-
-
-def make(steps: Steps, kept: tuple[Tensor, ...]) -> Tensor:
-    """Make the tensor again."""
-    if len(steps) == 1:
-        return kept[steps[0]]
-    function, inner, others = steps
-    made: Tensor = function(*[make(step, kept) for step in inner], *others)
-    return made
 
 
 def recipe_of(x: Tensor, absorb: bool, site: Any) -> Recipe | None:
@@ -62,7 +61,7 @@ def recipe_of(x: Tensor, absorb: bool, site: Any) -> Recipe | None:
     if not _gives(steps, tuple(reader.kept), x, site):
         return None
     for raw, again in reader.absorbed:
-        raw.register_hooks(again, _Again.unpacked)
+        raw.register_hooks(again, Again.unpacked)
     return Recipe(steps, tuple(reader.kept))
 
 
@@ -92,34 +91,13 @@ _ROUNDING, _LEAST = 16, 1e-5
 """How far, beside the largest value, rounding may move another: in epsilons of the dtype, and at least."""
 
 
-class _Again:
-    """What a node of the graph has in the place of a tensor that it kept: how that is made again."""
-
-    def __init__(self, steps: Steps, kept: tuple[Tensor, ...]) -> None:
-        self.steps, self.kept = steps, kept
-        self.versions = [tensor._version for tensor in kept]
-
-    def __call__(self, _: Tensor) -> _Again:
-        """Take the tensor's place."""
-        return self
-
-    def unpacked(self) -> Tensor:
-        """Make the tensor again. Raise RuntimeError where what it is made of was overwritten."""
-        if [tensor._version for tensor in self.kept] != self.versions:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation"
-            )
-        with torch.no_grad():
-            return make(self.steps, self.kept)
-
-
 class _Reader:
     """Reads the steps of one recipe, and collects what is kept."""
 
     def __init__(self, absorb: bool) -> None:
         self.kept: list[Tensor] = []
         self.absorb = absorb
-        self.absorbed: list[tuple[Any, _Again]] = []
+        self.absorbed: list[tuple[Any, Again]] = []
         """What nodes keep that they may let go of, and how it is made again."""
         self.computes = False
         """Whether it does more than to look at what is kept in another shape."""
@@ -195,7 +173,7 @@ def _product(reader: _Reader, node: Any, depth: int) -> Steps | None:
         if again is None:
             factors.append(reader.keep(tensor))
             continue
-        reader.absorbed.append((raw, _Again(again, tuple(own.kept))))
+        reader.absorbed.append((raw, Again(again, tuple(own.kept))))
         factors.append(_activation(reader, tensor, depth))
     return reader.step(torch.mul, tuple(factors))
 
@@ -212,14 +190,14 @@ def _silu(reader: _Reader, node: Any, depth: int) -> Steps | None:
 
 
 def _gelu(reader: _Reader, node: Any, depth: int) -> Steps | None:
-    return reader.step(_run_gelu, (reader.keep(_saved(node, "self")),), _fact(node, "approximate"))
+    return reader.step(run_gelu, (reader.keep(_saved(node, "self")),), _fact(node, "approximate"))
 
 
 def _recomputed(reader: _Reader, node: Any, depth: int) -> Steps | None:
     raws = getattr(node, "_raw_saved_tensors")  # noqa: B009
     if not all(map(_is_here, raws)):
         return None
-    function = _run_gated if len(raws) > 1 else _run_alone
+    function = run_gated if len(raws) > 1 else run_alone
     return reader.step(function, tuple(reader.keep(tensor) for tensor in node.saved_tensors), node.run)
 
 
@@ -228,18 +206,6 @@ def _dropped_bits(reader: _Reader, node: Any, depth: int) -> Steps | None:
         return None
     inner = reader.before(node, 0, depth), reader.keep(node.saved_tensors[0])
     return reader.step(dropped, inner, node.shape, node.scale)
-
-
-def _run_alone(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    return run(x)
-
-
-def _run_gated(g: Tensor, u: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    return run(g) * u
-
-
-def _run_gelu(x: Tensor, approximate: str) -> Tensor:
-    return F.gelu(x, approximate=approximate)
 
 
 def _result(reader: _Reader, node: Any, depth: int) -> Steps | None:
@@ -252,11 +218,7 @@ def _attended(reader: _Reader, node: Any, depth: int) -> Steps | None:
 
 def _dropped(reader: _Reader, node: Any, depth: int) -> Steps | None:
     inner = reader.before(node, 0, depth), reader.keep(_saved(node, "result1"))
-    return reader.step(_run_dropped, inner, 1 / (1 - _fact(node, "p")))
-
-
-def _run_dropped(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return x * mask * scale
+    return reader.step(run_dropped, inner, 1 / (1 - _fact(node, "p")))
 
 
 def _layer_norm(reader: _Reader, node: Any, depth: int) -> Steps | None:
@@ -264,28 +226,12 @@ def _layer_norm(reader: _Reader, node: Any, depth: int) -> Steps | None:
     affine = [reader.keep(tensor) for name in ("weight", "bias") if (tensor := _saved(node, name)) is not None]
     if len(affine) == 1:  # which of both, the node does not say apart
         return None
-    return reader.step(_run_layer_norm, (*inner, *affine))
-
-
-def _run_layer_norm(x: Tensor, mean: Tensor, rstd: Tensor, *affine: Tensor) -> Tensor:
-    if torch.is_grad_enabled():  # gradients of gradients go through the statistics, too
-        dims = [d - x.dim() for d in range(x.dim()) if mean.shape[d] == 1 and x.shape[d] != 1] or [-1]
-        centred = x - x.mean(dims, keepdim=True)
-        variance = centred.square().mean(dims, keepdim=True)
-        epsilon = (rstd**-2 - variance).detach()
-        normed = centred * (variance + epsilon).rsqrt()
-    else:
-        normed = torch.sub(x, mean).mul_(rstd).to(x.dtype)
-    return torch.addcmul(affine[1], normed, affine[0]) if affine else normed
+    return reader.step(run_layer_norm, (*inner, *affine))
 
 
 def _cast(reader: _Reader, node: Any, depth: int) -> Steps | None:
     given = node._input_metadata[0]
-    return reader.step(_run_cast, (reader.before(node, 0, depth),), given.device, given.dtype)
-
-
-def _run_cast(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return x.to(device, dtype)
+    return reader.step(run_cast, (reader.before(node, 0, depth),), given.device, given.dtype)
 
 
 def _viewed(reader: _Reader, node: Any, depth: int) -> Steps | None:

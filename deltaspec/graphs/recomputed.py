@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from deltaspec.graphs.autocast import autocasts, without_autocast
 from deltaspec.graphs.bits import packed, unpacked
 from deltaspec.graphs.modes import is_rewritten
-from deltaspec.graphs.recipes import Recipe, make, recipe_of
+from deltaspec.graphs.recipe_steps import make
+from deltaspec.graphs.recipes import Recipe, recipe_of
 
 Part = Callable[..., tuple[Tensor, ...]]
 """Takes tensors and then dropouts; returns tensors."""

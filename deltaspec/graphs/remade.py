@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deltaspec.graphs.recipes import Steps, make
+from deltaspec.graphs.recipe_steps import Steps, make
 
 _KEY = "deltaspec"
 

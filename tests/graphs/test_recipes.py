@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from deltaspec.graphs.activations import Recomputed
-from deltaspec.graphs.recipes import make, recipe_of
+from deltaspec.graphs.recipe_steps import make
+from deltaspec.graphs.recipes import recipe_of
 
 
 class Site:
