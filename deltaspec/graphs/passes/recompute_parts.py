@@ -76,6 +76,9 @@ def _wrap(
     keeps = any(node.args[0] in reached for node in computing if node.target in _KEEPING or node.op == "call_module")
     if len(computing) < least or not keeps or any(_is_form(node) for node in ends):
         return False
+    before = _place(graph, part, ends, first)
+    if before is None:
+        return False
     used = dict.fromkeys(n for node in part for n in node.all_input_nodes if n in sources and n is not first)
     drops = list(dict.fromkeys(str(node.target) for node in part if node.op == "call_module"))
     function = _function(part, [first, *used], drops, ends)
@@ -84,7 +87,7 @@ def _wrap(
         return run_part(function, remake, FEW, given, dropped)
 
     step.__name__ = step.__qualname__ = f"part_{next(_NUMBERS)}"
-    with graph.inserting_before(min((u for e in ends for u in e.users if u not in part), key=list(graph.nodes).index)):
+    with graph.inserting_before(before):
         call = graph.call_function(step, ((first, *used), tuple(inputs[name] for name in drops)))
         for place, end in enumerate(ends):
             value = graph.call_function(_item, (call, place))
@@ -92,6 +95,20 @@ def _wrap(
     for node in reversed(part):
         graph.erase_node(node)
     return True
+
+
+def _place(graph: fx.Graph, part: list[fx.Node], ends: list[fx.Node], first: fx.Node) -> fx.Node | None:
+    """Return the node before which a part can run as one, so that all dropouts draw in the order of the graph."""
+    order: dict[fx.Node, int] = {node: number for number, node in enumerate(graph.nodes)}
+    users = [order[user] for end in ends for user in end.users if user not in part]
+    drops = [order[node] for node in part if node.op == "call_module"]
+    if not drops:
+        return list(order)[min(users)]
+    place = min(drops)
+    between = {node for node in order if node.op == "call_module" and place < order[node] < max(drops)}
+    if order[first] > place or min(users) < place or not between <= set(part):  # the host draws, too
+        return None
+    return list(order)[place]
 
 
 def _item(values: tuple[Tensor, ...], place: int) -> Tensor:
