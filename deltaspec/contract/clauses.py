@@ -60,8 +60,13 @@ def _gradients(case: Case) -> None:
     compiled = case.compile().train()
     compiled.only("one")
     with seed(3):
-        loss = case.loss(compiled)
-        require(loss.requires_grad, "no trainable value reaches the output")
+        try:
+            reached = (loss := case.loss(compiled)).requires_grad
+        except DeltaSpecError as error:
+            if {finding.code for finding in error.diagnostics} != {"DS468"}:
+                raise
+            reached = False  # the forward itself said so
+        require(reached, "no trainable value reaches the output")
         torch.autograd.backward(loss)
     mine = {id(p) for p in compiled.deltas["one"].parameters()}
     stray = [name for name, p in compiled.named_parameters() if id(p) not in mine and p.grad is not None]

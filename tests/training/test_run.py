@@ -48,7 +48,7 @@ def test_a_job_of_several_deltas_and_one_by_itself():
 
 
 @pytest.mark.parametrize("way", ["saved", "interrupted", "killed"])
-def test_what_is_resumed_goes_on_to_the_bit(tmp_path, way):
+def test_what_is_resumed_goes_on_to_the_bit(tmp_path, way, request):
     evaluation = {"evaluation": DataLoader(pairs(7, 9), batch_size=4), "loss": mse}
     c = compiled(dropout=0.3)
     torch.manual_seed(7)
@@ -69,6 +69,8 @@ def test_what_is_resumed_goes_on_to_the_bit(tmp_path, way):
         if training.steps == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
+    worker = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of xdist ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, worker))
     before = signal.getsignal(signal.SIGINT)
     if way == "saved":
         training = Training(c, jobs(c, **evaluation))

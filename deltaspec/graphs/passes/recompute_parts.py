@@ -63,7 +63,7 @@ def _wrap(
 ) -> bool:  # fmt: skip
     """Put one part, which begins with `first`, into one call."""
     sources, part, reached = {first, *tensors}, list[fx.Node](), {first}
-    for node in graph.nodes:
+    for node in itertools.dropwhile(lambda node: node is not first, graph.nodes):  # what the host reads stays before it
         before = node.all_input_nodes
         if not before or not all(n in sources or n in part for n in before) or not _is_known(node, dropouts):
             continue
