@@ -70,6 +70,18 @@ def moved(c: deltaspec.CompiledModel, by: float = 0.05) -> deltaspec.CompiledMod
     return c
 
 
+def trained(c: deltaspec.CompiledModel, x: Tensor, steps: int) -> list[float]:
+    """Train all deltas on one batch; return the losses."""
+    optimizer, losses = torch.optim.AdamW(c.trainable_parameters(), lr=1e-2), list[float]()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = c(input_ids=x, labels=x).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def require(holds: bool, otherwise: str) -> None:
     """Raise AssertionError, saying what was seen, unless this holds."""
     if not holds:

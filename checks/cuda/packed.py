@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import deltaspec
-from checks.cuda.base import Check, Skipped, ids, llama, require, spec
+from checks.cuda.base import Check, Skipped, ids, llama, require, spec, trained
 
 FORMS = {"4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "8bit": {"load_in_8bit": True}}
 
@@ -33,14 +33,7 @@ def _packed(form: str, device: torch.device) -> str:
     with torch.no_grad():
         bare = model(input_ids=x).logits
     c = deltaspec.compile(model, spec(rank=8)).train()
-    optimizer = torch.optim.AdamW(c.trainable_parameters(), lr=1e-2)
-    losses = []
-    for _ in range(10):
-        optimizer.zero_grad()
-        loss = c(input_ids=x, labels=x).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = trained(c, x, 10)
     require(losses[-1] < 0.95 * losses[0], f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}")
     c.eval().detach()
     with torch.no_grad():

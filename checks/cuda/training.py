@@ -9,7 +9,19 @@ from typing import Any
 import torch
 
 import deltaspec
-from checks.cuda.base import Check, Skipped, distance, gradients, ids, llama, moved, plain_float32, require, spec
+from checks.cuda.base import (
+    Check,
+    Skipped,
+    distance,
+    gradients,
+    ids,
+    llama,
+    moved,
+    plain_float32,
+    require,
+    spec,
+    trained,
+)
 
 CPU = torch.device("cpu")
 
@@ -47,14 +59,7 @@ def _steps(device: torch.device) -> str:
     model, x = llama(device), ids(device)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     c = deltaspec.compile(model, spec(rank=8, dropout=0.1)).train()
-    optimizer = torch.optim.AdamW(c.trainable_parameters(), lr=1e-2)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = c(input_ids=x, labels=x).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = trained(c, x, 20)
     require(losses[-1] < 0.9 * losses[0], f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}")
     require(all(torch.equal(before[name], p) for name, p in model.named_parameters()), "the backbone was written to")
     return f"loss {losses[0]:.2f} to {losses[-1]:.2f}, backbone to the bit"

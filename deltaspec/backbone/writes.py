@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from deltaspec.backbone.forwards import foreign_forward
 from deltaspec.backbone.holding import codes_in, contents
+from deltaspec.backbone.storages import identity
 
 _PUBLISHED = ("torch.", "transformers.", "deltaspec.")
 _UNCOUNTED = frozenset("data numpy data_ptr storage untyped_storage batch_norm native_batch_norm __array__".split())
@@ -106,7 +107,7 @@ class OwnOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 (a storage's identity has no other name)
+    return identity(tensor.untyped_storage())
 
 
 def _placed(storage: Any, like: Tensor) -> tuple[Any, int, torch.Size, tuple[int, ...]]:

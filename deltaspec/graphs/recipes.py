@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
+from deltaspec.backbone.storages import identity
 from deltaspec.graphs.dropouts import dropped
 from deltaspec.graphs.recipe_steps import (
     Again,
@@ -133,8 +135,7 @@ class _Reader:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Return what tells a tensor's storage from others, on the meta device, too, where all have the address 0."""
-    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 (a storage's identity has no other name)
+    return identity(tensor.untyped_storage())
 
 
 def _saved(node: Any, name: str) -> Tensor | None:
@@ -155,6 +156,10 @@ def _is_here(raw: Any) -> bool:
     if unpack is None:
         return True
     return isinstance(raw.data, Tensor) and getattr(unpack, "__module__", None) != "torch.utils.checkpoint"
+
+
+_raw_tensors = attrgetter("_raw_saved_tensors")
+"""What a step of autograd in Python keeps."""
 
 
 def _fact(node: Any, name: str) -> Any:
@@ -194,7 +199,7 @@ def _gelu(reader: _Reader, node: Any, depth: int) -> Steps | None:
 
 
 def _recomputed(reader: _Reader, node: Any, depth: int) -> Steps | None:
-    raws = getattr(node, "_raw_saved_tensors")  # noqa: B009
+    raws = _raw_tensors(node)
     if not all(map(_is_here, raws)):
         return None
     function = run_gated if len(raws) > 1 else run_alone
@@ -202,7 +207,7 @@ def _recomputed(reader: _Reader, node: Any, depth: int) -> Steps | None:
 
 
 def _dropped_bits(reader: _Reader, node: Any, depth: int) -> Steps | None:
-    if not all(map(_is_here, getattr(node, "_raw_saved_tensors"))):  # noqa: B009
+    if not all(map(_is_here, _raw_tensors(node))):
         return None
     inner = reader.before(node, 0, depth), reader.keep(node.saved_tensors[0])
     return reader.step(dropped, inner, node.shape, node.scale)

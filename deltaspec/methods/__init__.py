@@ -60,8 +60,9 @@ validated where torch is not installed.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from deltaspec.names.packages import given_by
 
 if TYPE_CHECKING:
     from deltaspec.methods.base import Method as Method
@@ -83,14 +84,4 @@ _HOME = {
     **dict.fromkeys(("builtin_methods", "methods"), "registry"),
 }
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__ = given_by(__name__, _HOME)

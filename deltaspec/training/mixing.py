@@ -112,7 +112,7 @@ def mixed(signature: Signature, names: Sequence[str], batches: Sequence[Any]) ->
         raise DeltaSpecError(findings)
     args = tuple(together[key] for key in sorted(k for k in together if isinstance(k, int)))
     kwargs = {key: value for key, value in together.items() if isinstance(key, str)}
-    longer = _lengths(inputs, together)
+    longer = _lengths(together)
     targets = tuple(_as_long(batch, longer, own, signature.pad) for batch, own in zip(batches, inputs, strict=True))
     return Mixed(args, kwargs, tuple(sizes), targets)
 
@@ -138,7 +138,7 @@ def padded(value: Tensor, shapes: Sequence[tuple[int, ...]], fill: float) -> Ten
     return F.pad(value, [part for size in reversed(missing) for part in (0, size)], value=fill)
 
 
-def _lengths(inputs: Sequence[Mapping[str | int, Any]], together: Mapping[str | int, Any]) -> dict[str, int]:
+def _lengths(together: Mapping[str | int, Any]) -> dict[str, int]:
     """Return how long rows became that were filled up, by the name of the input."""
     found = {}
     for key, value in together.items():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
 
 import numpy
 import pytest
 import torch
+from counted import graphs_of
 from mixed_rows import PROMPTS, batch, build, entry, ids
 from models import Traceable
 from tiny_models import ARCHITECTURES, BUILDERS, base
@@ -76,15 +76,8 @@ def test_it_scales_statistics_from_the_backbones_own():
 
 
 def test_changing_it_rebuilds_and_recompiles_nothing():
-    torch._dynamo.reset()
     compiled = build(BUILDERS["short llama"]().eval(), entry("a", "lora"), entry("b", "adapter"))
-    graphs: list[Any] = []
-
-    def count(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    fast = torch.compile(compiled, fullgraph=True, backend=count)
+    fast, graphs = graphs_of(compiled)
     with torch.no_grad():
         for strength in (0.2, 0.4, -1.0, 3.0):
             compiled.only({"a": strength, "b": strength / 2})

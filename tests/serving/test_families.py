@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from counted import operators
+from counted import graphs_of, operators
 from mixed_rows import alone, batch, build, close, entry, ids
 from tiny_models import BUILDERS, base
 
@@ -110,16 +110,9 @@ def test_memory_is_that_of_the_payload():
 
 
 def test_one_compiled_graph_serves_all_ranks():
-    torch._dynamo.reset()
     deltas = [entry(f"d{rank}", "lora", target(), rank=rank, alpha=5.0) for rank in (1, 2, 4)]
     compiled = build(BUILDERS["short llama"]().eval(), *deltas)
-    graphs: list[Any] = []
-
-    def count(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    fast = torch.compile(compiled, fullgraph=True, backend=count)
+    fast, graphs = graphs_of(compiled)
     with torch.no_grad():
         for rows in (["d1", "d2", None], ["d4", "d4", "d1"], [{"d2": 0.5}, "d4", "d2"], [None] * 3):
             found = fast(ids(3), deltas=compiled.rows(rows, among=["d1", "d2", "d4"])).logits

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from counted import graphs_of
 from mixed_rows import METHODS, ROWS, alone, batch, build, close, entry, family, ids
 from tiny_models import ARCHITECTURES, BUILDERS, base
 
@@ -100,16 +101,9 @@ def test_sampling_with_the_same_seed_follows_the_rows():
 
 
 def test_one_compiled_graph_serves_a_hundred_assignments():
-    torch._dynamo.reset()
     deltas = [entry(f"d{number}", "lora") for number in range(12)]
     compiled = build(BUILDERS["short llama"]().eval(), *deltas)
-    graphs: list[Any] = []
-
-    def count(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    fast = torch.compile(compiled, fullgraph=True, backend=count)
+    fast, graphs = graphs_of(compiled)
     pick = random.Random(1)
     tokens = ids()
     with torch.no_grad():
@@ -130,16 +124,9 @@ def test_one_compiled_graph_serves_a_hundred_assignments():
 
 
 def test_switches_and_other_kinds_in_between_compile_nothing_anew():
-    torch._dynamo.reset()
     low = [entry(name, "lora", "**.q_proj", rank=rank) for name, rank in (("a", 2), ("b", 2), ("c", 3))]
     compiled = build(BUILDERS["short llama"]().eval(), *low, entry("d", "ssf", "**.q_proj"))
-    graphs: list[Any] = []
-
-    def count(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    fast, rows = torch.compile(compiled, fullgraph=True, backend=count), ["a", None, "b", {"a": 0.5}, None]
+    (fast, graphs), rows = graphs_of(compiled), ["a", None, "b", {"a": 0.5}, None]
     with torch.no_grad():
         expected = compiled(ids(), deltas=rows).logits
         for between in ((), ("a",), ({"b": 0.5},), ("c",)):
@@ -153,15 +140,8 @@ def test_switches_and_other_kinds_in_between_compile_nothing_anew():
 
 
 def test_one_compiled_graph_serves_batches_of_any_size():
-    torch._dynamo.reset()
     compiled = build(BUILDERS["short llama"]().eval(), entry("a", "lora"), entry("b", "lora"))
-    graphs: list[Any] = []
-
-    def count(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    fast = torch.compile(compiled, fullgraph=True, backend=count, dynamic=True)
+    fast, graphs = graphs_of(compiled, dynamic=True)
     with torch.no_grad():
         for size in (2, 3, 5, 7):
             rows = [(None, "a", "b")[number % 3] for number in range(size)]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
+import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Result = TypeVar("Result")
@@ -27,6 +29,18 @@ def counting(work: Callable[[], Result]) -> tuple[Result, int]:
     finally:
         sys.setprofile(before)
     return result, calls
+
+
+def graphs_of(compiled: nn.Module, **options: Any) -> tuple[Any, list[Any]]:
+    """Return a model under torch.compile, whole, and a list of the graphs made of it; they run as they are."""
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    return torch.compile(compiled, fullgraph=True, backend=count, **options), graphs
 
 
 class _Operators(TorchDispatchMode):
