@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
@@ -31,17 +30,18 @@ def _is_meta(query: Any, *_: Any, **__: Any) -> bool:
 
 
 def _picked(*args: Any, **kwargs: Any) -> SDPBackend:
-    """Return the kernel that torch picks for such tensors on a CPU."""
-    with FakeTensorMode():
+    """Return the kernel that torch picks for such tensors on a CPU; for fake ones it picks another."""
+    given = {name: _on_cpu(value) for name, value in kwargs.items()}
+    return SDPBackend(torch._fused_sdp_choice(*map(_on_cpu, args), **given))  # noqa: SLF001 (it has no other name)
 
-        def fake(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
-            return made.requires_grad_(value.requires_grad)
 
-        given = {name: fake(value) for name, value in kwargs.items()}
-        return SDPBackend(torch._fused_sdp_choice(*map(fake, args), **given))  # noqa: SLF001 (it has no other name)
+def _on_cpu(value: Any) -> Any:
+    """Return a tensor of this form on a CPU, which holds one row of values; it is what lies within one that matters."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    step, size = value.stride(-1), value.shape[-1]
+    row = torch.empty(max(0, (size - 1) * step + 1), dtype=value.dtype, device="cpu")
+    return row.as_strided(value.shape, (*[0] * (value.dim() - 1), step)).requires_grad_(value.requires_grad)
 
 
 def _flash(
