@@ -9,7 +9,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.training.checkpoint import generators, read, set_generators, write
@@ -76,7 +76,7 @@ class Training:
         progress: bool | Console = True,
         callback: Callable[[Training], Any] | None = None,
     ) -> Results:
-        """Train until all jobs are done; what was attached, and the mode of the model, are as they were afterwards.
+        """Train until all jobs are done; what was attached, and each module's mode, are as they were afterwards.
 
         Jobs with `evaluation` are evaluated every so many steps, by default ten times in all, and at their end.
         `checkpoint` is a directory that is written every `save_every` steps (by default with each evaluation), at the
@@ -84,10 +84,8 @@ class Training:
         it runs (False: nothing). `callback` is called after each step.
         """
         every = evaluate_every or max(1, ceil(max(state.total for state in self.states) / 10))
-        training = self.model.training
-        self.model.train()
         try:
-            with shown(lambda: table(self.results), progress), noticed() as interrupts:
+            with _mode(self.model, True), shown(lambda: table(self.results), progress), noticed() as interrupts:
                 while self.running:
                     before = self.running
                     self.step()
@@ -106,8 +104,6 @@ class Training:
             if checkpoint is not None:
                 self.save(checkpoint)
             raise
-        finally:
-            self.model.train(training)
         if checkpoint is not None:
             self.save(checkpoint)
         return self.results
@@ -221,12 +217,11 @@ class Training:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Run in evaluation mode, and let no number be drawn of the training's generators."""
-        training, before = self.model.training, generators()
-        self.model.eval()
+        before = generators()
         try:
-            yield
+            with _mode(self.model, False):
+                yield
         finally:
-            self.model.train(training)
             set_generators(before)
 
     def save(self, directory: str | PathLike[str]) -> None:
@@ -257,6 +252,18 @@ class Training:
             state.clear()
         set_generators(states)
         self._mark = None
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put a model into training or evaluation mode; then each of its modules into the one that it was in."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was in before:
+            module.training = was
 
 
 def _moved(value: Any, device: torch.device) -> Any:
