@@ -128,6 +128,11 @@ def test_all_findings_at_once_each_at_its_line(tmp_path):
     assert found == [("DS204", 8, 17), ("DS203", 9, 14), ("DS201", 10, 7), ("DS203", 11, 18), ("DS201", 12, 62)]
 
 
+def test_entries_behind_a_matrix_are_counted_as_they_are_written():
+    found = deltaspec.validate(spec({"rank": [4, 8, 16]}, {"name": "e", "target": "*"}))
+    assert [(d.where, d.message) for d in found] == [("deltas[1]", 'deltas[1] lacks the key "method"')]
+
+
 def test_an_entry_that_follows_the_matrix_of_another_one():
     head = {"name": "head", "method": "full", "target": "b", "matrix": "french"}
     body = entry({"rank": [4, 2], "train.lr": [1e-3], "train.lr_ratio": [2]}, target="a")

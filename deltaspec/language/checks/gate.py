@@ -87,6 +87,8 @@ def _whole_pattern(_: Any, pattern: str, instance: Any, __: Any) -> Iterator[Any
 def _diagnose(error: Any, document: Document, methods: Mapping[str, Method]) -> Iterator[Diagnostic]:
     """Turn one error of jsonschema into findings."""
     path: Path = tuple(error.absolute_path)
+    written = document.written(path)
+    said = written if written[2:] == path[2:] else path  # entries behind a matrix have other numbers than their deltas
     if error.validator == "additionalProperties":
         known = tuple(error.schema.get("properties", ()))
         method = _method_at(path, document, methods)
@@ -100,7 +102,7 @@ def _diagnose(error: Any, document: Document, methods: Mapping[str, Method]) -> 
     if error.validator == "required":
         for key in error.validator_value:
             if key not in error.instance:
-                where = f"{_label(path)} lacks" if path else "the spec lacks"
+                where = f"{_label(said)} lacks" if path else "the spec lacks"
                 yield document.diagnostic("DS202", f"{where} the key {show_value(key)}", path, _MISSING.get(key))
         return
     if "propertyNames" in error.absolute_schema_path and error.validator == "enum":
@@ -116,7 +118,7 @@ def _diagnose(error: Any, document: Document, methods: Mapping[str, Method]) -> 
             "DS208", f"{show_value(error.instance)} is not a name", (*path, error.instance), _NAME_HINT, key=True
         )
         return
-    code, text, way_out = _TRANSLATIONS.get(error.validator, _other)(error, path)
+    code, text, way_out = _TRANSLATIONS.get(error.validator, _other)(error, said)
     yield document.diagnostic(code, text, path, way_out)
 
 
