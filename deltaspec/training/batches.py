@@ -56,6 +56,10 @@ class Stream:
         torch.default_generator.manual_seed(seed)
         for generator in _own_generators(self._data):
             generator.manual_seed(seed)
+        holders: list[Any] = [self._data, *(getattr(self._data, name, None) for name in ("sampler", "batch_sampler"))]
+        for holder in holders:
+            if hasattr(holder, "set_epoch"):  # a part of the data for each of several processes
+                holder.set_epoch(self.epoch)
         self._iterator = iter(self._data)
         for _ in range(self.taken):
             next(self._iterator, None)
