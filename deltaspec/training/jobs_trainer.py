@@ -28,6 +28,7 @@ from deltaspec.training.mixing import Signature, picked
 from deltaspec.training.processes import are_several, require_any_delta
 from deltaspec.training.results import Means
 from deltaspec.training.shares import Share, alone, nothing_of, over_all
+from deltaspec.training.standing import refusals, trained_of
 from deltaspec.training.trainer import DeltaTrainerMixin
 
 STATES = "job_states.pt"
@@ -37,9 +38,10 @@ STATES = "job_states.pt"
 class JobsTrainer(DeltaTrainerMixin, Trainer):
     """A Trainer whose batches have rows of several jobs, each under its own deltas and learning of its own rows.
 
-    `model` is what `deltaspec.compile` returns. `jobs` are the jobs by name, each with its deltas; left out, each delta
-    is a job. Each example has the name of its job under "job". The loss of a batch is the sum of the jobs', each the
-    mean over its own rows: the model's usual one of `labels`, or `job_loss(outputs, batch)`, or one a job by name.
+    `model` is what `deltaspec.compile` returns. `jobs` are the jobs by name, each with its deltas, those that it stands
+    on (frozen, derived, of a library) included; left out, each delta that is not frozen is a job. Each example has the
+    name of its job under "job". The loss of a batch is the sum of the jobs', each the mean over its own rows: the
+    model's usual one of `labels`, or `job_loss(outputs, batch)`, or one a job by name.
 
     Learning rates and schedules are those of the specs (`train:`), else of the arguments; gradients are clipped job by
     job. Logs and evaluations have each job's own numbers (`loss_french`, `eval_french_loss`, `eval_french_accuracy`).
@@ -69,10 +71,15 @@ class JobsTrainer(DeltaTrainerMixin, Trainer):
         super().__init__(*args, **kwargs)
         if not isinstance(self.model, CompiledModel):
             raise TypeError(f"model is what deltaspec.compile returns, not a {type(self.model).__name__}")
-        trained = [delta.name for delta in self.model.plan.deltas if delta.derived is None]
+        trained = trained_of(self.model, [delta.name for delta in self.model.plan.deltas])
         given = {name: name for name in trained} if jobs is None else jobs
         self.jobs = {name: (own,) if isinstance(own, str) else tuple(own) for name, own in given.items()}
-        self.model.parameter_groups(*(delta for own in self.jobs.values() for delta in own))  # raises for wrong ones
+        findings = [finding for own in refusals(self.model, self.jobs.items()) for finding in own]
+        if not self.jobs:
+            message, hint = "there is no job", "compile a spec with a delta to train, or name the jobs: jobs={…}"
+            findings.append(Diagnostic("DS382", message, "<jobs>", suggestion=hint))
+        if findings:
+            raise DeltaSpecError(findings)
         self.diverged: dict[str, int] = {}
         """Jobs that ended because their loss was not finite, and the step."""
         self.stopped: dict[str, int] = {}
@@ -82,7 +89,6 @@ class JobsTrainer(DeltaTrainerMixin, Trainer):
         self._losses = losses_of(self.model.backbone, self._names, job_loss)
         self._patience, self._best = patience_of(self._names, patience), best
         self._courses: dict[str, Course] = {}
-        """How the evaluations of jobs with `patience` go."""
         self._means: dict[str, Means] = {}
         self._present: set[str] | None = None
         """Jobs with rows in the step at hand; None between steps."""
@@ -102,8 +108,8 @@ class JobsTrainer(DeltaTrainerMixin, Trainer):
         return found
 
     def _own(self, name: str) -> dict[str, Any]:
-        """Return the deltas of a job."""
-        return {delta: self.model.deltas[delta] for delta in self.jobs[name]}
+        """Return the deltas that a job trains."""
+        return {delta: self.model.deltas[delta] for delta in trained_of(self.model, self.jobs[name])}
 
     @property
     def _left(self) -> list[str]:
@@ -123,8 +129,7 @@ class JobsTrainer(DeltaTrainerMixin, Trainer):
             outputs = self._outputs(model, batch, numbers)
             total = torch.stack([share.loss for share in self._shares(outputs, batch, numbers).values()]).sum()
             return (total, outputs) if return_outputs else total
-        several = are_several(model)
-        if several:
+        if several := are_several(model):
             require_any_delta(model)
         while True:
             kept = torch.isin(numbers, numbers.new_tensor([self._names.index(name) for name in self._left]))
@@ -198,7 +203,7 @@ class JobsTrainer(DeltaTrainerMixin, Trainer):
         """Make the optimizer that the arguments name, of the groups of the jobs' deltas."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = self.model.parameter_groups(*dict.fromkeys(d for own in self.jobs.values() for d in own))
+            groups = self.model.parameter_groups(*(delta for name in self.jobs for delta in self._own(name)))
             for group in groups:
                 group.setdefault("weight_decay", self.args.weight_decay)
             self.optimizer = kind(groups, **options)
@@ -292,5 +297,4 @@ class JobsTrainer(DeltaTrainerMixin, Trainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         if self.args.ddp_find_unused_parameters is None:  # a batch need not have rows of all jobs
             self.args.ddp_find_unused_parameters = True
-        found: dict[str, Any] = super()._build_accelerator_args(**kwargs)
-        return found
+        return dict(super()._build_accelerator_args(**kwargs))

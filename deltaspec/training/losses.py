@@ -52,6 +52,8 @@ def items_of(loss: Loss, batch: Any, rows: int) -> int:
 def usual_loss(model: nn.Module) -> Loss | None:
     """Return the loss that a model of transformers computes itself, of `labels`; None where it has no usual one."""
     kind, config = getattr(model, "loss_type", None) or _language(model), getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        return _with_routers
     if kind in _CLASSES:
         return UsualLoss(lambda logits, labels: _of_classes(logits, labels, getattr(config, "problem_type", None)))
     if kind in ("ForTokenClassification", "ForMaskedLM"):
@@ -92,6 +94,13 @@ def _language(model: nn.Module) -> str | None:
     if name in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         return "ForMaskedLM"
     return "ForCausalLM" if name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+
+
+def _with_routers(outputs: Any, batch: Any) -> Tensor:
+    """Raise DeltaSpecError (DS384): the model adds a loss of its routers, which is one of all rows together."""
+    message = "there is no loss for a job: the model's own has a part for its routers, of the rows of all jobs"
+    hint = "set output_router_logits=False in its configuration, or give the job a loss: Job(…, loss=…)"
+    raise DeltaSpecError([Diagnostic("DS384", message, "<jobs>", suggestion=hint)])
 
 
 def _of_tokens(logits: Tensor, labels: Tensor) -> Tensor:

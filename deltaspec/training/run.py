@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from deltaspec.backbone.sharded import in_parts
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.training.batches import moved_to
 from deltaspec.training.checkpoint import generators, read, set_generators, write
 from deltaspec.training.interrupts import noticed
 from deltaspec.training.job import Job
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from deltaspec.compiler.compiled import CompiledModel
 
 _END = object()
+_Ran = tuple[Mixed, tuple[Any, ...], list[Any]]
 
 
 class Training:
@@ -129,25 +131,49 @@ class Training:
     def step(self) -> dict[str, float]:
         """Take one step of each job that is running; return their losses. The model should be in training mode.
 
-        A job whose loss or gradient is not finite ends (`diverged`), and the batch is run again without its rows.
+        A job whose loss or gradient is not finite ends (`diverged`), and the batch is run again without its rows. What
+        raises an error leaves all as it was before the step.
         """
         running = self.running
+        for state in running:
+            state.clear()
         self._mark = [(s.stream.epoch, s.stream.taken) for s in self.states], generators()
-        losses: dict[str, float] = dict.fromkeys((state.job.name for state in running), 0.0)
-        for number in range(max((state.job.accumulate for state in running), default=0)):
-            taking = [state for state in running if state.running and number < state.job.accumulate]
-            for state, loss in self._learn(taking, [state.stream.next() for state in taking]):
-                losses[state.job.name] += loss / state.job.accumulate
+        try:
+            losses = self._learned(running)
+        except BaseException:
+            self._rewind()
+            raise
         self._mark = None
         self.steps += 1
         for state in running:
             if state.running:
-                state.apply(losses[state.job.name])
-        return {state.job.name: losses[state.job.name] for state in running if state.result.status != DIVERGED}
+                state.apply(losses[id(state)])
+        return {state.job.name: losses[id(state)] for state in running if state.result.status != DIVERGED}
 
-    def _learn(self, states: Sequence[JobState], batches: Sequence[Any]) -> list[tuple[JobState, float]]:
+    def _learned(self, running: Sequence[JobState]) -> dict[int, float]:
+        """Give all jobs the gradients of a step; return their losses."""
+        rounds = max((state.job.accumulate for state in running), default=0)
+        taken = [[(s, s.stream.next()) for s in running if n < s.job.accumulate] for n in range(rounds)]
+        before = generators()
+        while True:
+            losses = dict.fromkeys(map(id, running), 0.0)
+            for pairs in taken:
+                for state, loss in self._learn([pair for pair in pairs if pair[0].running]):
+                    losses[id(state)] += loss / state.job.accumulate
+            failed = [state for state in running if state.running and not state.clip()]
+            if not failed:
+                return losses
+            in_parts(self._called)
+            for state in failed:
+                state.diverge(f"the norm of its gradient is {state.norm}")
+            # What it gave the others in this step may be no number either: they learn as if it had not been there.
+            for state in running:
+                state.clear()
+            set_generators(before)
+
+    def _learn(self, given: Sequence[tuple[JobState, Any]]) -> list[tuple[JobState, float]]:
         """Add up the gradients of one batch of each job; return the losses of those that have finite ones."""
-        pairs = list(zip(states, batches, strict=True))
+        pairs = list(given)
         before = generators()
         while pairs:
             shares = self._shares(pairs)
@@ -168,9 +194,9 @@ class Training:
 
     def _shares(self, pairs: Sequence[tuple[JobState, Any]]) -> dict[str, Share]:
         """Return what each job has in a batch of all of them."""
-        batch, outputs = self._forward(pairs, self._called)
+        batch, targets, outputs = self._forward(pairs, self._called)
         found = {}
-        for (state, _), own, target, size in zip(pairs, outputs, batch.targets, batch.sizes, strict=True):
+        for (state, _), own, target, size in zip(pairs, outputs, targets, batch.sizes, strict=True):
             share = found[state.job.name] = Share.of(state.loss, own, target, size)
             if not isinstance(share.loss, Tensor) or share.loss.dim():
                 message = f"the loss of the job {state.job.name!r} is not one number"
@@ -181,13 +207,14 @@ class Training:
     def _device(self) -> torch.device:
         return self.states[0].parameters[0].device
 
-    def _forward(self, pairs: Sequence[tuple[JobState, Any]], called: nn.Module) -> tuple[Mixed, list[Any]]:
-        """Run the rows of batches together: the mixed batch, and the outputs of each job."""
-        moved = [_moved(batch, self._device) for _, batch in pairs]
+    def _forward(self, pairs: Sequence[tuple[JobState, Any]], called: nn.Module) -> _Ran:
+        """Run the rows of batches together: the mixed batch, and the targets and outputs of each job."""
+        moved = [moved_to(batch, self._device) for _, batch in pairs]
         batch = mixed(self._signature, [state.job.name for state, _ in pairs], moved)
         counted = zip(pairs, batch.sizes, strict=True)
         rows = [state.job.deltas for (state, _), size in counted for _ in range(size)]
-        return batch, parts(called(*batch.args, **batch.kwargs, deltas=rows), batch.sizes)
+        outputs = called(*batch.args, **batch.kwargs, deltas=rows)
+        return batch, batch.targets(outputs), parts(outputs, batch.sizes)
 
     @torch.no_grad()
     def evaluate(self, states: Iterable[JobState] | None = None) -> None:
@@ -212,8 +239,8 @@ class Training:
         if not taken:
             return
         pairs = [(state, batch) for state, batch, _ in taken]
-        batch, outputs = self._forward(pairs, self.model)
-        for (state, _, means), size, own, target in zip(taken, batch.sizes, outputs, batch.targets, strict=True):
+        batch, targets, outputs = self._forward(pairs, self.model)
+        for (state, _, means), size, own, target in zip(taken, batch.sizes, outputs, targets, strict=True):
             measures = {} if state.job.metrics is None else state.job.metrics(own, target)
             means.add({"loss": float(state.loss(own, target)), **measures}, size)
 
@@ -265,12 +292,3 @@ class Training:
             state.clear()
         set_generators(states)
         self._mark = None
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Return a batch on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: _moved(each, device) for key, each in value.items()}
-    return type(value)(_moved(each, device) for each in value) if type(value) in (tuple, list) else value

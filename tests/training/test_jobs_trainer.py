@@ -211,3 +211,19 @@ def test_patience_that_counts_nothing_is_refused(tmp_path):
     for wrong in ({"patience": {"lora[rank=9]": 2}}, {"job_loss": {"lora[rank=9]": min}}):
         with pytest.raises(deltaspec.DeltaSpecError, match=r"DS382.*lora\[rank=9\].*no such job"):
             JobsTrainer(**given, **wrong)
+
+
+def test_jobs_that_stand_on_one_frozen_head(tmp_path):
+    c = compiled()
+    head = "head[rank=2]"
+    for name in ("head[rank=2]", "head[rank=3]"):
+        c.deltas[name].requires_grad_(False)
+    before = [parameter.clone() for parameter in c.deltas[head].parameters()]
+    trainer = InOrder(model=c, args=arguments(tmp_path), jobs={n: (n, head) for n in NAMES}, train_dataset=mixed_rows())
+    trainer.train()
+    assert all(map(torch.equal, before, c.deltas[head].parameters()))
+    assert {group["delta"] for group in trainer.optimizer.param_groups} == {*NAMES}
+    with pytest.raises(deltaspec.DeltaSpecError, match="DS382.*is trained by the jobs 'a' and 'b'"):
+        JobsTrainer(model=c, args=arguments(tmp_path), jobs={"a": NAMES, "b": NAMES[0]}, train_dataset=mixed_rows())
+    with pytest.raises(deltaspec.DeltaSpecError, match="DS381"):
+        JobsTrainer(model=c, args=arguments(tmp_path), jobs={"a": head}, train_dataset=mixed_rows())
