@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import deltaspec
 from benchmarks.harness import Item, Row, interleave, ratio, seconds, verdict
+from benchmarks.jobs import together
 from benchmarks.models import LLAMA_LINEAR, llama, peft, spec
 from benchmarks.profiles import difference
 from deltaspec.backbone.reserved import find
@@ -57,8 +58,38 @@ def mixing() -> Iterator[Item]:
         with torch.inference_mode():
             times = interleave(contestants, pairs=20 if tokens == 128 else 40)
             yield from _rows(contestants, times, tokens, explanation)
+    yield from mixed_ranks(base)
     yield from fused()
     yield from methods(base)
+
+
+def mixed_ranks(base: nn.Module) -> Iterator[Row]:
+    """Eight rows under eight deltas of four ranks, over one delta of a middle rank for all."""
+    ranks = (4, 8, 16, 32, 32, 16, 8, 4)
+    one, mixed = together(base, (16,)).eval(), together(base, ranks).eval()
+    mixed.only()
+    rows = mixed.rows(list(mixed.deltas))
+    for tokens in TOKENS:
+        ids = torch.randint(0, 1000, (ROWS, tokens))
+        contestants: dict[str, Callable[[], Any]] = {
+            "mixed": lambda ids=ids: mixed(ids, use_cache=False, deltas=rows),
+            "one": lambda ids=ids: one(ids, use_cache=False),
+        }
+        with torch.inference_mode():
+            times = interleave(contestants, pairs=20 if tokens == 128 else 40)
+            median, text = ratio(times["mixed"], times["one"])
+            note = (
+                "" if median <= 1.1 else difference(contestants["mixed"], contestants["one"], "more than one for all:")
+            )
+        yield Row(
+            f"8 rows, ranks 4, 8, 16 and 32, over one delta of rank 16 for all, {ROWS} × {tokens} tokens ({_WHERE})",
+            f"{seconds(times['mixed'])} over {seconds(times['one'])}",
+            "-",
+            text,
+            "≤ 1.1",
+            verdict(median <= 1.1),
+            note,
+        )
 
 
 def _contestants(

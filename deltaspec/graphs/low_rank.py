@@ -21,7 +21,7 @@ from deltaspec.graphs.modes import is_watched
 from deltaspec.graphs.recipe_steps import Steps, make
 from deltaspec.graphs.remade import Remade
 
-_MANY = 32
+MANY = 32
 """Rows from which the narrow product is faster as `down xᵀ` than as `x downᵀ` (measured with MKL, float32)."""
 PAYS = 2
 """How many times dearer a value of the merged weight is than one of the two wide additions it saves (measured)."""
@@ -55,19 +55,19 @@ class LowRankStep(torch.autograd.Function):
         """Run the host and add the update to what it gives: `[…, in]` to `[…, out]`."""
         narrow = bits = None
         first, second = down.to(step.dtype), up.to(step.dtype)
-        merged = not step.dropout and _merging_pays(x, first, second)
-        if merged:
-            y = F.linear(x, _merged(step.weight, first, second, step.scale), step.bias)
+        merges = not step.dropout and merging_pays(x, first, second)
+        if merges:
+            y = F.linear(x, merged(step.weight, first, second, step.scale), step.bias)
         else:
             y, entering = step.base(x), x.to(step.dtype)
             if step.dropout:
                 entering, mask = torch.native_dropout(entering, step.dropout, True)
                 bits = packed(mask.reshape(-1, x.size(-1)).contiguous())
             rows = entering.reshape(-1, x.size(-1))
-            narrow = first.mm(rows.t()) if rows.size(0) >= _MANY else rows.mm(first.t()).t()
+            narrow = first.mm(rows.t()) if rows.size(0) >= MANY else rows.mm(first.t()).t()
             add = torch.addmm if is_watched() else Tensor.addmm_
             y = add(y.view(-1, y.size(-1)), narrow.t(), second.t(), alpha=step.scale).view(y.shape)
-        ctx.merged, ctx.shape, ctx.dtype = merged, x.shape, x.dtype
+        ctx.merged, ctx.shape, ctx.dtype = merges, x.shape, x.dtype
         ctx.scale, ctx.dropout, ctx.steps, ctx.shared = step.scale, step.dropout, step.steps, step.shared
         weight = step.weight if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(weight, down, up, narrow, bits, *(step.kept or (x,)))
@@ -110,7 +110,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
             narrow = first.mm(rows.t())
         for_up = narrow.mm(gradients).t().mul(ctx.scale).to(up.dtype)
     if to_x and ctx.merged:
-        for_x = gradients.mm(_merged(weight.to(gradient.dtype), first, second, ctx.scale))
+        for_x = gradients.mm(merged(weight.to(gradient.dtype), first, second, ctx.scale))
     elif to_x:
         assert small is not None
         for_x = gradients.mm(weight.to(gradient.dtype))
@@ -131,7 +131,7 @@ def _entered(ctx: Any, kept: Sequence[Tensor], again: bool) -> Tensor:
     return found
 
 
-def _merging_pays(x: Tensor, down: Tensor, up: Tensor) -> bool:
+def merging_pays(x: Tensor, down: Tensor, up: Tensor) -> bool:
     """Return whether one product with W + scale · up down is cheaper than that with W and two narrow ones.
 
     Half precision would lose the update beside the weight. Otherwise the sum is as exact as that of the outputs. (The
@@ -147,5 +147,6 @@ _unsafe_view = torch.ops.aten._unsafe_view.default  # noqa: SLF001  # as torch's
 _EXACT = (torch.float32, torch.float64)
 
 
-def _merged(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+def merged(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Return W + scale · up down."""
     return torch.addmm(weight, up, down, alpha=scale)

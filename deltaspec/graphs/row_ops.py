@@ -44,6 +44,9 @@ class RowSlot(Protocol):
     def strengths_like(self, x: Tensor) -> Tensor:
         """Return the strengths in the form of a tensor."""
 
+    def holds_like(self, x: Tensor) -> Tensor:
+        """Return whether rows have a delta here, in the form of a tensor."""
+
 
 class RowNumber(Protocol):
     """A factor in a formula, which the rows' deltas may have at different values."""
@@ -111,12 +114,19 @@ def rows_out(entered: Tensor, x: Tensor) -> Tensor:
 
 def toward(without: Tensor, with_it: Tensor, strength: Tensor) -> Tensor:
     """Go from what is without a delta to what is with it: exactly the one at strength 0, the other at 1."""
-    return torch.lerp(without.to(with_it.dtype), with_it, strength.to(with_it.dtype))
+    without, strength = without.to(with_it.dtype), strength.to(with_it.dtype)
+    return torch.where(strength == 0, without, torch.lerp(without, with_it, strength))
 
 
 def toward_rows(without: Tensor, with_it: Tensor, slot: RowSlot) -> Tensor:
-    """Go, row by row, from what is without a delta to what is with it: exactly the one at strength 0."""
-    return torch.lerp(without.to(with_it.dtype), with_it, slot.strengths_like(with_it))
+    """Go, row by row, from what is without a delta to what is with it: exactly the one at strength 0.
+
+    Chosen, and not multiplied by 0: another row's delta may hold, or get a gradient of, what is not a number.
+    """
+    without = without.to(with_it.dtype)
+    if slot.partial:
+        with_it = torch.lerp(without, with_it, slot.strengths_like(with_it))
+    return torch.where(slot.holds_like(with_it), with_it, without)
 
 
 def align(values: Tensor, x: Tensor) -> Tensor:

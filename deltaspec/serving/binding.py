@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltaspec.backbone.attention import Attention
 from deltaspec.deltas.modules import Deltas
-from deltaspec.graphs.row_ops import rows_in, toward_rows
+from deltaspec.graphs.row_ops import align, rows_in, toward_rows
 from deltaspec.methods.declarations import DeltaTensors
 from deltaspec.methods.registry import methods
 from deltaspec.runtime.forms import form_of
@@ -45,7 +45,11 @@ class AttendRows:
         def inside(q: Tensor, k: Tensor, v: Tensor) -> Any:
             return base(q, k, v, present)
 
-        own = DeltaTensors(self.attend.form.tensors, self.table.take(size))
+        taken = self.table.take(size)
+        if torch.compiler.is_compiling() or not all(place for place, _ in slot.line.order):
+            # What a row without a delta may not see is multiplied by 0 there, and must be a number.
+            taken = tuple(torch.where(align(present, value), value, 0) for value in taken)
+        own = DeltaTensors(self.attend.form.tensors, taken)
         by_strength = functools.partial(toward_rows, slot=slot) if slot.partial else None
         return self.attend.bind(own, by_strength)(query, key, value, inside)
 

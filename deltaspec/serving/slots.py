@@ -144,6 +144,16 @@ class Slot:
             found = self._shaped[key] = align(self.grown("strength", x.shape[0]), x).to(x.dtype)
         return found
 
+    def holds_like(self, x: Tensor) -> Tensor:
+        """Return `[rows, 1, …]` for a tensor `[rows, …]`: whether a row has a delta here, at a strength but 0."""
+        if torch.compiler.is_compiling():
+            return self.strengths_like(x) != 0
+        key = (x.shape[0], x.dim(), torch.bool)
+        found = self._shaped.get(key)
+        if found is None:
+            found = self._shaped[key] = self.strengths_like(x) != 0
+        return found
+
     def grown(self, name: str, size: int) -> Tensor:
         """Return one of the tensors for a first dimension of this length: rows repeat in place, as beams do."""
         tensor: Tensor = getattr(self, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,25 +24,32 @@ class Stream:
         self.epoch = self.taken = 0
         """Epoch, from 0, and batches that were taken of it."""
         self._iterator: Iterator[Any] | None = None
-        self._state = torch.empty(0)
+        self._read = False
+        """Whether it has given a batch."""
+        self._drawn: list[torch.Tensor] = []
+        """States of the generators, behind what the last batch drew."""
 
     def next(self) -> Any:
         """Return the next batch. Raises DeltaSpecError (DS383) where the data has none, or cannot be read again."""
-        with _generator_kept():
+        generators = [torch.default_generator, *_own_generators(self._data)]
+        with _kept(generators):
             for _ in range(2):
                 if self._iterator is None:
-                    self._begin()
+                    if self._read and isinstance(self._data, Iterator):
+                        break  # it goes on where it is, and not where this stream is
+                    self._begin(generators)
                 else:
-                    torch.default_generator.set_state(self._state)
+                    for generator, state in zip(generators, self._drawn, strict=True):
+                        generator.set_state(state)
                 batch = next(self._iterator, _END)  # type: ignore[arg-type]
                 if batch is not _END:
-                    self.taken += 1
-                    self._state = torch.default_generator.get_state()
+                    self.taken, self._read = self.taken + 1, True
+                    self._drawn = [generator.get_state() for generator in generators]
                     return batch
                 if not self.taken:
                     break
                 self.epoch, self.taken, self._iterator = self.epoch + 1, 0, None
-        message = f"the data of the job {self.name!r} has no {'more ' if self.epoch else ''}batches"
+        message = f"the data of the job {self.name!r} has no {'more ' if self._read else ''}batches"
         hint = "give it what can be iterated anew each epoch (a list, a DataLoader), or fewer steps"
         raise DeltaSpecError([Diagnostic("DS383", message, "<jobs>", suggestion=hint)])
 
@@ -50,11 +57,10 @@ class Stream:
         """Go to a place; what comes before it in the epoch is read, and passed by, when the next batch is asked for."""
         self.epoch, self.taken, self._iterator = epoch, taken, None
 
-    def _begin(self) -> None:
+    def _begin(self, generators: Iterable[torch.Generator]) -> None:
         """Begin the epoch, at the batch behind those that were taken."""
         seed = epoch_seed(self.seed, self.epoch)
-        torch.default_generator.manual_seed(seed)
-        for generator in _own_generators(self._data):
+        for generator in generators:
             generator.manual_seed(seed)
         self._iterator = iter(self._data)
         for _ in range(self.taken):
@@ -70,19 +76,41 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
+def read_by_many(names: Sequence[str], data: Sequence[Iterable[Any] | None]) -> list[Diagnostic]:
+    """Return findings (DS382) for what several jobs are given, and only one of them can read.
+
+    That is an iterator, of which each would get other batches, and a loader whose workers stay: it begins anew for all.
+    """
+    readers: dict[int, list[str]] = {}
+    for name, given in zip(names, data, strict=True):
+        once = isinstance(given, Iterator) or (
+            getattr(given, "persistent_workers", False) and getattr(given, "num_workers", 0)
+        )
+        if once:
+            readers.setdefault(id(given), []).append(name)
+    found = []
+    for shared in readers.values():
+        if len(shared) > 1:
+            message = f"the jobs {' and '.join(map(repr, shared))} share data that can be read by one at a time"
+            hint = "give them what can be iterated anew (a list, a DataLoader without persistent_workers), or one each"
+            found.append(Diagnostic("DS382", message, "<jobs>", suggestion=hint))
+    return found
+
+
 @contextmanager
-def _generator_kept() -> Iterator[None]:
-    """Put torch's generator (of the CPU) back at the end."""
-    state = torch.default_generator.get_state()
+def _kept(generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Put generators back at the end."""
+    states = [generator.get_state() for generator in generators]
     try:
         yield
     finally:
-        torch.default_generator.set_state(state)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def _own_generators(data: Any) -> list[torch.Generator]:
-    """Return the generators that a loader and its samplers have of their own."""
+    """Return the generators that a loader and its samplers have of their own, by whatever name."""
     batches = getattr(data, "batch_sampler", None)
     holders = (data, getattr(data, "sampler", None), batches, getattr(batches, "sampler", None))
-    found = [getattr(holder, "generator", None) for holder in holders]
-    return [generator for generator in found if isinstance(generator, torch.Generator)]
+    found = (value for holder in holders for value in getattr(holder, "__dict__", {}).values())
+    return list({id(value): value for value in found if isinstance(value, torch.Generator)}.values())

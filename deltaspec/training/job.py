@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic, require_known
 from deltaspec.training.losses import Loss
+from deltaspec.training.standing import trained_of
 
 if TYPE_CHECKING:
     from deltaspec.compiler.compiled import CompiledModel
@@ -22,14 +23,16 @@ class Job:
     """One of the jobs that train in one pass.
 
     `Job("french", data=batches)` trains one delta; `Job("french", "french-head", data=…)` those that its rows are under
-    together. `data` is what gives batches, anew each epoch: a DataLoader, or a list. A batch is a mapping, of which the
-    model gets what its forward takes, labels apart, or (inputs, target). Jobs may share their data.
+    together; those of them that are frozen (`requires_grad_(False)`), derived or of a library are what it stands on,
+    and any number of jobs may stand on one. `data` is what gives batches, anew each epoch: a DataLoader, or a list. A
+    batch is a mapping, of which the model gets what its forward takes, labels apart, or (inputs, target). Jobs may
+    share their data.
     """
 
     deltas: tuple[str, ...]
     data: Iterable[Any]
     name: str = ""
-    """What it is called; left out, as its first delta."""
+    """What it is called; left out, as the first delta that it trains."""
     loss: Loss | None = None
     """From the outputs of its rows and the batch (or the target) to their mean loss; left out, the model's own."""
     steps: int | None = None
@@ -76,8 +79,9 @@ class Job:
     def each(cls, c: CompiledModel, *entries: str, data: Iterable[Any], **options: Any) -> list[Job]:
         """Return a job for each delta of an entry with a matrix, or of all entries, alike but for their deltas.
 
-        Of several entries with the same matrix (`head` with `matrix: french`), a job has one delta of each. Raises
-        UnknownDeltaError; ValueError for entries whose matrices differ.
+        Of several entries with the same matrix (`head` with `matrix: french`), a job has one delta of each; one without
+        a matrix that is frozen, derived or of a library is what all of them stand on. Raises UnknownDeltaError;
+        ValueError for entries whose matrices differ.
         """
         trained = [delta.name for delta in c.plan.deltas if delta.derived is None]
         points: dict[str, list[str]] = {}
@@ -85,12 +89,16 @@ class Job:
             points.setdefault(name.partition("[")[0], []).append(name.partition("[")[1] + name.partition("[")[2])
         if not entries:
             return [cls(name, data=data, **options) for name in trained]
-        require_known(entries, points)
-        first = points[entries[0]]
-        for other in entries[1:]:
-            if points[other] != first:
-                raise ValueError(f"{entries[0]!r} and {other!r} have different matrices")
-        return [cls(*(f"{entry}{point}" for entry in entries), data=data, **options) for point in first]
+        whole = {name: [""] for name in c.deltas}
+        known = {**whole, **points}
+        require_known(entries, known)
+        many = [entry for entry in entries if known[entry] != [""] or trained_of(c, [entry])]
+        for other in many[1:]:
+            if known[other] != known[many[0]]:
+                raise ValueError(f"{many[0]!r} and {other!r} have different matrices")
+        listed = known[many[0]] if many else [""]
+        each = ([f"{entry}{point}" if entry in many else entry for entry in entries] for point in listed)
+        return [cls(*deltas, data=data, **options) for deltas in each]
 
     def total(self) -> int:
         """Return the number of its steps. Raises DeltaSpecError (DS382) where the data does not say how long it is."""

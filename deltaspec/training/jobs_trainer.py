@@ -25,6 +25,7 @@ from deltaspec.training.losses import Loss, usual_loss
 from deltaspec.training.mixing import Signature, picked
 from deltaspec.training.results import Means
 from deltaspec.training.schedules import factor
+from deltaspec.training.standing import refusals, trained_of
 
 COLUMN = "job"
 """Column of a data set that says which job an example is of."""
@@ -33,9 +34,10 @@ COLUMN = "job"
 class JobsTrainer(Trainer):
     """A Trainer whose batches have rows of several jobs, each under its own deltas and learning of its own rows.
 
-    `model` is what `deltaspec.compile` returns. `jobs` are the jobs by name, each with its deltas; left out, each delta
-    is a job. Each example has the name of its job under "job". The loss of a batch is the sum of the jobs', each the
-    mean over its own rows: the model's usual one of `labels`, or `job_loss(outputs, batch)`, or one a job by name.
+    `model` is what `deltaspec.compile` returns. `jobs` are the jobs by name, each with its deltas, those that it stands
+    on (frozen, derived, of a library) included; left out, each delta that is not frozen is a job. Each example has the
+    name of its job under "job". The loss of a batch is the sum of the jobs', each the mean over its own rows: the
+    model's usual one of `labels`, or `job_loss(outputs, batch)`, or one a job by name.
 
     Learning rates and schedules are those of the specs (`train:`), else of the arguments; gradients are clipped job by
     job. Logs and evaluations have each job's own numbers (`loss_french`, `eval_french_loss`, `eval_french_accuracy`).
@@ -60,10 +62,15 @@ class JobsTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if not isinstance(self.model, CompiledModel):
             raise TypeError(f"model is what deltaspec.compile returns, not a {type(self.model).__name__}")
-        trained = [delta.name for delta in self.model.plan.deltas if delta.derived is None]
+        trained = trained_of(self.model, [delta.name for delta in self.model.plan.deltas])
         given = {name: name for name in trained} if jobs is None else jobs
         self.jobs = {name: (own,) if isinstance(own, str) else tuple(own) for name, own in given.items()}
-        self.model.parameter_groups(*(delta for own in self.jobs.values() for delta in own))  # raises for wrong ones
+        findings = [finding for own in refusals(self.model, self.jobs.items()) for finding in own]
+        if not self.jobs:
+            message, hint = "there is no job", "compile a spec with a delta to train, or name the jobs: jobs={…}"
+            findings.append(Diagnostic("DS382", message, "<jobs>", suggestion=hint))
+        if findings:
+            raise DeltaSpecError(findings)
         self.diverged: dict[str, int] = {}
         """Jobs that ended because their loss was not finite, and the step."""
         self.loss_is_scaled_for_ga = False
@@ -162,7 +169,9 @@ class JobsTrainer(Trainer):
         """Make the optimizer that the arguments name, of the groups of the jobs' deltas."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = self.model.parameter_groups(*dict.fromkeys(d for own in self.jobs.values() for d in own))
+            groups = self.model.parameter_groups(
+                *(delta for own in self.jobs.values() for delta in trained_of(self.model, own))
+            )
             for group in groups:
                 group.setdefault("weight_decay", self.args.weight_decay)
             self.optimizer = kind(groups, **options)

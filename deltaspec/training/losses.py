@@ -20,6 +20,8 @@ _IGNORED = -100
 def usual_loss(model: nn.Module) -> Loss | None:
     """Return the loss that a model of transformers computes itself, of `labels`; None where it has no usual one."""
     kind, config = getattr(model, "loss_type", None) or _language(model), getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        return _with_routers
     if kind in _CLASSES:
         return _with_labels(lambda logits, labels: _of_classes(logits, labels, getattr(config, "problem_type", None)))
     if kind in ("ForTokenClassification", "ForMaskedLM"):
@@ -54,6 +56,13 @@ def _with_labels(compute: Callable[[Tensor, Tensor], Tensor]) -> Loss:
         return compute(wide, labels.to(logits.device))
 
     return loss
+
+
+def _with_routers(outputs: Any, batch: Any) -> Tensor:
+    """Raise DeltaSpecError (DS384): the model adds a loss of its routers, which is one of all rows together."""
+    message = "there is no loss for a job: the model's own has a part for its routers, of the rows of all jobs"
+    hint = "set output_router_logits=False in its configuration, or give the job a loss: Job(…, loss=…)"
+    raise DeltaSpecError([Diagnostic("DS384", message, "<jobs>", suggestion=hint)])
 
 
 def _of_tokens(logits: Tensor, labels: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ PADDING: Mapping[str, float] = {
 """What transformers' inputs are filled with where those of another job are longer."""
 _IGNORED = ("labels", "decoder_input_ids", "decoder_attention_mask")
 """What is behind the end of these changes nothing before it: a decoder looks back, and labels there are ignored."""
+_MAIN = ("decoder_input_ids", "input_ids", "inputs_embeds")
+"""What outputs go along with, token by token: the first of these that there is."""
 _TARGETS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 """What a model takes to compute one loss of all rows, which no job wants."""
 
@@ -65,8 +67,18 @@ class Mixed:
     kwargs: dict[str, Any]
     sizes: tuple[int, ...]
     """Rows of each job."""
-    targets: tuple[Any, ...]
-    """The batches of the jobs, as long as the mixed one: what a loss is computed from, beside the outputs."""
+    batches: tuple[Any, ...]
+    """The batches of the jobs, as they were given."""
+    own: tuple[Mapping[str | int, Any], ...]
+    """What of each the model took."""
+    pad: Mapping[str, float]
+
+    def targets(self, outputs: Any) -> tuple[Any, ...]:
+        """Return what losses are computed from, beside the outputs: batches, what goes by tokens as long as those."""
+        lengths = _lengths(self.kwargs)
+        by_token = _by_token(outputs, lengths)
+        each = zip(self.batches, self.own, strict=True)
+        return tuple(_as_long(batch, lengths, own, self.pad, by_token) for batch, own in each)
 
 
 def mixed(signature: Signature, names: Sequence[str], batches: Sequence[Any]) -> Mixed:
@@ -102,6 +114,8 @@ def mixed(signature: Signature, names: Sequence[str], batches: Sequence[Any]) ->
             continue
         shapes = [value.shape[1:] for value in values]
         fills = key in signature.pad and (MASK in inputs[0] or key in signature.free)
+        if key == MASK and len(shapes[0]) > 1:  # of pairs of tokens, by whatever numbers: what fills it is not known
+            fills = key in signature.free
         if len({len(shape) for shape in shapes}) > 1 or (len(set(shapes)) > 1 and not fills):
             listed = ", ".join(f"{list(shape)} ({name})" for shape, name in zip(shapes, names, strict=True))
             hint = "give an attention_mask, and pad={name: value} for inputs that are not transformers'"
@@ -112,9 +126,7 @@ def mixed(signature: Signature, names: Sequence[str], batches: Sequence[Any]) ->
         raise DeltaSpecError(findings)
     args = tuple(together[key] for key in sorted(k for k in together if isinstance(k, int)))
     kwargs = {key: value for key, value in together.items() if isinstance(key, str)}
-    longer = _lengths(together)
-    targets = tuple(_as_long(batch, longer, own, signature.pad) for batch, own in zip(batches, inputs, strict=True))
-    return Mixed(args, kwargs, tuple(sizes), targets)
+    return Mixed(args, kwargs, tuple(sizes), tuple(batches), tuple(inputs), signature.pad)
 
 
 def _masked(inputs: list[dict[str | int, Any]], signature: Signature) -> list[dict[str | int, Any]]:
@@ -138,27 +150,42 @@ def padded(value: Tensor, shapes: Sequence[tuple[int, ...]], fill: float) -> Ten
     return F.pad(value, [part for size in reversed(missing) for part in (0, size)], value=fill)
 
 
-def _lengths(together: Mapping[str | int, Any]) -> dict[str, int]:
+def _lengths(together: Mapping[str, Any]) -> dict[str, int]:
     """Return how long rows became that were filled up, by the name of the input."""
     found = {}
     for key, value in together.items():
-        if isinstance(key, str) and isinstance(value, Tensor) and value.dim() > 1:
+        if isinstance(value, Tensor) and value.dim() > 1:
             found[key] = value.shape[1]
     return found
 
 
-def _as_long(batch: Any, longer: Mapping[str, int], own: Mapping[str | int, Any], pad: Mapping[str, float]) -> Any:
+def _by_token(outputs: Any, lengths: Mapping[str, int]) -> str | None:
+    """Return the input that what a model gives goes along with, token by token: its logits, or else what is first."""
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple) else ()
+    given = [getattr(outputs, "logits", None), outputs, *values]
+    first = next((value for value in given if isinstance(value, Tensor)), None)
+    main = next((key for key in _MAIN if key in lengths), None)
+    if first is None or main is None:
+        return main
+    return main if first.dim() > 1 and first.shape[1] == lengths[main] else None
+
+
+def _as_long(
+    batch: Any, longer: Mapping[str, int], own: Mapping[str | int, Any], pad: Mapping[str, float], by_token: str | None
+) -> Any:
     """Return what a loss is computed from: labels of tokens, say, as long as the rows became."""
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[1]
-    main = next((key for key in ("input_ids", "inputs_embeds", "decoder_input_ids") if key in own), None)
-    if not isinstance(batch, Mapping) or main is None:
+    if not isinstance(batch, Mapping):
         return batch
     found = dict(batch)
     for key, value in batch.items():
         if not isinstance(value, Tensor) or value.dim() < 2 or key not in pad:
             continue
-        length = longer.get(key, longer[main] if value.shape[1] == own[main].shape[1] else value.shape[1])
+        length = longer.get(key)
+        if length is None:  # no input: as long as the tokens are where it goes by them, and not as many by chance
+            along = by_token is not None and value.shape[1] == own[by_token].shape[1]
+            length = longer[by_token] if along and by_token is not None else value.shape[1]
         found[key] = padded(value, [(length, *value.shape[2:])], pad[key])
     return found
 

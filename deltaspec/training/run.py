@@ -15,20 +15,18 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.training.checkpoint import generators, read, set_generators, write
 from deltaspec.training.interrupts import noticed
 from deltaspec.training.job import Job
-from deltaspec.training.losses import Loss, usual_loss
 from deltaspec.training.mixing import Mixed, Signature, mixed, parts
 from deltaspec.training.progress import shown
 from deltaspec.training.results import Means, Results, table
 from deltaspec.training.state import DIVERGED, FINISHED, JobState
+from deltaspec.training.states import MakeOptimizer, states_of
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch.optim import Optimizer
 
     from deltaspec.compiler.compiled import CompiledModel
 
 _END = object()
-MakeOptimizer = Callable[[list[dict[str, Any]]], "Optimizer"]
 
 
 class Training:
@@ -53,7 +51,7 @@ class Training:
         pad: Mapping[str, float] | None = None,
     ) -> None:
         self.model, self._signature = c, Signature.of(c.backbone, pad or {})
-        self.states = _states(c, list(jobs), optimizer)
+        self.states = states_of(c, list(jobs), optimizer)
         self.steps = 0
         """Steps that were taken."""
         self._mark: tuple[list[tuple[int, int]], dict[str, Any]] | None = None
@@ -117,25 +115,48 @@ class Training:
     def step(self) -> dict[str, float]:
         """Take one step of each job that is running; return their losses. The model should be in training mode.
 
-        A job whose loss or gradient is not finite ends (`diverged`), and the batch is run again without its rows.
+        A job whose loss or gradient is not finite ends (`diverged`), and the batch is run again without its rows. What
+        raises an error leaves all as it was before the step.
         """
         running = self.running
+        for state in running:
+            state.clear()
         self._mark = [(s.stream.epoch, s.stream.taken) for s in self.states], generators()
-        losses: dict[str, float] = dict.fromkeys((state.job.name for state in running), 0.0)
-        for number in range(max((state.job.accumulate for state in running), default=0)):
-            taking = [state for state in running if state.running and number < state.job.accumulate]
-            for state, loss in self._learn(taking, [state.stream.next() for state in taking]):
-                losses[state.job.name] += loss / state.job.accumulate
+        try:
+            losses = self._learned(running)
+        except BaseException:
+            self._rewind()
+            raise
         self._mark = None
         self.steps += 1
         for state in running:
             if state.running:
-                state.apply(losses[state.job.name])
-        return {state.job.name: losses[state.job.name] for state in running if state.result.status != DIVERGED}
+                state.apply(losses[id(state)])
+        return {state.job.name: losses[id(state)] for state in running if state.result.status != DIVERGED}
 
-    def _learn(self, states: Sequence[JobState], batches: Sequence[Any]) -> list[tuple[JobState, float]]:
+    def _learned(self, running: Sequence[JobState]) -> dict[int, float]:
+        """Give all jobs the gradients of a step; return their losses."""
+        rounds = max((state.job.accumulate for state in running), default=0)
+        taken = [[(s, s.stream.next()) for s in running if n < s.job.accumulate] for n in range(rounds)]
+        before = generators()
+        while True:
+            losses = dict.fromkeys(map(id, running), 0.0)
+            for pairs in taken:
+                for state, loss in self._learn([pair for pair in pairs if pair[0].running]):
+                    losses[id(state)] += loss / state.job.accumulate
+            failed = [state for state in running if state.running and not state.clip()]
+            if not failed:
+                return losses
+            for state in failed:
+                state.diverge(f"the norm of its gradient is {state.norm}")
+            # What it gave the others in this step may be no number either: they learn as if it had not been there.
+            for state in running:
+                state.clear()
+            set_generators(before)
+
+    def _learn(self, given: Sequence[tuple[JobState, Any]]) -> list[tuple[JobState, float]]:
         """Add up the gradients of one batch of each job; return the losses of those that have finite ones."""
-        pairs = list(zip(states, batches, strict=True))
+        pairs = list(given)
         before = generators()
         while pairs:
             losses = self._losses(pairs)
@@ -155,22 +176,23 @@ class Training:
 
     def _losses(self, pairs: Sequence[tuple[JobState, Any]]) -> list[Tensor]:
         """Return the losses of batches, each of its job."""
-        batch, outputs = self._forward(pairs)
-        losses = [s.loss(own, target) for (s, _), own, target in zip(pairs, outputs, batch.targets, strict=True)]
+        _, targets, outputs = self._forward(pairs)
+        losses = [s.loss(own, target) for (s, _), own, target in zip(pairs, outputs, targets, strict=True)]
         for (state, _), loss in zip(pairs, losses, strict=True):
             if not isinstance(loss, Tensor) or loss.dim():
                 message = f"the loss of the job {state.job.name!r} is not one number"
                 raise DeltaSpecError([Diagnostic("DS384", message, "<jobs>", suggestion="return the mean of its rows")])
         return losses
 
-    def _forward(self, pairs: Sequence[tuple[JobState, Any]]) -> tuple[Mixed, list[Any]]:
-        """Run the rows of batches together: the mixed batch, and the outputs of each job."""
+    def _forward(self, pairs: Sequence[tuple[JobState, Any]]) -> tuple[Mixed, tuple[Any, ...], list[Any]]:
+        """Run the rows of batches together: the mixed batch, and the targets and outputs of each job."""
         device = next(state.parameters[0].device for state, _ in pairs)
         moved = [_moved(batch, device) for _, batch in pairs]
         batch = mixed(self._signature, [state.job.name for state, _ in pairs], moved)
         counted = zip(pairs, batch.sizes, strict=True)
         rows = [state.job.deltas for (state, _), size in counted for _ in range(size)]
-        return batch, parts(self.model(*batch.args, **batch.kwargs, deltas=rows), batch.sizes)
+        outputs = self.model(*batch.args, **batch.kwargs, deltas=rows)
+        return batch, batch.targets(outputs), parts(outputs, batch.sizes)
 
     @torch.no_grad()
     def evaluate(self, states: Iterable[JobState] | None = None) -> None:
@@ -191,8 +213,8 @@ class Training:
         if not taken:
             return
         pairs = [(state, batch) for state, batch, _ in taken]
-        batch, outputs = self._forward(pairs)
-        for (state, _, means), size, own, target in zip(taken, batch.sizes, outputs, batch.targets, strict=True):
+        batch, targets, outputs = self._forward(pairs)
+        for (state, _, means), size, own, target in zip(taken, batch.sizes, outputs, targets, strict=True):
             measures = {} if state.job.metrics is None else state.job.metrics(own, target)
             means.add({"loss": float(state.loss(own, target)), **measures}, size)
 
@@ -235,49 +257,6 @@ class Training:
             state.clear()
         set_generators(states)
         self._mark = None
-
-
-def _states(c: CompiledModel, jobs: Sequence[Job], optimizer: MakeOptimizer) -> list[JobState]:
-    """Make what each job has of its own. Raises DeltaSpecError with all that is wrong with the jobs."""
-    findings: list[Diagnostic] = []
-
-    def refuse(code: str, message: str, hint: str) -> None:
-        findings.append(Diagnostic(code, message, "<jobs>", suggestion=hint))
-
-    if not jobs:
-        refuse("DS382", "there is no job", "give some: Training(c, [Job('french', data=…)])")
-    trained: dict[str, str] = {}
-    named: set[str] = set()
-    usual, chosen = usual_loss(c.backbone), list[Loss]()
-    for job in jobs:
-        if job.name in named:
-            refuse("DS382", f"two jobs are called {job.name!r}", "give one of them a name of its own: Job(…, name=…)")
-        named.add(job.name)
-        for delta in job.deltas:
-            if delta in trained:
-                message = f"the delta {delta!r} is trained by the jobs {trained[delta]!r} and {job.name!r}"
-                refuse("DS382", message, "each job trains deltas of its own")
-            trained.setdefault(delta, job.name)
-        if job.loss is None and usual is None:
-            message = f"the job {job.name!r} has no loss, and a {type(c.backbone).__name__} has no usual one"
-            refuse("DS384", message, "give it one: Job(…, loss=lambda outputs, batch: …)")
-        elif (loss := job.loss or usual) is not None:
-            chosen.append(loss)
-        try:
-            c.parameter_groups(*job.deltas)
-            job.total()
-        except DeltaSpecError as error:
-            findings += error.diagnostics
-    if findings:
-        raise DeltaSpecError(findings)
-    hints = {delta.name: delta.train for delta in c.plan.deltas}
-    made = []
-    for job, loss in zip(jobs, chosen, strict=True):
-        given = (train.seed for delta in job.deltas if (train := hints[delta]) is not None)
-        seed = next((s for s in (job.seed, *given) if s is not None), 0)
-        deltas = {name: c.deltas[name] for name in job.deltas}
-        made.append(JobState(job, deltas, c.parameter_groups(*job.deltas), loss, optimizer, seed))
-    return made
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -46,6 +46,8 @@ class JobState:
         """Its tensors as they were at the best evaluation, or at the last one, or at the start."""
         self.stale = 0
         """Evaluations since the best one."""
+        self.norm = 0.0
+        """Norm of the gradient of its last step, before it was clipped."""
 
     @property
     def running(self) -> bool:
@@ -71,12 +73,13 @@ class JobState:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def clip(self) -> bool:
+        """Clip its gradient, where it is to be; return whether it is finite."""
+        self.norm = _norm(self.parameters, self.job.max_norm)
+        return isfinite(self.norm)
+
     def apply(self, loss: float) -> None:
-        """Take a step of its optimizer with the gradients that there are, unless they are not finite."""
-        norm = _norm(self.parameters, self.job.max_norm)
-        if not isfinite(norm):
-            self.diverge(f"the norm of its gradient is {norm}")
-            return
+        """Take a step of its optimizer with the gradients that there are."""
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         self.optimizer.step()
         self.scheduler.step()

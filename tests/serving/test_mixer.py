@@ -53,6 +53,28 @@ def test_one_backward_gives_each_delta_the_gradient_of_its_own_rows(method):
             torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5 * max(1.0, largest))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_no_number_under_one_row_reaches_no_other(method):
+    compiled = build(base("llama"), entry("broken", method), entry("alike", method), entry("other", "lora"))
+    given, rows = batch("llama"), ["broken", "alike", "other", None, "broken"]
+    kept = compiled(**given, deltas=rows).logits[1:4]
+    kept.sum().backward()
+    own = [p for name in ("alike", "other") for p in compiled.deltas[name].parameters()]
+    expected = [p.grad.clone() for p in own]
+    compiled.zero_grad()
+    weight = torch.ones(5, 6, 48)
+    weight[[0, 4]] = torch.nan
+    (compiled(**given, deltas=rows).logits * weight).sum().backward()
+    for parameter, wanted in zip(own, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted)
+    with torch.no_grad():
+        for parameter in compiled.deltas["broken"].parameters():
+            parameter.fill_(torch.nan)
+        found = compiled(**given, deltas=rows).logits
+    torch.testing.assert_close(found[1:4], kept.detach())
+    assert not found[[0, 4]].isfinite().any()
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
 def test_methods_ranks_stacks_and_strengths_mix(architecture):
     compiled = family(base(architecture))

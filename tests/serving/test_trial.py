@@ -189,3 +189,18 @@ def test_a_model_that_wants_its_rows_in_one_order_is_refused_and_its_own_errors_
     with pytest.raises(RuntimeError, match="sorted"):
         compiled(x, lengths.flip(0), deltas=["a", None, "a"])
     assert torch.equal(compiled.detach()(x, lengths), model(x, lengths))
+
+
+def test_a_model_whose_rows_change_one_another_is_refused():
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            return self.last(hidden - hidden.mean(0))
+
+    compiled = build(Centred().eval(), entry("a", "lora", "last"))
+    with pytest.raises(DeltaSpecError, match="DS442.*last"):
+        compiled(torch.randn(4, 8), deltas=["a", None, "a", None])

@@ -40,7 +40,7 @@ def job(name: str, number: int, **options) -> Job:
     """A job whose size of batches, length of data, accumulation and clipping are its own."""
     data = DataLoader(pairs(12 + number, number), batch_size=3 + number, shuffle=True)
     given = {"steps": 12, "accumulate": 1 + number % 2, "max_norm": 0.5 if number % 3 else None, "loss": mse}
-    return Job(name, data=data, **{**given, **options})
+    return Job(*options.pop("deltas", (name,)), data=data, **{**given, **options})
 
 
 def jobs(c: deltaspec.CompiledModel, **options) -> list[Job]:
@@ -60,7 +60,7 @@ def alone(one: Job, hints: dict) -> tuple[list[float], dict[str, Tensor]]:
     optimizer = torch.optim.AdamW(groups, weight_decay=hints.get("weight_decay", 0.01))
     factor = Factor(hints.get("schedule", "constant"), hints.get("warmup", 0), one.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    batches, losses = _batches(one, hints["seed"]), []
+    batches, losses = own_batches(one, hints["seed"]), []
     for _ in range(one.steps):
         own = []
         for _ in range(one.accumulate):
@@ -77,7 +77,7 @@ def alone(one: Job, hints: dict) -> tuple[list[float], dict[str, Tensor]]:
     return losses, {key: tensor.detach().clone() for key, tensor in c.deltas[name].tensors()}
 
 
-def _batches(one: Job, seed: int):
+def own_batches(one: Job, seed: int):
     epoch = 0
     while True:
         with torch.random.fork_rng(devices=[]):

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import deltaspec
-from deltaspec.training.batches import Stream
+from deltaspec.training.batches import Stream, read_by_many
 
 
 def loader(own=False):
@@ -55,3 +55,37 @@ def test_data_that_ends():
         stream.next()
     with pytest.raises(deltaspec.DeltaSpecError, match="DS383.*'a' has no batches"):
         Stream("a", [], 0).next()
+
+
+class Drawn:
+    """Batches whose order is drawn one by one, of a generator under a name of its own."""
+
+    def __init__(self):
+        self.own = torch.Generator().manual_seed(7)
+
+    def __iter__(self):
+        for _ in range(4):
+            yield torch.randint(100, (2,), generator=self.own).tolist()
+
+
+def test_a_shared_loader_that_draws_as_it_goes_gives_each_its_own_order():
+    data = DataLoader(range(100), batch_sampler=Drawn(), collate_fn=list)
+    before = data.batch_sampler.own.get_state()
+    alone = taken(Stream("a", data, 1), 8)
+    one, two = Stream("a", data, 1), Stream("b", data, 2)
+    assert [(one.next(), two.next())[0] for _ in range(8)] == alone
+    assert torch.equal(data.batch_sampler.own.get_state(), before)
+
+
+def test_what_is_read_once_is_read_by_one_and_not_again():
+    rows = iter(range(9))
+    loader = DataLoader(range(3), num_workers=1, persistent_workers=True)
+    [finding] = read_by_many(["a", "b", "c", "d"], [rows, [1], rows, None])
+    assert finding.code == "DS382" and "'a' and 'c'" in finding.message
+    assert len(read_by_many(["a", "b"], [loader, loader])) == 1
+    assert not read_by_many(["a", "b"], [[1], iter([1])])
+    stream = Stream("a", rows, 0)
+    assert taken(stream, 3) == [0, 1, 2]
+    stream.seek(0, 1)
+    with pytest.raises(deltaspec.DeltaSpecError, match="DS383.*'a' has no more batches"):
+        stream.next()

@@ -145,3 +145,19 @@ def test_what_is_no_job(tmp_path):
         JobsTrainer(model=c.backbone, args=arguments(tmp_path), train_dataset=wrong)
     with pytest.raises(deltaspec.DeltaSpecError, match="DS434"):
         JobsTrainer(model=c, args=arguments(tmp_path), jobs={"a": "nope"}, train_dataset=wrong)
+
+
+def test_jobs_that_stand_on_one_frozen_head(tmp_path):
+    c = compiled()
+    head = "head[rank=2]"
+    for name in ("head[rank=2]", "head[rank=3]"):
+        c.deltas[name].requires_grad_(False)
+    before = [parameter.clone() for parameter in c.deltas[head].parameters()]
+    trainer = InOrder(model=c, args=arguments(tmp_path), jobs={n: (n, head) for n in NAMES}, train_dataset=mixed_rows())
+    trainer.train()
+    assert all(map(torch.equal, before, c.deltas[head].parameters()))
+    assert {group["delta"] for group in trainer.optimizer.param_groups} == {*NAMES}
+    with pytest.raises(deltaspec.DeltaSpecError, match="DS382.*is trained by the jobs 'a' and 'b'"):
+        JobsTrainer(model=c, args=arguments(tmp_path), jobs={"a": NAMES, "b": NAMES[0]}, train_dataset=mixed_rows())
+    with pytest.raises(deltaspec.DeltaSpecError, match="DS381"):
+        JobsTrainer(model=c, args=arguments(tmp_path), jobs={"a": head}, train_dataset=mixed_rows())

@@ -6,6 +6,7 @@ from tiny_models import BASIC, bert, gpt2, llama, t5
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
+from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.training.losses import usual_loss
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 3]])
@@ -37,3 +38,10 @@ def test_beside_the_models_own(build, labels):
 
 def test_models_without_one():
     assert usual_loss(nn.Linear(1, 1)) is None
+
+
+def test_a_loss_of_routers_is_one_of_all_rows():
+    model = bert()
+    model.config.output_router_logits = True
+    with pytest.raises(DeltaSpecError, match="DS384.*routers"):
+        usual_loss(model)(model(input_ids=IDS), {"labels": TOKENS})

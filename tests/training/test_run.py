@@ -256,3 +256,21 @@ def test_a_checkpoint_of_other_jobs(tmp_path):
         training.load(tmp_path)
     with pytest.raises(deltaspec.DeltaSpecError, match="there is no checkpoint"):
         training.load(tmp_path / "nowhere")
+
+
+def test_an_error_in_a_step_leaves_all_as_it_was_before_it():
+    c, twin = compiled(), compiled()
+    name, count = next(iter(c.deltas)), []
+
+    def breaks(outputs, target):
+        count.append(1)
+        if len(count) == 5:  # in the middle of the second step
+            raise RuntimeError("broken")
+        return mse(outputs, target)
+
+    training = Training(c, [job(name, 0, loss=breaks, accumulate=3, steps=3)])
+    with pytest.raises(RuntimeError, match="broken"):
+        training.run(progress=False)
+    results = training.run(progress=False)
+    assert results[0].losses == run(twin, [job(name, 0, accumulate=3, steps=3)])[0].losses
+    assert all(map(torch.equal, c.deltas[name].parameters(), twin.deltas[name].parameters()))

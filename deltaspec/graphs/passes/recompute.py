@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from deltaspec.graphs.activations import Gate
 from deltaspec.graphs.autocast import autocasts
+from deltaspec.graphs.inference import without_gradients
 from deltaspec.graphs.low_rank import LowRankStep, Step
 from deltaspec.graphs.modes import is_rewritten
 from deltaspec.graphs.passes.fuse_addition import add_low_rank_
@@ -49,12 +50,20 @@ def low_rank_site(
     up: Tensor,
     scale: float,
     dropout: nn.Dropout | None,
-    how: How,
+    how: tuple[bool, bool, bool, bool],
 ) -> Tensor:
-    """Return base(x) + scale · (drop(x) downᵀ) upᵀ, where `base` is the own forward of a linear `host`."""
+    """Return base(x) + scale · (drop(x) downᵀ) upᵀ, where `base` is the own forward of a linear `host`.
+
+    `how` are the values of a `How`: a plain tuple is a constant of the code that calls this.
+    """
     if type(x) is Gate:
         x = x.alone()
-    if torch.is_grad_enabled() and (step := _step(base, host, x, down, up, scale, dropout, how)) is not None:
+    if not torch.is_grad_enabled():
+        if dropout is None or not dropout.training:
+            y = without_gradients(host._parameters, x, down, up, scale, how[1])
+            if y is not None:
+                return y
+    elif (step := _step(base, host, x, down, up, scale, dropout, how := How(*how))) is not None:
         recipe = recipe_of(x, how.absorb, host) if how.remake else None
         if recipe is None:
             return _run(step, x, down, up)
@@ -109,7 +118,7 @@ def run(scope: Scope, how: How) -> None:
             continue
         dropout = inputs[str(entering.target)] if drops else None
         with scope.graph.inserting_before(node):
-            given = (inputs["base"], inputs[HOST], x, down, up, scale, dropout, how)
+            given = (inputs["base"], inputs[HOST], x, down, up, scale, dropout, tuple(how))
             node.replace_all_uses_with(scope.graph.call_function(low_rank_site, given))
         for gone in (node, y, *([entering] if drops else [])):
             scope.graph.erase_node(gone)
