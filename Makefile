@@ -26,7 +26,7 @@ ENGINES := check-onnxruntime check-onnxruntime-genai check-openvino check-llama-
 # Where torch is one for CUDA: an environment of its own (docs/cuda.md), the active one, or the usual one.
 CUDA ?= $(firstword $(wildcard .venv-cuda) $(VIRTUAL_ENV) .venv)
 
-.PHONY: demo example sweep test test-inductor test-quantised test-ecosystem check-engines check-cuda $(ENGINES) \
+.PHONY: demo example sweep test test-whole test-inductor test-quantised test-ecosystem check-engines check-cuda $(ENGINES) \
 	check-ray lint format bench schema-check lock-check generate wheel clean
 
 demo: .venv/.demo
@@ -43,6 +43,10 @@ sweep: .venv/.demo .venv/.dev
 # One torch thread a worker: on small machines two processes are faster than two threads.
 test: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Every case of large products (methods × architectures), and five times the examples of hypothesis.
+test-whole: .venv/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --whole $(ARGS)
 
 # The tests of torch.compile's default backend with its generated code compiled: minutes, and a C++ compiler.
 test-inductor: .venv/.test

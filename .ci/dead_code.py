@@ -27,6 +27,7 @@ CALLED = {
     "on_optimizer_step": "transformers' Trainer",
     "on_pre_optimizer_step": "transformers' Trainer",
     "on_train_begin": "transformers' Trainer",
+    "should_training_stop": "transformers' Trainer",
     "tie_word_embeddings": "transformers: a field of configs",
 }
 """Names in the package that other code calls or reads, and who does."""

@@ -1,5 +1,6 @@
 """Fixtures of several folders: weights that packages carry (`make test` installs them), plug-ins, restless threads."""
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -10,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, settings
+from observed_once import remembering
 from plugin_method import Plugin
 
+from deltaspec.backbone import observations
 from deltaspec.methods.registry import GROUP, methods
 
 # Before torch is imported: on models this small, a second thread only waits for the first.
@@ -19,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # No limit of time: it would fail tests on a machine that does other work, too.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("whole", settings.get_profile("untimed"))
 settings.load_profile("untimed")
 
 NUMBER = pytest.StashKey[int]()
@@ -27,7 +31,8 @@ FORMATS = Path(__file__).parent / "formats"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Take `--codegen`."""
+    """Take `--codegen` and `--whole`."""
+    parser.addoption("--whole", action="store_true", help="take every case of large products (several times as long)")
     parser.addoption("--codegen", action="store_true", help="let Inductor generate and compile its code (minutes)")
 
 
@@ -37,13 +42,54 @@ def codegen(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("codegen"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Number the cases of each test."""
+@pytest.fixture(scope="session", autouse=True)
+def observed_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Observe models that are built alike once, but in `make test-whole`."""
+    if request.config.getoption("whole"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(observations, "observe", remembering(observations.observe))
+        yield
+
+
+@pytest.fixture
+def whole(request: pytest.FixtureRequest) -> bool:
+    """Whether every case of a product is to be taken, where one test goes through it."""
+    return bool(request.config.getoption("whole"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the marker of cases that `--whole` alone takes."""
+    config.addinivalue_line("markers", "whole: a case of a large product, of which others do for most runs")
+    if config.getoption("--whole"):
+        settings.load_profile("whole")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say which cases are run."""
+    if config.getoption("--whole"):
+        return "products: every case"
+    return "products: some cases of each, the others are deselected (make test-whole takes them)"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave cases marked `whole` to `--whole`, and number the others of each test."""
+    left = [item for item in items if item.get_closest_marker("whole")] if not config.getoption("--whole") else []
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("whole")]
     seen: Counter[str] = Counter()
     for item in items:
         test = item.nodeid.partition("[")[0]
         item.stash[NUMBER] = seen[test]
         seen[test] += 1
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported from what is looked through for garbage, again and again: it stays."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,6 +7,7 @@ looks at, tensors that modules keep) counts as used, so a module is called idle 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, Literal
 
@@ -31,10 +32,12 @@ Fate = Literal["used", "idle", "still"]
 """Fate of a module's output: something was computed from it; nothing was; the module gives it no gradients."""
 
 
-def fates(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Fate]:
-    """Run a copy of a model, whose parameters all get gradients: return what became of modules' outputs, by name.
+def followed(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], around: AbstractContextManager[Any] | None = None
+) -> tuple[Any, dict[str, Fate]]:
+    """Run a copy of a model, whose parameters all get gradients, inside `around`.
 
-    Modules that are not named are used as usual.
+    Returns (its output, what became of modules' outputs, by name); modules that are not named are used as usual.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point() or parameter.is_complex():
@@ -43,7 +46,8 @@ def fates(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     handles = [module.register_forward_hook(flow.leave) for module in model.modules()]
     try:
         # A model whose methods carry `torch.compile` is run as it is written.
-        with torch.compiler.set_stance("force_eager"), random_state_kept(model.parameters()), torch.enable_grad(), flow:
+        eager, kept_state = torch.compiler.set_stance("force_eager"), random_state_kept(model.parameters())
+        with around or nullcontext(), eager, kept_state, torch.enable_grad(), flow:
             output = model(*args, **kwargs)
     finally:
         for handle in handles:
@@ -51,7 +55,7 @@ def fates(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     kept = [{n: v for n, v in m.__dict__.items() if n not in _REGISTRIES} for m in model.modules()]
     found = flow.fates([output, kept])
     named = model.named_modules(remove_duplicate=False)
-    return {fqn: found[id(module)] for fqn, module in named if id(module) in found}
+    return output, {fqn: found[id(module)] for fqn, module in named if id(module) in found}
 
 
 class _Flow(TorchFunctionMode):

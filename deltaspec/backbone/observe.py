@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from deltaspec.backbone.attention import record_shapes
+from deltaspec.backbone.attention import AttentionShape, record_shapes
 from deltaspec.backbone.clone import clone, hollow
-from deltaspec.backbone.flow import Fate, fates
+from deltaspec.backbone.flow import Fate, followed
 from deltaspec.backbone.inputs import Call, call_arguments, dummy_inputs, moved_to, one_token, other_calls
 from deltaspec.backbone.offload import unhook
 from deltaspec.backbone.random_state import random_state_kept
@@ -32,7 +32,8 @@ def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Obs
     the forward looks at values, which meta tensors do not have, it is run once on the model's own weights instead, or
     on zeros where it has none. More runs tell which weights are read without a call in training mode, with labels and
     in a step after a cache, and one in which gradients are kept, which outputs are used; where one fails, nothing is
-    known of that. `example_inputs`: a mapping of keywords, a tuple or list of positional arguments, or one
+    known of that. Of published code, the first one is that in which gradients are kept. `example_inputs`: a mapping of
+    keywords, a tuple or list of positional arguments, or one
     tensor; without them a transformers model is given its own dummy inputs. Nothing of the model is written; the global
     random state stays.
     """
@@ -47,7 +48,7 @@ def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Obs
         if device == "cpu" and sum(p.numel() for p in model.parameters()) > _MOST_HOLLOW:
             break
         try:
-            seen = _run(model, example_inputs, device)
+            seen, known_fates = _run(model, example_inputs, device)
         except Exception as error:
             # Whatever a stranger's forward raises: the plan then says that nothing could be observed.
             failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
@@ -55,7 +56,6 @@ def observe(model: nn.Module, example_inputs: Any = None) -> tuple[dict[str, Obs
             for fqn, observation in known.items():
                 found = seen.get(fqn, Observation(True))
                 seen[fqn] = replace(found, called=False, host=observation.host, reads=None)
-            known_fates = _fates(model, example_inputs, device)
             for fqn, found in seen.items() if known_fates else ():
                 if fate := known_fates.get(fqn if found.host is None else found.host):
                     seen[fqn] = replace(found, fate=fate)
@@ -79,16 +79,46 @@ def _static(model: nn.Module) -> dict[str, Observation]:
     return found
 
 
-def _run(model: nn.Module, example_inputs: Any, device: str | None) -> dict[str, Observation]:
+def _run(model: nn.Module, example_inputs: Any, device: str | None) -> tuple[dict[str, Observation], dict[str, Fate]]:
+    """Return what forwards showed of modules, and the fates of what leaves them."""
+    if device == "meta" and all(map(is_published, model.modules())):
+        try:
+            return _at_once(model, example_inputs, device)
+        except Exception:  # gradients may be what its forward is not made for: one without them tells
+            pass
     twin, args, kwargs = _prepared(model, example_inputs, device)
     shapes = record_shapes(twin)
     own = OwnOnWrite(list(twin.modules())) if device is None else nullcontext()
     with torch.no_grad(), random_state_kept(twin.parameters()), own:
         seen, output = _recorded(twin, args, kwargs)
-        seen |= {fqn: replace(seen[fqn], attention=shape) for fqn, shape in shapes.items()}
-        for forms in _more_calls(model, twin, args, kwargs, output):
-            others = _first_that_runs(twin, forms)
-            seen = {fqn: _with(found, others.get(fqn, found)) for fqn, found in seen.items()}
+        seen = _completed(model, twin, args, kwargs, output, seen, shapes)
+    return seen, _fates(model, example_inputs, device)
+
+
+def _at_once(model: nn.Module, example_inputs: Any, device: str) -> tuple[dict[str, Observation], dict[str, Fate]]:
+    """Return both from one forward: with gradients and without, code that is published runs the same modules."""
+    twin, args, kwargs = _prepared(model, example_inputs, device)
+    shapes = record_shapes(twin)
+    recorder = Recorder(twin)
+    output, known = followed(twin, args, kwargs, recorder.recording())
+    with torch.no_grad(), random_state_kept():
+        return _completed(model, twin, args, kwargs, output, recorder.result(), shapes), known
+
+
+def _completed(
+    model: nn.Module,
+    twin: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+    seen: dict[str, Observation],
+    shapes: dict[str, AttentionShape],
+) -> dict[str, Observation]:
+    """Return what was seen, with the shapes of attention and what other ways to call the model show."""
+    seen = seen | {fqn: replace(seen[fqn], attention=shape) for fqn, shape in shapes.items()}
+    for forms in _more_calls(model, twin, args, kwargs, output):
+        others = _first_that_runs(twin, forms)
+        seen = {fqn: _with(found, others.get(fqn, found)) for fqn, found in seen.items()}
     return seen
 
 
@@ -140,7 +170,7 @@ def _fates(model: nn.Module, example_inputs: Any, device: str | None) -> dict[st
     """Return the modules, by name, whose output the model uses in no way, or without gradients."""
     twin, args, kwargs = _prepared(model, example_inputs, device)
     try:
-        return fates(twin, args, kwargs)
+        return followed(twin, args, kwargs)[1]
     except Exception:  # a stranger's forward may not be made for gradients
         return {}
 

@@ -29,6 +29,14 @@ def unsharded(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
+def in_parts(model: nn.Module) -> None:
+    """Let FSDP 2 put back what a forward gathered: until the next one, parameters are what is trained and saved."""
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, _FSDP2):
+            module.reshard()
+
+
 def sharded_as(target: Tensor, value: Tensor) -> Tensor:
     """Return values for a tensor that may be sharded, in its form; every process has all of them."""
     if not is_sharded(target):

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from deltaspec.backbone.sharded import in_parts
 from deltaspec.compiler.answers import kept_answers, verify_saved
 from deltaspec.compiler.engine import require_served, wishes_for
 from deltaspec.compiler.handles import known_names
@@ -69,6 +70,7 @@ class Files(nn.Module):
         `golden` are a few inputs, as `example_inputs` for `compile`: what the model gives for them, under each delta
         alone and under what is attached, is kept too, for `verify`. Raises DeltaSpecError (DS550: too much of that).
         """
+        in_parts(self)
         answers = None if golden is None else lambda names, attached: kept_answers(self.view(), golden, names, attached)
         save(self._active, self._shared.plan, self._host.deltas, directory, names, answers)
 
@@ -114,6 +116,7 @@ class Files(nn.Module):
     def load(self, directory: str | PathLike[str], *names: str, match: Match = "weights") -> Self:
         """Read the tensors of saved deltas, by name or all; `match` as for `restore`, `.plan` says what it let pass."""
         level = checked(match)
+        in_parts(self)
         base = cache(lambda: Base(without_deltas(self._host)))
         known = names or tuple(delta.name for delta in self._shared.plan.deltas)
         called = known[0] if len(known) == 1 else None  # a foreign adapter has no name of its own

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from deltaspec.backbone.origin import origin
 from deltaspec.backbone.reserved import Reserved
-from deltaspec.backbone.sharded import is_sharded
+from deltaspec.backbone.sharded import in_parts, is_sharded
 from deltaspec.compiler.adapter_verbs import ADAPTERS, adapter_verb
 from deltaspec.compiler.build import Built
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
@@ -106,6 +106,7 @@ def _save_deltas(
     **options: Any,
 ) -> None:
     built.libraries.refuse_attached(built.active.active, "saved")
+    in_parts(built.host.backbone)
     hub = {key: options.pop(key) for key in _HUB if key in options}
     _refuse_options(options)
     tensors = {below(built.host.home, key): tensor for key, tensor in built.host.deltas.state_dict().items()}

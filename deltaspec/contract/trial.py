@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from deltaspec.backbone.inputs import call_arguments
+from deltaspec.backbone.observations import Observations
 from deltaspec.backbone.random_state import seeded_on_cpu
 from deltaspec.compiler.compile import compile_plan
 from deltaspec.compiler.compiled import CompiledModel
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.methods.registry import methods
 from deltaspec.planning.plan import Plan
-from deltaspec.planning.resolve import plan
+from deltaspec.planning.resolve import plan_observed
 
 Outputs = list[Tensor]
 
@@ -62,8 +63,10 @@ class Case:
             found = {"name": name, "method": method, "params": params, **rest}
             return found if target is None else {**found, "target": target}
 
+        observations = Observations(model, inputs)
+
         def planned(*deltas: dict[str, Any]) -> Plan:
-            return plan(model, {"deltaspec": 1, "deltas": list(deltas)}, example_inputs=inputs)
+            return plan_observed(model, observations, {"deltaspec": 1, "deltas": list(deltas)})
 
         if model.training:
             raise ValueError("give a model in evaluation mode: model.eval()")

@@ -49,6 +49,9 @@ def kind_of(planned: PlannedDelta) -> Kind:
     return found
 
 
+_is_transformed = torch._C._are_functorch_transforms_active
+
+
 class Stacks:
     """The stacks of one backbone's deltas.
 
@@ -238,9 +241,9 @@ class Stacks:
             return True
         module = self._module(name)
         if module.is_displaced():
-            if name in self._held or name not in self._pointers:
+            if name in self._held or (name not in self._pointers and _is_transformed()):
                 raise DeltaSpecError([_displaced(name)])
-            return True  # what stands there for one call is read from there, and is never taken into the stack
+            return name in self._pointers  # what stands there is read from there, and is never taken into the stack
         return name in self._pointers and self._pointers[name] == _pointers(module)
 
     def _fitting(self, name: str, layout: Layout) -> Stack:
@@ -268,8 +271,8 @@ class Stacks:
 
     @torch.no_grad()
     def _adopt(self, name: str, stack: Stack) -> None:
-        row = stack.take(name)
-        for key, tensor in self._module(name).tensors():
+        row, module = stack.take(name), self._module(name)
+        for key, tensor in () if module.is_displaced() else module.tensors():
             stack.tensors[key][row].copy_(tensor)
         self._of[name] = stack
         self._bind(name, stack)
@@ -277,6 +280,9 @@ class Stacks:
     def _bind(self, name: str, stack: Stack) -> None:
         """Make a delta's tensors views of its row; the objects stay."""
         delta, row = self._module(name), stack.names[name]
+        if delta.is_displaced():  # its own are not at hand: they are taken in once they are back
+            self._pointers[name] = ()
+            return
         is_read = self.is_read()
         for key, tensor in delta.tensors():
             if is_read:

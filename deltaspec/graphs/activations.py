@@ -41,10 +41,10 @@ def activate(run: _Run, module: nn.Module, known: Activation, x: Tensor) -> Tens
         not torch.is_grad_enabled()
         or type(x) is not Tensor
         or not x.requires_grad
+        or is_rewritten()
         or x.numel() < FEW
         or module._forward_hooks
         or module._backward_hooks
-        or is_rewritten()
         or is_checkpointed()
     ):
         return run(x)

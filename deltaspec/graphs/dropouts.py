@@ -22,10 +22,10 @@ def drop(run: Callable[[Tensor], Tensor], module: nn.Dropout, x: Tensor) -> Tens
         or not torch.is_grad_enabled()
         or type(x) is not Tensor
         or not x.requires_grad
+        or is_rewritten()
         or x.numel() < FEW
         or not 0 < module.p < 1
         or module.inplace
-        or is_rewritten()
     ):
         return run(x)
     y: Tensor = DropStep.apply(x, module.p)  # type: ignore[no-untyped-call]

@@ -8,9 +8,10 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import fx, nn
 from torch.nn import functional as F
+
+from deltaspec.graphs.modes import unseen
 
 Kind = Literal["simple", "compound"]
 """`simple`: one step of autograd, which keeps what entered. `compound`: several, which keep what lies between, too."""
@@ -28,17 +29,13 @@ def kind_of(module: nn.Module) -> Kind | None:
     if not is_elementwise(module):
         return None
     probe = torch.linspace(-2.0, 2.0, 8).requires_grad_()
-    with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):  # those of others are not to see it
+    with torch.enable_grad(), unseen():
         node = type(module).forward(module, probe).grad_fn
     if node is None:
         return None
     if [getattr(following, "variable", None) is probe for following, _ in node.next_functions] != [True]:
         return "compound"
     return "simple" if [name for name in dir(node) if name.startswith("_raw_saved_")] == ["_raw_saved_self"] else None
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def is_elementwise(module: nn.Module) -> bool:

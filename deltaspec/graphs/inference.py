@@ -29,13 +29,13 @@ def without_gradients(
     it.
     """
     weight, bias, dtype, dim = host.get("weight"), host.get("bias"), x.dtype, x.dim()
-    if weight is None or type(weight) not in _PLAIN or type(x) is not Tensor or not x.is_contiguous():
+    if weight is None or type(weight) not in _PLAIN or type(x) is not Tensor or is_rewritten():
         return None
     if bias is not None and (type(bias) not in _PLAIN or bias.dtype is not dtype):
         return None
     if weight.dtype is not dtype or down.dtype is not dtype or up.dtype is not dtype:
         return None
-    if dim < 2 or not x.numel() or is_rewritten() or _autocasts_anywhere():
+    if dim < 2 or not x.numel() or not x.is_contiguous() or _autocasts_anywhere():
         return None
     if merging_pays(x, down, up):
         return F.linear(x, merged(weight.t() if transposed else weight, down, up, scale), bias)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from deltaspec.graphs.autocast import autocasts, without_autocast
 from deltaspec.graphs.bits import packed, unpacked
+from deltaspec.graphs.modes import is_watched
 from deltaspec.graphs.recipe_steps import Steps, make
 from deltaspec.graphs.remade import Remade
 
@@ -64,10 +65,12 @@ class LowRankStep(torch.autograd.Function):
                 bits = packed(mask.reshape(-1, x.size(-1)).contiguous())
             rows = entering.reshape(-1, x.size(-1))
             narrow = first.mm(rows.t()) if rows.size(0) >= MANY else rows.mm(first.t()).t()
-            y.view(-1, y.size(-1)).addmm_(narrow.t(), second.t(), alpha=step.scale)
+            add = torch.addmm if is_watched() else Tensor.addmm_
+            y = add(y.view(-1, y.size(-1)), narrow.t(), second.t(), alpha=step.scale).view(y.shape)
         ctx.merged, ctx.shape, ctx.dtype = merges, x.shape, x.dtype
         ctx.scale, ctx.dropout, ctx.steps, ctx.shared = step.scale, step.dropout, step.steps, step.shared
-        ctx.save_for_backward(step.weight, down, up, narrow, bits, *(step.kept or (x,)))
+        weight = step.weight if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(weight, down, up, narrow, bits, *(step.kept or (x,)))
         left: Tensor = _unsafe_view(y, y.shape)  # a view, as a product of three dimensions is, could not be overwritten
         return left
 

@@ -84,7 +84,11 @@ def _gives(steps: Steps, kept: tuple[Tensor, ...], x: Tensor, site: Any) -> bool
 
 
 def _kind(steps: Steps) -> Any:
-    return steps if len(steps) == 1 else (steps[0], *map(_kind, steps[1]))
+    """Return what two ways have in common that differ in sizes alone."""
+    if len(steps) == 1:
+        return steps
+    function, inner, others = steps
+    return function, *map(_kind, inner), *(len(fact) if isinstance(fact, tuple) else fact for fact in others)
 
 
 _TRIED: Any = WeakIdKeyDictionary()
@@ -116,7 +120,7 @@ class _Reader:
 
     def keep(self, tensor: Tensor | None) -> Steps | None:
         """Return the step that is a tensor which is kept."""
-        if tensor is None:
+        if tensor is None or (tensor.numel() and not tensor.untyped_storage().nbytes()):  # FSDP took its weights back
             return None
         for place, known in enumerate(self.kept):
             if known is tensor:

@@ -101,9 +101,9 @@ def run_part(
     """Run a part of a formula on tensors, in one step of autograd where that pays; the first entered the site."""
     first = tensors[0]
     if (
-        first.numel() < few
+        is_rewritten()
         or any(type(tensor) not in _PLAIN for tensor in tensors)
-        or is_rewritten()
+        or first.numel() < few
         or not any(tensor.requires_grad for tensor in tensors)
     ):
         return part(*tensors, *dropouts)

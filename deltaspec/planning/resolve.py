@@ -43,10 +43,17 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a plan needs a torch.nn.Module, not {type(model).__name__}")
+    return plan_observed(model, Observations(model, example_inputs), *specs)
+
+
+def plan_observed(
+    model: nn.Module, observations: Observations, *specs: str | os.PathLike[str] | Mapping[str, Any] | DeltaSpec
+) -> Plan:
+    """Do what `plan` does, where several plans are made of one model: what was observed of it holds for all."""
     loaded = load_all(specs)
     table = tabulate(model)
     refuse_backbone(model)
-    return resolve(loaded, table, Observations(model, example_inputs))
+    return resolve(loaded, table, observations)
 
 
 def load_all(specs: Sequence[str | os.PathLike[str] | Mapping[str, Any] | DeltaSpec]) -> tuple[DeltaSpec, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 
@@ -62,6 +63,10 @@ class Stream:
         seed = epoch_seed(self.seed, self.epoch)
         for generator in generators:
             generator.manual_seed(seed)
+        holders: list[Any] = [self._data, *(getattr(self._data, name, None) for name in ("sampler", "batch_sampler"))]
+        for holder in holders:
+            if hasattr(holder, "set_epoch"):  # a part of the data for each of several processes
+                holder.set_epoch(self.epoch)
         self._iterator = iter(self._data)
         for _ in range(self.taken):
             next(self._iterator, None)
@@ -114,3 +119,12 @@ def _own_generators(data: Any) -> list[torch.Generator]:
     holders = (data, getattr(data, "sampler", None), batches, getattr(batches, "sampler", None))
     found = (value for holder in holders for value in getattr(holder, "__dict__", {}).values())
     return list({id(value): value for value in found if isinstance(value, torch.Generator)}.values())
+
+
+def moved_to(value: Any, device: torch.device) -> Any:
+    """Return a batch on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: moved_to(each, device) for key, each in value.items()}
+    return type(value)(moved_to(each, device) for each in value) if type(value) in (tuple, list) else value

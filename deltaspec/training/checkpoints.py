@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.origin import origin
-from deltaspec.backbone.sharded import is_sharded, sharded_as, unsharded
+from deltaspec.backbone.sharded import in_parts, is_sharded, sharded_as, unsharded
 from deltaspec.compiler.found import Held, held_in
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.documents.atomic import write_atomically
@@ -30,6 +30,7 @@ def acting(model: nn.Module | None) -> list[Held]:
 
 def in_shards(model: nn.Module) -> bool:
     """Return whether every process has to take part in writing (FSDP)."""
+    in_parts(model)
     return any(map(is_sharded, model.parameters()))
 
 
@@ -56,6 +57,7 @@ def read(model: nn.Module, held: Sequence[Held], folder: Path) -> None:
 
     Raise DeltaSpecError as `load` does, and where it is one of another model around the deltas (DS566).
     """
+    in_parts(model)
     targets = _outside(model)
     values = _read_outside(folder, targets)
     for where, one in _folders(held, folder):

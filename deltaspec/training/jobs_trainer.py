@@ -7,31 +7,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
+from deltaspec.backbone.sharded import in_parts, unsharded
 from deltaspec.compiler.compiled import CompiledModel
-from deltaspec.compiler.standard_verbs import written_elsewhere
+from deltaspec.compiler.found import Held, held_in
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.diagnostics.wording import closest_delta, show_value
-from deltaspec.training.losses import Loss, usual_loss
+from deltaspec.training.course import Course, patience_of
+from deltaspec.training.job_rows import COLUMN, WithJobs, by_job
+from deltaspec.training.losses import Loss, losses_of
 from deltaspec.training.mixing import Signature, picked
+from deltaspec.training.processes import are_several, require_any_delta
 from deltaspec.training.results import Means
-from deltaspec.training.schedules import factor
+from deltaspec.training.shares import Share, alone, nothing_of, over_all
 from deltaspec.training.standing import refusals, trained_of
+from deltaspec.training.trainer import DeltaTrainerMixin
 
-COLUMN = "job"
-"""Column of a data set that says which job an example is of."""
+STATES = "job_states.pt"
+"""File of a checkpoint with the jobs that ended, and how the evaluations of the others go."""
 
 
-class JobsTrainer(Trainer):
+class JobsTrainer(DeltaTrainerMixin, Trainer):
     """A Trainer whose batches have rows of several jobs, each under its own deltas and learning of its own rows.
 
     `model` is what `deltaspec.compile` returns. `jobs` are the jobs by name, each with its deltas, those that it stands
@@ -42,6 +46,9 @@ class JobsTrainer(Trainer):
     Learning rates and schedules are those of the specs (`train:`), else of the arguments; gradients are clipped job by
     job. Logs and evaluations have each job's own numbers (`loss_french`, `eval_french_loss`, `eval_french_accuracy`).
     Checkpoints hold the deltas as `c.save` writes them. A job whose loss is not finite ends, and the others go on.
+
+    `patience=3` ends a job after three evaluations without a better one (or one number a job, by name): its rows leave
+    the batch, and its deltas become those of its best evaluation. Better is less loss, or more of the metric `best`.
     """
 
     model: Any
@@ -57,6 +64,8 @@ class JobsTrainer(Trainer):
         *args: Any,
         jobs: Mapping[str, str | Sequence[str]] | None = None,
         job_loss: Loss | Mapping[str, Loss] | None = None,
+        patience: int | Mapping[str, int] | None = None,
+        best: str = "loss",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -73,57 +82,74 @@ class JobsTrainer(Trainer):
             raise DeltaSpecError(findings)
         self.diverged: dict[str, int] = {}
         """Jobs that ended because their loss was not finite, and the step."""
+        self.stopped: dict[str, int] = {}
+        """Jobs that ended because no evaluation was better for long, and the step."""
         self.loss_is_scaled_for_ga = False
         self._names = list(self.jobs)
-        self._losses = self._chosen(job_loss)
+        self._losses = losses_of(self.model.backbone, self._names, job_loss)
+        self._patience, self._best = patience_of(self._names, patience), best
+        self._courses: dict[str, Course] = {}
         self._means: dict[str, Means] = {}
+        self._present: set[str] | None = None
+        """Jobs with rows in the step at hand; None between steps."""
         self.data_collator = WithJobs(self.data_collator, self._names)
 
-    def _chosen(self, given: Loss | Mapping[str, Loss] | None) -> list[Loss]:
-        """Return the loss of each job. Raises DeltaSpecError (DS384) where one has none."""
-        by_name = given if isinstance(given, Mapping) else dict.fromkeys(self._names, given)
-        usual, found, findings = usual_loss(self.model.backbone), list[Loss](), list[Diagnostic]()
-        for name in self._names:
-            loss = by_name.get(name) or usual
-            if loss is None:
-                message = f"the job {name!r} has no loss, and a {type(self.model.backbone).__name__} has no usual one"
-                findings.append(Diagnostic("DS384", message, "<jobs>", suggestion="give one: job_loss=…"))
-            else:
-                found.append(loss)
-        if findings:
-            raise DeltaSpecError(findings)
+    # Learning
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; jobs with `patience` have the parameters of their best evaluations afterwards."""
+        if self._patience and (self.eval_dataset is None or self.args.eval_strategy == "no"):
+            raise ValueError("patience counts evaluations: give eval_dataset=…, and eval_strategy in the arguments")
+        self.diverged, self.stopped = {}, {}
+        self._courses = {name: Course(self._own(name), most, self._best) for name, most in self._patience.items()}
+        found = super().train(*args, **kwargs)
+        for course in self._courses.values():
+            course.put_back()
         return found
 
-    # Learning
+    def _own(self, name: str) -> dict[str, Any]:
+        """Return the deltas that a job trains."""
+        return {delta: self.model.deltas[delta] for delta in trained_of(self.model, self.jobs[name])}
+
+    @property
+    def _left(self) -> list[str]:
+        """Names of the jobs that are trained."""
+        return [name for name in self.jobs if name not in self.diverged and name not in self.stopped]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the sum of the jobs' losses, each the mean over its rows, and the outputs.
+        """Return the sum of the jobs' losses, each the mean over its rows (of all processes), and the outputs.
 
         Raises DeltaSpecError (DS387) once no job is left.
         """
         numbers: Tensor = inputs[COLUMN]
         batch = {key: value for key, value in inputs.items() if key != COLUMN}
-        training = self.model.training
-        while True:
-            if training and self.diverged:
-                gone = torch.tensor([self._names.index(name) for name in self.diverged], device=numbers.device)
-                kept = (~torch.isin(numbers, gone)).nonzero().flatten()
-                batch, numbers = picked(batch, kept, len(numbers)), numbers[kept]
-            if not len(numbers):
-                return self._nothing()
+        if not self.model.training:
             outputs = self._outputs(model, batch, numbers)
-            losses = self._each(outputs, batch, numbers)
-            values = {name: float(loss.detach()) for name, (loss, _) in losses.items()}
-            failed = [name for name, value in values.items() if not isfinite(value)]
-            if not training or not failed:
+            total = torch.stack([share.loss for share in self._shares(outputs, batch, numbers).values()]).sum()
+            return (total, outputs) if return_outputs else total
+        if several := are_several(model):
+            require_any_delta(model)
+        while True:
+            kept = torch.isin(numbers, numbers.new_tensor([self._names.index(name) for name in self._left]))
+            batch, numbers = picked(batch, kept.nonzero().flatten(), len(kept)), numbers[kept]
+            if not (self._left if several else len(numbers)):
+                return self._nothing()
+            outputs = self._outputs(model, batch, numbers) if len(numbers) else self._stand_in(model, inputs)
+            shares = self._shares(outputs, batch, numbers)
+            found = over_all(shares, self._left, self.args.device) if several else alone(shares)
+            failed = {name: value for name, (value, _) in found.items() if not isfinite(value)}
+            if not failed:
                 break
-            for name in failed:  # the batch is run again without its rows: not a number spreads
-                self._diverge(name, values[name])
-        for name, (_, rows) in losses.items() if training else ():
-            self._means.setdefault(name, Means()).add({"loss": values[name]}, rows)
-        total = torch.stack([loss for loss, _ in losses.values()]).sum()
+            for name, value in failed.items():  # the batch is run again without its rows: not a number spreads
+                self._diverge(name, value)
+        self._present = (self._present or set()) | found.keys()
+        for name, (value, rows) in found.items():
+            self._means.setdefault(name, Means()).add({"loss": value}, rows)
+        # A process with nothing to learn takes part in what the others do.
+        losses = [share.loss for share in shares.values()] or [nothing_of(outputs)]
+        total = torch.stack(losses).sum()
         return (total, outputs) if return_outputs else total
 
     def _diverge(self, name: str, value: float) -> None:
@@ -134,31 +160,39 @@ class JobsTrainer(Trainer):
         self.log({f"diverged_{name}": value})
 
     def _nothing(self) -> Tensor:
-        """Return a loss that nothing is learned of: the batch had only rows of jobs that diverged."""
-        left = [delta for name, own in self.jobs.items() if name not in self.diverged for delta in own]
-        if not left:
+        """Return a loss that nothing is learned of: the batch had only rows of jobs that ended."""
+        if not self._left and not self.stopped:
             message = f"the losses of all jobs are not finite: {', '.join(self.diverged)}"
             raise DeltaSpecError([Diagnostic("DS387", message, "<jobs>", suggestion="take lower learning rates")])
-        return sum((p.sum() * 0 for p in self.model.trainable_parameters(*left)), torch.zeros(()))
+        self.control.should_training_stop |= not self._left
+        return torch.zeros((), device=self.args.device, requires_grad=True)
 
     def _outputs(self, model: nn.Module, batch: dict[str, Any], numbers: Tensor) -> Any:
         given = {str(key): value for key, value in Signature.of(self.model.backbone, {}).inputs(batch).items()}
         return model(**given, deltas=[self.jobs[self._names[number]] for number in numbers.tolist()])
 
-    def _each(self, outputs: Any, batch: dict[str, Any], numbers: Tensor) -> dict[str, tuple[Tensor, int]]:
-        """Return the loss of each job in a batch, and its number of rows."""
+    def _stand_in(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """Return the outputs of one row, of which nothing is learned: the other processes wait for this one."""
+        count = len(inputs[COLUMN])
+        row = picked({key: value for key, value in inputs.items() if key != COLUMN}, slice(0, 1), count)
+        clean = {k: v.zero_() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in row.items()}
+        return self._outputs(model, clean, inputs[COLUMN].new_tensor([self._names.index(self._left[0])]))
+
+    def _shares(self, outputs: Any, batch: dict[str, Any], numbers: Tensor) -> dict[str, Share]:
+        """Return what each job has in a batch."""
         found = {}
         for number in torch.unique(numbers).tolist():
             rows = (numbers == number).nonzero().flatten()
             own = picked(outputs, rows, len(numbers)), picked(batch, rows, len(numbers))
-            found[self._names[number]] = self._losses[number](*own), len(rows)
+            found[self._names[number]] = Share.of(self._losses[number], *own, len(rows))
         return found
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip the gradient of each job; return the largest norm."""
         norms = [torch.zeros((), device=self.args.device)]
-        for name, own in [job for job in self.jobs.items() if job[0] not in self.diverged]:
-            norm = self.accelerator.clip_grad_norm_(self.model.trainable_parameters(*own), self.args.max_grad_norm)
+        for name in self._left:
+            own = list(self.model.trainable_parameters(*self.jobs[name]))
+            norm = unsharded(self.accelerator.clip_grad_norm_(own, self.args.max_grad_norm))
             if isfinite(norm):
                 norms.append(norm.detach())
             else:
@@ -169,31 +203,20 @@ class JobsTrainer(Trainer):
         """Make the optimizer that the arguments name, of the groups of the jobs' deltas."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = self.model.parameter_groups(
-                *(delta for own in self.jobs.values() for delta in trained_of(self.model, own))
-            )
+            groups = self.model.parameter_groups(*(delta for name in self.jobs for delta in self._own(name)))
             for group in groups:
                 group.setdefault("weight_decay", self.args.weight_decay)
             self.optimizer = kind(groups, **options)
+            self.optimizer.register_step_pre_hook(lambda *_: self._leave_out_absent())
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Make the scheduler of the arguments; groups with hints have their own."""
-        if self.lr_scheduler is not None:
-            return self.lr_scheduler
-        optimizer = self.optimizer if optimizer is None else optimizer
-        usual = super().create_scheduler(num_training_steps, optimizer)
-        hinted = [group.keys() & {"schedule", "warmup"} for group in optimizer.param_groups]
-        if any(hinted):
-            if not isinstance(usual, LambdaLR):
-                kind = self.args.lr_scheduler_type
-                raise ValueError(f"lr_scheduler_type={kind} does not go with the hints of the specs: give one of them")
-            groups = zip(optimizer.param_groups, hinted, usual.lr_lambdas, strict=True)
-            own: list[Callable[[int], float]] = [
-                factor(group, num_training_steps) if hints else other for group, hints, other in groups
-            ]
-            self.lr_scheduler = LambdaLR(optimizer, own)
-        return self.lr_scheduler
+    def _leave_out_absent(self) -> None:
+        """Let no step be taken by jobs without rows in it: shards have gradients of nothing."""
+        if self._present is not None:  # else torch makes an optimizer's state, to be read into
+            for name in self.jobs.keys() - self._present:
+                for parameter in self.model.trainable_parameters(*self.jobs[name]):
+                    parameter.grad = None
+        self._present = None
 
     # Logs and evaluations
 
@@ -209,18 +232,42 @@ class JobsTrainer(Trainer):
     ) -> dict[str, float]:
         """Evaluate each job on its own examples; `eval_loss` is the mean of the jobs'."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(data, dict) or metric_key_prefix != "eval" or data is None:
+        if isinstance(data, dict) or data is None:
             return dict(super().evaluate(eval_dataset, ignore_keys, metric_key_prefix))
-        own: dict[str, list[int]] = {}
-        for number in range(len(data)):
-            own.setdefault(data[number][COLUMN], []).append(number)
-        parts = {name: _chosen_rows(data, rows) for name, rows in own.items()}
-        found = dict(super().evaluate(parts, ignore_keys, metric_key_prefix))
-        losses = [found[f"eval_{name}_loss"] for name in own if f"eval_{name}_loss" in found]
-        if losses:
-            found["eval_loss"] = sum(losses) / len(losses)
-            self.log({"eval_loss": found["eval_loss"]})
+        found: dict[str, float] = {}
+        with self._announced_once():
+            parts = by_job(self.eval_dataset[data] if isinstance(data, str) else data)
+            for name, part in parts.items():
+                found |= super().evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+        losses = [found[f"{metric_key_prefix}_{name}_loss"] for name in parts]
+        found[f"{metric_key_prefix}_loss"] = mean = sum(losses) / len(losses)
+        self.log({f"{metric_key_prefix}_loss": mean})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
+
+    @contextmanager
+    def _announced_once(self) -> Iterator[None]:
+        """Tell callbacks of no part of an evaluation: they look for what is known of all of it."""
+        handler: Any = self.callback_handler
+        handler.on_evaluate = lambda args, state, control, metrics: control
+        try:
+            yield
+        finally:
+            del handler.on_evaluate
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
+        in_parts(self.model)
+        for name in [name for name in self._left if name in self._courses]:
+            key = f"eval_{name}_{self._best}"
+            if key not in metrics:
+                raise KeyError(f"the job {name!r} has patience, and no {key!r} in the evaluation: {', '.join(metrics)}")
+            if self._courses[name].measured(metrics[key], self.state.global_step):
+                self.stopped[name] = self.state.global_step
+                self._courses[name].put_back()
+                self.log({f"stopped_{name}": metrics[key]})
+        self.control.should_training_stop |= not self._left
+        return metrics
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -229,48 +276,25 @@ class JobsTrainer(Trainer):
 
     # Checkpoints
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        with written_elsewhere():
-            super()._save(str(folder), state_dict={})
-        (folder / "model.safetensors").unlink(missing_ok=True)  # of a model that cannot save itself: with nothing in it
-        self.model.save(folder)
+    def _held(self, model: Any) -> list[Held]:
+        return held_in(model)  # attached or not: rows are under them
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.model.load(resume_from_checkpoint)
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        courses = {name: course.state_dict() for name, course in self._courses.items()}
+        if self.args.should_save:
+            content = {"diverged": self.diverged, "stopped": self.stopped, "courses": courses}
+            torch.save(content, Path(output_dir) / STATES)
 
-    def _load_best_model(self) -> None:
-        self.model.load(self.state.best_model_checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (path := Path(checkpoint) / STATES).exists():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            self.diverged, self.stopped = content["diverged"], content["stopped"]
+            for name in self._courses.keys() & content["courses"].keys():
+                self._courses[name].load_state_dict(content["courses"][name])
 
-
-class WithJobs:
-    """A collator that lets another one make a batch, and adds the number of each example's job."""
-
-    def __init__(self, collate: Any, names: Sequence[str]) -> None:
-        self.collate, self.numbers = collate, {name: number for number, name in enumerate(names)}
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Make a batch. Raises DeltaSpecError (DS386) for examples of no job."""
-        names: list[Any] = [feature.get(COLUMN) for feature in features]
-        if unknown := [name for name in dict.fromkeys(names) if name not in self.numbers]:
-            raise DeltaSpecError([self._unknown(name) for name in unknown])
-        batch = self.collate([{key: value for key, value in each.items() if key != COLUMN} for each in features])
-        return {**batch, COLUMN: torch.tensor([self.numbers[name] for name in names])}
-
-    def _unknown(self, name: Any) -> Diagnostic:
-        message = f'an example has no "{COLUMN}"' if name is None else f"an example is of the job {show_value(name)}"
-        near = closest_delta(str(name), self.numbers)
-        hint = f"did you mean {near!r}?" if near and name is not None else f"jobs are: {', '.join(self.numbers)}"
-        return Diagnostic("DS386", message, "<jobs>", suggestion=hint)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "collate":  # not there yet: this is being unpickled
-            raise AttributeError(name)
-        return getattr(self.collate, name)
-
-
-def _chosen_rows(data: Any, rows: list[int]) -> Any:
-    """Return some rows of a data set."""
-    return data.select(rows) if hasattr(data, "select") else torch.utils.data.Subset(data, rows)
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        if self.args.ddp_find_unused_parameters is None:  # a batch need not have rows of all jobs
+            self.args.ddp_find_unused_parameters = True
+        return dict(super()._build_accelerator_args(**kwargs))

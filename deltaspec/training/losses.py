@@ -3,18 +3,50 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.training.job_rows import unknown_jobs
 
 Loss = Callable[[Any, Any], Tensor]
 """From a job's outputs and its batch to the mean loss of its rows."""
 _CLASSES = ("ForSequenceClassification", "ForImageClassification", "ForVideoClassification", "ForAudioClassification")
 _IGNORED = -100
+
+
+@dataclass(frozen=True)
+class UsualLoss:
+    """A loss of logits and `labels`."""
+
+    compute: Callable[[Tensor, Tensor], Tensor]
+    shifted: bool = False
+    """Whether each token is predicted from those before it, so that the first one is not."""
+
+    def __call__(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the loss of a job's rows. Raises DeltaSpecError (DS384) where it has no logits or labels."""
+        labels = batch.get("labels") if isinstance(batch, Mapping) else batch
+        logits = getattr(outputs, "logits", None)
+        if not isinstance(labels, Tensor) or not isinstance(logits, Tensor):
+            lacks = "its outputs have no logits" if isinstance(labels, Tensor) else "its batches have no labels"
+            message, hint = f"there is no loss for a job: {lacks}", "give it one: Job(…, loss=lambda outputs, batch: …)"
+            raise DeltaSpecError([Diagnostic("DS384", message, "<jobs>", suggestion=hint)])
+        wide = logits if logits.element_size() > 2 else logits.float()
+        return self.compute(wide, labels.to(logits.device))
+
+    def items(self, batch: Any) -> int:
+        """Return how many labels it is the mean over."""
+        labels: Tensor = batch["labels"] if isinstance(batch, Mapping) else batch
+        return int((labels[:, 1:] if self.shifted else labels).ne(_IGNORED).sum())
+
+
+def items_of(loss: Loss, batch: Any, rows: int) -> int:
+    """Return how many items a loss is the mean over: labels, or rows where it is a job's own."""
+    return loss.items(batch) if isinstance(loss, UsualLoss) else rows
 
 
 def usual_loss(model: nn.Module) -> Loss | None:
@@ -23,13 +55,33 @@ def usual_loss(model: nn.Module) -> Loss | None:
     if getattr(config, "output_router_logits", False):
         return _with_routers
     if kind in _CLASSES:
-        return _with_labels(lambda logits, labels: _of_classes(logits, labels, getattr(config, "problem_type", None)))
+        return UsualLoss(lambda logits, labels: _of_classes(logits, labels, getattr(config, "problem_type", None)))
     if kind in ("ForTokenClassification", "ForMaskedLM"):
-        return _with_labels(_of_tokens)
+        return UsualLoss(_of_tokens)
     if kind in ("ForCausalLM", "ForConditionalGeneration"):
-        decodes = getattr(config, "is_encoder_decoder", False)
-        return _with_labels(_of_tokens if decodes else lambda logits, labels: _of_tokens(logits[:, :-1], labels[:, 1:]))
+        if getattr(config, "is_encoder_decoder", False):
+            return UsualLoss(_of_tokens)
+        return UsualLoss(lambda logits, labels: _of_tokens(logits[:, :-1], labels[:, 1:]), shifted=True)
     return None
+
+
+def losses_of(model: nn.Module, jobs: Sequence[str], given: Loss | Mapping[str, Loss] | None) -> list[Loss]:
+    """Return the loss of each job: one for all, or by name, else the usual one.
+
+    Raise DeltaSpecError where a job has none (DS384), or one is given that is not there (DS382).
+    """
+    by_name = given if isinstance(given, Mapping) else dict.fromkeys(jobs, given)
+    usual, found, findings = usual_loss(model), list[Loss](), unknown_jobs("job_loss", by_name, jobs)
+    for name in jobs:
+        loss = by_name.get(name) or usual
+        if loss is None:
+            message = f"the job {name!r} has no loss, and a {type(model).__name__} has no usual one"
+            findings.append(Diagnostic("DS384", message, "<jobs>", suggestion="give one: job_loss=…"))
+        else:
+            found.append(loss)
+    if findings:
+        raise DeltaSpecError(findings)
+    return found
 
 
 def _language(model: nn.Module) -> str | None:
@@ -42,20 +94,6 @@ def _language(model: nn.Module) -> str | None:
     if name in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         return "ForMaskedLM"
     return "ForCausalLM" if name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
-
-
-def _with_labels(compute: Callable[[Tensor, Tensor], Tensor]) -> Loss:
-    def loss(outputs: Any, batch: Any) -> Tensor:
-        labels = batch.get("labels") if isinstance(batch, Mapping) else batch
-        logits = getattr(outputs, "logits", None)
-        if not isinstance(labels, Tensor) or not isinstance(logits, Tensor):
-            lacks = "its outputs have no logits" if isinstance(labels, Tensor) else "its batches have no labels"
-            message, hint = f"there is no loss for a job: {lacks}", "give it one: Job(…, loss=lambda outputs, batch: …)"
-            raise DeltaSpecError([Diagnostic("DS384", message, "<jobs>", suggestion=hint)])
-        wide = logits if logits.element_size() > 2 else logits.float()
-        return compute(wide, labels.to(logits.device))
-
-    return loss
 
 
 def _with_routers(outputs: Any, batch: Any) -> Tensor:

@@ -25,21 +25,29 @@ class Means:
     """Means of measures over rows."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._rows = 0
+        self.sums: dict[str, float] = {}
+        self.rows = 0
 
     def add(self, measures: Mapping[str, float], rows: int) -> None:
         """Take in means over some rows."""
         for name, value in measures.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value) * rows
-        self._rows += rows
+            self.sums[name] = self.sums.get(name, 0.0) + float(value) * rows
+        self.rows += rows
+
+    def become(self, others: Iterable[Means]) -> None:
+        """Be the means over all rows of these."""
+        self.sums, self.rows = {}, 0
+        for each in others:
+            for name, value in each.sums.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.rows += each.rows
 
     def of(self, job: str) -> dict[str, float]:
         """Return the means over all rows. Raises DeltaSpecError (DS383) where there were none."""
-        if not self._rows:
+        if not self.rows:
             message, hint = f"the evaluation of the job {job!r} has no batches", "give it what can be iterated anew"
             raise DeltaSpecError([Diagnostic("DS383", message, "<jobs>", suggestion=hint)])
-        return {name: value / self._rows for name, value in self._sums.items()}
+        return {name: value / self.rows for name, value in self.sums.items()}
 
 
 class Results(tuple[JobResult, ...]):

@@ -9,24 +9,31 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from deltaspec.backbone.sharded import in_parts
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
+from deltaspec.training.batches import moved_to
 from deltaspec.training.checkpoint import generators, read, set_generators, write
 from deltaspec.training.interrupts import noticed
 from deltaspec.training.job import Job
 from deltaspec.training.mixing import Mixed, Signature, mixed, parts
+from deltaspec.training.modes import mode_of
+from deltaspec.training.processes import are_several, gathered, require_any_delta, summed, unwrapped
 from deltaspec.training.progress import shown
 from deltaspec.training.results import Means, Results, table
+from deltaspec.training.shares import Share, alone, over_all
 from deltaspec.training.state import DIVERGED, FINISHED, JobState
-from deltaspec.training.states import MakeOptimizer, states_of
+from deltaspec.training.states import MakeOptimizer, require_alike, states_of
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch.nn.parallel import DistributedDataParallel
 
     from deltaspec.compiler.compiled import CompiledModel
 
 _END = object()
+_Ran = tuple[Mixed, tuple[Any, ...], list[Any]]
 
 
 class Training:
@@ -39,19 +46,27 @@ class Training:
     that it would get alone. `optimizer` makes one of an optimizer's groups; what hints do not give is its default.
     `pad` says what inputs are filled with, by name, where rows of one job are longer than those of another.
 
+    Several processes may train together, each with its own part of every job's data: `c` is sharded by
+    `fully_shard`, or in `DistributedDataParallel(c, find_unused_parameters=True)`.
+
     Raises DeltaSpecError with all that is wrong with the jobs: DS382, DS384, DS381, UnknownDeltaError.
     """
 
     def __init__(
         self,
-        c: CompiledModel,
+        c: CompiledModel | DistributedDataParallel,
         jobs: Iterable[Job],
         *,
         optimizer: MakeOptimizer = torch.optim.AdamW,
         pad: Mapping[str, float] | None = None,
     ) -> None:
-        self.model, self._signature = c, Signature.of(c.backbone, pad or {})
-        self.states = states_of(c, list(jobs), optimizer)
+        self._called, self.model = c, unwrapped(c)
+        self._signature = Signature.of(self.model.backbone, pad or {})
+        self.states = states_of(self.model, list(jobs), optimizer)
+        self._several = are_several(c)
+        if self._several:
+            require_any_delta(c)
+            require_alike(self.states, shards=c is self.model)
         self.steps = 0
         """Steps that were taken."""
         self._mark: tuple[list[tuple[int, int]], dict[str, Any]] | None = None
@@ -81,11 +96,17 @@ class Training:
         Jobs with `evaluation` are evaluated every so many steps, by default ten times in all, and at their end.
         `checkpoint` is a directory that is written every `save_every` steps (by default with each evaluation), at the
         end, and on Ctrl-C, which finishes the step at hand; `load` takes it up again. `progress` shows a table while
-        it runs (False: nothing). `callback` is called after each step.
+        it runs (False: nothing). `callback` is called after each step. Of several processes the
+        first one shows, and writes.
         """
         every = evaluate_every or max(1, ceil(max(state.total for state in self.states) / 10))
+        first = not self._several or distributed.get_rank() == 0
         try:
-            with _mode(self.model, True), shown(lambda: table(self.results), progress), noticed() as interrupts:
+            with (
+                mode_of(self._called, True),
+                shown(lambda: table(self.results), first and progress),
+                noticed() as interrupts,
+            ):
                 while self.running:
                     before = self.running
                     self.step()
@@ -95,7 +116,7 @@ class Training:
                         self.save(checkpoint)
                     if callback is not None:
                         callback(self)
-                    if interrupts.pressed:
+                    if self._any(interrupts.pressed):
                         raise KeyboardInterrupt
             for state in self.states:
                 state.finish()
@@ -143,6 +164,7 @@ class Training:
             failed = [state for state in running if state.running and not state.clip()]
             if not failed:
                 return losses
+            in_parts(self._called)
             for state in failed:
                 state.diverge(f"the norm of its gradient is {state.norm}")
             # What it gave the others in this step may be no number either: they learn as if it had not been there.
@@ -155,61 +177,70 @@ class Training:
         pairs = list(given)
         before = generators()
         while pairs:
-            losses = self._losses(pairs)
-            values = torch.stack([loss.detach().double() for loss in losses]).tolist()
-            failed = {id(state): value for (state, _), value in zip(pairs, values, strict=True) if not isfinite(value)}
+            shares = self._shares(pairs)
+            names, device = [state.job.name for state, _ in pairs], self._device
+            found = over_all(shares, names, device) if self._several else alone(shares)
+            failed = {name: value for name, (value, _) in found.items() if not isfinite(value)}
             if not failed:
-                scaled = [loss / state.job.accumulate for (state, _), loss in zip(pairs, losses, strict=True)]
-                torch.autograd.backward(scaled)
-                return [(state, value) for (state, _), value in zip(pairs, values, strict=True)]
+                torch.autograd.backward([shares[s.job.name].loss / s.job.accumulate for s, _ in pairs])
+                return [(state, found[state.job.name][0]) for state, _ in pairs if state.job.name in found]
             # Not a number times nothing is not a number: its rows must not be in the batch that the others learn of.
+            in_parts(self._called)
             for state, _ in pairs:
-                if id(state) in failed:
-                    state.diverge(f"its loss is {failed[id(state)]}")
-            pairs = [(state, batch) for state, batch in pairs if id(state) not in failed]
+                if state.job.name in failed:
+                    state.diverge(f"its loss is {failed[state.job.name]}")
+            pairs = [(state, batch) for state, batch in pairs if state.job.name not in failed]
             set_generators(before)
         return []
 
-    def _losses(self, pairs: Sequence[tuple[JobState, Any]]) -> list[Tensor]:
-        """Return the losses of batches, each of its job."""
-        _, targets, outputs = self._forward(pairs)
-        losses = [s.loss(own, target) for (s, _), own, target in zip(pairs, outputs, targets, strict=True)]
-        for (state, _), loss in zip(pairs, losses, strict=True):
-            if not isinstance(loss, Tensor) or loss.dim():
+    def _shares(self, pairs: Sequence[tuple[JobState, Any]]) -> dict[str, Share]:
+        """Return what each job has in a batch of all of them."""
+        batch, targets, outputs = self._forward(pairs, self._called)
+        found = {}
+        for (state, _), own, target, size in zip(pairs, outputs, targets, batch.sizes, strict=True):
+            share = found[state.job.name] = Share.of(state.loss, own, target, size)
+            if not isinstance(share.loss, Tensor) or share.loss.dim():
                 message = f"the loss of the job {state.job.name!r} is not one number"
                 raise DeltaSpecError([Diagnostic("DS384", message, "<jobs>", suggestion="return the mean of its rows")])
-        return losses
+        return found
 
-    def _forward(self, pairs: Sequence[tuple[JobState, Any]]) -> tuple[Mixed, tuple[Any, ...], list[Any]]:
+    @property
+    def _device(self) -> torch.device:
+        return self.states[0].parameters[0].device
+
+    def _forward(self, pairs: Sequence[tuple[JobState, Any]], called: nn.Module) -> _Ran:
         """Run the rows of batches together: the mixed batch, and the targets and outputs of each job."""
-        device = next(state.parameters[0].device for state, _ in pairs)
-        moved = [_moved(batch, device) for _, batch in pairs]
+        moved = [moved_to(batch, self._device) for _, batch in pairs]
         batch = mixed(self._signature, [state.job.name for state, _ in pairs], moved)
         counted = zip(pairs, batch.sizes, strict=True)
         rows = [state.job.deltas for (state, _), size in counted for _ in range(size)]
-        outputs = self.model(*batch.args, **batch.kwargs, deltas=rows)
+        outputs = called(*batch.args, **batch.kwargs, deltas=rows)
         return batch, batch.targets(outputs), parts(outputs, batch.sizes)
 
     @torch.no_grad()
     def evaluate(self, states: Iterable[JobState] | None = None) -> None:
         """Evaluate jobs, by default those that are running, in batches of rows of all of them."""
         chosen = self.running if states is None else states
-        waiting = [(s, iter(s.job.evaluation), Means()) for s in chosen if s.job.evaluation is not None]
+        found = [(state, Means()) for state in chosen if state.job.evaluation is not None]
+        waiting = [(state, iter(state.job.evaluation or ()), means) for state, means in found]
         with self._evaluating():
             while waiting:
                 taken = [(state, next(batches, _END), means) for state, batches, means in waiting]
-                for state, batch, means in taken:
-                    if batch is _END:
-                        state.evaluated(means.of(state.job.name))
                 waiting = [each for each, (_, batch, _) in zip(waiting, taken, strict=True) if batch is not _END]
                 self._measure([each for each in taken if each[1] is not _END])
+        if self._several:
+            for (_, means), *others in zip(found, *gathered([means for _, means in found]), strict=True):
+                means.become(others)
+        in_parts(self._called)
+        for state, means in found:
+            state.evaluated(means.of(state.job.name))
 
     def _measure(self, taken: Sequence[tuple[JobState, Any, Means]]) -> None:
         """Add what is measured on a batch of each job to their means."""
         if not taken:
             return
         pairs = [(state, batch) for state, batch, _ in taken]
-        batch, targets, outputs = self._forward(pairs)
+        batch, targets, outputs = self._forward(pairs, self.model)
         for (state, _, means), size, own, target in zip(taken, batch.sizes, outputs, targets, strict=True):
             measures = {} if state.job.metrics is None else state.job.metrics(own, target)
             means.add({"loss": float(state.loss(own, target)), **measures}, size)
@@ -219,16 +250,24 @@ class Training:
         """Run in evaluation mode, and let no number be drawn of the training's generators."""
         before = generators()
         try:
-            with _mode(self.model, False):
+            with mode_of(self.model, False):
                 yield
         finally:
             set_generators(before)
 
     def save(self, directory: str | PathLike[str]) -> None:
         """Write all that the next step depends on: parameters, optimizers, places in the data, generators, results."""
-        places, states = self._mark or ([(s.stream.epoch, s.stream.taken) for s in self.states], generators())
+        places, own = self._mark or ([(s.stream.epoch, s.stream.taken) for s in self.states], generators())
         jobs = {s.job.name: s.state_dict(place) for s, place in zip(self.states, places, strict=True)}
-        write(directory, {"jobs": jobs, "steps": self.steps, "generators": states})
+        each = gathered(own) if self._several else [own]
+        if not self._several or distributed.get_rank() == 0:
+            write(directory, {"jobs": jobs, "steps": self.steps, "generators": each})
+        if self._several:
+            distributed.barrier()
+
+    def _any(self, pressed: bool) -> bool:
+        """Return whether this is so in any of the processes."""
+        return bool(summed([[pressed]], self._device)[0][0]) if self._several else pressed
 
     def load(self, directory: str | PathLike[str]) -> Training:
         """Take up what `save` wrote: the next step is the one that would have been taken then, to the bit.
@@ -239,7 +278,8 @@ class Training:
         for state in self.states:
             state.load_state_dict(content["jobs"][state.job.name])
         self.steps = content["steps"]
-        set_generators(content["generators"])
+        each = content["generators"]
+        set_generators(each[distributed.get_rank() % len(each) if self._several else 0])
         return self
 
     def _rewind(self) -> None:
@@ -252,24 +292,3 @@ class Training:
             state.clear()
         set_generators(states)
         self._mark = None
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put a model into training or evaluation mode; then each of its modules into the one that it was in."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, was in before:
-            module.training = was
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Return a batch on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: _moved(each, device) for key, each in value.items()}
-    return type(value)(_moved(each, device) for each in value) if type(value) in (tuple, list) else value

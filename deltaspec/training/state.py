@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from deltaspec.backbone.sharded import sharded_as, unsharded
 from deltaspec.training.batches import Stream
 from deltaspec.training.job import Job
 from deltaspec.training.losses import Loss
@@ -66,7 +67,7 @@ class JobState:
     def put_back(self, tensors: Mapping[str, Tensor]) -> None:
         """Give its deltas these values."""
         for key, tensor in self.tensors().items():
-            tensor.copy_(tensors[key])
+            tensor.copy_(sharded_as(tensor, tensors[key]))
 
     def clear(self) -> None:
         """Drop its gradients."""
@@ -111,13 +112,13 @@ class JobState:
             self.put_back(self.kept)
 
     def state_dict(self, place: tuple[int, int]) -> dict[str, Any]:
-        """Return all that it is, with its stream at a place."""
+        """Return all that it is, with its stream at a place; every process that has a shard calls this."""
         return {
-            "tensors": self.snapshot(),
-            "optimizer": self.optimizer.state_dict(),
+            "tensors": _whole(self.snapshot()),
+            "optimizer": _whole(self.optimizer.state_dict()),
             "scheduler": self.scheduler.state_dict(),
             "stream": [self.stream.seed, *place],
-            "kept": self.kept,
+            "kept": _whole(self.kept),
             "stale": self.stale,
             "result": self.result.to_data(),
         }
@@ -126,10 +127,16 @@ class JobState:
         """Become what another one was."""
         self.put_back(state["tensors"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, values in self.optimizer.state.items():
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    values[key] = sharded_as(parameter, value)
         self.scheduler.load_state_dict(state["scheduler"])
         self.stream.seed, epoch, taken = state["stream"]
         self.stream.seek(epoch, taken)
-        self.kept, self.stale = dict(state["kept"]), state["stale"]
+        tensors = self.tensors()
+        self.kept = {key: sharded_as(tensors[key], value) for key, value in state["kept"].items()}
+        self.stale = state["stale"]
         self.result = JobResult.from_data(state["result"])
 
 
@@ -139,4 +146,13 @@ def _norm(parameters: Iterable[nn.Parameter], most: float | None) -> float:
     norm = nn.utils.get_total_norm(gradients)
     if most is not None and gradients:
         nn.utils.clip_grads_with_norm_(parameters, most, norm)
-    return float(norm)
+    return float(unsharded(norm))
+
+
+def _whole(value: Any) -> Any:
+    """Return a state whose tensors are whole."""
+    if isinstance(value, dict):
+        return {key: _whole(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_whole(each) for each in value]
+    return unsharded(value) if isinstance(value, Tensor) else value

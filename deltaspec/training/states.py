@@ -1,15 +1,16 @@
-"""The states of the jobs that a training is given, once all that is wrong with them is told."""
+"""The states of the jobs that a training is given, once all that is wrong with them is told; alike in all processes."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.training.batches import read_by_many
 from deltaspec.training.job import Job
 from deltaspec.training.losses import Loss, usual_loss
+from deltaspec.training.processes import gathered
 from deltaspec.training.standing import refusals, trained_of
 from deltaspec.training.state import JobState
 
@@ -72,3 +73,27 @@ def _named(c: CompiledModel, job: Job) -> Job:
     job = copy.copy(job)
     job.name = trained[0]
     return job
+
+
+def require_alike(states: Sequence[JobState], *, shards: bool) -> None:
+    """Raise DeltaSpecError (DS382) where processes have other jobs than the first one: they would wait for each other.
+
+    Where weights are in `shards`, they have to run as many batches of an evaluation, too.
+    """
+    own = {}
+    for state in states:
+        job, evaluation = state.job, state.job.evaluation
+        length = len(evaluation) if shards and isinstance(evaluation, Sized) else evaluation is not None
+        own[job.name] = (job.deltas, state.total, job.accumulate, job.best, job.patience, job.keep_best, length)
+    found, each = list[Diagnostic](), gathered(own)
+    for rank, theirs in enumerate(each):
+        for name in each[0] | theirs:
+            if theirs.get(name) != each[0].get(name):
+                message = f"the job {name!r} of process {rank} is not that of process 0"
+                hint = "give all processes the same jobs, with data (and evaluation) of as many batches"
+                found.append(Diagnostic("DS382", message, "<jobs>", suggestion=hint))
+        if list(theirs) != list(each[0]) and not found:
+            message, hint = f"process {rank} has its jobs in another order", "give all processes the same list of jobs"
+            found.append(Diagnostic("DS382", message, "<jobs>", suggestion=hint))
+    if found:
+        raise DeltaSpecError(found)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from deltaspec.compiler.found import held_in
+from deltaspec.compiler.found import Held, held_in
 from deltaspec.compiler.standard_verbs import written_elsewhere
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.training.checkpoints import acting, in_shards, read, write
@@ -56,11 +56,15 @@ class DeltaTrainerMixin(Trainer):
         _require_deltas(model)
         return model
 
+    def _held(self, model: Any) -> list[Held]:
+        """Return the compiled models whose deltas are trained, and saved."""
+        return acting(model)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer, with the hints of the deltas (`train:`) in it."""
         given = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if not given and (held := acting(self.model)):
+        if not given and (held := self._held(self.model)):
             regroup(optimizer, held)
         return optimizer
 
@@ -74,7 +78,7 @@ class DeltaTrainerMixin(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the deltas, with what the trainer writes beside a model."""
-        if (held := acting(self.model)) and in_shards(self.model):
+        if (held := self._held(self.model)) and in_shards(self.model):
             folder = Path(self.args.output_dir if output_dir is None else output_dir)
             write(self.model, held, folder, first=self.args.should_save)
             if self.args.should_save:
@@ -89,7 +93,7 @@ class DeltaTrainerMixin(Trainer):
             write(self.model, held, Path(self.args.output_dir), first=self.args.should_save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not (held := acting(self.model)) or not self.args.should_save:
+        if not (held := self._held(self.model)) or not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
@@ -101,7 +105,7 @@ class DeltaTrainerMixin(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
-        if held := acting(model):
+        if held := self._held(model):
             read(model, held, Path(resume_from_checkpoint))
         elif model is self.model:
             super()._load_from_checkpoint(resume_from_checkpoint)
@@ -109,13 +113,13 @@ class DeltaTrainerMixin(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if held := acting(self.model):
+        if held := self._held(self.model):
             read(self.model, held, Path(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not (self.is_fsdp_enabled and acting(self.model)):
+        if not (self.is_fsdp_enabled and self._held(self.model)):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         # As the trainer does, without the whole model beside them.

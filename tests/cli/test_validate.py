@@ -215,23 +215,6 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "line", ["", "--help", "plan a:b SPEC", "lock a:b SPEC", "explain a:b SPEC layer", "tree a:b", "methods"]
-)
-def test_without_torch_there_is_help_and_verbs_that_need_it_say_so(specs, line):
-    code = "import sys; sys.modules['torch'] = None; from deltaspec.cli import main; main(sys.argv[1:])"
-    given = line.replace("SPEC", "specs/good.deltaspec.yaml").split()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *given], capture_output=True, text=True, timeout=30, env=environment
-    )
-    assert done.returncode == (0 if line in ("--help", "methods") else 2) and "Traceback" not in done.stderr
-    said = {"methods": "`lora`"}.get(line, "validate")
-    if " " in line:
-        said = f"{given[0]} needs torch: pip install 'deltaspec[torch]'"
-    assert said in done.stdout + done.stderr
-
-
 def test_an_internal_error_is_no_finding(specs, monkeypatch):
     def broken(_):
         raise RuntimeError("a bug")
@@ -287,25 +270,6 @@ def test_paths_are_those_of_the_repository_wherever_the_command_runs(specs, monk
         uri = found["physicalLocation"]["artifactLocation"]
         assert uri == {"uri": "specs/sub%20dir/bad.deltaspec.yml", "uriBaseId": "%SRCROOT%"}
         assert run(argument, "--format", "github").output.startswith("::error file=specs/sub dir/bad.deltaspec.yml,")
-
-
-SPITEFUL = 'deltaspec: 1\ndeltas: [{name: d, method: !a%0a::error::%1b[31m x, "k\\u202e\\u200b": 1, "\\u00e9": 2}]\n'
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-@pytest.mark.parametrize("output_format", ["text", "json", "github", "sarif"])
-def test_what_is_printed_acts_on_no_terminal_in_any_code_page(specs, encoding, output_format):
-    Path("::error::é\u202e\x1b[31m.deltaspec.yaml").write_text(SPITEFUL, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
-    command = [sys.executable, "-m", "deltaspec", "validate", ".", "--format", output_format]
-    done = subprocess.run(command, capture_output=True, timeout=60, env=environment)
-    assert done.returncode == 1 and not done.stderr
-    text = done.stdout.decode(encoding)
-    assert all(c.isprintable() or c == "\n" for c in text)
-    if output_format in ("json", "sarif"):
-        assert text.isascii() and "\\u001b" not in text and json.loads(text)
-    if output_format == "text":
-        assert not any(line.startswith("::") for line in text.splitlines())
 
 
 def test_a_parameter_is_a_glob_of_its_own(specs):

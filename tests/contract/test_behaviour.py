@@ -6,12 +6,14 @@ Each alone and with a lora behind it, on its default sites, on four architecture
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, PARAMS, TOKENS, base
 from torch import Tensor
+from whole import cases, in_turn
 
 from deltaspec.compiler.compile import compile_plan
 from deltaspec.compiler.compiled import CompiledModel
@@ -22,11 +24,13 @@ from deltaspec.planning.resolve import plan
 
 WRITERS = ("gpt2", "llama", "t5")
 METHODS = tuple(builtin_methods())
-STACKED = pytest.mark.parametrize("stacked", [False, True], ids=["alone", "with lora"])
 
 
 def on(architectures: tuple[str, ...]) -> Any:
-    return pytest.mark.parametrize(("method", "architecture"), [(m, a) for m in METHODS for a in architectures])
+    """Take every method alone on one architecture, with a lora behind it on the next one, and so on in turn."""
+    turns = [(m, a, n % 2 == 1) for i, m in enumerate(METHODS) for n, a in enumerate(in_turn(architectures, i))]
+    every = product(METHODS, architectures, (False, True))
+    return pytest.mark.parametrize(("method", "architecture", "stacked"), cases(every, turns))
 
 
 @cache
@@ -72,7 +76,6 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-@STACKED
 @on(tuple(ARCHITECTURES))
 def test_training_follows_the_seed_and_checkpointing_changes_no_gradient(method, architecture, stacked):
     c = compiled(method, architecture, stacked)
@@ -93,7 +96,6 @@ def test_training_follows_the_seed_and_checkpointing_changes_no_gradient(method,
         assert torch.equal(c(**inputs(architecture)).logits, c(**inputs(architecture)).logits)
 
 
-@STACKED
 @on(tuple(ARCHITECTURES))
 def test_a_backbone_in_bfloat16_gives_bfloat16_and_trains_in_float32(method, architecture, stacked):
     c = compiled(method, architecture, stacked, torch.bfloat16)
@@ -109,7 +111,6 @@ def test_a_backbone_in_bfloat16_gives_bfloat16_and_trains_in_float32(method, arc
     assert (out.logits.float() - full.logits).abs().mean() < 0.03 * full.logits.abs().max()
 
 
-@STACKED
 @on(WRITERS)
 def test_generation_is_the_same_with_and_without_the_cache(method, architecture, stacked):
     c = compiled(method, architecture, stacked)

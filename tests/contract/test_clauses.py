@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from broken_methods import Dead, Deaf, Loud, Misfolded, Mistaken, Random, Stuck, Writing
 from models import ARCHITECTURES, TRANSFORMERS, Architecture
+from whole import in_turn, some_of_each
 
 from deltaspec.contract.trial import ContractError
 from deltaspec.diagnostics.findings import DeltaSpecError
@@ -26,11 +27,20 @@ MORE: dict[str, tuple[dict[str, Any], ...]] = {
     "prefix": ({"tokens": 2, "reparametrisation": "mlp", "width": 8},),
 }
 """Parameters that a method is checked with besides its small ones."""
+TEXT = ("bert", "gpt2", "llama", "t5")
+"""Architectures on which every method has a place."""
+FIRST = ("lora", "adapter", "bitfit", "full")
+"""Methods with a place everywhere."""
+VARIED = {(m, number): p for m in methods() for number, p in enumerate((methods()[m].small, *MORE.get(m, ())))}
+SOME = {
+    *some_of_each(VARIED, TEXT),
+    *(((m, 0), a) for number, a in enumerate(ARCHITECTURES) if a not in TEXT for m in in_turn(FIRST, number)),
+}
 CASES = [
-    pytest.param(method, params, architecture, id=f"{method}-{number}-{architecture}")
-    for method in methods()
-    for number, params in enumerate((methods()[method].small, *MORE.get(method, ())))
+    pytest.param(method, VARIED[method, number], architecture, id=f"{method}-{number}-{architecture}", marks=marks)
+    for method, number in VARIED
     for architecture in ARCHITECTURES
+    for marks in [() if ((method, number), architecture) in SOME else pytest.mark.whole]
 ]
 REFUSALS = {"DS350", "DS402", "DS404", "DS403"}
 """What a plan may answer where a method has no place: no default role, not this kind of site, bypassed, not reached."""

@@ -7,22 +7,26 @@ import sys
 import torch
 from models import ARCHITECTURES, first_output
 from repository import ROOT
+from whole import in_turn
 
 import deltaspec
+from deltaspec.contract.snapshot import snapshot
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.methods.registry import methods
 
 CHOSEN = ("llama", "bert")
 RELOAD = """
 import sys
+from functools import cache
 from pathlib import Path
 import torch
 from models import ARCHITECTURES, first_output
 import deltaspec
 
+built = cache(lambda name: ARCHITECTURES[name].model())
 for folder in sorted(Path(sys.argv[1]).iterdir()):
-    architecture = ARCHITECTURES[folder.name.split("-")[1]]
-    model, inputs = architecture.model(), architecture.inputs()
+    name = folder.name.split("-")[1]
+    model, inputs = built(name), ARCHITECTURES[name].inputs()
     compiled = deltaspec.restore(model, folder / "saved", example_inputs=inputs)
     assert compiled.attached == ("d",), folder.name
     expected = torch.load(folder / "output.pt", weights_only=True)
@@ -31,12 +35,14 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
-def test_every_method_is_restored_to_the_bit_in_a_new_process(tmp_path):
-    done = []
-    for method in methods():
-        for name in CHOSEN:
-            architecture = ARCHITECTURES[name]
-            model, inputs = architecture.model(), architecture.inputs()
+def test_every_method_is_restored_to_the_bit_in_a_new_process(tmp_path, whole):
+    """On one architecture in turn; on both in `make test-whole`. A model serves all methods: none changes it."""
+    done, models = [], {name: ARCHITECTURES[name].model() for name in CHOSEN}
+    untouched = {name: snapshot(model, identity=True) for name, model in models.items()}
+    for number, method in enumerate(methods()):
+        for name in in_turn(CHOSEN, number, len(CHOSEN) if whole else 1):
+            architecture, model = ARCHITECTURES[name], models[name]
+            inputs = architecture.inputs()
             delta = {"name": "d", "method": method, "params": methods()[method].small}
             for target in (None, *architecture.targets):
                 document = {"deltaspec": 1, "deltas": [delta | ({} if target is None else {"target": target})]}
@@ -55,6 +61,7 @@ def test_every_method_is_restored_to_the_bit_in_a_new_process(tmp_path):
                 done.append(folder.name)
                 break
     assert {entry.split("-")[0] for entry in done} == set(methods())
+    assert all(snapshot(model, identity=True) == untouched[name] for name, model in models.items())
     command = [sys.executable, "-c", RELOAD, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests" / "support"]))}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -3,15 +3,16 @@
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from random_documents import documents
+from whole import examples
 
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.documents.document import from_data, from_text
 
 
 @given(documents)
-@settings(max_examples=50)
+@examples(50)
 def test_data_given_in_python_is_copied(data):
     document = from_data(data)
     assert document.data == data

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from whole import examples
 
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.documents.document import from_text, read
@@ -105,7 +106,7 @@ def test_ten_megabytes_are_not_even_parsed(tmp_path):
 
 
 @given(st.text(max_size=60), st.sampled_from(["t.yaml", "t.json"]))
-@settings(max_examples=400)
+@examples(400)
 def test_any_text_gives_data_or_findings(text, name):
     try:
         assert isinstance(from_text(text, name).data, dict)

@@ -3,16 +3,17 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from random_documents import documents
 from refusals import findings
+from whole import examples
 
 from deltaspec.documents.document import from_text
 
 
 @given(documents, st.sampled_from([None, 1, "\t"]), st.booleans())
-@settings(max_examples=150)
+@examples(150)
 def test_json_gives_what_json_dumps_wrote(data, indent, ascii_only):
     assert from_text(json.dumps(data, indent=indent, ensure_ascii=ascii_only), "t.json").data == data
 

@@ -4,24 +4,25 @@ import json
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from random_documents import documents
 from refusals import findings, hint
+from whole import examples
 
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.documents.document import from_text
 
 
 @given(documents)
-@settings(max_examples=150)
+@examples(150)
 def test_yaml_reads_json_documents_alike(data):
     text = json.dumps(data, ensure_ascii=False)
     assert from_text(text, "t.yaml").data == from_text(text, "t.json").data
 
 
 @given(documents)
-@settings(max_examples=150)
+@examples(150)
 def test_yaml_gives_what_a_1_2_dumper_wrote(data):
     class Dumper(yaml.SafeDumper):
         """Strings in quotes, so that PyYAML's 1.1 rules have no say."""
@@ -117,7 +118,7 @@ def test_all_findings_of_the_reader_come_at_once():
         st.sampled_from([*list("{}[]:,-?&*!|>'\"%@`# \n\tab01.~<"), "- ", ": ", "? ", "---\n", "...\n"]), max_size=40
     )
 )
-@settings(max_examples=400)
+@examples(400)
 def test_any_heap_of_yaml_signs_gives_data_or_findings(parts):
     try:
         from_text("".join(parts), "t.yaml")

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import jobs_worker
 import pytest
 import torch
 from torch import multiprocessing
@@ -91,3 +92,44 @@ def test_a_trainer_resumes_and_loads_the_best(found, folder, way):
         names = {path.name for path in saved.iterdir()}
         assert not any("model" in name or name.startswith(".") for name in names)
     assert own[0]["losses"][0] == pytest.approx(found[0]["trainer ddp"]["losses"][0], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process finds of jobs."""
+    folder = tmp_path_factory.mktemp("alone")
+    trainer = jobs_worker.with_trainer(folder / "trainer", 8)
+    return {"trainer": trainer, "training": jobs_worker.with_training(jobs_worker.build(), folder / "jobs", None)}
+
+
+@pytest.mark.parametrize("way", ["ddp", "layers"])
+def test_jobs_trainer_trains_what_one_process_would(found, alone, folder, way):
+    expected = alone["trainer"]["whole"]
+    assert expected["ended"] == ({"c": 3}, {"b": 2}) and alone["trainer"]["resumed"]["ended"] == expected["ended"]
+    for process in found:
+        whole, resumed = process["jobs"][f"trainer {way}"].values()
+        assert whole["ended"] == resumed["ended"] == expected["ended"]
+        assert close(whole["tensors"], expected["tensors"])
+        assert whole["losses"] == pytest.approx(expected["losses"], abs=1e-5, nan_ok=True)
+        assert close(resumed["tensors"], whole["tensors"])
+    back = deltaspec.restore(llama(), folder / f"jobs {way}" / "checkpoint-5")
+    assert back.deltas.keys() == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("way", jobs_worker.WAYS)
+def test_training_of_jobs_is_that_of_one_process(found, alone, folder, way):
+    expected = alone["training"]
+    for process in found:
+        mine = process["jobs"][way]
+        assert close(mine["tensors"], expected["tensors"])
+        assert [job[:2] for job in mine["jobs"]] == [job[:2] for job in expected["jobs"]]
+        for (_, _, losses), (_, _, others) in zip(mine["jobs"], expected["jobs"], strict=True):
+            assert losses == pytest.approx(others, abs=1e-5)
+        assert all(map(torch.equal, mine["loaded"], mine["tensors"]))
+
+
+def test_jobs_that_processes_would_wait_for_are_refused(found):
+    for process in found:
+        unused, differing = process["jobs"]["refused"]
+        assert "DS382" in unused and "find_unused_parameters=True" in unused
+        assert "DS382" in differing and "process 1" in differing

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from deltaspec.graphs import low_rank
 from deltaspec.graphs.low_rank import LowRankStep, Step
@@ -114,3 +115,21 @@ def test_x_may_be_made_of_what_depends_on_each_other():
 
     assert torch.autograd.gradcheck(through, (x, down, up))
     assert torch.autograd.gradgradcheck(through, (x, down, up))
+
+
+def test_what_a_selective_checkpoint_keeps_is_not_overwritten():
+    def keep(context: object, operator: object, *given: object, **more: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if "mm" in str(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    given, weights = leaves(), values(2, 4, 5, seed=9)
+    contexts = functools.partial(create_selective_checkpoint_contexts, keep)
+    y = checkpoint(step, *given, use_reentrant=False, context_fn=contexts)
+    ours = torch.autograd.grad((y * weights).sum(), given)
+    for one, other in zip(ours, torch.autograd.grad((plain(*given) * weights).sum(), given), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_hosts_weight_is_kept_for_the_gradient_of_what_enters_alone():
+    x, down, up = leaves()
+    assert step(x, down, up).grad_fn.saved_tensors[0] is WEIGHT
+    assert step(x.detach(), down, up).grad_fn.saved_tensors[0] is None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from deltaspec.graphs import recipes
 from deltaspec.graphs.activations import Recomputed
 from deltaspec.graphs.recipe_steps import make
 from deltaspec.graphs.recipes import recipe_of
@@ -169,3 +170,21 @@ def test_hooks_that_keep_the_tensor_itself_change_nothing():
     norm = nn.LayerNorm(8).requires_grad_(False)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         assert recipe_of(norm(A * 1), True, Site()) is not None
+
+
+def test_a_weight_that_its_module_has_let_go_of_is_not_read():
+    """FSDP frees a norm's gathered weights when the norm has run, before anybody reads what it gave."""
+    weight, shift = WEIGHT.clone(), SHIFT.clone()
+    x = F.layer_norm(A * 1, (8,), weight, shift)
+    assert recipe_of(x, True, Site()) is not None
+    weight.untyped_storage().resize_(0)
+    assert recipe_of(x, True, Site()) is None
+
+
+def test_ways_that_differ_in_sizes_alone_are_tried_once(monkeypatch):
+    tried: list[object] = []
+    monkeypatch.setattr(recipes, "make", lambda *given: tried.append(given) or make(*given))
+    site = Site()
+    for rows in (1, 2, 3):
+        assert recipe_of(F.gelu(A[:, :rows] * 1).reshape(-1, 8), True, site) is not None
+    assert len(tried) == 1

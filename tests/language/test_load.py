@@ -1,8 +1,9 @@
 """Loading: documents made of the grammar's own words parse, or have findings."""
 # ruff: noqa: E501  # a part of the grammar a line
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from whole import examples
 
 from deltaspec.diagnostics.codes import CODES
 from deltaspec.diagnostics.findings import DeltaSpecError
@@ -47,7 +48,7 @@ specs = st.fixed_dictionaries(
 
 
 @given(specs)
-@settings(max_examples=400)
+@examples(400)
 def test_whatever_the_checks_let_through_parses_and_reads_back(data):
     try:
         spec = load(data)

@@ -6,8 +6,9 @@ from contextlib import suppress
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from whole import examples
 
 from deltaspec.names.patterns import BacktrackingError, PatternError, compile_glob, compile_regex, fullmatch, matched
 
@@ -41,7 +42,7 @@ pieces = st.sampled_from(["**", "*", "a", "b", "ab", "a*", "*a", "*a*b", "a*b*a"
     st.lists(pieces, min_size=1, max_size=6).map(tuple),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=6).map(tuple),
 )
-@settings(max_examples=1500)
+@examples(1500)
 def test_globs_match_by_their_definition(glob, name):
     assert fullmatch(compile_glob(".".join(glob)), ".".join(name)) == plainly(glob, name)
 
@@ -125,7 +126,7 @@ def test_matching_stops_in_time():
 
 
 @given(st.text("ab.()[]{}*+?|^$\\d\\w1,<>!=:", max_size=30))
-@settings(max_examples=300)
+@examples(300)
 def test_any_text_is_a_pattern_or_a_pattern_error(text):
     for compiler in (compile_glob, compile_regex):
         try:

@@ -35,6 +35,12 @@ def test_flags_come_back(found):
     assert all(all(process["flags"]) for process in found)
 
 
+def test_what_is_loaded_after_an_evaluation_is_what_is_trained(found):
+    for process in found:
+        saved, loaded = process["loaded"]
+        assert all(torch.equal(loaded[key], value) for key, value in saved.items())
+
+
 @pytest.mark.parametrize(("case", "module"), [
     ("before", "model.layers.0"), ("parallel before", "model.layers.0.self_attn.q_proj"),
     ("parallel after", "model.layers.0.self_attn.q_proj"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from nets import QV, Net, codes, refused, roberta, spec, tiny_bert
 from torch import nn
@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from whole import examples
 
 import deltaspec
 from deltaspec.deltas.initial import build_delta
@@ -45,7 +46,7 @@ def test_counts_equal_what_is_built() -> None:
     assert planned.trainable == sum(delta.trainable for delta in planned.deltas)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(st.data())
 def test_any_choice_of_linears_has_the_count_of_the_formula(data: st.DataObject) -> None:
     model = Net(width=data.draw(st.sampled_from([4, 6, 8])), layers=data.draw(st.integers(1, 5)))

@@ -1,15 +1,18 @@
 """The Python of docs/training.md, run as printed on a tiny model."""
 
 import re
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from repository import ROOT
 from tiny_models import BASIC
+from torch import distributed
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 import deltaspec
+from deltaspec.training import Job
 
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/training.md").read_text(encoding="utf-8"), re.S | re.M)
 
@@ -29,6 +32,16 @@ def accuracy(outputs, batch):
     return {"accuracy": float((outputs.logits.argmax(-1) == batch["labels"]).float().mean())}
 
 
+@contextmanager
+def processes(folder):
+    """Be one of several processes, the only one."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_it_runs(number, tmp_path, monkeypatch):
     torch.manual_seed(0)
@@ -44,7 +57,8 @@ def test_it_runs(number, tmp_path, monkeypatch):
     }  # fmt: skip
     text = BLOCKS[number].replace('"specs/sweep.deltaspec.yaml"', repr(str(spec))).replace('("french")', "(*c.deltas)")
     text = text.replace('c.parameter_groups("french")', "c.parameter_groups()")
-
-    exec(text, given)
+    given["jobs"] = [Job(name, data=given["loader"]) for name in c.deltas]
+    with processes(tmp_path) if "DistributedDataParallel" in text else nullcontext():
+        exec(text, given)
     if "results" in given:
         assert (tmp_path / "curves.svg").exists() and len(given["results"]) == 6

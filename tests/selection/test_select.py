@@ -5,10 +5,11 @@ import time
 import pytest
 import transformers
 from counted import counting
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tables import MODELS, SIZES, TABLES, built, finding, fqns, names, run
 from torch import nn
+from whole import examples
 
 from deltaspec.backbone.tabulate import tabulate
 from deltaspec.language.load import load
@@ -163,7 +164,7 @@ def composed(children):
     return unions | meets | minus | both
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(st.recursive(st.lists(KEYS, min_size=1, max_size=3).map(conjunction), composed, max_leaves=8))
 def test_any_all_and_not_are_set_operations(case):
     document, expected = case

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,14 +11,16 @@ import torch
 from counted import graphs_of
 from mixed_rows import METHODS, ROWS, alone, batch, build, close, entry, family, ids
 from tiny_models import ARCHITECTURES, BUILDERS, base
+from whole import cases, some_of_each
 
 import deltaspec
 from deltaspec.contract.trial import disturb
 from deltaspec.runtime.pickled_alone import MARK
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "architecture"), cases(product(METHODS, ARCHITECTURES), some_of_each(METHODS, tuple(ARCHITECTURES)))
+)
 def test_each_row_is_what_it_is_alone(method, architecture):
     compiled = build(base(architecture), entry("a", method), entry("b", method))
     given = batch(architecture)

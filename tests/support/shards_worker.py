@@ -85,6 +85,17 @@ def work(rank: int, folder: str) -> None:
     compiled.detach()
     found["flags"] = [p.requires_grad for n, p in compiled.backbone.named_parameters() if "deltaspec" not in n]
 
+    compiled = build(lora())
+    fully_shard(compiled, mesh=mesh)
+    start = whole(compiled)
+    compiled.save(f"{folder}/start")
+    steps(compiled, compiled, slice(2 * rank, 2 * rank + 2))
+    with torch.no_grad():
+        compiled(input_ids=X)  # the root's parameters stay gathered after a forward
+    compiled.load(f"{folder}/start")
+    compiled(input_ids=X, labels=X).loss.backward()
+    found["loaded"] = start, whole(compiled)
+
     spec = {"deltaspec": 1, "deltas": [lora()]}
     sharded = llama()
     for layer in sharded.model.layers:

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jobs_worker
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, state
@@ -164,5 +165,14 @@ def work(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     found = {f"trainer {way}": trained(way, Path(folder)) for way in ("ddp", "layers")}
     found |= {way: accelerated(way, rank, Path(folder)) for way in ACCELERATE}
+    found["jobs"] = {way: jobs_worker.with_training(jobs_worker.sharded(way), Path(folder) / way / "jobs", rank)
+                     for way in jobs_worker.WAYS}  # fmt: skip
+    plainly()
+    found["jobs"]["trainer ddp"] = jobs_worker.with_trainer(Path(folder) / "jobs ddp", 4)
+    believed(ACCELERATE["layers"] or {})
+    options = {"fsdp": True, "fsdp_config": {"fsdp_version": 2}}
+    found["jobs"]["trainer layers"] = jobs_worker.with_trainer(Path(folder) / "jobs layers", 4, **options)
+    plainly()
+    found["jobs"]["refused"] = jobs_worker.refused(rank)
     torch.save(found, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()

@@ -5,7 +5,14 @@ import json
 import pytest
 import torch
 from tiny_models import BASIC
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import deltaspec
 from deltaspec.training import JobsTrainer
@@ -145,6 +152,65 @@ def test_what_is_no_job(tmp_path):
         JobsTrainer(model=c.backbone, args=arguments(tmp_path), train_dataset=wrong)
     with pytest.raises(deltaspec.DeltaSpecError, match="DS434"):
         JobsTrainer(model=c, args=arguments(tmp_path), jobs={"a": "nope"}, train_dataset=wrong)
+
+
+def evaluated(folder, callbacks=(), *, labels=None, **options):
+    """Train with an evaluation a step, on rows of which the second job's have other labels than it learns."""
+    c = compiled()
+    given = arguments(folder, eval_strategy="steps", eval_steps=1, **options)
+    given.learning_rate, given.max_grad_norm = 0.05, 0.0
+    right, wrong = rows(NAMES[0]), rows(NAMES[1], seed=1)
+    data = [*right, *({**row, "labels": 1 - row["labels"]} for row in wrong)]
+    kinds = {"train_dataset": mixed_rows(), "eval_dataset": data, "callbacks": list(callbacks)}
+    return c, InOrder(model=c, args=given, jobs=JOBS, compute_metrics=accuracy, **kinds, **(labels or {}))
+
+
+def test_a_job_that_gets_no_better_ends_with_its_best_and_the_others_go_on(tmp_path):
+    c, trainer = evaluated(tmp_path, labels={"patience": {NAMES[1]: 2}})
+    counted = []
+
+    class Rows(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **_):
+            counted.append((metrics[f"eval_{NAMES[1]}_loss"], metrics["eval_loss"]))
+            kept.append({d: [p.detach().clone() for p in c.deltas[d].parameters()] for d in JOBS[NAMES[1]]})
+
+    kept = []
+    trainer.add_callback(Rows())
+    trainer.train()
+    losses = [loss for loss, _ in counted]
+    best = losses.index(min(losses[: trainer.stopped[NAMES[1]]]))
+    assert trainer.stopped == {NAMES[1]: best + 3} and best + 3 < 8 == len(losses)  # 8 evaluations, each told of once
+    assert all(
+        torch.equal(p, q) for d in JOBS[NAMES[1]] for p, q in zip(c.deltas[d].parameters(), kept[best][d], strict=True)
+    )
+    logs = [entry for entry in trainer.state.log_history if f"loss_{NAMES[0]}" in entry]
+    assert [f"loss_{NAMES[1]}" in entry for entry in logs] == [step < best + 3 for step in range(8)]
+    other, plain = evaluated(tmp_path)
+    plain.train()
+    for delta in JOBS[NAMES[0]]:
+        for key, tensor in other.deltas[delta].tensors():
+            assert torch.allclose(c.deltas[delta].tensor(key), tensor, atol=1e-5)
+
+
+def test_training_ends_with_its_last_job_and_early_stopping_of_transformers_sees_the_mean(tmp_path):
+    _, trainer = evaluated(tmp_path, labels={"patience": 1, "best": "accuracy"})
+    trainer.train()
+    assert trainer.stopped.keys() == set(NAMES) and trainer.state.global_step == max(trainer.stopped.values()) < 8
+    stopping = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=100.0)
+    _, trainer = evaluated(tmp_path, [stopping], metric_for_best_model="eval_loss", greater_is_better=False)
+    trainer.train()
+    assert trainer.state.global_step == 2 and not trainer.stopped  # no loss falls by 100
+
+
+def test_patience_that_counts_nothing_is_refused(tmp_path):
+    given = {"model": compiled(), "args": arguments(tmp_path), "jobs": JOBS, "train_dataset": mixed_rows()}
+    with pytest.raises(ValueError, match=r"give eval_dataset=…"):
+        JobsTrainer(**given, patience=2).train()
+    with pytest.raises(ValueError, match="is 1 or more, not 0"):
+        JobsTrainer(**given, patience=0)
+    for wrong in ({"patience": {"lora[rank=9]": 2}}, {"job_loss": {"lora[rank=9]": min}}):
+        with pytest.raises(deltaspec.DeltaSpecError, match=r"DS382.*lora\[rank=9\].*no such job"):
+            JobsTrainer(**given, **wrong)
 
 
 def test_jobs_that_stand_on_one_frozen_head(tmp_path):

@@ -80,8 +80,10 @@ def _step(
     base: Any, host: nn.Module, x: Tensor, down: Tensor, up: Tensor, scale: float, dropout: nn.Dropout | None, how: How
 ) -> Step | None:
     """Return what the step is given; None where it does not serve: subclasses of tensors have rules of their own."""
+    if type(x) not in _PLAIN or is_rewritten():
+        return None
     wide = down.size(-1)
-    if x.dim() < 2 or x.numel() // wide * (wide + up.size(0)) < FEW or type(x) not in _PLAIN or is_rewritten():
+    if x.dim() < 2 or x.numel() // wide * (wide + up.size(0)) < FEW:
         return None
     own = host._parameters
     weight, bias = own.get("weight"), own.get("bias")

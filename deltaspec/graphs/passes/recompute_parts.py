@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from deltaspec.graphs.fixed import copied
 from deltaspec.graphs.lifted import to_function
+from deltaspec.graphs.passes.repeatable import is_unrepeatable
 from deltaspec.graphs.recomputed import run_part
 
 _KEEPING = frozenset({F.linear, torch.matmul, torch.bmm, operator.matmul})
@@ -42,7 +43,7 @@ def training_graph(
     new = fx.Graph()
     new.output(new.graph_copy(graph, {}))
     copied(graph, new)
-    if any(getattr(node.target, "__name__", "") == "_one" for node in new.nodes):  # what is drawn depends on a probe
+    if any(map(is_unrepeatable, new.nodes)):
         return None
     inputs = {str(n.target): n for n in new.find_nodes(op="placeholder")}
     own = [inputs[name] for name in tensors]

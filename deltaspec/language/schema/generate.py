@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Collection, Mapping
+from functools import cache
 from itertools import pairwise
 from json import dumps
 from textwrap import dedent
@@ -80,18 +81,26 @@ class _Described(GenerateJsonSchema):
 
 def _docstrings(model: type) -> dict[str, str]:
     """Return the texts below the fields of a class and of its bases, by name; none where its source is not at hand."""
-    found: dict[str, str] = {}
+    found: dict[str, str | None] = {}
     for kind in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
-        try:
-            [definition] = ast.parse(dedent(inspect.getsource(kind))).body
-        except (OSError, TypeError, SyntaxError):
-            continue
-        assert isinstance(definition, ast.ClassDef)
-        for field, text in pairwise(definition.body):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                found.pop(field.target.id, None)
-                if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                    found[field.target.id] = inspect.cleandoc(str(text.value.value))
+        found |= _own_docstrings(kind)
+    return {field: text for field, text in found.items() if text is not None}
+
+
+@cache
+def _own_docstrings(kind: type) -> dict[str, str | None]:
+    """Return the text below each field of a class; None where none stands there. To parse the source takes a while."""
+    try:
+        [definition] = ast.parse(dedent(inspect.getsource(kind))).body
+    except (OSError, TypeError, SyntaxError):
+        return {}
+    assert isinstance(definition, ast.ClassDef)
+    found: dict[str, str | None] = {}
+    for field, text in pairwise(definition.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            found[field.target.id] = None
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[field.target.id] = inspect.cleandoc(str(text.value.value))
     return found
 
 

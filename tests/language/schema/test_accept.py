@@ -8,10 +8,11 @@ import sys
 import jsonschema
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import field_validator, model_validator
 from repository import ROOT
+from whole import examples
 
 from deltaspec.documents.document import from_data
 from deltaspec.language.checks.gate import gate, validator
@@ -93,7 +94,7 @@ def everything(data):
     return [*wrong, *refused, *check(document, builtin_methods(), refused, lambda _: True)]
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(documents())
 def test_what_is_accepted_has_no_finding_that_jsonschema_or_pydantic_would_make(data):
     known = builtin_methods()
