@@ -196,12 +196,15 @@ def _any_of(error: Any, path: Path) -> _Finding:
     for branch in error.validator_value:
         kind = branch.get("type", "object")
         kinds += [kind] if isinstance(kind, str) else kind
-    own = {id(deep): deep for deep in error.context or () if deep.validator != "type"}
-    if len(own) == 1:  # the one branch of the right type says more
+    context = error.context or ()
+    others = {deep.schema_path[0] for deep in context if deep.validator == "type" and not deep.relative_path}
+    own = {id(d): d for d in context if d.validator != "type" and d.schema_path[0] not in others}
+    if len(own) == 1 or (own and isinstance(error.instance, int)):  # the first branch of the right type says more
         deep = next(iter(own.values()))
         return _TRANSLATIONS.get(deep.validator, _other)(deep, (*path, *deep.relative_path))
     expected = _expected(list(dict.fromkeys(kinds)))
-    return "DS203", f"{_label(path)} must be {expected}, not {show_value(error.instance)}", None
+    got = "but has no value" if error.instance is None else f"not {show_value(error.instance)}"
+    return "DS203", f"{_label(path)} must be {expected}, {got}", value_hint(error.instance, kinds, path)
 
 
 def _other(error: Any, path: Path) -> _Finding:
