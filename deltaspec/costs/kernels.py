@@ -1,4 +1,4 @@
-"""A CPU's attention for tensors on the meta device, where torch picks the one that keeps all probabilities."""
+"""What a CPU runs, for tensors on the meta device: its attention, and the products of experts in float32."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 _FLASH = SDPBackend.FLASH_ATTENTION
+_GROUPED: Any = {getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)} - {None}
 _kernel = attrgetter("_scaled_dot_product_flash_attention_for_cpu")(torch.ops.aten)
 
 
-class AttentionOfCPU(TorchFunctionMode):
-    """Lets attention on the meta device take the kernel that torch picks for the same shapes on a CPU."""
+class KernelsOfCPU(TorchFunctionMode):
+    """Lets attention on the meta device take the kernel that torch picks for the same shapes on a CPU; experts, too."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         if func is F.scaled_dot_product_attention and _is_meta(*args, **given) and _picked(*args, **given) == _FLASH:
             return _flash(*args, **given)
+        if func in _GROUPED and [t.dim() for t in args[:2]] == [2, 3] and _is_meta(*args):
+            return _Grouped.apply(*args[:2])  # type: ignore[no-untyped-call]
         return func(*args, **given)
 
 
@@ -59,3 +62,21 @@ def _flash(
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
     found: Tensor = _kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return found
+
+
+class _Grouped(torch.autograd.Function):
+    """Rows of which each is multiplied by one of several matrices, which torch does on meta in bfloat16 alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrices: Tensor) -> Tensor:
+        """Multiply all by one of them: that takes as much."""
+        ctx.shape = matrices.shape
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, matrices if ctx.needs_input_grad[0] else None)
+        return rows @ matrices[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Multiply the gradient."""
+        rows, matrices = ctx.saved_tensors
+        to_matrices = None if rows is None else (rows.t() @ gradient).new_empty(ctx.shape)
+        return None if matrices is None else gradient @ matrices[0].t(), to_matrices

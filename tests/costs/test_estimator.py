@@ -17,6 +17,8 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -155,6 +157,16 @@ def test_attention_and_gates_of_longer_rows(method: str, monkeypatch: pytest.Mon
     found = deltaspec.estimate(model, spec, batch=2, length=128)
     agree(found, measure(c, lambda: c.backbone(input_ids=ids, labels=ids).loss), 0.01)
     assert found.notes == () and found.activations < found.activations_without_passes
+
+
+def test_experts() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**COMMON, **sizes, num_key_value_heads=1, num_local_experts=4))
+    ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    c = deltaspec.compile(model, LORA)
+    found = deltaspec.estimate(model, LORA, batch=BATCH, length=LENGTH)
+    agree(found, measure(c, lambda: c.backbone(input_ids=ids, labels=ids).loss))
+    assert found.notes == ()
 
 
 def test_nothing_is_read_and_nothing_changes() -> None:
