@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.diagnostics.wording import closest
 from deltaspec.language.conditions import Conditions
 from deltaspec.planning.plan import Plan
+from deltaspec.planning.planned import PlannedDelta
 
 Report = Callable[[str, str, str], Diagnostic]
 """What makes a finding about an option: of its key, what is wrong, and the way out."""
@@ -41,9 +42,17 @@ class Question:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the deltas that are attached and trained."""
-        asked = self.conditions.deltas
-        return tuple(d.name for d in self.plan.deltas if (d.attached if asked is None else d.name in asked))
+        """Names of the deltas that are attached and trained: where all start detached, the one with most parameters."""
+        asked, deltas = self.conditions.deltas, self.plan.deltas
+        if asked is None and self.alternatives:
+            return (max(self.alternatives, key=lambda d: d.trainable).name,)
+        return tuple(d.name for d in deltas if (d.attached if asked is None else d.name in asked))
+
+    @property
+    def alternatives(self) -> tuple[PlannedDelta, ...]:
+        """The deltas that can be trained, where none of these starts attached, as those of a matrix."""
+        trained = tuple(d for d in self.plan.deltas if d.derived is None)
+        return () if any(d.attached for d in trained) else trained
 
     def twin(self) -> nn.Module:
         """Return the structure of the model, as the conditions want it. Raises DeltaSpecError (DS506)."""
@@ -92,7 +101,7 @@ def answer(question: Question, compile_onto: Compile) -> Estimate:
         forward_flops=step.forward_flops,
         backward_flops=step.backward_flops,
         places=places_of(step.places),
-        notes=tuple(_notes(ran, given, plan.passes)),
+        notes=tuple(_notes(ran, question)),
     )
 
 
@@ -107,10 +116,13 @@ def _unknown(given: Conditions, plan: Plan) -> list[tuple[str, str, str]]:
     return found
 
 
-def _notes(ran: Trial, given: Conditions, passes: Collection[str]) -> list[str]:
+def _notes(ran: Trial, question: Question) -> list[str]:
     """Return what the numbers leave out."""
-    notes = []
-    if passes and not ran.passed:
+    given, notes = question.conditions, []
+    if given.deltas is None and len(question.alternatives) > 1:
+        many = f"of {len(question.alternatives)} deltas, which all start detached"
+        notes.append(f"{many}, the one with most parameters is trained; name others: deltas=…")
+    if question.plan.passes and not ran.passed:
         notes.append("what passes save is not counted: this step ran on fake tensors, which they leave alone")
     labelled = ran.batch is not None and "labels" in ran.batch.kwargs
     if ran.failure is not None and given.labels:

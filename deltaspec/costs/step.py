@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -77,20 +78,24 @@ def _key(tensor: Tensor) -> int:
 
 @contextmanager
 def _names(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep on the stack which modules are in their forward."""
+    """Keep on the stack which modules are in their forward.
 
-    def entering(name: str) -> Any:
-        return lambda *_: stack.append(name)
+    The hooks are those of all modules: passes leave a module alone that has hooks of its own.
+    """
+    # What a delta keeps is kept by its site.
+    names = {id(module): name for name, module in model.named_modules() if RESERVED not in name.split(".")}
 
-    def leaving(*_: Any) -> None:
-        stack.pop()
+    def entering(module: nn.Module, _: Any) -> None:
+        if id(module) in names:
+            stack.append(names[id(module)])
+
+    def leaving(module: nn.Module, *_: Any) -> None:
+        if id(module) in names:
+            stack.pop()
 
     with ExitStack() as handles:
-        for name, module in model.named_modules():
-            if RESERVED in name.split("."):
-                continue  # what a delta keeps is kept by its site
-            handles.callback(module.register_forward_pre_hook(entering(name), prepend=True).remove)
-            handles.callback(module.register_forward_hook(leaving, always_call=True).remove)
+        handles.callback(register_module_forward_pre_hook(entering).remove)
+        handles.callback(register_module_forward_hook(leaving, always_call=True).remove)
         yield
 
 

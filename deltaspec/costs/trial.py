@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from deltaspec.backbone.random_state import random_state_kept
 from deltaspec.costs.batches import Batch
-from deltaspec.costs.kernels import AttentionOfCPU
+from deltaspec.costs.kernels import KernelsOfCPU
 from deltaspec.costs.step import Step, run_step
 from deltaspec.costs.twins import put_fakes
 from deltaspec.diagnostics.wording import brief
@@ -48,7 +48,7 @@ class Trial(NamedTuple):
 
 def on_meta(compiled: Compiled, forms: Sequence[Batch], conditions: Conditions) -> Trial:
     """Run a step of the first form of a batch that a model takes, on plain tensors without values, as a CPU does."""
-    with AttentionOfCPU():
+    with KernelsOfCPU():
         return _first(compiled, forms, conditions, "meta")
 
 

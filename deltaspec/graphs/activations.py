@@ -90,7 +90,7 @@ class GatedProduct(torch.autograd.Function):
         _, to_activated, _, to_u = ctx.needs_input_grad
         for_u = None
         if to_u:
-            with torch.autocast(g.device.type, enabled=False):
+            with without_autocast(g.device):
                 for_u = gradient * ctx.run(g)
         return None, gradient * u if to_activated else None, None, for_u
 

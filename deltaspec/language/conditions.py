@@ -116,7 +116,7 @@ def from_text(text: str, place: str = "--estimate") -> Conditions:
     """Read `batch=8,length=512,optimizer=adamw`. Raises DeltaSpecError (DS506) with all that is wrong."""
     given: dict[str, str] = {}
     findings = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in filter(None, (part.strip() for part in _apart(",", text))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not value:
             message = f"{show_value(part)} is no option and its value"
@@ -135,6 +135,11 @@ def from_text(text: str, place: str = "--estimate") -> Conditions:
     return made
 
 
+def _apart(mark: str, text: str) -> list[str]:
+    """Split a text at a mark, but not within the name of a delta of a matrix: `french[rank=4,lr=1e-3]`."""
+    return re.split(rf"{re.escape(mark)}(?![^\[\]]*\])", text)
+
+
 def _read(key: str, value: Any) -> Any:
     """Return what a value stands for; one that stands for nothing stays, and is refused."""
     if key == "optimizer":
@@ -143,7 +148,7 @@ def _read(key: str, value: Any) -> Any:
         same = (known for known in get_args(Optimizer) if known.replace("_", "") == plain)
         return _OTHER_NAMES.get(plain) or next(same, name)
     if key == "deltas":
-        return tuple(value.split("+")) if isinstance(value, str) else tuple(value)
+        return tuple(_apart("+", value)) if isinstance(value, str) else tuple(value)
     if key in ("dtype", "autocast", "base"):
         return _SHORT.get(str(value).lower(), str(value).removeprefix("torch."))
     if isinstance(value, str) and value.isascii() and value.isdigit():

@@ -18,6 +18,7 @@ from deltaspec.training.checkpoint import generators, read, set_generators, writ
 from deltaspec.training.interrupts import noticed
 from deltaspec.training.job import Job
 from deltaspec.training.mixing import Mixed, Signature, mixed, parts
+from deltaspec.training.modes import mode_of
 from deltaspec.training.processes import are_several, gathered, require_any_delta, summed, unwrapped
 from deltaspec.training.progress import shown
 from deltaspec.training.results import Means, Results, table
@@ -90,7 +91,7 @@ class Training:
         progress: bool | Console = True,
         callback: Callable[[Training], Any] | None = None,
     ) -> Results:
-        """Train until all jobs are done; what was attached, and the mode of the model, are as they were afterwards.
+        """Train until all jobs are done; what was attached, and each module's mode, are as they were afterwards.
 
         Jobs with `evaluation` are evaluated every so many steps, by default ten times in all, and at their end.
         `checkpoint` is a directory that is written every `save_every` steps (by default with each evaluation), at the
@@ -99,11 +100,13 @@ class Training:
         first one shows, and writes.
         """
         every = evaluate_every or max(1, ceil(max(state.total for state in self.states) / 10))
-        training = self.model.training
-        self._called.train()
+        first = not self._several or distributed.get_rank() == 0
         try:
-            first = not self._several or distributed.get_rank() == 0
-            with shown(lambda: table(self.results), first and progress), noticed() as interrupts:
+            with (
+                mode_of(self._called, True),
+                shown(lambda: table(self.results), first and progress),
+                noticed() as interrupts,
+            ):
                 while self.running:
                     before = self.running
                     self.step()
@@ -122,8 +125,6 @@ class Training:
             if checkpoint is not None:
                 self.save(checkpoint)
             raise
-        finally:
-            self.model.train(training)
         if checkpoint is not None:
             self.save(checkpoint)
         return self.results
@@ -247,12 +248,11 @@ class Training:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Run in evaluation mode, and let no number be drawn of the training's generators."""
-        training, before = self.model.training, generators()
-        self.model.eval()
+        before = generators()
         try:
-            yield
+            with mode_of(self.model, False):
+                yield
         finally:
-            self.model.train(training)
             set_generators(before)
 
     def save(self, directory: str | PathLike[str]) -> None:

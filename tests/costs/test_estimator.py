@@ -12,9 +12,19 @@ from tiny_models import ARCHITECTURES, COMMON
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from training import serve_small
-from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import deltaspec
+from deltaspec.language.conditions import from_text
 
 LORA = {"deltaspec": 1, "deltas": [{"name": "d", "method": "lora", "params": {"rank": 4, "dropout": 0.1}}]}
 BATCH, LENGTH = 3, 16
@@ -123,6 +133,40 @@ def test_which_deltas_are_trained() -> None:
         c.only(*names) if names else None
         measured = measure(c, lambda c=c: c.backbone(input_ids=ids, labels=ids).loss)  # type: ignore[misc]
         agree(deltaspec.estimate(model, spec, batch=BATCH, length=LENGTH, deltas=names), measured)
+
+
+def test_of_alternatives_the_largest_is_estimated() -> None:
+    delta = {"name": "d", "method": "lora", "matrix": {"rank": [2, 8, 4], "train.lr": [1e-3]}}
+    model = ARCHITECTURES["bert"]()
+    sweep = deltaspec.estimate(model, LORA | {"deltas": [delta]}, batch=BATCH, length=LENGTH)
+    assert sweep.trained == ("d[rank=8,lr=1e-3]",) and sweep.gradients > 0
+    assert "of 3 deltas, which all start detached" in sweep.notes[0]
+    options = from_text(f"batch={BATCH},length={LENGTH},deltas=d[rank=2,lr=1e-3]+d[rank=4,lr=1e-3]").model_dump()
+    two = deltaspec.estimate(model, LORA | {"deltas": [delta]}, **options)
+    assert two.trained == ("d[rank=2,lr=1e-3]", "d[rank=4,lr=1e-3]") and two.notes == ()
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_attention_and_gates_of_longer_rows(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_small(monkeypatch)
+    sizes = {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**COMMON, **sizes, num_key_value_heads=1))
+    spec = {"deltaspec": 1, "deltas": [{"name": "d", "method": method}]}
+    ids = torch.zeros(2, 128, dtype=torch.long)
+    c = deltaspec.compile(model, spec)
+    found = deltaspec.estimate(model, spec, batch=2, length=128)
+    agree(found, measure(c, lambda: c.backbone(input_ids=ids, labels=ids).loss), 0.01)
+    assert found.notes == () and found.activations < found.activations_without_passes
+
+
+def test_experts() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**COMMON, **sizes, num_key_value_heads=1, num_local_experts=4))
+    ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    c = deltaspec.compile(model, LORA)
+    found = deltaspec.estimate(model, LORA, batch=BATCH, length=LENGTH)
+    agree(found, measure(c, lambda: c.backbone(input_ids=ids, labels=ids).loss))
+    assert found.notes == ()
 
 
 def test_nothing_is_read_and_nothing_changes() -> None:

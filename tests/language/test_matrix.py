@@ -101,6 +101,9 @@ def test_locks_of_specs_without_a_matrix_say_nothing_of_it():
         ({"matrix": {"train.lr": [1]}, "train": {"lr": 2}}, "DS228", "matrix.train.lr", "and in train, too", None),
         ({"matrix": {"rank": [4, 0]}}, "DS204", "matrix.rank[1]", "rank must be at least 1, not 0", None),
         ({"matrix": {"rank": [4, None]}}, "DS203", "matrix.rank[1]", "has no value", None),
+        ({"matrix": {"train.warmup": [10, -1]}}, "DS204", "matrix.train.warmup[1]", "at least 0, not -1", None),
+        ({"matrix": {"train.warmup": [-0.5]}}, "DS204", "matrix.train.warmup[0]", "greater than 0, not -0.5", None),
+        ({"matrix": {"train.warmup": [10, "0.1"]}}, "DS203", "matrix.train.warmup[1]", 'not "0.1"', "without quotes"),
         ({"matrix": {"train.schedule": ["cosine", "cosin"]}}, "DS205", "matrix.train.schedule[1]", "cosin", "cosine"),
         ({"matrix": {"use_dora": [False, True]}, "params": {"parts": ["q"]}}, "DS210", "params", "parts", None),
         ({"matrix": {"rank": [*range(1, 20)], "alpha": [*range(1, 20)]}}, "DS228", "matrix", "361 deltas", "fewer"),
@@ -126,6 +129,11 @@ def test_all_findings_at_once_each_at_its_line(tmp_path):
     )
     found = [(d.code, d.line, d.column) for d in deltaspec.validate(path)]
     assert found == [("DS204", 8, 17), ("DS203", 9, 14), ("DS201", 10, 7), ("DS203", 11, 18), ("DS201", 12, 62)]
+
+
+def test_entries_behind_a_matrix_are_counted_as_they_are_written():
+    found = deltaspec.validate(spec({"rank": [4, 8, 16]}, {"name": "e", "target": "*"}))
+    assert [(d.where, d.message) for d in found] == [("deltas[1]", 'deltas[1] lacks the key "method"')]
 
 
 def test_an_entry_that_follows_the_matrix_of_another_one():

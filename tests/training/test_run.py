@@ -274,3 +274,15 @@ def test_an_error_in_a_step_leaves_all_as_it_was_before_it():
     results = training.run(progress=False)
     assert results[0].losses == run(twin, [job(name, 0, accumulate=3, steps=3)])[0].losses
     assert all(map(torch.equal, c.deltas[name].parameters(), twin.deltas[name].parameters()))
+
+
+def test_parts_keep_the_mode_that_their_user_put_them_in():
+    c = compiled().train()
+    c.backbone.a.eval()
+    modes = {name: module.training for name, module in c.named_modules()}
+    seen = []
+    training = Training(c, jobs(c, evaluation=[(torch.ones(2, 8).double(), torch.ones(2, 8).double())], steps=2))
+    training.evaluate()
+    assert {name: module.training for name, module in c.named_modules()} == modes
+    training.run(progress=False, callback=lambda _: seen.append(c.backbone.a.training))
+    assert {name: module.training for name, module in c.named_modules()} == modes and seen == [True] * 2

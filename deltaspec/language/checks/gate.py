@@ -87,6 +87,8 @@ def _whole_pattern(_: Any, pattern: str, instance: Any, __: Any) -> Iterator[Any
 def _diagnose(error: Any, document: Document, methods: Mapping[str, Method]) -> Iterator[Diagnostic]:
     """Turn one error of jsonschema into findings."""
     path: Path = tuple(error.absolute_path)
+    written = document.written(path)
+    said = written if written[2:] == path[2:] else path  # entries behind a matrix have other numbers than their deltas
     if error.validator == "additionalProperties":
         known = tuple(error.schema.get("properties", ()))
         method = _method_at(path, document, methods)
@@ -100,7 +102,7 @@ def _diagnose(error: Any, document: Document, methods: Mapping[str, Method]) -> 
     if error.validator == "required":
         for key in error.validator_value:
             if key not in error.instance:
-                where = f"{_label(path)} lacks" if path else "the spec lacks"
+                where = f"{_label(said)} lacks" if path else "the spec lacks"
                 yield document.diagnostic("DS202", f"{where} the key {show_value(key)}", path, _MISSING.get(key))
         return
     if "propertyNames" in error.absolute_schema_path and error.validator == "enum":
@@ -116,7 +118,7 @@ def _diagnose(error: Any, document: Document, methods: Mapping[str, Method]) -> 
             "DS208", f"{show_value(error.instance)} is not a name", (*path, error.instance), _NAME_HINT, key=True
         )
         return
-    code, text, way_out = _TRANSLATIONS.get(error.validator, _other)(error, path)
+    code, text, way_out = _TRANSLATIONS.get(error.validator, _other)(error, said)
     yield document.diagnostic(code, text, path, way_out)
 
 
@@ -194,12 +196,15 @@ def _any_of(error: Any, path: Path) -> _Finding:
     for branch in error.validator_value:
         kind = branch.get("type", "object")
         kinds += [kind] if isinstance(kind, str) else kind
-    own = {id(deep): deep for deep in error.context or () if deep.validator != "type"}
-    if len(own) == 1:  # the one branch of the right type says more
+    context = error.context or ()
+    others = {deep.schema_path[0] for deep in context if deep.validator == "type" and not deep.relative_path}
+    own = {id(d): d for d in context if d.validator != "type" and d.schema_path[0] not in others}
+    if len(own) == 1 or (own and isinstance(error.instance, int)):  # the first branch of the right type says more
         deep = next(iter(own.values()))
         return _TRANSLATIONS.get(deep.validator, _other)(deep, (*path, *deep.relative_path))
     expected = _expected(list(dict.fromkeys(kinds)))
-    return "DS203", f"{_label(path)} must be {expected}, not {show_value(error.instance)}", None
+    got = "but has no value" if error.instance is None else f"not {show_value(error.instance)}"
+    return "DS203", f"{_label(path)} must be {expected}, {got}", value_hint(error.instance, kinds, path)
 
 
 def _other(error: Any, path: Path) -> _Finding:

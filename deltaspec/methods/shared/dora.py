@@ -21,7 +21,7 @@ def squared_norms(kind: str, weight: Any) -> Any:
 def decompose(kind: str, weight: Any, magnitude: Any) -> Any:
     """Scale each output's weights to the norm that `magnitude` says, in the host's own layout."""
     rows = canonical(kind, weight)
-    factor = magnitude / squared_norms(kind, weight).detach().sqrt()
+    factor = magnitude / _norms(squared_norms(kind, weight).detach())
     return canonical(kind, rows * factor.reshape(-1, *(1,) * (rows.dim() - 1)))
 
 
@@ -37,6 +37,11 @@ def decomposed_output(
     down, up = t.down.detach(), t.up.detach()
     cross = (up * without_bias(form, base, down, t.magnitude).t()).sum(1)
     own = ((up @ (down @ down.t())) * up).sum(1)
-    factor = t.magnitude / (t.norm_squared + 2 * scale * cross + scale * scale * own).sqrt()
+    factor = t.magnitude / _norms(t.norm_squared + 2 * scale * cross + scale * scale * own)
     plain = y - host_bias(form, base, t.magnitude) if dropped is x else without_bias(form, base, dropped, t.magnitude)
     return y + (factor - 1) * plain + factor * scale * update
+
+
+def _norms(squared: Any) -> Any:
+    """Return the norms; 1 for an output without any weight, which stays without one. Rounding may leave less than 0."""
+    return squared.where(squared > 0, 1).sqrt()

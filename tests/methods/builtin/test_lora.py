@@ -73,6 +73,26 @@ def test_bias_agrees_with_peft(made: Any, target: Any, modules: list[str]) -> No
     agree(made(), "lora", params, target, config(target_modules=modules, lora_bias=True), tensors)
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 6), nn.Conv1d(4, 6, 3)], ids=["linear", "conv"])
+def test_dora_of_an_output_without_weight_is_a_number(layer: nn.Module) -> None:
+    """PEFT divides 0 by 0 there."""
+    model, x = (
+        nn.Sequential(copy.deepcopy(layer)),
+        torch.randn(3, 4, 5) if isinstance(layer, nn.Conv1d) else torch.ones(3, 4),
+    )
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    delta = {"name": "d", "method": "lora", "target": "0", "params": {"rank": 2, "use_dora": True}}
+    c = deltaspec.compile(model, {"deltaspec": 1, "deltas": [delta]})
+    torch.testing.assert_close(c(x), model(x))
+    c(x).square().sum().backward()
+    with torch.no_grad():
+        for parameter in c.deltas["d"].parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all()
+            parameter -= 0.1 * parameter.grad
+    torch.testing.assert_close(c.merge("d")(x), c(x))
+
+
 def test_dora_with_dropout_agrees_with_peft() -> None:
     model, inputs = bert()
     c = compiled(model, inputs, "lora", {"rank": 4, "alpha": 6.0, "use_dora": True, "dropout": 0.3}, "**.query")
