@@ -45,9 +45,14 @@ def followed(
     flow = _Flow()
     handles = [module.register_forward_hook(flow.leave) for module in model.modules()]
     try:
-        # A model whose methods carry `torch.compile` is run as it is written.
-        eager, kept_state = torch.compiler.set_stance("force_eager"), random_state_kept(model.parameters())
-        with around or nullcontext(), eager, kept_state, torch.enable_grad(), flow:
+        with (
+            around or nullcontext(),
+            # A model whose methods carry `torch.compile` is run as it is written. It acts from when it is made.
+            torch.compiler.set_stance("force_eager"),
+            random_state_kept(model.parameters()),
+            torch.enable_grad(),
+            flow,
+        ):
             output = model(*args, **kwargs)
     finally:
         for handle in handles:

@@ -49,9 +49,6 @@ def kind_of(planned: PlannedDelta) -> Kind:
     return found
 
 
-_is_transformed = torch._C._are_functorch_transforms_active
-
-
 class Stacks:
     """The stacks of one backbone's deltas.
 
@@ -241,7 +238,7 @@ class Stacks:
             return True
         module = self._module(name)
         if module.is_displaced():
-            if name in self._held or (name not in self._pointers and _is_transformed()):
+            if name in self._held or (name not in self._pointers and torch._C._are_functorch_transforms_active()):
                 raise DeltaSpecError([_displaced(name)])
             return name in self._pointers  # what stands there is read from there, and is never taken into the stack
         return name in self._pointers and self._pointers[name] == _pointers(module)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,10 @@ class _Dimensions:
                 self._values[node] = self._step(node)
         self._fix(found.result)
 
+    @property
+    def _rules(self) -> tuple[Callable[[fx.Node], _Value | None], ...]:
+        return self._linear, self._elementwise, self._product, self._method, self._hosted, self._convolved
+
     def free(self) -> dict[str, tuple[bool, ...]]:
         """Return, by tensor, which of its dimensions are free."""
         return {name: tuple(self._root(dim) != _FIXED for dim in dims) for name, dims in self._leaves.items()}
@@ -138,7 +142,7 @@ class _Dimensions:
     def _step(self, node: fx.Node) -> _Value:
         if node not in self._own:
             return self._unknown(node)  # of the whole batch
-        for rule in (self._linear, self._elementwise, self._product, self._transposed, self._hosted, self._convolved):
+        for rule in self._rules:
             if (found := rule(node)) is not None:
                 return found
         return self._unknown(node)
@@ -199,11 +203,19 @@ class _Dimensions:
             return _Value((*one.dims[:-1], *other.dims[1:]), one.zero and other.zero, whole=True)
         return None
 
-    def _transposed(self, node: fx.Node) -> _Value | None:
-        if node.op != "call_method" or node.target != "t" or len(node.args) != 1:
+    def _method(self, node: fx.Node) -> _Value | None:
+        if node.op != "call_method" or node.kwargs or (value := self._value(node.args[0])) is None:
             return None
-        value = self._value(node.args[0])
-        return None if value is None else _Value(tuple(reversed(value.dims)), value.zero, value.whole)
+        if node.target == "detach":
+            return value
+        if node.target == "t":
+            return _Value(tuple(reversed(value.dims)), value.zero, value.whole)
+        if node.target != "sum" or len(node.args) != 2 or not value.whole or not isinstance(node.args[1], int):
+            return None
+        left = list(value.dims)
+        gone = left.pop(node.args[1])
+        self._contract((value, gone), (value, gone))
+        return _Value(tuple(left), value.zero, whole=True)
 
     def _hosted(self, node: fx.Node) -> _Value | None:
         """Take the host's own code on a weight of the delta: what is appended gives more outputs, which are zero."""
@@ -211,6 +223,8 @@ class _Dimensions:
             return None
         replaced, x = node.args
         assert isinstance(replaced, Mapping)
+        if not any(isinstance(value, fx.Node) for value in replaced.values()):
+            return self._hosted_rows(replaced, self._value(x))
         weight = self._value(replaced.get("weight"))
         others = [value for name, value in replaced.items() if name != "weight" and value is not None]
         if weight is None or others or not weight.whole:
@@ -226,6 +240,13 @@ class _Dimensions:
                 self._join(dim, _FIXED)
         spatial = len(weight.dims) - 2
         return _Value((weight.dims[wide], *(_FIXED,) * spatial), weight.zero)
+
+    def _hosted_rows(self, replaced: Mapping[str, Any], x: _Value | None) -> _Value | None:
+        """Take a linear host's own weight on rows of the delta: appended ones give rows of zeros, without a bias."""
+        if self._form.kind not in ("linear", "conv1d") or "bias" not in replaced or x is None or not x.whole:
+            return None
+        self._join(x.dims[-1], _FIXED)
+        return _Value((*x.dims[:-1], _FIXED), x.zero, whole=True)
 
     def _convolved(self, node: fx.Node) -> _Value | None:
         if node.target not in _CONVOLUTIONS or len(node.args) != 2 or node.kwargs.keys() - {"groups"}:

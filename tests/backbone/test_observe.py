@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from counted import graphs_of
 from models import ARCHITECTURES, TRANSFORMERS
 from readers import INPUTS, Reader, build
 
@@ -41,6 +42,14 @@ def test_widths_of_composite_modules_are_seen():
     assert (seen["model.layers.0.mlp.gate_proj"].in_width, seen["model.layers.0.mlp.gate_proj"].width) == (32, 64)
     assert seen["model.layers.0.self_attn"].width == 32
     assert seen["lm_head"].width == 90
+
+
+@pytest.mark.parametrize("architecture", ["llama", "branching"])
+def test_what_is_compiled_afterwards_is_compiled(architecture):
+    observe(ARCHITECTURES[architecture].model(), ARCHITECTURES[architecture].inputs())
+    compiled, graphs = graphs_of(torch.nn.Linear(2, 2))
+    compiled(torch.zeros(1, 2))
+    assert len(graphs) == 1
 
 
 def test_readers_are_named():

@@ -30,11 +30,16 @@ FREE: dict[str, dict[str, Any]] = {
     "loha": {"up_1": (16, None), "down_1": (None, 16), "up_2": (16, None), "down_2": (None, 16)},
     "bitfit": {"bias": (16,)},
 }
+DORA = {"down": (None, 16), "up": (16, None), "magnitude": (16,), "norm_squared": (16,)}
 
 
 @pytest.mark.parametrize("method", FREE)
 def test_ranks_and_widths_are_free_and_what_meets_the_host_is_not(method):
     assert dict(patterns(method).shapes) == FREE[method]
+
+
+def test_norms_of_a_weight_with_an_update_leave_the_rank_free():
+    assert dict(patterns("lora", use_dora=True).shapes) == DORA
 
 
 @pytest.mark.parametrize("method", ["hra", "oft", "c3a"])

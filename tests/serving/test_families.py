@@ -34,6 +34,7 @@ MIXES: dict[str, list[dict[str, Any]]] = {
     "parallel": [entry(f"d{n}", "parallel_adapter", target(), width=width) for n, width in enumerate((2, 3, 5, 8))],
     "products": [entry(f"d{n}", "loha", target(), rank=rank, alpha=rank + n) for n, rank in enumerate((1, 2, 3, 4))],
     "shared": [entry(f"d{n}", "vera", target(), rank=rank) for n, rank in enumerate((2, 3, 5, 8))],
+    "dora": [entry(f"d{n}", "lora", target(), rank=rank, use_dora=True) for n, rank in enumerate((1, 2, 3, 8))],
     "embedded": [entry(f"d{n}", "lora", target("**.embed_tokens", *ALL), rank=1 + n) for n in range(4)],
 }  # fmt: skip
 
@@ -97,6 +98,20 @@ def test_calls_are_those_of_one_delta_for_all(tokens, scale):
         compiled(given, deltas=rows)
         mixed = operators(lambda: compiled(given, deltas=rows))
         assert mixed <= 1.15 * operators(lambda: one(given))
+
+
+def test_ranks_cost_no_calls_where_norms_are_taken():
+    names, given, calls = [f"d{n}" for n in range(8)], ids(8, 8), []
+    for ranks in (range(1, 9), [8] * 8):
+        deltas = [
+            entry(name, "lora", target(), rank=rank, use_dora=True) for name, rank in zip(names, ranks, strict=True)
+        ]
+        compiled = build(base("llama"), *deltas)
+        rows = compiled.rows(names)
+        with torch.inference_mode():
+            compiled(given, deltas=rows)
+            calls.append(operators(lambda compiled=compiled, rows=rows: compiled(given, deltas=rows)))
+    assert calls[0] <= 1.15 * calls[1]
 
 
 def test_memory_is_that_of_the_payload():
