@@ -73,6 +73,7 @@ CODES: dict[str, str] = {
     "DS385": "checkpoint of other jobs",
     "DS386": "example of an unknown job",
     "DS387": "jobs that all diverged",
+    "DS388": "metrics of a job that measure nothing",
     # DS4: method and model
     "DS401": "another model than the spec is for",
     "DS402": "method cannot take a site",
@@ -190,6 +191,7 @@ CODES: dict[str, str] = {
     "DS566": "checkpoint of another model around the deltas",
     "DS567": "trainer that flattens the parameters of deltas",
     "DS568": "hints for training that a scheduler has no place for",
+    "DS569": "checkpoint of deltas, none of which is attached",
     "DS575": "adapter of a model in shards",
     "DS585": "input of another module that a delta cannot read",
     "DS586": "forward without the module whose input a delta reads",

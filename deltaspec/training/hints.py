@@ -25,6 +25,8 @@ def regroup(optimizer: Any, held: Sequence[Held]) -> None:
                 if moved:
                     old["params"] = [parameter for parameter in old["params"] if id(parameter) not in own]
                     optimizer.add_param_group({**old, **hints, "params": moved, "delta": group["delta"]})
+    # Trainers log the learning rate of the first group.
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def reschedule(scheduler: Any, groups: Sequence[dict[str, Any]], steps: int) -> None:

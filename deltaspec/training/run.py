@@ -17,6 +17,7 @@ from deltaspec.training.batches import moved_to
 from deltaspec.training.checkpoint import generators, read, set_generators, write
 from deltaspec.training.interrupts import noticed
 from deltaspec.training.job import Job
+from deltaspec.training.measures import measures_of
 from deltaspec.training.mixing import Mixed, Signature, mixed, parts
 from deltaspec.training.modes import mode_of
 from deltaspec.training.processes import are_several, gathered, require_any_delta, summed, unwrapped
@@ -222,8 +223,9 @@ class Training:
         """Evaluate jobs, by default those that are running, in batches of rows of all of them."""
         chosen = self.running if states is None else states
         found = [(state, Means()) for state in chosen if state.job.evaluation is not None]
-        waiting = [(state, iter(state.job.evaluation or ()), means) for state, means in found]
         with self._evaluating():
+            # A loader draws a seed when it is begun, and when it is read.
+            waiting = [(state, iter(state.job.evaluation or ()), means) for state, means in found]
             while waiting:
                 taken = [(state, next(batches, _END), means) for state, batches, means in waiting]
                 waiting = [each for each, (_, batch, _) in zip(waiting, taken, strict=True) if batch is not _END]
@@ -242,8 +244,7 @@ class Training:
         pairs = [(state, batch) for state, batch, _ in taken]
         batch, targets, outputs = self._forward(pairs, self.model)
         for (state, _, means), size, own, target in zip(taken, batch.sizes, outputs, targets, strict=True):
-            measures = {} if state.job.metrics is None else state.job.metrics(own, target)
-            means.add({"loss": float(state.loss(own, target)), **measures}, size)
+            means.add({"loss": float(state.loss(own, target)), **measures_of(state.job, own, target)}, size)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -107,6 +107,10 @@ class DeltaTrainerMixin(Trainer):
         model = self.model if model is None else model
         if held := self._held(model):
             read(model, held, Path(resume_from_checkpoint))
+        elif held_in(model) and (Path(resume_from_checkpoint) / "manifest.json").exists():
+            message = f"{resume_from_checkpoint} holds deltas, and none is attached to take their values"
+            hint = 'attach those that were trained before the trainer is made: c.only("french")'
+            raise DeltaSpecError([Diagnostic("DS569", message, "<model>", suggestion=hint)])
         elif model is self.model:
             super()._load_from_checkpoint(resume_from_checkpoint)
         else:

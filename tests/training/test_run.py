@@ -138,6 +138,18 @@ def test_rows_of_a_job_that_ended_leave_the_batch():
     assert sizes == [8, 8, 5, 5] or (sizes[:2] == [8, 8] and max(sizes[2:]) <= 5)
 
 
+def test_evaluations_draw_nothing_of_what_training_draws():
+    seen = []
+    for every in (1, 2, None):
+        torch.manual_seed(7)
+        c = compiled()
+        loader = DataLoader(pairs(6, 3), batch_size=3, shuffle=True)  # it draws a seed when it is begun
+        options = {} if every is None else {"evaluation": loader}
+        run(c, [job(next(iter(c.deltas)), 0, **options)], **({} if every is None else {"evaluate_every": every}))
+        seen.append(torch.get_rng_state())
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
 def test_early_stop_keeps_the_best():
     c = compiled()
     names = [*c.deltas]

@@ -161,6 +161,15 @@ def test_models_made_anew_train_each_time(tmp_path):
     assert json.loads((tmp_path / "checkpoint-1" / "manifest.json").read_text())["attached"] == ["low", "wide"]
 
 
+def test_a_checkpoint_of_deltas_is_not_resumed_while_none_is_attached(tmp_path):
+    DeltaTrainer(build(), arguments(tmp_path, max_steps=1), train_dataset=rows("gpt2")).train()
+    fresh = build()
+    fresh.detach()
+    with pytest.raises(DeltaSpecError, match="DS569"):
+        trainer = DeltaTrainer(fresh, arguments(tmp_path, max_steps=2), train_dataset=rows("gpt2"))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_what_is_trained_with_nothing_attached_is_saved_whole(tmp_path):
     compiled = build(train_backbone=True)
     compiled.detach()
@@ -186,6 +195,7 @@ def test_hints_of_the_spec_are_in_the_optimizer(tmp_path):
     trainer.train()
     low = {id(p) for p in compiled.deltas["low"].parameters()}
     groups = [(group, {id(p) for p in group["params"]}) for group in trainer.optimizer.param_groups]
+    assert all(own for _, own in groups)
     hinted = [group for group, own in groups if own and own <= low]
     others = [group for group, own in groups if own and not own & low]
     assert sum(len(own & low) for _, own in groups) == len(low)
