@@ -34,7 +34,7 @@ class JobResult:
     losses: list[float] = field(default_factory=list)
     """The loss of each step."""
     rates: list[float] = field(default_factory=list)
-    """The largest learning rate of each step."""
+    """The learning rate of each step: of its first delta's first group."""
     evaluations: list[Evaluation] = field(default_factory=list)
     best_number: int | None = None
     """Which of the evaluations is the best one; None where there was none."""

@@ -100,7 +100,8 @@ def table(results: Iterable[JobResult]) -> Table:
     measures = list(dict.fromkeys(name for result in results for e in result.evaluations for name in e.measures))
     drawn = Table()
     drawn.add_column("job", overflow="fold")
-    for title in ("step", "loss", "rate", *(f"best {name}" if name != "loss" else "best eval" for name in measures)):
+    # Of the best evaluation, by whichever measure a job is judged.
+    for title in ("step", "loss", "rate", *(f"eval {name}" for name in measures)):
         drawn.add_column(title, justify="right")
     drawn.add_column("")
     for result in results:

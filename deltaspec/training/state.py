@@ -81,7 +81,7 @@ class JobState:
 
     def apply(self, loss: float) -> None:
         """Take a step of its optimizer with the gradients that there are."""
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        rate = self.optimizer.param_groups[0]["lr"]  # of the delta that the job is called by, its first factor
         self.optimizer.step()
         self.scheduler.step()
         self.clear()

@@ -26,7 +26,7 @@ def results():
 def test_table_and_best():
     found = results()
     text = str(found)
-    assert "lora[rank=4,lr=1e-3]" in text and "diverged: its loss is nan at step 2" in text and "best accuracy" in text
+    assert "lora[rank=4,lr=1e-3]" in text and "diverged: its loss is nan at step 2" in text and "eval accuracy" in text
     assert found.best().name == "two" and found.job("two").best["accuracy"] == 0.75 and found.job("two").step == 1
     assert JobResult.from_data(json.loads(json.dumps(found[0].to_data()))) == found[0]
     with pytest.raises(ValueError, match="no job was evaluated"):
