@@ -121,10 +121,11 @@ class Training:
                         raise KeyboardInterrupt
             for state in self.states:
                 state.finish()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             self._rewind()
             if checkpoint is not None:
                 self.save(checkpoint)
+                stop.add_note(f"after {self.steps} steps; to go on: Training(c, jobs).load({str(checkpoint)!r}).run(…)")
             raise
         if checkpoint is not None:
             self.save(checkpoint)

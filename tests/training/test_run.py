@@ -82,8 +82,9 @@ def test_what_is_resumed_goes_on_to_the_bit(tmp_path, way, request):
         training.save(tmp_path)
     else:
         own = jobs(c, **{**evaluation, **({"loss": broken} if way == "interrupted" else {})})
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as stop:
             run(c, own, checkpoint=tmp_path, evaluate_every=4, callback=press if way == "killed" else None)
+        assert str(tmp_path) in stop.value.__notes__[0]
         assert signal.getsignal(signal.SIGINT) is before and not c.training
     torch.manual_seed(99)
     again = compiled(dropout=0.3)
