@@ -88,7 +88,7 @@ def test_beside_a_thread_that_saves(compiled, tmp_path):
 
     def work():
         view.save(tmp_path)
-        time.sleep(0.02)  # a lock of a directory is not fair: who has just had it would have it again
+        time.sleep(0.2)  # a lock of a directory is not fair: who has just had it would have it again
 
     assert beside(work, check, 3) == [True] * 3
 
