@@ -18,7 +18,7 @@ def test_what_they_return_is_what_is_measured():
     assert measures_of(job(None), 2, 3) == {}
 
 
-@pytest.mark.parametrize(("metrics", "best"), [(lambda *_: 0.5, "loss"), (lambda *_: {"accuracy": 0.5}, "acuracy")])
+@pytest.mark.parametrize(("metrics", "best"), [(lambda *_: 0.5, "loss"), (lambda *_: {"accuracy": 0.5}, "precision")])
 def test_what_measures_nothing_is_refused_with_the_name_of_the_job(metrics, best):
     with pytest.raises(DeltaSpecError, match="DS388.*'french'"):
         measures_of(job(metrics, best), 2, 3)
