@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from deltaspec.graphs.low_rank import MANY, merged, merging_pays
-from deltaspec.graphs.modes import is_rewritten
+from deltaspec.graphs.modes import PLAIN, is_rewritten
 
-_PLAIN = (Tensor, nn.Parameter)
 _autocasts_anywhere = torch._C._is_any_autocast_enabled  # noqa: SLF001  # of any device, in one call
 
 
@@ -29,9 +28,9 @@ def without_gradients(
     it.
     """
     weight, bias, dtype, dim = host.get("weight"), host.get("bias"), x.dtype, x.dim()
-    if weight is None or type(weight) not in _PLAIN or type(x) is not Tensor or is_rewritten():
+    if weight is None or type(weight) not in PLAIN or type(x) is not Tensor or is_rewritten():
         return None
-    if bias is not None and (type(bias) not in _PLAIN or bias.dtype is not dtype):
+    if bias is not None and (type(bias) not in PLAIN or bias.dtype is not dtype):
         return None
     if weight.dtype is not dtype or down.dtype is not dtype or up.dtype is not dtype:
         return None

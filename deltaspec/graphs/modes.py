@@ -6,11 +6,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+PLAIN = (Tensor, nn.Parameter)
+"""Types of tensors that have no rules of their own, as subclasses do."""
 _is_transformed = torch._C._are_functorch_transforms_active
 _is_traced = torch._C._is_tracing  # noqa: SLF001  # torch.jit.is_tracing, typed
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # noqa: SLF001  # which hooks are on, no public name says

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from deltaspec.graphs.autocast import autocasts, without_autocast
 from deltaspec.graphs.bits import packed, unpacked
-from deltaspec.graphs.modes import is_rewritten
+from deltaspec.graphs.modes import PLAIN, is_rewritten
 from deltaspec.graphs.recipe_steps import make
 from deltaspec.graphs.recipes import Recipe, recipe_of
 
 Part = Callable[..., tuple[Tensor, ...]]
 """Takes tensors and then dropouts; returns tensors."""
-_PLAIN = (Tensor, nn.Parameter)
 
 
 class _Masks:
@@ -102,7 +101,7 @@ def run_part(
     first = tensors[0]
     if (
         is_rewritten()
-        or any(type(tensor) not in _PLAIN for tensor in tensors)
+        or any(type(tensor) not in PLAIN for tensor in tensors)
         or first.numel() < few
         or not any(tensor.requires_grad for tensor in tensors)
     ):

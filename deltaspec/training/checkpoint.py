@@ -13,6 +13,7 @@ import torch
 
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.documents.atomic import write_atomically
+from deltaspec.training.kept import tensors_of
 from deltaspec.training.state import JobState
 
 FILE = "jobs.pt"
@@ -70,7 +71,7 @@ def read(directory: str | PathLike[str], states: Sequence[JobState]) -> dict[str
             continue
         if saved["result"]["steps"] != state.total:
             wrong.append(f"the job {state.job.name!r} had {saved['result']['steps']} steps, and has {state.total}")
-        own = {key: tuple(tensor.shape) for key, tensor in state.tensors().items()}
+        own = {key: tuple(tensor.shape) for key, tensor in tensors_of(state.deltas).items()}
         if own != {key: tuple(tensor.shape) for key, tensor in saved["tensors"].items()}:
             wrong.append(f"the deltas of the job {state.job.name!r} had other tensors")
     if wrong:

@@ -19,6 +19,7 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.documents.atomic import write_atomically
 from deltaspec.names.paths import is_inside
 from deltaspec.storage.card import write_card
+from deltaspec.storage.delta_set import MANIFEST
 
 OUTSIDE = "outside.safetensors"
 
@@ -65,6 +66,11 @@ def read(model: nn.Module, held: Sequence[Held], folder: Path) -> None:
     with torch.no_grad():
         for key, value in values.items():
             targets[key].copy_(sharded_as(targets[key], value))
+
+
+def holds_deltas(model: nn.Module, folder: Path) -> bool:
+    """Return whether a checkpoint has deltas for one of the compiled models that a module holds, attached or not."""
+    return any((where / MANIFEST).exists() for where, _ in _folders(held_in(model), folder))
 
 
 def _folders(held: Sequence[Held], folder: Path) -> Iterator[tuple[Path, Held]]:

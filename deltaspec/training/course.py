@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import inf, isfinite
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deltaspec.backbone.sharded import sharded_as, unsharded
 from deltaspec.deltas.modules import Delta
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.training.job_rows import unknown_jobs
+from deltaspec.training.kept import copies_of, is_better, put_back, tensors_of
 
 
 class Course:
@@ -20,28 +19,22 @@ class Course:
 
     def __init__(self, deltas: Mapping[str, Delta], patience: int, by: str) -> None:
         self._deltas, self.patience, self.by = deltas, patience, by
-        self.best, self.best_step, self.stale = inf if by == "loss" else -inf, -1, 0
+        self.best: float | None = None
+        self.best_step, self.stale = -1, 0
         self.kept: dict[str, Tensor] = {}
         """Its tensors at the best evaluation."""
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {f"{name}\n{key}": tensor for name, delta in self._deltas.items() for key, tensor in delta.tensors()}
-
     def measured(self, value: float, step: int) -> bool:
         """Take in an evaluation; return whether the job is to stop."""
-        better = isfinite(value) and (value < self.best if self.by == "loss" else value > self.best)
-        if better:
-            self.best, self.best_step = value, step
-            self.kept = {key: tensor.detach().clone() for key, tensor in self._tensors().items()}
+        if better := is_better(value, self.best, self.by):
+            self.best, self.best_step, self.kept = value, step, copies_of(self._deltas)
         self.stale = 0 if better else self.stale + 1
         return self.stale >= self.patience
 
-    @torch.no_grad()
     def put_back(self) -> None:
         """Give the deltas the values of the best evaluation, where there was one."""
-        tensors = self._tensors()
-        for key, value in self.kept.items():
-            tensors[key].copy_(value)
+        if self.kept:
+            put_back(self._deltas, self.kept)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that it is; every process that has a shard calls this."""
@@ -50,7 +43,7 @@ class Course:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become what another one was."""
-        tensors = self._tensors()
+        tensors = tensors_of(self._deltas)
         self.best, self.best_step, self.stale = state["best"], state["best_step"], state["stale"]
         self.kept = {key: sharded_as(tensors[key], value) for key, value in state["kept"].items()}
 

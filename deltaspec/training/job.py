@@ -72,6 +72,8 @@ class Job:
                 raise ValueError(f"{key} of the job {self.name!r} is 1 or more, not {number!r}")
         if self.max_norm is not None and not self.max_norm > 0:
             raise ValueError(f"max_norm of the job {self.name!r} is greater than 0, not {self.max_norm!r}")
+        if self.best != "loss" and self.metrics is None:
+            raise ValueError(f"the job {self.name!r} is judged by {self.best!r}, and has no metrics=… that measure it")
         if self.evaluation is None and (self.patience is not None or self.keep_best):
             raise ValueError(f"the job {self.name!r} needs evaluation=… to know its best parameters")
 

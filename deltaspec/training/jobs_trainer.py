@@ -24,6 +24,7 @@ from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.training.course import Course, patience_of
 from deltaspec.training.job_rows import COLUMN, WithJobs, by_job
 from deltaspec.training.losses import Loss, losses_of
+from deltaspec.training.measures import measure_of
 from deltaspec.training.mixing import Signature, picked
 from deltaspec.training.processes import are_several, require_any_delta
 from deltaspec.training.results import Means
@@ -259,13 +260,11 @@ class JobsTrainer(DeltaTrainerMixin, Trainer):
         metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
         in_parts(self.model)
         for name in [name for name in self._left if name in self._courses]:
-            key = f"eval_{name}_{self._best}"
-            if key not in metrics:
-                raise KeyError(f"the job {name!r} has patience, and no {key!r} in the evaluation: {', '.join(metrics)}")
-            if self._courses[name].measured(metrics[key], self.state.global_step):
+            value = measure_of(name, self._best, metrics, f"eval_{name}_")
+            if self._courses[name].measured(value, self.state.global_step):
                 self.stopped[name] = self.state.global_step
                 self._courses[name].put_back()
-                self.log({f"stopped_{name}": metrics[key]})
+                self.log({f"stopped_{name}": value})
         self.control.should_training_stop |= not self._left
         return metrics
 

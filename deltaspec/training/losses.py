@@ -75,13 +75,18 @@ def losses_of(model: nn.Module, jobs: Sequence[str], given: Loss | Mapping[str, 
     for name in jobs:
         loss = by_name.get(name) or usual
         if loss is None:
-            message = f"the job {name!r} has no loss, and a {type(model).__name__} has no usual one"
-            findings.append(Diagnostic("DS384", message, "<jobs>", suggestion="give one: job_loss=…"))
+            findings.append(without_loss(name, model, "job_loss=…"))
         else:
             found.append(loss)
     if findings:
         raise DeltaSpecError(findings)
     return found
+
+
+def without_loss(job: str, model: nn.Module, way_out: str) -> Diagnostic:
+    """Return the finding (DS384) that a job has no loss."""
+    message = f"the job {job!r} has no loss, and a {type(model).__name__} has no usual one"
+    return Diagnostic("DS384", message, "<jobs>", suggestion=f"give it one: {way_out}")
 
 
 def _language(model: nn.Module) -> str | None:

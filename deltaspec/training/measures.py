@@ -26,14 +26,18 @@ def measures_of(job: Job, outputs: Any, target: Any) -> Mapping[str, float]:
         message, hint = f"the metrics of the job {job.name!r} returned {_kind(found)}", "{'accuracy': 0.9}"
         finding = Diagnostic("DS388", message, "<jobs>", suggestion=f"return the measures by name: {hint}")
         raise DeltaSpecError([finding])
-    if job.best != "loss" and job.best not in found:
-        message = (
-            f"the job {job.name!r} is judged by {job.best!r}, and its metrics return {', '.join(map(repr, found))}"
-        )
-        raise DeltaSpecError(
-            [Diagnostic("DS388", message, "<jobs>", suggestion="set best to one of these, or to loss")]
-        )
+    measure_of(job.name, job.best, {"loss": 0.0, **found})
     return found
+
+
+def measure_of(job: str, best: str, measured: Mapping[str, float], prefix: str = "") -> float:
+    """Return what a job is judged by, of measures that begin so. Raise DeltaSpecError (DS388) where it is not there."""
+    measures = {key.removeprefix(prefix): value for key, value in measured.items() if key.startswith(prefix)}
+    if best not in measures:
+        known = ", ".join(map(repr, measures)) or "nothing"
+        message = f"the job {job!r} is judged by {best!r}, and what is measured of it is {known}"
+        raise DeltaSpecError([Diagnostic("DS388", message, "<jobs>", suggestion="set best to one of these")])
+    return measures[best]
 
 
 def _kind(value: Any) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from deltaspec.training.kept import is_better
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -63,10 +65,9 @@ class JobResult:
         """Take in an evaluation; return whether it is the best one so far."""
         if self.best_by not in measures:
             raise KeyError(f"the job {self.name!r} has no measure {self.best_by!r}; there are: {', '.join(measures)}")
-        value, before = measures[self.best_by], self.best.get(self.best_by)
+        before = self.best.get(self.best_by)
         self.evaluations.append(Evaluation(self.step, dict(measures)))
-        better = value == value and (before is None or (value < before if self.best_by == "loss" else value > before))
-        if better:
+        if better := is_better(measures[self.best_by], before, self.best_by):
             self.best_number = len(self.evaluations) - 1
         return better
 

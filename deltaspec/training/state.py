@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from deltaspec.backbone.sharded import sharded_as, unsharded
 from deltaspec.training.batches import Stream
 from deltaspec.training.job import Job
+from deltaspec.training.kept import copies_of, put_back, tensors_of
 from deltaspec.training.losses import Loss
 from deltaspec.training.outcome import JobResult
 from deltaspec.training.schedules import scheduler
@@ -43,7 +43,7 @@ class JobState:
         self.scheduler = scheduler(self.optimizer, self.total)
         self.stream = Stream(job.name, job.data, seed)
         self.result = JobResult(job.name, job.deltas, self.total, job.best)
-        self.kept = self.snapshot()
+        self.kept = copies_of(self.deltas)
         """Its tensors as they were at the best evaluation, or at the last one, or at the start."""
         self.stale = 0
         """Evaluations since the best one."""
@@ -54,20 +54,6 @@ class JobState:
     def running(self) -> bool:
         """Whether its rows are in the batch."""
         return self.result.status == RUNNING
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of its deltas, buffers included, by delta and storage key."""
-        return {f"{name}\n{key}": tensor for name, delta in self.deltas.items() for key, tensor in delta.tensors()}
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """Return copies of its tensors."""
-        return {key: tensor.detach().clone() for key, tensor in self.tensors().items()}
-
-    @torch.no_grad()
-    def put_back(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give its deltas these values."""
-        for key, tensor in self.tensors().items():
-            tensor.copy_(sharded_as(tensor, tensors[key]))
 
     def clear(self) -> None:
         """Drop its gradients."""
@@ -92,7 +78,7 @@ class JobState:
     def diverge(self, why: str) -> None:
         """End it for numbers that are not finite; its tensors become what they were at its last evaluation."""
         self.clear()
-        self.put_back(self.kept)
+        put_back(self.deltas, self.kept)
         at = self.result.evaluations[-1].step if self.result.evaluations else 0
         at = self.result.best_step if self.job.keep_best and self.result.best_step is not None else at
         self.result.end(DIVERGED, f"{why} at step {self.result.step + 1}; its deltas are as at step {at}")
@@ -101,7 +87,7 @@ class JobState:
         """Take in an evaluation: remember the best one, and stop where none was better for long."""
         better = self.result.measured(measures)
         if (better or not self.job.keep_best) and all(map(isfinite, measures.values())):
-            self.kept = self.snapshot()
+            self.kept = copies_of(self.deltas)
         self.stale = 0 if better else self.stale + 1
         if self.job.patience is not None and self.stale >= self.job.patience and self.running:
             self.result.end(STOPPED, f"{self.stale} evaluations without a better {self.job.best}")
@@ -109,12 +95,12 @@ class JobState:
     def finish(self) -> None:
         """Give a job that has ended the parameters of its best evaluation, where it keeps these."""
         if self.job.keep_best and self.result.best_step is not None:
-            self.put_back(self.kept)
+            put_back(self.deltas, self.kept)
 
     def state_dict(self, place: tuple[int, int]) -> dict[str, Any]:
         """Return all that it is, with its stream at a place; every process that has a shard calls this."""
         return {
-            "tensors": _whole(self.snapshot()),
+            "tensors": _whole(copies_of(self.deltas)),
             "optimizer": _whole(self.optimizer.state_dict()),
             "scheduler": self.scheduler.state_dict(),
             "stream": [self.stream.seed, *place],
@@ -125,7 +111,7 @@ class JobState:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become what another one was."""
-        self.put_back(state["tensors"])
+        put_back(self.deltas, state["tensors"])
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, values in self.optimizer.state.items():
             for key, value in values.items():
@@ -134,7 +120,7 @@ class JobState:
         self.scheduler.load_state_dict(state["scheduler"])
         self.stream.seed, epoch, taken = state["stream"]
         self.stream.seek(epoch, taken)
-        tensors = self.tensors()
+        tensors = tensors_of(self.deltas)
         self.kept = {key: sharded_as(tensors[key], value) for key, value in state["kept"].items()}
         self.stale = state["stale"]
         self.result = JobResult.from_data(state["result"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
 from deltaspec.training.batches import read_by_many
 from deltaspec.training.job import Job
-from deltaspec.training.losses import Loss, usual_loss
+from deltaspec.training.losses import Loss, usual_loss, without_loss
 from deltaspec.training.processes import gathered
 from deltaspec.training.standing import refusals, trained_of
 from deltaspec.training.state import JobState
@@ -41,8 +41,7 @@ def states_of(c: CompiledModel, jobs: Sequence[Job], optimizer: MakeOptimizer) -
         named.add(job.name)
         findings += wrong
         if job.loss is None and usual is None:
-            message = f"the job {job.name!r} has no loss, and a {type(c.backbone).__name__} has no usual one"
-            refuse("DS384", message, "give it one: Job(…, loss=lambda outputs, batch: …)")
+            findings.append(without_loss(job.name, c.backbone, "Job(…, loss=lambda outputs, batch: …)"))
         elif (loss := job.loss or usual) is not None:
             chosen.append(loss)
         try:

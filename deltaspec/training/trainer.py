@@ -16,7 +16,7 @@ from torch import nn
 from deltaspec.compiler.found import Held, held_in
 from deltaspec.compiler.standard_verbs import written_elsewhere
 from deltaspec.diagnostics.findings import DeltaSpecError, Diagnostic
-from deltaspec.training.checkpoints import acting, in_shards, read, write
+from deltaspec.training.checkpoints import acting, holds_deltas, in_shards, read, write
 from deltaspec.training.hints import regroup, reschedule
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class DeltaTrainerMixin(Trainer):
         model = self.model if model is None else model
         if held := self._held(model):
             read(model, held, Path(resume_from_checkpoint))
-        elif held_in(model) and (Path(resume_from_checkpoint) / "manifest.json").exists():
+        elif holds_deltas(model, Path(resume_from_checkpoint)):
             message = f"{resume_from_checkpoint} holds deltas, and none is attached to take their values"
             hint = 'attach those that were trained before the trainer is made: c.only("french")'
             raise DeltaSpecError([Diagnostic("DS569", message, "<model>", suggestion=hint)])

@@ -6,7 +6,7 @@ import pytest
 
 from deltaspec.diagnostics.findings import DeltaSpecError
 from deltaspec.training.job import Job
-from deltaspec.training.measures import measures_of
+from deltaspec.training.measures import measure_of, measures_of
 
 
 def job(metrics, best="loss"):
@@ -22,6 +22,18 @@ def test_what_they_return_is_what_is_measured():
 def test_what_measures_nothing_is_refused_with_the_name_of_the_job(metrics, best):
     with pytest.raises(DeltaSpecError, match="DS388.*'french'"):
         measures_of(job(metrics, best), 2, 3)
+
+
+def test_what_judges_a_job_is_found_among_the_measures_of_all():
+    measured = {"eval_french_loss": 0.5, "eval_french_f1": 0.75, "eval_german_f1": 0.25}
+    assert measure_of("french", "f1", measured, "eval_french_") == 0.75
+    with pytest.raises(DeltaSpecError, match="DS388.*'spanish'.*nothing"):
+        measure_of("spanish", "f1", measured, "eval_spanish_")
+
+
+def test_a_job_judged_by_a_metric_has_metrics():
+    with pytest.raises(ValueError, match="'french' is judged by 'accuracy'"):
+        Job("french", data=[], best="accuracy", evaluation=[])
 
 
 def test_what_they_raise_says_whose_they_are_and_what_they_get():

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from deltaspec.graphs.low_rank import MANY
 from deltaspec.graphs.passes.scope import Scope, result_is_new
 from deltaspec.graphs.row_ops import toward
-
-_MANY = 32
-"""Rows from which the narrow product is faster as `down xᵀ` than as `x downᵀ` (measured with MKL, float32)."""
 
 _is_transformed = torch._C._are_functorch_transforms_active
 
@@ -88,7 +86,7 @@ def add_low_rank_(
             return y
     elif y.dim() > 1 and not torch.compiler.is_compiling():
         values, width, rows = y.numel(), up.size(0), x.flatten(0, -2)
-        h = rows.mm(down.t()) if values < _MANY * width else down.mm(rows.t()).t()
+        h = rows.mm(down.t()) if values < MANY * width else down.mm(rows.t()).t()
         if h.dtype is dtype and y.is_contiguous() and values:
             if strength is not None:
                 h = h * strength

@@ -16,7 +16,7 @@ from deltaspec.graphs.activations import Gate
 from deltaspec.graphs.autocast import autocasts
 from deltaspec.graphs.inference import without_gradients
 from deltaspec.graphs.low_rank import LowRankStep, Step
-from deltaspec.graphs.modes import is_rewritten
+from deltaspec.graphs.modes import PLAIN, is_rewritten
 from deltaspec.graphs.passes.fuse_addition import add_low_rank_
 from deltaspec.graphs.passes.scope import Scope, result_is_new
 from deltaspec.graphs.recipes import recipe_of
@@ -24,8 +24,6 @@ from deltaspec.graphs.remade import remade
 
 FEW = 1 << 17
 """Values that enter and leave below which autograd's own steps are faster than one in Python (measured)."""
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 class How(NamedTuple):
@@ -59,8 +57,9 @@ def low_rank_site(
     if type(x) is Gate:
         x = x.alone()
     if not torch.is_grad_enabled():
+        _, transposed, *_ = how
         if dropout is None or not dropout.training:
-            y = without_gradients(host._parameters, x, down, up, scale, how[1])
+            y = without_gradients(host._parameters, x, down, up, scale, transposed)
             if y is not None:
                 return y
     elif (step := _step(base, host, x, down, up, scale, dropout, how := How(*how))) is not None:
@@ -80,7 +79,7 @@ def _step(
     base: Any, host: nn.Module, x: Tensor, down: Tensor, up: Tensor, scale: float, dropout: nn.Dropout | None, how: How
 ) -> Step | None:
     """Return what the step is given; None where it does not serve: subclasses of tensors have rules of their own."""
-    if type(x) not in _PLAIN or is_rewritten():
+    if type(x) not in PLAIN or is_rewritten():
         return None
     wide = down.size(-1)
     if x.dim() < 2 or x.numel() // wide * (wide + up.size(0)) < FEW:
@@ -91,7 +90,7 @@ def _step(
         return None
     tensors = (weight, down, up) if bias is None else (weight, down, up, bias)
     dtype, device = x.dtype, x.device
-    if any(type(t) not in _PLAIN or t.dtype is not dtype or t.device != device for t in tensors):
+    if any(type(t) not in PLAIN or t.dtype is not dtype or t.device != device for t in tensors):
         return None
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
