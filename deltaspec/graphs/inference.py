@@ -27,19 +27,22 @@ def without_gradients(
     `x` is `[…, in]`. `host` has the host's own parameters. `transposed`: W is `[in, out]`, as transformers' Conv1D has
     it.
     """
+    if is_rewritten() or not x.numel():
+        return None
+    merges = merging_pays(x, down, up)
+    if transposed and not merges:  # its own forward is as few calls
+        return None
     weight, bias, dtype, dim = host.get("weight"), host.get("bias"), x.dtype, x.dim()
-    if weight is None or type(weight) not in PLAIN or type(x) is not Tensor or is_rewritten():
+    if weight is None or type(weight) not in PLAIN or type(x) is not Tensor:
         return None
     if bias is not None and (type(bias) not in PLAIN or bias.dtype is not dtype):
         return None
     if weight.dtype is not dtype or down.dtype is not dtype or up.dtype is not dtype:
         return None
-    if dim < 2 or not x.numel() or not x.is_contiguous() or _autocasts_anywhere():
+    if dim < 2 or not x.is_contiguous() or _autocasts_anywhere():
         return None
-    if merging_pays(x, down, up):
+    if merges:
         return F.linear(x, merged(weight.t() if transposed else weight, down, up, scale), bias)
-    if transposed:
-        return None
     if dim == 2:
         return _updated(x, weight, bias, down, up, scale)
     if dim == 3 and x.size(0) == 1:  # half as dear as two views
